@@ -1,0 +1,53 @@
+# make demo: train a GPT on 8 ranks beside its serial twin.   make test: run the tests.   Both set up everything first.
+# TEXT=file or folder to train on;  TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
+PYTHON := $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+TEXT ?=
+export OMP_NUM_THREADS ?= 1
+
+SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' 2>/dev/null)
+
+.PHONY: demo test test-all build lint sanitize clean
+demo: build
+	$(BIN)/python -m gingham train --ranks 8 --mode 2.5d --depth 2 --steps 200 --compare-serial $(if $(TEXT),--text "$(TEXT)")
+
+test: build
+	$(BIN)/python -m pytest -m "not matrix"
+
+test-all: build
+	$(BIN)/python -m pytest
+
+build: $(VENV)/built
+$(VENV)/ready:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gingham needs Python 3.11 or newer"'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	touch $@
+
+$(VENV)/installed: pyproject.toml setup.py | $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# the editable install serves the Python half from python/, so that C++ changes alone need only CMake
+$(VENV)/built: $(SOURCES) | $(VENV)/installed
+	$(BIN)/cmake -S . -B build/make -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null
+	$(BIN)/cmake --build build/make
+	touch $@
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check python tests bench examples setup.py
+	$(BIN)/ruff format --check python tests bench examples setup.py
+	$(BIN)/mypy
+	find csrc bench tests -name '*.cc' -o -name '*.h' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
+
+sanitize: $(VENV)/installed
+	for kind in address thread; do \
+	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind > /dev/null && \
+	  $(BIN)/cmake --build build/$$kind --target core_tests && build/$$kind/core_tests || exit 1; \
+	done
+
+clean:
+	rm -rf build python/gingham/_C*.so python/gingham/bin $(VENV)/installed $(VENV)/built
