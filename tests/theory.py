@@ -1,0 +1,209 @@
+"""What every call must receive, in bytes and messages per axis, from THEORY.md alone: imports nothing of gingham.
+
+A Grid is pm x pn x pk ranks; in 2.5d m is (depth, row). Words are summed over all ranks of the job, which is exact for
+sizes that do not divide too; messages are what each single rank receives. Example, Y = X W on 2x2x1, M = K = N = 4:
+X travels along n: MK(pn-1) = 16 words in all, 4 per rank, one message; W along m: the same; Y stays.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+PRODUCTS = ("y", "dx", "dw")
+
+
+def cuts(length: int, parts: int) -> list[tuple[int, int]]:
+    """torch.chunk: pieces of ceil(length / parts), the last ones shorter or empty."""
+    step = -(-length // parts)
+    return [(min(i * step, length), min((i + 1) * step, length)) for i in range(parts)]
+
+
+def nested_cuts(length: int, sizes: Iterable[int]) -> list[tuple[int, int]]:
+    """Cut axis by axis: 37 over (2, 3) gives lengths 7,7,5,6,6,6."""
+    pieces = [(0, length)]
+    for size in sizes:
+        pieces = [(a + x, a + y) for a, b in pieces for x, y in cuts(b - a, size)]
+    return pieces
+
+
+@dataclass
+class Grid:
+    """depth: the part of pm over which W is replicated (2.5d); sharded: W is cut over depth too.
+    rows: "" (activations cut over m), "replicated" (1d classic) or "sequence" (1d): P = pn, outer and inner differ."""
+
+    pm: int = 1
+    pn: int = 1
+    pk: int = 1
+    depth: int = 1
+    sharded: bool = False
+    rows: str = ""
+    names: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return self.pm * self.pn * self.pk
+
+    def key(self, role: str) -> str:
+        """The name under which traffic() counts m, row, depth, n or k."""
+        return self.names.get(role, role)
+
+
+@dataclass
+class Cost:
+    """words: summed over all ranks; messages: per rank; both by axis."""
+
+    words: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+
+    def add(self, axis: str, words: int, messages: int) -> None:
+        if words or messages:
+            self.words[axis] += words
+            self.messages[axis] += messages
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.words + other.words, self.messages + other.messages)
+
+    def times(self, factor: int) -> "Cost":
+        return Cost(
+            Counter({axis: words * factor for axis, words in self.words.items()}),
+            Counter({axis: count * factor for axis, count in self.messages.items()}),
+        )
+
+
+def all_gather(cost: Cost, axis: str, size: int, words: int, messages: int = 1) -> None:
+    """words: of the whole operand summed over every group of the axis."""
+    cost.add(axis, words * (size - 1), messages * (size - 1))
+
+
+reduce_scatter = all_gather
+
+
+def all_reduce(cost: Cost, axis: str, size: int, words: int) -> None:
+    cost.add(axis, 2 * words * (size - 1), 2 * (size - 1))
+
+
+def _weight(cost: Cost, grid: Grid, w: int, messages: int) -> None:
+    """W gathered, or dW scattered, over m; replicated over depth every layer of the grid does it for itself."""
+    if grid.depth > 1 and not grid.sharded:
+        all_gather(cost, grid.key("row"), grid.pm // grid.depth, w * grid.depth, messages)
+    else:
+        all_gather(cost, grid.key("m"), grid.pm, w, messages)
+
+
+def bias_gradient(grid: Grid, n: int, copies: int) -> Cost:
+    """db all-reduced over m; copies: the ranks that hold the same block of the gathered dY (those along its cut axis)."""
+    cost = Cost()
+    if grid.depth > 1:
+        row = grid.pm // grid.depth
+        all_gather(cost, grid.key("row"), row, n * copies * grid.depth, 2)
+        all_reduce(cost, grid.key("depth"), grid.depth, n * copies)
+    else:
+        all_reduce(cost, grid.key("m"), grid.pm, n * copies)
+    return cost
+
+
+def step(grid: Grid, m: int, k: int, ns: list[int], products: Iterable[str], swapped: bool, slices: int, bias: bool, slice_dim: str = "") -> Cost:
+    """The step of linears that share X, without relayouts: `y` forward, `dx` and `dw` backward with dY gathered once."""
+    cost = Cost()
+    wanted = set(products)
+    loop = slice_dim or ("N" if swapped else "K")
+    x_axis, y_axis = ("k", "n") if swapped else ("n", "k")
+    px, py = (getattr(grid, "p" + axis) for axis in (x_axis, y_axis))
+    s = {"x": slices if loop in "MK" else 1, "w": slices if loop in "KN" else 1, "y": slices if loop in "MN" else 1}
+    x, y, w = m * k, m * sum(ns), k * sum(ns)
+    many = len(ns)
+    x_key, y_key = grid.key(x_axis), grid.key(y_axis)
+    if "y" in wanted:
+        _gather_x(cost, grid, x_key, px, x, s["x"])
+        _weight(cost, grid, w, s["w"] * many)
+        if grid.rows == "replicated":
+            all_reduce(cost, y_key, py, y)
+        else:
+            reduce_scatter(cost, y_key, py, y, s["y"] * many)
+    if wanted & {"dx", "dw"} and grid.rows != "replicated":
+        all_gather(cost, y_key, py, y, s["y"] * many)
+    if "dx" in wanted:
+        _weight(cost, grid, w, s["w"] * many)
+        if grid.rows == "replicated":
+            all_reduce(cost, x_key, px, x)
+        else:
+            reduce_scatter(cost, x_key, px, x, s["x"])
+    if "dw" in wanted:
+        _gather_x(cost, grid, x_key, px, x, s["x"])
+        _weight(cost, grid, w, s["w"] * many)
+        if grid.depth > 1 and not grid.sharded:
+            for n in ns:
+                all_reduce(cost, grid.key("depth"), grid.depth, k * n)
+        if bias:
+            for n in ns:
+                cost += bias_gradient(grid, n, py)
+    return cost
+
+
+def _gather_x(cost: Cost, grid: Grid, axis: str, size: int, x: int, messages: int) -> None:
+    if grid.rows != "replicated":
+        all_gather(cost, axis, size, x, messages)
+
+
+def relayout(grid: Grid, rows: int, features: int, to: str) -> Cost:
+    """Y from `inner` to `outer` or back; the same permutation serves forward and, the other way, backward."""
+    cost = Cost()
+    size = grid.pn * grid.pk
+    if size == 1:
+        return cost
+    if grid.rows == "replicated":
+        if to == "outer":
+            all_gather(cost, grid.key("n"), size, rows * features)
+        return cost
+    if grid.rows == "sequence":
+        stay = sum((b - a) * (d - c) for (a, b), (c, d) in zip(cuts(rows, size), cuts(features, size), strict=True))
+        cost.add(grid.key("n"), rows * features - stay, size - 1)
+        return cost
+    if grid.pn == 1 or grid.pk == 1:
+        return cost
+    outer = nested_cuts(features, (grid.pk, grid.pn))
+    inner = nested_cuts(features, (grid.pn, grid.pk))
+    stay = 0
+    for k in range(grid.pk):
+        for n in range(grid.pn):
+            a, b = outer[k * grid.pn + n]
+            c, d = inner[n * grid.pk + k]
+            stay += max(0, min(b, d) - max(a, c))
+    cost.words[grid.key("nk")] += rows * (features - stay)
+    return cost
+
+
+def linear(
+    grid: Grid,
+    m: int,
+    k: int,
+    n: int | list[int],
+    *,
+    layout: str = "outer->outer",
+    swapped: bool = False,
+    bias: bool = True,
+    products: Iterable[str] = PRODUCTS,
+    slices: int = 1,
+) -> Cost:
+    """A Linear layer, or several that share X: the step of its layout and at most one relayout each way."""
+    ns = [n] if isinstance(n, int) else n
+    products = set(products)
+    differ = bool(grid.rows) or (grid.pn > 1 and grid.pk > 1)
+    if differ and layout != "outer->outer":
+        swapped = layout == "inner->outer"
+    shape = grid
+    slice_dim = ""
+    if grid.rows:
+        # one axis plays n in a column step and, once more, n in the mirrored row step
+        slice_dim = "M"
+    cost = step(shape, m, k, ns, products, swapped, slices, bias, slice_dim)
+    if not differ or layout != "outer->outer":
+        return cost
+    moved = [k] if swapped else ns
+    forward, backward = ("inner", "outer") if swapped else ("outer", "inner")
+    for features in moved:
+        if "y" in products:
+            cost += relayout(grid, m, features, forward)
+        if ("dx" in products) if swapped else (products & {"dx", "dw"}):
+            cost += relayout(grid, m, features, backward)
+    return cost
