@@ -39,11 +39,14 @@ def _environment(rank: int, size: int, store: str) -> dict[str, str]:
 
 
 def _answer(rank: int, message: bytes) -> bytes:
+    from gingham.job import report_failure
+
     try:
         fn, args, environment = cloudpickle.loads(message)
         os.environ.update(environment)
         result = cloudpickle.dumps((True, fn(rank, *args), None))
     except BaseException as error:
+        report_failure(error)
         text = traceback.format_exc()
         try:
             result = cloudpickle.dumps((False, text, error))
@@ -55,18 +58,18 @@ def _answer(rank: int, message: bytes) -> bytes:
 def serve(rank: int, pipe: Connection) -> None:
     """The loop of one rank; a call's mesh is destroyed before the next call."""
     import torch
-
-    import gingham
+    from gingham import job, mesh
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    mesh.set_num_threads(1)
     while True:
         try:
             message = pipe.recv_bytes()
         except EOFError:
             return
         pipe.send_bytes(_answer(rank, message))
-        gingham.destroy()
+        job.destroy()
 
 
 class Pool:
@@ -79,7 +82,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor", "cloudpickle"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "cloudpickle", "gingham"])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, theirs), daemon=True, name=f"rank {rank}")

@@ -26,14 +26,16 @@ CORE_FOLDERS = {
 PYTHON_MODULES = {
     "errors": set(),
     "layout": {"errors"},
-    "mesh": {"layout", "errors", "_C"},
+    "rendezvous": set(),
+    "mesh": {"layout", "errors", "rendezvous", "_C"},
     "functional": {"layout", "mesh", "errors", "_C"},
     "nn": {"layout", "mesh", "functional", "errors", "nn"},
     "convert": {"layout", "mesh", "functional", "nn", "errors"},
     "parallel": {"layout", "mesh", "errors", "parallel"},
     "checkpoint": {"layout", "mesh", "errors"},
     "planner": {"mesh", "layout", "errors"},
-    "spawn": {"errors"},
+    "job": {"layout", "mesh", "rendezvous", "errors"},
+    "spawn": {"job", "mesh", "rendezvous", "errors"},
 }
 MODE_FILES = {"mesh.py", "planner.py", "train.py", "cli.py"}
 MODE = re.compile(r"""["'](1d|2d|2\.5d|3d)["']""")

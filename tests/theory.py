@@ -43,6 +43,20 @@ class Grid:
     def size(self) -> int:
         return self.pm * self.pn * self.pk
 
+    @classmethod
+    def of(cls, mode: str = "grid", size: int = 1, depth: int = 1, grid: tuple[int, int, int] = (1, 1, 1), **flags: bool) -> "Grid":
+        """The grid of gingham.init's arguments, with the axis names under which its mesh counts."""
+        if mode == "1d":
+            return cls(pn=size, rows="sequence" if flags.get("sequence") else "replicated", names={"n": "tp"})
+        if mode in ("2d", "2.5d"):
+            q = round((size // depth) ** 0.5)
+            names = {"m": "m" if depth > 1 else "row", "n": "col"}
+            return cls(depth * q, q, 1, depth=depth, sharded=flags.get("shard_depth", False), names=names)
+        if mode == "3d":
+            p = round(size ** (1 / 3))
+            grid = (p, p, p)
+        return cls(*grid, names={"nk": "features"})
+
     def key(self, role: str) -> str:
         """The name under which traffic() counts m, row, depth, n or k."""
         return self.names.get(role, role)

@@ -1,0 +1,98 @@
+"""`python -m gingham train|doctor|bench`: the main job, what this installation is made of, the microbenchmark."""
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+MODES = ("1d", "2d", "2.5d", "3d")
+LATER = ("plan", "trace", "ckpt")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(prog="python -m gingham", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|doctor|bench")
+    _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
+    commands.add_parser("doctor", help="versions, BLAS, cores, what was built")
+    commands.add_parser("bench", help="run the microbenchmark (arguments are passed on)", add_help=False)
+    for name in LATER:
+        commands.add_parser(name, help="not built yet", add_help=False)
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.command in LATER:
+        print(f"gingham {chosen.command}: not built yet; train, doctor and bench are", file=sys.stderr)
+        return 2
+    if chosen.command == "bench":
+        return bench(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if chosen.command == "doctor":
+        return doctor()
+    from .train import train
+
+    return train(chosen)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    grid = parser.add_argument_group("grid")
+    grid.add_argument("--ranks", type=int, default=0, help="processes to start (default: torchrun's number, or what the grid needs)")
+    grid.add_argument("--mode", choices=MODES, help="default: 2.5d with depth 2 on 8 ranks, or grid where --grid is given")
+    grid.add_argument("--depth", type=int, default=0, help="layers of a 2.5d grid")
+    grid.add_argument("--grid", type=_grid, metavar="pm,pn,pk", help="any grid instead of a mode")
+    grid.add_argument("--sequence", action="store_true", help="1d: cut the rows between the layers instead of replicating them")
+    model = parser.add_argument_group("model")
+    for name, value in (("layers", 4), ("width", 256), ("heads", 8), ("context", 128)):
+        model.add_argument(f"--{name}", type=int, default=value)
+    model.add_argument("--dropout", type=float, default=0.1)
+    run = parser.add_argument_group("run")
+    run.add_argument("--text", help="file or folder to read (default: the Python standard library's sources)")
+    run.add_argument("--steps", type=int, default=200)
+    run.add_argument("--batch", type=int, default=8, help="samples of a step, over all ranks")
+    run.add_argument("--lr", type=float, default=3e-4)
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--compare-serial", action="store_true", help="train the same torch.nn model in one process as well")
+    run.add_argument("--sample", type=int, default=160, metavar="BYTES", help="length of the text generated at the end")
+    run.add_argument("--plot", default="loss.png", help="where the loss curve goes; '' for none")
+
+
+def _grid(text: str) -> tuple[int, int, int]:
+    try:
+        pm, pn, pk = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected three numbers such as 2,2,2") from None
+    return pm, pn, pk
+
+
+def bench(arguments: list[str]) -> int:
+    binary = Path(__file__).parent / "bin" / "microbench"
+    if not binary.exists():
+        print(f"gingham bench: {binary} was not built; reinstall with `pip install .` or run `make build`", file=sys.stderr)
+        return 2
+    return subprocess.run([str(binary), *arguments], check=False).returncode
+
+
+def doctor() -> int:
+    import torch
+
+    rows = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("DLPack C exchange API", "found" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "missing: torch >= 2.10 is needed"),
+        ("cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
+        ("microbench", "built" if (Path(__file__).parent / "bin" / "microbench").exists() else "not built"),
+        ("CUDA", "not built: this release computes on the CPU only"),
+    ]
+    good = True
+    try:
+        from . import mesh
+
+        rows += [("gingham", mesh.version()), ("BLAS", mesh.blas())]
+    except Exception as error:
+        good = False
+        rows.append(("gingham", f"cannot be used: {type(error).__name__}: {error}"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0 if good else 1
