@@ -116,7 +116,9 @@ def bias_gradient(grid: Grid, n: int, copies: int) -> Cost:
     return cost
 
 
-def step(grid: Grid, m: int, k: int, ns: list[int], products: Iterable[str], swapped: bool, slices: int, bias: bool, slice_dim: str = "") -> Cost:
+def step(
+    grid: Grid, m: int, k: int, ns: list[int], products: Iterable[str], swapped: bool, slices: int, bias: bool, slice_dim: str = ""
+) -> Cost:
     """The step of linears that share X, without relayouts: `y` forward, `dx` and `dw` backward with dY gathered once."""
     cost = Cost()
     wanted = set(products)
