@@ -7,6 +7,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 from collections.abc import Callable, Iterator  # noqa: E402
 
 import pytest  # noqa: E402
+
 from pool import Pool  # noqa: E402
 
 LIMIT = 24  # processes kept at a time: more would crowd out the memory of a small machine

@@ -58,6 +58,7 @@ def _answer(rank: int, message: bytes) -> bytes:
 def serve(rank: int, pipe: Connection) -> None:
     """The loop of one rank; a call's mesh is destroyed before the next call."""
     import torch
+
     from gingham import job, mesh
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -4,6 +4,7 @@ import itertools
 from math import gcd
 
 import pytest
+
 import theory
 from theory import Grid, nested_cuts
 
