@@ -31,10 +31,9 @@ $(VENV)/installed: pyproject.toml setup.py | $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# the editable install serves the Python half from python/, so that C++ changes alone need only CMake
+# the editable install serves the Python half from python/, so that only C++ changes build again
 $(VENV)/built: $(SOURCES) | $(VENV)/installed
-	$(BIN)/cmake -S . -B build/make -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) > /dev/null
-	$(BIN)/cmake --build build/make
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 lint: $(VENV)/installed

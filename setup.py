@@ -1,6 +1,7 @@
 """Runs CMake for pip, nothing else: CMakeLists.txt describes the build, pyproject.toml the package."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -24,9 +25,10 @@ class CMakeBuild(build_ext):
             "GINGHAM_BINDING": "ON",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
+            # an isolated build environment has a new path every time, and the cache would keep the old one's
+            "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         }
-        # an isolated build environment has a new path every time, which a kept CMake cache would not forget
-        configure = ["cmake", "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
+        configure = ["cmake", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja"]
         subprocess.run(configure + [f"-D{name}={value}" for name, value in options.items()], check=True)
         jobs = str(len(os.sched_getaffinity(0)))
         subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], check=True)

@@ -1,0 +1,42 @@
+"""The pool itself: results in order, a failure names its rank, a hang ends, and the next call works."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from pool import Pool, RankError
+
+
+def test_results_in_rank_order_from_the_same_processes(ranks) -> None:
+    pool = ranks(2)
+    first = pool(lambda rank: (rank, os.getpid(), os.environ["WORLD_SIZE"]))
+    second = pool(lambda rank, factor: (rank * factor, os.getpid()), 10)
+    assert [answer[0] for answer in first] == [0, 1] and [answer[0] for answer in second] == [0, 10]
+    assert [answer[1] for answer in first] == [answer[1] for answer in second]
+
+
+def test_a_failure_names_its_rank_and_the_next_call_works(ranks) -> None:
+    def fail(rank: int) -> None:
+        if rank == 1:
+            raise KeyError("lost")
+
+    pool: Pool = ranks(2)
+    with pytest.raises(RankError, match="rank 1") as caught:
+        pool(fail)
+    assert isinstance(caught.value.error, KeyError) and "in fail" in str(caught.value)
+    assert pool(lambda rank: rank) == [0, 1]
+
+
+def test_a_hang_and_a_kill_end(ranks) -> None:
+    def hang(rank: int) -> str:
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "alive"
+
+    pool: Pool = ranks(2)
+    outcomes = pool(hang, outcomes=True)
+    assert isinstance(outcomes[0], RankError) and "-9" in str(outcomes[0]) and outcomes[1] == "alive"
+    with pytest.raises(RankError, match="no answer within 1 s"):
+        pool(lambda rank: time.sleep(60), timeout=1.0)
