@@ -1,0 +1,33 @@
+"""gingham: tensor-parallel matrix products on 1D, 2D, 2.5D and 3D grids of processors, for PyTorch."""
+
+import sys as _sys
+
+import torch as _torch
+
+if not _sys.platform.startswith("linux"):
+    raise ImportError(f"gingham runs on Linux only (it shares memory by memfd and watches peers by pidfd); this is {_sys.platform}")
+if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
+    raise ImportError(f"gingham needs torch 2.10 or newer (DLPack's C exchange API); found torch {_torch.__version__}")
+
+from . import nn  # noqa: E402
+from .functional import matmul  # noqa: E402
+from .job import destroy, init  # noqa: E402
+from .mesh import Mesh, MeshError, PeerDied, PeerStalled, ShapeError, version  # noqa: E402
+from .nn import clip_grad_norm_, cross_entropy  # noqa: E402
+from .spawn import spawn  # noqa: E402
+
+__version__ = version()
+__all__ = [
+    "Mesh",
+    "MeshError",
+    "PeerDied",
+    "PeerStalled",
+    "ShapeError",
+    "clip_grad_norm_",
+    "cross_entropy",
+    "destroy",
+    "init",
+    "matmul",
+    "nn",
+    "spawn",
+]

@@ -1,0 +1,369 @@
+"""The autograd functions over the C++ steps: linear maps, matmul, change of layout, dropout.
+
+A linear map Y = X W has three products on one grid (THEORY.md section 1): forward computes Y, backward computes dX and
+dW (and db) in one call that gathers dY once. Parameters arrive as DTensors and are unwrapped here; gradients leave as
+DTensors of the same placements. Nothing here sums gradients over replicas of an activation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from . import _C, gradients
+from .layout import Block, Cuts, Layout, Names, coordinates_of, interval, members, offsets, slices, within
+from .layout import relayout as relayout_plan
+from .mesh import Mesh, MeshError, ShapeError, check_local, current
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """What one linear map, or several that share X, needs on every call. x, y: (the caller's layout, the step's)."""
+
+    mesh: Mesh
+    step: Any
+    k: int
+    n: tuple[int, ...]
+    swapped: bool
+    x: tuple[Layout, Layout]
+    y: tuple[Layout, Layout]
+    weight_cuts: Cuts
+    bias_cuts: Cuts
+    k_local: int
+    n_local: tuple[int, ...]
+
+
+def linear_plan(mesh: Mesh, k: int, n: list[int], layout: str, swapped: bool | str | None, name: str = "linear") -> LinearPlan:
+    """The plan of linear maps [.., k] -> [.., n_i] that share X. Where mesh.outer and mesh.inner differ the layout
+    decides which trade of axes is used, and a `swapped` that disagrees is a MeshError; elsewhere `swapped` is free."""
+    ends = layout.split("->")
+    if layout not in ("outer->outer", "outer->inner", "inner->outer"):
+        raise MeshError(f"layout={layout!r}: expected 'outer->outer', 'outer->inner' or 'inner->outer'")
+    if swapped not in (None, False, True, "auto"):
+        raise MeshError(f"swapped={swapped!r}: expected None, False, True or 'auto'")
+    differ = mesh.outer != mesh.inner
+    if differ and layout != "outer->outer":
+        needed = layout == "inner->outer"
+        if swapped not in (None, "auto", needed):
+            raise MeshError(f"swapped={swapped} disagrees with layout={layout!r}, which is swapped={needed} on {mesh}")
+        swapped = needed
+    elif swapped == "auto":
+        swapped = swapping_is_cheaper(mesh, k, sum(n))
+    swapped = bool(swapped)
+    given = [mesh.layout(end) for end in ends]
+    first, second = (mesh.axes.n, mesh.axes.k) if swapped else (mesh.axes.k, mesh.axes.n)
+    cut_again = tuple(name for name in mesh.axes.m if name not in mesh.axes.depth)
+    x, y = (mesh.inner, mesh.outer) if swapped else (mesh.outer, mesh.inner)
+    out, into = (second + cut_again, first) if swapped else (second, first + cut_again)
+    return LinearPlan(
+        mesh,
+        make_step(mesh, name, k, n, swapped, (x, y)),
+        k,
+        tuple(n),
+        swapped,
+        (given[0], x),
+        (given[1], y),
+        (out, into),
+        (second,),
+        mesh.interval(k, x.features)[1],
+        tuple(mesh.interval(size, y.features)[1] for size in n),
+    )
+
+
+def swapping_is_cheaper(mesh: Mesh, k: int, n: int) -> bool:
+    """Words of forward and backward (THEORY.md section 4), 3x(pn-1) + 2y(pk-1) against the same with n and k traded."""
+    _, pn, pk = mesh.grid
+    return 3 * k * (pk - 1) + 2 * n * (pn - 1) < 3 * k * (pn - 1) + 2 * n * (pk - 1)
+
+
+def make_step(mesh: Mesh, name: str, k: int, n: list[int], swapped: bool, layouts: tuple[Layout, Layout] | None) -> Any:
+    """The C++ step. layouts: of X and Y, which may leave an operand whole (classic 1d) or cut it along M (sequence);
+    None: the plain step of matmul, with every operand cut, B over all of m."""
+    axes = mesh.axes
+    first, second = (axes.n, axes.k) if swapped else (axes.k, axes.n)
+    plain = layouts is None
+    again = axes.m if plain else tuple(axis for axis in axes.m if axis not in axes.depth)
+
+    def activation(index: int, size: int, first: Names, second: Names) -> Any:
+        block = mesh.interval(size, first)[1]
+        replicated = False
+        if layouts is not None and not set(second) <= set(layouts[index].features):
+            if set(second) <= set(layouts[index].rows):
+                return _C.Operand(mesh.axis(second), 0, [], False)
+            replicated = True
+        return _C.Operand(mesh.axis(second), 1, _points(mesh, block, second), replicated)
+
+    def weight(size: int) -> Any:
+        block = mesh.interval(size if swapped else k, second if swapped else first)[1]
+        return _C.Operand(mesh.axis(again), 1 if swapped else 0, _points(mesh, block, again), False)
+
+    along_rows = layouts is not None and any(set(second) & set(layout.rows) for layout in layouts)
+    return _C.Step(
+        mesh.job,
+        name,
+        activation(0, k, first, second),
+        [weight(size) for size in n],
+        [activation(1, size, second, first) for size in n],
+        None if plain else mesh.axis(axes.depth),
+        "M" if along_rows else "N" if swapped else "K",
+        k,
+        list(n),
+        mesh.slices,
+        mesh.source,
+        not plain,
+    )
+
+
+def _points(mesh: Mesh, size: int, names: Names) -> list[int]:
+    return offsets(size, [mesh.sizes[name] for name in names])
+
+
+def local_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient in the form of its parameter."""
+    if local is None or not isinstance(parameter, DTensor):
+        return local
+    return DTensor(local, parameter._spec, requires_grad=False)
+
+
+def linear(
+    x: torch.Tensor,
+    weights: list[torch.Tensor],
+    biases: list[torch.Tensor | None],
+    plan: LinearPlan,
+    epilogue: str = "none",
+) -> list[torch.Tensor]:
+    """y_i = epilogue(x weights_i^T + biases_i), x [..., K], y_i [..., N_i], each in the caller's layouts.
+
+    weights: DTensors [out, in] cut as plan.weight_cuts. Raises TypeError for a tensor that is not plain, local and of
+    the weights' dtype, ShapeError for a wrong last dim. Bytes: THEORY.md section 4, and one relayout where layouts ask.
+    """
+    check_local(x, "linear's x")
+    x = relayout(x, plan.mesh, *plan.x, plan.k)
+    if x.dim() == 0 or x.shape[-1] != plan.k_local:
+        raise ShapeError(
+            f"linear {plan.k} -> {plan.n}: rank {plan.mesh.rank} got x of shape {tuple(x.shape)}, expected [..., {plan.k_local}],"
+            f" its block of {plan.k} features; pass mesh.scatter(x_full) or the output of a layer of the same mesh"
+        )
+    dtypes = {tensor.dtype for tensor in (*weights, *biases) if tensor is not None}
+    if dtypes != {x.dtype}:
+        raise TypeError(f"linear: x is {x.dtype} but its parameters are {sorted(map(str, dtypes))}; use .to(dtype) on one of them")
+    outputs = _Linear.apply(x, plan, epilogue, *weights, *biases)
+    return [relayout(y, plan.mesh, plan.y[1], plan.y[0], size) for y, size in zip(outputs, plan.n, strict=True)]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, plan: LinearPlan, epilogue: str, *parameters: torch.Tensor | None) -> Any:
+        count = len(plan.n)
+        weights = [local_of(weight) for weight in parameters[:count]]
+        x = x.contiguous()
+        outputs = plan.step.forward(x, weights, [local_of(bias) for bias in parameters[count:]], epilogue)
+        ys, before = outputs[:count], outputs[count:]
+        ctx.plan, ctx.parameters, ctx.count = plan, parameters, count
+        ctx.save_for_backward(x, *weights, *before)
+        return tuple(_with_inner_dims(y, x, axis) for y, axis in zip(ys, plan.n_local, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+        count, plan, parameters = ctx.count, ctx.plan, ctx.parameters
+        x, *saved = ctx.saved_tensors
+        weights, before = saved[:count], saved[count:]
+        dys = [dy.contiguous() for dy in cotangents]
+        if before:
+            dys = [_C.gelu_backward(dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        need_w, need_b = needs[:count], list(needs[count:])
+        later = [gradients.may_reduce_later(plan.mesh, weight) if need else False for weight, need in zip(parameters, need_w, strict=False)]
+        defer = any(need_w) and all(ok for ok, need in zip(later, need_w, strict=True) if need)
+        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, any(need_w), need_b, not defer)
+        grads = [like(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
+        if defer:
+            for weight, dw, need in zip(parameters, dws, need_w, strict=False):
+                if need:
+                    gradients.reduce_later(plan.mesh, weight, dw)
+        biases = [like(db, bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
+        return None if dx is None else dx.view(x.shape), None, None, *grads, *biases
+
+
+def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.Tensor:
+    """Y's rows may come flat, [rows, features], where their number changes; the dims between are X's."""
+    inner = x.shape[1:-1]
+    rows = y.numel() // features if features else y.shape[:-1].numel()
+    return y.view(rows // max(1, prod(inner)), *inner, features) if x.dim() > 1 else y.view(features)
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tuple[int, int, int] | None = None) -> torch.Tensor:
+    """C[M,N] = A[M,K] B[K,N] on the blocks of mesh.scatter(operand="a"), "b"; returns this rank's block "c".
+
+    Differentiable twice. shape=(M, K, N) is needed where a size does not divide by its axes, else ShapeError. Bytes:
+    the step of THEORY.md section 1 with no operand replicated: [MK(pn-1) + KN(pm-1) + MN(pk-1)] / P words forward.
+    """
+    mesh = current(mesh)
+    for tensor, name in ((a, "a"), (b, "b")):
+        check_local(tensor, f"matmul's {name}")
+        if tensor.dim() != 2:
+            raise ShapeError(f"matmul: {name} has shape {tuple(tensor.shape)}, expected a matrix")
+    if a.dtype != b.dtype or not a.is_floating_point():
+        raise TypeError(f"matmul: a is {a.dtype} and b is {b.dtype}, expected one floating-point dtype; use .to(dtype)")
+    pm, pn, pk = mesh.grid
+    m, k, n = shape or (a.shape[0] * pm, a.shape[1] * pk * pn, b.shape[1] * pn)
+    got = [tuple(a.shape), tuple(b.shape)]
+    expected = [
+        tuple(mesh.interval(size, names)[1] for size, names in zip(full, mesh.cuts(name, 2), strict=True))
+        for name, full in (("a", (m, k)), ("b", (k, n)))
+    ]
+    if got != expected or (shape is None and n % (pn * pk)):
+        fix = "check the blocks (mesh.scatter makes them)" if shape else "pass shape=(M, K, N) where sizes do not divide by the grid"
+        raise ShapeError(f"matmul of {(m, k, n)} on rank {mesh.rank} {mesh.coordinates}: got blocks {got}, expected {expected}; {fix}")
+    key = ("matmul", k, n)
+    if key not in mesh.steps:
+        mesh.steps[key] = make_step(mesh, "matmul", k, [n], False, None)
+    return _Product.apply(a, b, mesh.steps[key])
+
+
+class _Product(torch.autograd.Function):
+    """Y = X W. Each of the three products' gradients is made of the other two, on the same operand layouts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, step: Any) -> torch.Tensor:
+        ctx.step = step
+        ctx.save_for_backward(x, w)
+        return step.forward(x.contiguous(), [w.contiguous()], [None])[0]
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        x, w = ctx.saved_tensors
+        need_x, need_w, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            dx = _InputGradient.apply(dy, w, ctx.step) if need_x else None
+            return dx, _WeightGradient.apply(x, dy, ctx.step) if need_w else None, None
+        dx, dws, _ = ctx.step.backward(x.contiguous(), [w.contiguous()], [dy.contiguous()], need_x, need_w, [False])
+        return dx, dws[0], None
+
+
+class _InputGradient(torch.autograd.Function):
+    """dX = dY W^T."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: torch.Tensor, w: torch.Tensor, step: Any) -> torch.Tensor:
+        ctx.step = step
+        ctx.save_for_backward(dy, w)
+        return step.backward(None, [w.contiguous()], [dy.contiguous()], True, False, [False])[0]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        dy, w = ctx.saved_tensors
+        need_dy, need_w, _ = ctx.needs_input_grad
+        ddy = _Product.apply(g, w, ctx.step) if need_dy else None
+        return ddy, _WeightGradient.apply(g, dy, ctx.step) if need_w else None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    """dW = X^T dY."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, dy: torch.Tensor, step: Any) -> torch.Tensor:
+        ctx.step = step
+        ctx.save_for_backward(x, dy)
+        return step.backward(x.contiguous(), [None], [dy.contiguous()], False, True, [False])[1][0]
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> Any:
+        x, dy = ctx.saved_tensors
+        need_x, need_dy, _ = ctx.needs_input_grad
+        dx = _InputGradient.apply(dy, g, ctx.step) if need_x else None
+        return dx, _Product.apply(x, g, ctx.step) if need_dy else None, None
+
+
+def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
+    """x [rows, ..., features] moved from one layout to the other; `features`: the global size of the last dim.
+
+    Its gradient is the opposite relayout. Bytes: every word that a rank's new block has and its old one had not, at
+    most one message a peer; nothing where the layouts are equal or the new block lies inside the old one.
+    """
+    return x if source == target else _Relayout.apply(x, mesh, source, target, features)
+
+
+class _Relayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
+        ctx.arguments = mesh, target, source, features
+        held = mesh.interval(features, source.features)[1]
+        if x.shape[-1] != held:
+            raise ShapeError(f"relayout: rank {mesh.rank} got x of shape {tuple(x.shape)}, expected [..., {held}], its block of {features}")
+        flat = x.reshape(x.shape[0] if x.dim() > 1 else 1, x.shape[1:-1].numel(), held)
+        moved = set(source.features + target.features) | set(source.rows) ^ set(target.rows)
+        names = tuple(name for name in mesh.sizes if name in moved)
+        blocks = _blocks(mesh, names, (source, target), flat, features)
+        me = members(names, mesh.sizes, mesh.coordinates).index(mesh.rank)
+        plan = relayout_plan(blocks[0], blocks[1], me)
+        new = mesh.empty([length for _, length in blocks[1][me]], x.dtype)
+        new[slices(plan.kept[1])] = flat[slices(plan.kept[0])]
+        if not all(within(after, before) for before, after in zip(*blocks, strict=True)):
+            sends = [(piece.peer, flat[slices(piece.block)].contiguous()) for piece in plan.sends]
+            receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
+            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."))
+            for piece, tensor in zip(plan.receives, arrived, strict=True):
+                new[slices(piece.block)] = tensor
+        return new.view(new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else new.view(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return relayout(grad, *ctx.arguments), None, None, None, None
+
+
+def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torch.Tensor, features: int) -> list[list[Block]]:
+    """Every member's block of [rows, between, features] before and after, rows counted among the members."""
+    places = [coordinates_of(rank, mesh.sizes) for rank in members(names, mesh.sizes, mesh.coordinates)]
+    source, target = (tuple(name for name in layout.rows if name in names) for layout in layouts)
+    total = flat.shape[0]
+    before = [(0, total)] * len(places)
+    if source:
+        counts = [int(count) for count in mesh.axis(names).all_gather(torch.tensor([total]), mesh.source, False)]
+        before, total = [(sum(counts[:index]), count) for index, count in enumerate(counts)], sum(counts)
+    after = [interval(total, target, mesh.sizes, place) for place in places]
+    return [
+        [(row, (0, flat.shape[1]), interval(features, layout.features, mesh.sizes, place)) for row, place in zip(rows, places, strict=True)]
+        for rows, layout in zip((before, after), layouts, strict=True)
+    ]
+
+
+def dropout(
+    x: torch.Tensor, p: float, key: tuple[int, int, int], mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1)
+) -> torch.Tensor:
+    """x * keep / (1 - p), keep drawn by Philox from key = (seed, name, call) and the global index of each element.
+
+    dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset.
+    """
+    check_local(x, "dropout's x")
+    shape, start = list(x.shape), [0] * x.dim()
+    if mesh is not None and mesh.size > 1:
+        row, feature = (dim % x.dim() for dim in dims)
+        named = mesh.layout(layout)
+        if row == feature:
+            named = Layout(named.rows, ())
+        rows, total, columns, width = mesh.extents(named, x.shape[row], x.shape[feature] if row != feature else 0)
+        start[row], shape[row] = rows[0], total
+        if row != feature:
+            start[feature], shape[feature] = columns[0], width
+    return _Dropout.apply(x, p, key, shape, start)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float, key: tuple[int, int, int], shape: list[int], start: list[int]) -> torch.Tensor:
+        ctx.arguments = p, key, shape, start
+        return _C.dropout(x.contiguous(), p, *key, shape, start)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Dropout.apply(grad, *ctx.arguments), None, None, None, None

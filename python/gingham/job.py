@@ -1,0 +1,113 @@
+"""init and destroy: one job at a time, its mesh the default one; a rank's uncaught exception is told to the others."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from . import mesh, rendezvous
+from .mesh import Axes, Mesh, MeshError, axes_of, axes_of_device_mesh, parse_parallel
+
+_made_group = False
+
+
+def init(
+    mode: str | DeviceMesh | None = None,
+    size: int | None = None,
+    depth: int | None = None,
+    grid: Sequence[int] | None = None,
+    parallel: Mapping[str, Any] | None = None,
+    sequence: bool = False,
+    shard_depth: bool = False,
+    timeout: float = 60.0,
+    source: str = "window",
+    slices: int = 1,
+    link: tuple[float, float] | None = None,
+) -> Mesh:
+    """Starts the job's mesh, on every rank alike, and makes it the default one.
+
+    mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
+    depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)).
+    source "window" | "ring" and `slices` say how panels travel; link=(seconds, bytes per second) slows every message;
+    timeout: seconds after which a silent peer is PeerStalled. Creates torch.distributed's default process group (Gloo)
+    where there is none. Raises MeshError before any of that where the numbers do not fit.
+    """
+    global _made_group
+    if mesh.has_mesh():
+        raise MeshError("gingham.init was called twice: call gingham.destroy() first")
+    device_mesh = mode if isinstance(mode, DeviceMesh) else None
+    if device_mesh is not None:
+        axes = axes_of_device_mesh(device_mesh)
+    elif parallel is not None:
+        if mode is not None or size is not None or depth is not None or grid is not None:
+            raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
+        axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **parse_parallel(parallel)})
+    else:
+        axes = axes_of(mode, size, depth, grid, sequence, shard_depth)
+    if source not in ("window", "ring") or slices < 1:
+        raise MeshError(f"source={source!r}, slices={slices}: expected 'window' or 'ring', and at least 1")
+    rank, world = rendezvous.world()
+    if axes.size != world:
+        raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
+    _made_group = rendezvous.make_process_group()
+    try:
+        job = _attach(rank, axes, (timeout, source, slices, link))
+        if device_mesh is None:
+            device_mesh = DeviceMesh("cpu", torch.arange(world).view(*axes.sizes.values()), mesh_dim_names=tuple(axes.sizes))
+        made = Mesh(axes, rank, job, device_mesh, source, slices, link or (0.0, 0.0))
+    except BaseException:
+        _leave_group()
+        raise
+    if sys.excepthook is not _report_and_print:
+        globals()["_previous_hook"], sys.excepthook = sys.excepthook, _report_and_print
+    mesh.set_current(made)
+    return made
+
+
+def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> Any:
+    """The job of shared memory, made by rank 0 and joined by the others once all agree on the mesh and the version."""
+    job = mesh.Job(0, axes.size, "", options[0]) if rank == 0 else None
+    description = f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, gingham {mesh.version()}"
+    told = rendezvous.all_gather_object((description, job.path if job is not None else ""))
+    descriptions = [text for text, _ in told]
+    usual = max(descriptions, key=descriptions.count)
+    odd = [other for other, text in enumerate(descriptions) if text != usual]
+    if odd:
+        raise MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}")
+    if job is None:
+        job = mesh.Job(rank, axes.size, told[0][1], options[0])
+    job.ready()
+    return job
+
+
+def _leave_group() -> None:
+    global _made_group
+    if _made_group:
+        rendezvous.destroy_process_group()
+    _made_group = False
+
+
+def destroy() -> None:
+    """Ends the mesh, and the process group if init made it. Does nothing where there is no mesh; init may follow."""
+    if mesh.has_mesh():
+        mesh.current().job.close()
+        mesh.set_current(None)
+        _leave_group()
+
+
+def report_failure(error: BaseException) -> None:
+    """Tells the other ranks that this one failed, so that they raise PeerDied with the message at once."""
+    if mesh.has_mesh() and not isinstance(error, mesh.PeerDied | mesh.PeerStalled):
+        mesh.current().job.fail(mesh.current().rank, f"{type(error).__name__}: {error}")
+
+
+_previous_hook = sys.excepthook
+
+
+def _report_and_print(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    report_failure(error)
+    _previous_hook(kind, error, trace)

@@ -1,0 +1,82 @@
+"""Dropout whose mask depends on the element's global index, never on the grid."""
+
+from __future__ import annotations
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any
+
+import torch
+
+from ..functional import dropout
+from ..mesh import Mesh, current, has_mesh
+
+KEPT_CALLS = 4096  # calls whose number a recomputation can still find
+
+_numbers = iter(range(1 << 62))
+
+
+def _restarting_numbers(seed: Callable[..., Any]) -> Callable[..., Any]:
+    """torch tells nobody that it was seeded, so the function that seeds it also restarts the numbering of modules."""
+
+    @functools.wraps(seed)
+    def seed_and_restart(*args: Any, **kwargs: Any) -> Any:
+        global _numbers
+        _numbers = iter(range(1 << 62))
+        return seed(*args, **kwargs)
+
+    return seed_and_restart
+
+
+torch.manual_seed = torch.random.manual_seed = _restarting_numbers(torch.random.manual_seed)  # type: ignore[assignment]
+
+
+class Dropout(torch.nn.Module):
+    """torch.nn.Dropout with masks by Philox4x32-10, keyed by (seed, name, call number, global element index): the same
+    bits on every grid and, without gingham.init, in one process.
+
+    seed: torch.initial_seed(). name: by default the number of this module among those constructed since
+    torch.manual_seed. A forward pass that activation checkpointing repeats reuses its call number (found by torch's
+    random state, which checkpointing restores). layout: of the input; dims: its dims of rows and features. Bytes: none
+    but a control message of 16 bytes a rank that tells the rows' offset, since ranks may hold uneven numbers of rows.
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        name: str | None = None,
+        mesh: Mesh | None = None,
+        layout: str = "outer",
+        dims: tuple[int, int] = (0, -1),
+    ) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout probability {p}: expected 0 <= p < 1")
+        self.p, self.layout, self.dims = p, layout, dims
+        self.mesh = current(mesh) if mesh is not None or has_mesh() else None
+        self.name = name if name is not None else f"dropout{next(_numbers)}"
+        self.calls = 0
+        self._call_of_state: OrderedDict[int, int] = OrderedDict()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.p == 0:
+            return x
+        name = int.from_bytes(blake2b(self.name.encode(), digest_size=8).digest(), "little") >> 1
+        return dropout(x, self.p, (torch.initial_seed() % (1 << 63), name, self._call_number()), self.mesh, self.layout, self.dims)
+
+    def _call_number(self) -> int:
+        """A fresh number, or in a recomputation (the only forward inside a backward) that of the first time."""
+        state = int(torch.randint(1 << 62, ()))
+        if torch._C._current_graph_task_id() != -1:
+            return self._call_of_state.get(state, self.calls - 1)
+        number = self.calls
+        self.calls += 1
+        self._call_of_state[state] = number
+        if len(self._call_of_state) > KEPT_CALLS:
+            self._call_of_state.popitem(last=False)
+        return number
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, name={self.name!r}"

@@ -1,0 +1,82 @@
+"""Cross-entropy of logits whose vocabulary lies on several ranks, without gathering them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..mesh import Mesh, ShapeError, check_local, current
+from .norm import gather_parts
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mesh: Mesh | None = None,
+    layout: str = "outer",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """torch.nn.functional.cross_entropy of local logits [..., vocabulary] (last dim, unlike torch) and targets [...]
+    (cut like rows). "mean" and "sum" run over all rows of the job and are the same number on every rank; "none" gives
+    [...] for this rank's rows.
+
+    One all-gather over the feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a
+    row, and one of (sum, count), 16 bytes, over the row axes; backward moves nothing. Raises ShapeError where logits
+    and targets do not fit.
+    """
+    check_local(logits, "cross_entropy's logits")
+    check_local(target, "cross_entropy's target")
+    if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+        raise ShapeError(f"cross_entropy: logits {tuple(logits.shape)} and target {tuple(target.shape)}: expected [..., V] and [...]")
+    if target.is_floating_point():
+        raise TypeError(f"cross_entropy: target is {target.dtype}, expected class indices of an integer dtype")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    mesh = current(mesh)
+    losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
+    return losses if reduction == "none" else total
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignored: int, smoothing: float, reduction: str
+    ) -> Any:
+        named, shape = mesh.layout(layout), target.shape
+        x, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long()
+        _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
+        kept = target != ignored
+        if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
+            raise ShapeError(f"cross_entropy: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
+        mine = (target >= start) & (target < start + width)
+        column = torch.where(mine, target - start, 0).unsqueeze(1)
+        largest = x.amax(1).double() if width else x.new_full((len(x),), -torch.inf, dtype=torch.float64)
+        exponentials = torch.exp(x.double() - largest.unsqueeze(1))
+        hit = torch.where(mine, x.gather(1, column).squeeze(1).double(), 0.0) if width else torch.zeros_like(largest)
+        part = torch.stack([largest, exponentials.sum(1), hit, x.sum(1, dtype=torch.float64)], 1)
+        parts = gather_parts(mesh, named.features, part)
+        top = parts[..., 0].amax(0)
+        total = torch.where(parts[..., 1] > 0, parts[..., 1] * torch.exp(parts[..., 0] - top), 0.0).sum(0)
+        normaliser = top + total.log()
+        losses = normaliser - (1 - smoothing) * parts[..., 2].sum(0)
+        if smoothing:
+            losses = losses - smoothing / vocabulary * parts[..., 3].sum(0)
+        losses = torch.where(kept, losses, 0.0)
+        summed = gather_parts(mesh, named.rows, torch.stack([losses.sum(), kept.sum().double()])).sum(0)
+        divisor = summed[1] if reduction == "mean" else torch.ones((), dtype=torch.float64)
+        ctx.smoothing, ctx.vocabulary, ctx.reduction, ctx.shape = smoothing, vocabulary, reduction, logits.shape
+        ctx.save_for_backward(x, normaliser, column, mine & kept, kept, divisor)
+        return losses.to(logits.dtype).view(shape), (summed[0] / divisor).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
+        x, normaliser, column, hit, kept, divisor = ctx.saved_tensors
+        slope = d_losses.reshape(-1).double() if ctx.reduction == "none" else (d_total.double() / divisor).expand(len(x))
+        slope = torch.where(kept, slope, 0.0).unsqueeze(1)
+        grad = torch.exp(x.double() - normaliser.unsqueeze(1)) - ctx.smoothing / ctx.vocabulary
+        if x.shape[1]:
+            grad.scatter_add_(1, column, torch.where(hit, ctx.smoothing - 1.0, 0.0).double().unsqueeze(1))
+        return (grad * slope).to(x.dtype).view(ctx.shape), *[None] * 6

@@ -1,0 +1,147 @@
+"""gingham.spawn: run a function on n new processes of this host and return what they return.
+
+The processes are forked from a server that has imported torch and gingham once, so that starting them costs
+milliseconds after the first call. Functions travel by cloudpickle (lambdas and notebook cells work); the script that
+calls spawn is not imported again, so it needs no `if __name__ == "__main__"`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import types
+from collections.abc import Callable
+from contextlib import contextmanager
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+
+from . import job, mesh
+
+PR_SET_PDEATHSIG = 1
+GRACE = 5.0  # seconds that the other ranks get to notice a failure and say what they saw
+
+
+def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
+    """Runs fn(rank, *args) on n new processes; returns their values in rank order.
+
+    Each process sees RANK, WORLD_SIZE and LOCAL_RANK and uses one thread. An exception of a rank is raised here again
+    with `.rank` set and its traceback as a note; of several, the first that is not merely the news of another's death.
+    A rank that dies without one is PeerDied(rank). No process and no file is left behind.
+    """
+    payload = cloudpickle.dumps((fn, args))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "cloudpickle", "gingham"])
+    processes, pipes = [], []
+    with tempfile.TemporaryDirectory(prefix="gingham-") as folder:
+        try:
+            for rank in range(n):
+                ours, theirs = context.Pipe(duplex=False)
+                environment = {**os.environ, **rank_environment(rank, n, str(Path(folder) / "store"))}
+                process = context.Process(target=_serve, args=(rank, environment, payload, theirs), daemon=True, name=f"rank {rank}")
+                with _main_hidden():
+                    process.start()
+                theirs.close()
+                processes.append(process)
+                pipes.append(ours)
+            return _collect(processes, pipes)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+            for pipe in pipes:
+                pipe.close()
+
+
+def rank_environment(rank: int, size: int, store: str) -> dict[str, str]:
+    """What init() reads; `store` is the path of a file that need not exist."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "GINGHAM_STORE": store,
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+@contextmanager
+def _main_hidden() -> Any:
+    """multiprocessing would import the caller's script again in the child; cloudpickle makes that needless."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _serve(rank: int, environment: dict[str, str], payload: bytes, pipe: Connection) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    mesh.set_num_threads(1)
+    try:
+        fn, args = cloudpickle.loads(payload)
+        answer = cloudpickle.dumps((fn(rank, *args), None, ""))
+    except BaseException as error:
+        job.report_failure(error)
+        text = "".join(traceback.format_exception(error))
+        try:
+            answer = cloudpickle.dumps((None, error, text))
+            cloudpickle.loads(answer)
+        except Exception:
+            answer = cloudpickle.dumps((None, RuntimeError(f"{type(error).__name__}: {error}"), text))
+    try:
+        job.destroy()
+    finally:
+        pipe.send_bytes(answer)
+        pipe.close()
+
+
+def _collect(processes: list[Any], pipes: list[Connection]) -> list[Any]:
+    values: list[Any] = [None] * len(pipes)
+    errors: list[BaseException] = []
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline: float | None = None
+    while waiting:
+        ready = wait(list(waiting), None if deadline is None else max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[call-overload]
+            values[rank], error = _receive(processes[rank], pipe, rank)
+            if error is not None:
+                errors.append(error)
+                deadline = deadline or time.monotonic() + GRACE
+    if errors:
+        # a rank that was killed says nothing itself: it is known by its end, which is as good as an exception of its own
+        first_hand = [error for error in errors if not isinstance(error, mesh.PeerDied | mesh.PeerStalled) or hasattr(error, "exitcode")]
+        raise (first_hand or errors)[0]
+    return values
+
+
+def _receive(process: Any, pipe: Connection, rank: int) -> tuple[Any, BaseException | None]:
+    try:
+        value, error, text = cloudpickle.loads(pipe.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        process.join()
+        died = mesh.PeerDied(f"rank {rank} died with exit code {process.exitcode}")
+        died.rank, died.exitcode = rank, process.exitcode
+        return None, died
+    if error is not None:
+        if not isinstance(error, mesh.PeerDied | mesh.PeerStalled):
+            error.rank = rank
+        error.add_note(f"raised on rank {rank}:\n{text}")
+    return value, error
