@@ -47,15 +47,15 @@ class Grid:
     def of(cls, mode: str = "grid", size: int = 1, depth: int = 1, grid: tuple[int, int, int] = (1, 1, 1), **flags: bool) -> "Grid":
         """The grid of gingham.init's arguments, with the axis names under which its mesh counts."""
         if mode == "1d":
-            return cls(pn=size, rows="sequence" if flags.get("sequence") else "replicated", names={"n": "tp"})
+            return cls(pn=size, rows="sequence" if flags.get("sequence") else "replicated", names={"n": "tp", "nk": "tp"})
         if mode in ("2d", "2.5d"):
             q = round((size // depth) ** 0.5)
-            names = {"m": "m" if depth > 1 else "row", "n": "col"}
+            names = {"m": "row" if depth == 1 else "depth" if q == 1 else "m", "n": "col", "nk": "col"}
             return cls(depth * q, q, 1, depth=depth, sharded=flags.get("shard_depth", False), names=names)
         if mode == "3d":
             p = round(size ** (1 / 3))
             grid = (p, p, p)
-        return cls(*grid, names={"nk": "features"})
+        return cls(*grid, names={"nk": "features" if grid[1] > 1 and grid[2] > 1 else "n" if grid[1] > 1 else "k"})
 
     def key(self, role: str) -> str:
         """The name under which traffic() counts m, row, depth, n or k."""
@@ -77,11 +77,9 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.words + other.words, self.messages + other.messages)
 
-    def times(self, factor: int) -> "Cost":
-        return Cost(
-            Counter({axis: words * factor for axis, words in self.words.items()}),
-            Counter({axis: count * factor for axis, count in self.messages.items()}),
-        )
+    def bytes(self, item: int) -> "Cost":
+        """The same with words of `item` bytes counted in bytes."""
+        return Cost(Counter({axis: words * item for axis, words in self.words.items()}), Counter(self.messages))
 
 
 def all_gather(cost: Cost, axis: str, size: int, words: int, messages: int = 1) -> None:
@@ -196,7 +194,7 @@ def linear(
     n: int | list[int],
     *,
     layout: str = "outer->outer",
-    swapped: bool = False,
+    swapped: bool | str = False,
     bias: bool = True,
     products: Iterable[str] = PRODUCTS,
     slices: int = 1,
@@ -207,12 +205,10 @@ def linear(
     differ = bool(grid.rows) or (grid.pn > 1 and grid.pk > 1)
     if differ and layout != "outer->outer":
         swapped = layout == "inner->outer"
-    shape = grid
-    slice_dim = ""
-    if grid.rows:
-        # one axis plays n in a column step and, once more, n in the mirrored row step
-        slice_dim = "M"
-    cost = step(shape, m, k, ns, products, swapped, slices, bias, slice_dim)
+    elif swapped == "auto":
+        swapped = 3 * k * (grid.pk - 1) + 2 * sum(ns) * (grid.pn - 1) < 3 * k * (grid.pn - 1) + 2 * sum(ns) * (grid.pk - 1)
+    swapped = bool(swapped)
+    cost = step(grid, m, k, ns, products, swapped, slices, bias, "M" if grid.rows == "sequence" else "")
     if not differ or layout != "outer->outer":
         return cost
     moved = [k] if swapped else ns
@@ -223,3 +219,83 @@ def linear(
         if ("dx" in products) if swapped else (products & {"dx", "dw"}):
             cost += relayout(grid, m, features, backward)
     return cost
+
+
+def feature_ranks(grid: Grid) -> int:
+    """Ranks among which outer cuts the features."""
+    return 1 if grid.rows else grid.pn * grid.pk
+
+
+def row_ranks(grid: Grid) -> tuple[str, int]:
+    """Ranks among which outer cuts the rows, and their axis."""
+    return (grid.key("n"), grid.pn if grid.rows == "sequence" else 1) if grid.rows else (grid.key("m"), grid.pm)
+
+
+def layer_norm(grid: Grid, rows: int, features: int, item: int = 4) -> Cost:
+    """Bytes, outer layout: two float64 sums a row each way; gamma's and beta's gradients in one all-reduce."""
+    cost = Cost()
+    ranks = feature_ranks(grid)
+    all_gather(cost, grid.key("nk"), ranks, 2 * 16 * rows * ranks, 2)
+    axis, size = row_ranks(grid)
+    all_reduce(cost, axis, size, 2 * features * max(4, item))
+    return cost
+
+
+def embedding(grid: Grid, count: int, width: int) -> Cost:
+    """Words: the table gathered forward, its gradient scattered backward over the row ranks, then summed over depth."""
+    cost = Cost()
+    if grid.rows == "replicated":
+        all_gather(cost, grid.key("n"), grid.pn, count * width)
+    elif grid.rows == "sequence":
+        all_gather(cost, grid.key("n"), grid.pn, count * width, 1)
+        reduce_scatter(cost, grid.key("n"), grid.pn, count * width, 1)
+    else:
+        _weight(cost, grid, count * width, 2)
+        cost.words = Counter({axis: 2 * words for axis, words in cost.words.items()})
+        if grid.depth > 1 and not grid.sharded:
+            all_reduce(cost, grid.key("depth"), grid.depth, count * width)
+    return cost
+
+
+def cross_entropy(grid: Grid, rows: int, layout: str = "outer") -> Cost:
+    """Bytes: four float64 numbers a row over the feature ranks; (sum, count) over the row ranks; backward nothing."""
+    cost = Cost()
+    inner = layout == "inner"
+    ranks = grid.pn * grid.pk if inner else feature_ranks(grid)
+    all_gather(cost, grid.key("nk"), ranks, 32 * rows * ranks)
+    axis, size = (grid.key("n"), 1) if inner and grid.rows else row_ranks(grid)
+    cost.add(axis, 16 * (size - 1) * grid.size, size - 1)
+    return cost
+
+
+def attention(grid: Grid, rows: int, width: int, swapped: bool | str = False, slices: int = 1) -> Cost:
+    """Words of q, k and v, which share one gathered X, and of o; attention itself moves nothing, dropout neither."""
+    projections = linear(grid, rows, width, [width] * 3, layout="outer->inner", swapped=swapped, slices=slices)
+    return projections + linear(grid, rows, width, width, layout="inner->outer", swapped=swapped, slices=slices)
+
+
+def mlp(grid: Grid, rows: int, width: int, hidden: int, swapped: bool | str = False, slices: int = 1) -> Cost:
+    first = linear(grid, rows, width, hidden, layout="outer->inner", swapped=swapped, slices=slices)
+    return first + linear(grid, rows, hidden, width, layout="inner->outer", swapped=swapped, slices=slices)
+
+
+@dataclass(frozen=True)
+class GPT:
+    layers: int = 4
+    width: int = 256
+    vocabulary: int = 256
+    context: int = 128
+    swapped: bool | str = "auto"
+
+    def step(self, grid: Grid, batch: int, item: int = 4, slices: int = 1) -> Cost:
+        """Bytes of forward and backward of one step on [batch, context] tokens, loss over logits in the inner layout."""
+        rows = batch * self.context
+        cost = embedding(grid, self.vocabulary, self.width) + embedding(grid, self.context, self.width)
+        for _ in range(self.layers):
+            cost += attention(grid, rows, self.width, self.swapped, slices)
+            cost += mlp(grid, rows, self.width, 4 * self.width, self.swapped, slices)
+        cost += linear(grid, rows, self.width, self.vocabulary, layout="outer->inner", swapped=self.swapped, slices=slices)
+        cost = cost.bytes(item)
+        for _ in range(2 * self.layers + 1):
+            cost += layer_norm(grid, rows, self.width, item)
+        return cost + cross_entropy(grid, rows, "inner")

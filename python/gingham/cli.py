@@ -88,7 +88,7 @@ def doctor() -> int:
     try:
         from . import mesh
 
-        rows += [("gingham", mesh.version()), ("BLAS", mesh.blas())]
+        rows += [("gingham", mesh.version()), ("BLAS", getattr(mesh, "blas", lambda: "unknown")())]
     except Exception as error:
         good = False
         rows.append(("gingham", f"cannot be used: {type(error).__name__}: {error}"))

@@ -1,0 +1,280 @@
+"""The main job: train a GPT on text over a grid of ranks, and prove that it computes what one process would.
+
+Every rank runs `run`; rank 0 shows the plan and the progress. At the end the loss curve stands beside that of the same
+torch.nn model trained in one process, and the bytes that the ranks counted beside the formula.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import gingham
+
+from . import cost
+from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
+from .mesh import axes_of
+
+MESHES = {"1d": 8, "2d": 4, "2.5d": 8, "3d": 8}  # ranks that a mode takes unless --ranks says otherwise
+
+
+def train(options: Namespace) -> int:
+    """The command; returns its exit code. Under torchrun (RANK is set) this process is one rank, else ranks are started."""
+    try:
+        grid = mesh_arguments(options)
+        axes_of(**grid)
+        text = read_text(options.text)
+        batches(text, options.batch, options.context, options.seed)
+    except (ValueError, OSError) as error:
+        print(f"gingham train: {error}", file=sys.stderr)
+        return 2
+    if "RANK" in os.environ:
+        torch.set_num_threads(1)
+        report = run(int(os.environ["RANK"]), options, grid)
+        gingham.destroy()
+        if int(os.environ["RANK"]) != 0:
+            return 0
+    else:
+        report = gingham.spawn(run, grid["size"], options, grid)[0]
+    console = Console()
+    serial = train_serial(options, console) if options.compare_serial else None
+    show_result(console, report, serial)
+    if options.plot:
+        plot(options.plot, report["losses"], serial["losses"] if serial else None, report["mesh"])
+        console.print(f"wrote {options.plot}")
+    if options.sample:
+        console.print("\n[bold]sample of generated text[/]")
+        console.print(report["sample"], markup=False, highlight=False)
+    return 0
+
+
+def mesh_arguments(options: Namespace) -> dict[str, Any]:
+    """Arguments of gingham.init from the command line's; torchrun decides the number of ranks where it runs."""
+    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 0
+    if launched and options.ranks not in (0, launched):
+        raise ValueError(f"--ranks {options.ranks} under a launcher that started {launched} ranks: leave --ranks out")
+    if options.grid:
+        if options.mode:
+            raise ValueError("--grid and --mode exclude each other: give one of them")
+        size = options.grid[0] * options.grid[1] * options.grid[2]
+        if (options.ranks or launched or size) != size:
+            raise ValueError(f"--grid {','.join(map(str, options.grid))} needs {size} ranks, got {options.ranks or launched}")
+        return {"mode": None, "size": size, "grid": options.grid}
+    mode = options.mode or "2.5d"
+    depth = options.depth or (2 if mode == "2.5d" else 1)
+    found: dict[str, Any] = {"mode": mode, "size": options.ranks or launched or MESHES[mode], "depth": depth}
+    return found | ({"sequence": True} if options.sequence else {})
+
+
+def shape_of(options: Namespace) -> Shape:
+    return Shape(options.layers, options.width, options.heads, options.context, options.dropout)
+
+
+def flops(shape: Shape, batch: int) -> int:
+    """Forward and backward of one step: 6 per weight and token, and the two products of attention."""
+    weights = 12 * shape.layers * shape.width**2 + shape.width * VOCABULARY
+    return batch * shape.context * (6 * weights + 12 * shape.layers * shape.width * shape.context)
+
+
+def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
+    """One rank's training run; only rank 0's report is looked at."""
+    mesh = gingham.init(**grid)
+    shape = shape_of(options)
+    model, optimizer = build(parallel_kit(mesh), shape, options)
+    planned = cost.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY))
+    console = Console(quiet=rank != 0, force_terminal=None)
+    show_plan(console, mesh, planned, options)
+    draw = batches(read_text(options.text), options.batch, options.context, options.seed)
+
+    def block(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, target = draw(step)
+        # the loss takes logits in the inner layout, whose rows are whole where outer's are cut over the feature ranks
+        return mesh.scatter(ids), mesh.scatter(target) if mesh.inner.rows else target
+
+    mesh.traffic(reset=True)
+    losses, seconds = loop(model, optimizer, block, options, console, f"{mesh.size} ranks")
+    received = sum(axis["bytes_received"] for axis in mesh.traffic(reset=True).values())
+    memory = mesh.job.memory()
+    figures = {
+        "received": received / max(1, options.steps),
+        "tensors": sum(tensor_bytes(model, optimizer).values()),
+        "workspace": memory["workspace_peak"],
+    }
+    everyone: list[Any] = [None] * mesh.size
+    dist.all_gather_object(everyone, figures)
+    return {
+        "mesh": describe(mesh),
+        "losses": losses,
+        "seconds": seconds,
+        "ranks": everyone,
+        "formula": sum(layer.received for layer in planned) / mesh.size,
+        "sample": sample(model, mesh, shape, options) if options.sample else "",
+    }
+
+
+def build(kit: Kit, shape: Shape, options: Namespace) -> tuple[GPT, torch.optim.Optimizer]:
+    torch.manual_seed(options.seed)
+    model = GPT(kit, shape)
+    return model, torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
+
+
+def loop(model: GPT, optimizer: Any, block: Any, options: Namespace, console: Console, name: str) -> tuple[list[float], float]:
+    """Trains; returns the losses and the seconds of all steps but the first, which pays for memory and threads."""
+    losses: list[float] = []
+    tokens, work = options.batch * options.context, flops(shape_of(options), options.batch)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    begin = time.perf_counter()
+    # ranks beside rank 0 compute only: a progress bar's thread would take a share of their core
+    with Progress(*columns, console=console, disable=console.quiet, refresh_per_second=2) as progress:
+        task = progress.add_task(name, total=options.steps, figures="")
+        for step in range(options.steps):
+            ids, target = block(step)
+            loss = model.loss(model(ids), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            if step == 0:
+                begin = time.perf_counter()
+                continue
+            pace = step / (time.perf_counter() - begin)
+            figures = f"loss {losses[-1]:.3f}  {pace * tokens:,.0f} tokens/s  {pace * work / 1e9:.1f} GFLOP/s"
+            progress.update(task, completed=step + 1, figures=figures)
+    return losses, time.perf_counter() - begin
+
+
+def train_serial(options: Namespace, console: Console) -> dict[str, Any]:
+    """The torch.nn model in this process, with all cores, on the same batches."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    model, optimizer = build(serial_kit(), shape_of(options), options)
+    draw = batches(read_text(options.text), options.batch, options.context, options.seed)
+    losses, seconds = loop(model, optimizer, draw, options, console, "serial")
+    return {"losses": losses, "seconds": seconds, "tensors": sum(tensor_bytes(model, optimizer).values())}
+
+
+def tensor_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Bytes that this process holds of weights, gradients and optimizer state."""
+
+    def held(tensor: Any) -> int:
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        return local.numel() * local.element_size()
+
+    weights = list(model.parameters())
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    return {
+        "weights": sum(map(held, weights)),
+        "gradients": sum(held(weight.grad) for weight in weights if weight.grad is not None),
+        "optimizer": sum(map(held, states)),
+    }
+
+
+@torch.no_grad()
+def sample(model: GPT, mesh: Any, shape: Shape, options: Namespace) -> str:
+    """Text that the model continues from "def ". Every row of the batch, at least one a rank, holds the same text."""
+    model.eval()
+    generator = torch.Generator().manual_seed(options.seed)
+    text = list(b"def ")
+    rows = max(1, mesh.parts(mesh.outer.rows))
+    for _ in range(options.sample):
+        ids = torch.tensor(text[-shape.context :]).repeat(rows, 1)
+        last = mesh.gather(model(mesh.scatter(ids))[:, -1].contiguous(), operand="inner")[0]
+        text.append(int(torch.multinomial(torch.softmax(last / 0.8, -1), 1, generator=generator)))
+    return bytes(text).decode(errors="replace")
+
+
+def describe(mesh: Any) -> str:
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items())
+    return f"{mesh.size} ranks: {axes}"
+
+
+def show_plan(console: Console, mesh: Any, planned: list[cost.Layer], options: Namespace) -> None:
+    table = Table(title=f"{describe(mesh)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, rank 0 of each shape")
+    table.add_column("layer")
+    for heading in ("kind", "weight here", "of", "X here -> Y here"):
+        table.add_column(heading)
+    for heading in ("weight bytes", "received a step"):
+        table.add_column(heading, justify="right")
+    for layer in planned:
+        table.add_row(
+            layer.name, layer.kind, layer.local, layer.whole, layer.blocks, f"{layer.weight:,}", f"{layer.received / mesh.size:,.0f}"
+        )
+    table.add_section()
+    weight, received = sum(layer.weight for layer in planned), sum(layer.received for layer in planned) / mesh.size
+    table.add_row("all", "", "", "", "", f"{weight:,}", f"{received:,.0f}")
+    console.print(table)
+    console.print(
+        f"batch {options.batch} x {options.context} tokens, AdamW at {options.lr:g}, dropout {options.dropout:g}; bytes are one rank's"
+    )
+
+
+def show_result(console: Console, report: dict[str, Any], serial: dict[str, Any] | None) -> None:
+    ranks, losses = report["ranks"], report["losses"]
+    received = sum(rank["received"] for rank in ranks) / len(ranks)
+    table = Table(title="result")
+    for heading in ("", report["mesh"], "serial torch.nn" if serial else "", "compared"):
+        table.add_column(heading, justify="right" if heading else "left")
+
+    def row(name: str, mine: str, other: str = "", compared: str = "") -> None:
+        table.add_row(name, mine, other, compared)
+
+    others = serial["losses"] if serial else []
+    for step in sorted({0, len(losses) // 4, len(losses) // 2, 3 * len(losses) // 4, len(losses) - 1}):
+        if serial:
+            row(
+                f"loss at step {step + 1}",
+                f"{losses[step]:.6f}",
+                f"{others[step]:.6f}",
+                f"{difference(losses[step], others[step]):.1e} relative",
+            )
+        else:
+            row(f"loss at step {step + 1}", f"{losses[step]:.6f}")
+    if serial:
+        row("largest of all steps", "", "", f"{max(map(difference, losses, others)):.1e} relative")
+    ratio = f"{serial['seconds'] / report['seconds']:.2f} x serial speed" if serial and report["seconds"] else ""
+    row("seconds", f"{report['seconds']:.1f}", f"{serial['seconds']:.1f}" if serial else "", ratio)
+    agree = "equal" if received == report["formula"] else f"{received - report['formula']:+,.1f}"
+    row("bytes received a rank and step", f"{received:,.0f}", "", f"formula {report['formula']:,.0f}: {agree}")
+    tensors, workspace = (max(rank[key] for rank in ranks) for key in ("tensors", "workspace"))
+    share = f"{tensors / serial['tensors']:.3f} of serial" if serial else ""
+    row("weights + gradients + optimizer, bytes", f"{tensors:,}", f"{serial['tensors']:,}" if serial else "", share)
+    row("workspace, bytes at most", f"{workspace:,}", "0" if serial else "")
+    console.print(table)
+
+
+def difference(mine: float, other: float) -> float:
+    return abs(mine - other) / abs(other)
+
+
+def plot(path: str, losses: list[float], serial: list[float] | None, name: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2 if serial else 1, 1, sharex=True, figsize=(7, 6 if serial else 4), squeeze=False)
+    steps = range(1, len(losses) + 1)
+    if serial:
+        axes[0][0].plot(steps, serial, color="0.6", linewidth=4, label="serial torch.nn")
+        axes[1][0].semilogy(steps, [max(difference(a, b), 1e-9) for a, b in zip(losses, serial, strict=True)])
+        axes[1][0].set(xlabel="step", ylabel="relative difference")
+    axes[0][0].plot(steps, losses, color="tab:red", linewidth=1.2, label=name)
+    axes[0][0].set(ylabel="loss (nats a byte)")
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,85 @@
+"""The main job in small, in every mode: the serial loss curve, the bytes of the formula, and the command itself."""
+
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import theory
+
+MODES: list[dict[str, Any]] = [
+    dict(mode="1d", size=4),
+    dict(mode="1d", size=4, sequence=True),
+    dict(mode="2d", size=4),
+    dict(mode="2.5d", size=8, depth=2),
+    dict(mode="2.5d", size=8, depth=2, shard_depth=True),
+    dict(mode="3d", size=8),
+    dict(grid=(3, 2, 1), size=6),
+    dict(grid=(1, 2, 4), size=8),
+]
+SMALL = dict(layers=2, width=64, heads=8, context=16, batch=12, steps=3, lr=3e-4, seed=1, text=None, sample=4)
+
+
+def options(**changed: Any) -> Namespace:
+    return Namespace(**(SMALL | changed))
+
+
+def name(grid: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in grid.items())
+
+
+def curve(rank: int, chosen: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
+    from gingham import train
+
+    return train.run(rank, chosen, grid)
+
+
+def serial(chosen: Namespace) -> dict[str, Any]:
+    from rich.console import Console
+
+    from gingham import train
+
+    return train.train_serial(chosen, Console(quiet=True))
+
+
+@pytest.mark.parametrize("grid", MODES, ids=name)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_losses_and_bytes(ranks, grid: dict[str, Any], dropout: float) -> None:
+    chosen = options(dropout=dropout)
+    report = ranks(grid["size"])(curve, chosen, grid)[0]
+    expected = serial(chosen)["losses"]
+    assert report["losses"] == pytest.approx(expected, rel=1e-5)
+    received = sum(rank["received"] for rank in report["ranks"])
+    assert received == report["formula"] * grid["size"]
+    cost = theory.GPT(chosen.layers, chosen.width, context=chosen.context).step(theory.Grid.of(**grid), chosen.batch)
+    assert received == sum(cost.words.values())
+    assert len(report["sample"]) >= 4
+
+
+def test_a_long_run_learns_in_the_default_mode(ranks) -> None:
+    report = ranks(8)(curve, options(dropout=0.1, steps=30, lr=3e-3, sample=0), dict(mode="2.5d", size=8, depth=2))[0]
+    assert report["losses"][-1] < report["losses"][0] - 1.5
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]], ids=["spawn", "torchrun"]
+)
+def test_command(launcher: list[str], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the cloth with the checked grid, warp and weft. " * 50)
+    size = ["--layers", "1", "--width", "32", "--heads", "4", "--context", "16", "--batch", "4", "--steps", "4", "--sample", "8"]
+    chosen = ["--mode", "2d", "--text", str(text), "--plot", str(tmp_path / "loss.png"), "--compare-serial"]
+    command = [sys.executable, *launcher, "-m", "gingham", "train", *chosen, *size]
+    if not launcher:
+        command += ["--ranks", "4"]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "160"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    assert re.search(r"formula [\d,]+: equal", done.stdout), done.stdout
+    assert "largest of all steps" in done.stdout and "def " in done.stdout
