@@ -1,0 +1,69 @@
+"""The GPT against torch.nn in float64: every gradient of the first step, in every mode; and no torch.distributed below."""
+
+from typing import Any
+
+import pytest
+import torch
+
+SHAPE = dict(layers=2, width=64, heads=8, context=16, dropout=0.1)
+MODES: list[dict[str, Any]] = [
+    dict(mode="1d", size=4),
+    dict(mode="1d", size=4, sequence=True),
+    dict(mode="2d", size=4),
+    dict(mode="2.5d", size=8, depth=2),
+    dict(mode="2.5d", size=8, depth=2, shard_depth=True),
+    dict(mode="3d", size=8),
+    dict(grid=(3, 2, 1), size=6),
+]
+
+
+def sample(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(256, (batch, SHAPE["context"] + 1), generator=generator)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def parallel_gradients(rank: int, grid: dict[str, Any], batch: int) -> tuple[float, dict[str, torch.Tensor], int]:
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    import gingham
+    from gingham.gpt import GPT, Shape, parallel_kit
+
+    mesh = gingham.init(**grid)
+    torch.manual_seed(3)
+    model = GPT(parallel_kit(mesh), Shape(**SHAPE))
+    ids, target = sample(batch)
+    ids, target = mesh.scatter(ids), mesh.scatter(target) if mesh.inner.rows else target
+    with CommDebugMode() as seen:
+        loss = model.loss(model(ids), target)
+        loss.backward()
+    gradients = {name: weight.grad.full_tensor() for name, weight in model.named_parameters()}
+    return loss.item(), gradients if rank == 0 else {}, seen.get_total_counts()
+
+
+def serial_gradients(batch: int, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    from gingham.gpt import GPT, Shape, serial_kit
+
+    torch.manual_seed(3)
+    model = GPT(serial_kit(), Shape(**SHAPE)).to(dtype)
+    ids, target = sample(batch)
+    loss = model.loss(model(ids), target)
+    loss.backward()
+    return loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("batch", [12, 7])
+@pytest.mark.parametrize("grid", MODES, ids=lambda grid: " ".join(f"{key}={value}" for key, value in grid.items()))
+def test_first_gradients(ranks, grid: dict[str, Any], batch: int) -> None:
+    answers = ranks(grid["size"])(parallel_gradients, grid, batch)
+    loss, gradients, _ = answers[0]
+    exact_loss, exact = serial_gradients(batch, torch.float64)
+    _, single = serial_gradients(batch, torch.float32)
+    assert loss == pytest.approx(exact_loss, rel=2e-6)
+    assert gradients.keys() == exact.keys()
+    for name, truth in exact.items():
+        # the key bias has no effect, so that its true gradient is 0: measured against the query bias's
+        scale = exact[name.replace(".k.bias", ".q.bias")].norm()
+        error, serial_error = ((gradient[name] - truth).norm() / scale for gradient in (gradients, single))
+        assert error <= max(2e-6, 3 * serial_error), f"{name}: {error:.2e}, serial {serial_error:.2e}"
+    assert [count for *_, count in answers] == [0] * grid["size"]
