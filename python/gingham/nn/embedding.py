@@ -56,7 +56,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,), layer, mesh = ctx.saved_tensors, ctx.layer, ctx.layer.mesh
         table = dy.new_zeros(layer.count, dy.shape[-1])
-        table.index_add_(0, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
+        table.index_add_(0, ids.reshape(-1), dy.reshape(ids.numel(), dy.shape[-1]))
         axis = mesh.axis(layer.cut)
         if axis is not None and layer.summed:
             table = axis.reduce_scatter(table, chunks(layer.count, [mesh.sizes[name] for name in layer.cut]), mesh.source)

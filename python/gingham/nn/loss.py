@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..functional import relayout
+from ..layout import Layout
 from ..mesh import Mesh, ShapeError, check_local, current
 from .norm import gather_parts
 
@@ -20,24 +22,30 @@ def cross_entropy(
     reduction: str = "mean",
 ) -> torch.Tensor:
     """torch.nn.functional.cross_entropy of local logits [..., vocabulary] (last dim, unlike torch) and targets [...]
-    (cut like rows). "mean" and "sum" run over all rows of the job and are the same number on every rank; "none" gives
+    (cut like rows, mesh.scatter(target)). "mean" and "sum" run over all rows of the job and are the same number on every rank; "none" gives
     [...] for this rank's rows.
 
     One all-gather over the feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a
-    row, and one of (sum, count), 16 bytes, over the row axes; backward moves nothing. Raises ShapeError where logits
+    row, and one of (sum, count), 16 bytes, over the row axes; where the layout cuts other rows than outer, targets are
+    gathered too. Backward moves nothing. Raises ShapeError where logits
     and targets do not fit.
     """
     check_local(logits, "cross_entropy's logits")
     check_local(target, "cross_entropy's target")
+    mesh = current(mesh)
+    given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
+    if target.dim():
+        target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
         raise ShapeError(f"cross_entropy: logits {tuple(logits.shape)} and target {tuple(target.shape)}: expected [..., V] and [...]")
     if target.is_floating_point():
         raise TypeError(f"cross_entropy: target is {target.dtype}, expected class indices of an integer dtype")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
-    mesh = current(mesh)
     losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
-    return losses if reduction == "none" else total
+    if reduction != "none":
+        return total
+    return relayout(losses.unsqueeze(-1), mesh, needed, given, 1).squeeze(-1) if losses.dim() else losses
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -46,7 +54,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignored: int, smoothing: float, reduction: str
     ) -> Any:
         named, shape = mesh.layout(layout), target.shape
-        x, target = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).long()
+        x, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).long()
         _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
         kept = target != ignored
         if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
@@ -78,5 +86,5 @@ class _CrossEntropy(torch.autograd.Function):
         slope = torch.where(kept, slope, 0.0).unsqueeze(1)
         grad = torch.exp(x.double() - normaliser.unsqueeze(1)) - ctx.smoothing / ctx.vocabulary
         if x.shape[1]:
-            grad.scatter_add_(1, column, torch.where(hit, ctx.smoothing - 1.0, 0.0).double().unsqueeze(1))
+            grad.scatter_add_(1, column, (hit.double() * (ctx.smoothing - 1.0)).unsqueeze(1))
         return (grad * slope).to(x.dtype).view(ctx.shape), *[None] * 6

@@ -77,7 +77,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: LayerNorm) -> torch.Tensor:
         mesh, names = layer.mesh, layer.mesh.layout(layer.layout).features
         wide = x.double()
-        if x.shape[-1]:
+        if x.numel():
             variance, mean = torch.var_mean(wide, -1, correction=0)
             m2 = variance * x.shape[-1]
         else:
