@@ -69,7 +69,7 @@ def linear_plan(mesh: Mesh, k: int, n: list[int], layout: str, swapped: bool | s
         (given[1], y),
         (out, into),
         (second,),
-        mesh.interval(k, x.features)[1],
+        mesh.interval(k, given[0].features)[1],
         tuple(mesh.interval(size, y.features)[1] for size in n),
     )
 
@@ -147,7 +147,6 @@ def linear(
     the weights' dtype, ShapeError for a wrong last dim. Bytes: THEORY.md section 4, and one relayout where layouts ask.
     """
     check_local(x, "linear's x")
-    x = relayout(x, plan.mesh, *plan.x, plan.k)
     if x.dim() == 0 or x.shape[-1] != plan.k_local:
         raise ShapeError(
             f"linear {plan.k} -> {plan.n}: rank {plan.mesh.rank} got x of shape {tuple(x.shape)}, expected [..., {plan.k_local}],"
@@ -156,6 +155,9 @@ def linear(
     dtypes = {tensor.dtype for tensor in (*weights, *biases) if tensor is not None}
     if dtypes != {x.dtype}:
         raise TypeError(f"linear: x is {x.dtype} but its parameters are {sorted(map(str, dtypes))}; use .to(dtype) on one of them")
+    if x.dim() == 1:
+        return [y.squeeze(0) for y in linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
+    x = relayout(x, plan.mesh, *plan.x, plan.k)
     outputs = _Linear.apply(x, plan, epilogue, *weights, *biases)
     return [relayout(y, plan.mesh, plan.y[1], plan.y[0], size) for y, size in zip(outputs, plan.n, strict=True)]
 
@@ -182,14 +184,15 @@ class _Linear(torch.autograd.Function):
             dys = [_C.gelu_backward(dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         need_w, need_b = needs[:count], list(needs[count:])
-        later = [gradients.may_reduce_later(plan.mesh, weight) if need else False for weight, need in zip(parameters, need_w, strict=False)]
-        defer = any(need_w) and all(ok for ok, need in zip(later, need_w, strict=True) if need)
-        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, any(need_w), need_b, not defer)
-        grads = [like(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
-        if defer:
-            for weight, dw, need in zip(parameters, dws, need_w, strict=False):
-                if need:
-                    gradients.reduce_later(plan.mesh, weight, dw)
+        wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
+        nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
+        later = bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
+        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not later)
+        dws = [dw if need else None for dw, need in zip(dws, need_w, strict=True)]
+        grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
+        for weight, dw in zip(parameters, dws, strict=False):
+            if later and dw is not None:
+                gradients.sums_of(plan.mesh).add(weight, dw)
         biases = [like(db, bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
         return None if dx is None else dx.view(x.shape), None, None, *grads, *biases
 
@@ -198,7 +201,7 @@ def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.T
     """Y's rows may come flat, [rows, features], where their number changes; the dims between are X's."""
     inner = x.shape[1:-1]
     rows = y.numel() // features if features else y.shape[:-1].numel()
-    return y.view(rows // max(1, prod(inner)), *inner, features) if x.dim() > 1 else y.view(features)
+    return y.view(rows // max(1, prod(inner)), *inner, features)
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tuple[int, int, int] | None = None) -> torch.Tensor:

@@ -1,7 +1,18 @@
-"""When a weight gradient is summed over depth: at once, or behind the rest of the backward pass."""
+"""Sums of weight gradients over depth that travel behind the rest of the backward pass.
+
+Where weights are replicated over depth, dW must be summed over it before backward() returns, but nobody reads it until
+then. A thread of each rank does the sums, in the order in which the layers ask (the same on every replica), on a
+communicator of its own; a callback at the end of the backward pass waits for them. A sum is done at once instead where
+something may read or add to the gradient earlier: .grad is already set, a hook, autograd.grad, a second use.
+"""
 
 from __future__ import annotations
 
+import threading
+import weakref
+from dataclasses import dataclass, field
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -9,9 +20,113 @@ import torch
 from .mesh import Mesh
 
 
-def may_reduce_later(mesh: Mesh, weight: torch.Tensor) -> bool:
-    return False
+@dataclass
+class Pending:
+    """A gradient on its way: autograd holds `unsummed`, the thread works on the copy `summed`."""
+
+    weight: torch.Tensor
+    unsummed: torch.Tensor
+    summed: torch.Tensor
+    task: int
+    settled: bool = False
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+    def wait(self) -> None:
+        self.done.wait()
+        if self.error is not None:
+            raise self.error
 
 
-def reduce_later(mesh: Mesh, weight: torch.Tensor, gradient: Any) -> None:
-    raise NotImplementedError
+class DepthSums:
+    """The thread of one mesh and the gradients it has not delivered."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.axis = mesh, mesh.background_axis()
+        self.pending: list[Pending] = []
+        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gingham depth sums", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (entry := self._queue.get()) is not None:
+            try:
+                self.axis.all_reduce_(entry.summed, self.mesh.source)
+            except BaseException as error:
+                entry.error = error
+            entry.done.set()
+
+    def stop(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def add(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
+        task = torch._C._current_graph_task_id()
+        if not any(entry.task == task for entry in self.pending):
+            callback = partial(self.finish, task)
+            weakref.finalize(callback, self._forget, task)  # a backward pass that raises drops it uncalled
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
+        entry = Pending(weight, gradient, self.mesh.background_empty(gradient).copy_(gradient), task)
+        self.pending.append(entry)
+        self._queue.put(entry)
+
+    def _forget(self, task: int) -> None:
+        self.pending = [entry for entry in self.pending if entry.task != task]
+
+    def settle(self, weight: torch.Tensor) -> bool:
+        """If a gradient of `weight` is on its way, completes it where autograd holds it; returns whether one was
+        (in this pass: every later use of the weight is summed at once too)."""
+        mine = [entry for entry in self.pending if entry.weight is weight]
+        for entry in mine:
+            if not entry.settled:
+                entry.wait()
+                entry.unsummed.copy_(entry.summed)
+                entry.settled = True
+        return bool(mine)
+
+    @torch.no_grad()
+    def finish(self, task: int) -> None:
+        mine = [entry for entry in self.pending if entry.task == task]
+        self._forget(task)
+        for entry in mine:
+            entry.wait()
+            if entry.settled or entry.weight.grad is None:
+                continue
+            local = entry.weight.grad._local_tensor  # type: ignore[attr-defined]
+            if local.data_ptr() == entry.unsummed.data_ptr():
+                local.copy_(entry.summed)
+                continue
+            # something else was added in: replicas round differently, so one of them speaks for all
+            total = local + (entry.summed - entry.unsummed)
+            self.axis.broadcast_(total, 0)
+            local.copy_(total)
+
+
+def sums_of(mesh: Mesh) -> DepthSums:
+    if mesh.depth_sums is None:
+        mesh.depth_sums = DepthSums(mesh)
+    return mesh.depth_sums
+
+
+def may_sum_later(mesh: Mesh, weights: list[torch.Tensor], nodes: list[Any]) -> bool:
+    """Whether the sums over depth of these weights' gradients may wait for the end of this backward pass.
+
+    nodes: the autograd nodes that receive the gradients. Gradients of the same weights already under way are completed
+    when the answer is no, since autograd will add to them.
+    """
+    if mesh.axis(mesh.axes.depth) is None:
+        return False
+    free = not torch.is_grad_enabled() and all(_accumulates_alone(weight, node) for weight, node in zip(weights, nodes, strict=True))
+    used = [sums_of(mesh).settle(weight) for weight in weights] if mesh.depth_sums is not None else []
+    return free and not any(used)
+
+
+def _accumulates_alone(weight: torch.Tensor, node: Any) -> bool:
+    if weight.grad is not None or weight.dtype not in (torch.float32, torch.float64):
+        return False
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks or getattr(node, "variable", None) is not weight:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf under torch.autograd.grad
+        return False

@@ -55,10 +55,10 @@ def init(
         raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
     _made_group = rendezvous.make_process_group()
     try:
-        job = _attach(rank, axes, (timeout, source, slices, link))
+        jobs = _attach(rank, axes, (timeout, source, slices, link))
         if device_mesh is None:
             device_mesh = DeviceMesh("cpu", torch.arange(world).view(*axes.sizes.values()), mesh_dim_names=tuple(axes.sizes))
-        made = Mesh(axes, rank, job, device_mesh, source, slices, link or (0.0, 0.0))
+        made = Mesh(axes, rank, jobs, device_mesh, source, slices, link or (0.0, 0.0))
     except BaseException:
         _leave_group()
         raise
@@ -68,20 +68,22 @@ def init(
     return made
 
 
-def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> Any:
-    """The job of shared memory, made by rank 0 and joined by the others once all agree on the mesh and the version."""
-    job = mesh.Job(0, axes.size, "", options[0]) if rank == 0 else None
+def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The jobs of shared memory, made by rank 0 and joined by the others once all agree on the mesh and the version: one
+    for the main thread and, where weights are replicated over depth, one for the thread that sums their gradients."""
+    count = 2 if axes.depth else 1
+    jobs = [mesh.Job(0, axes.size, "", options[0]) for _ in range(count)] if rank == 0 else []
     description = f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, gingham {mesh.version()}"
-    told = rendezvous.all_gather_object((description, job.path if job is not None else ""))
+    told = rendezvous.all_gather_object((description, [job.path for job in jobs]))
     descriptions = [text for text, _ in told]
     usual = max(descriptions, key=descriptions.count)
     odd = [other for other, text in enumerate(descriptions) if text != usual]
     if odd:
         raise MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}")
-    if job is None:
-        job = mesh.Job(rank, axes.size, told[0][1], options[0])
-    job.ready()
-    return job
+    jobs = jobs or [mesh.Job(rank, axes.size, path, options[0]) for path in told[0][1]]
+    for job in jobs:
+        job.ready()
+    return jobs[0], jobs[1] if axes.depth else None
 
 
 def _leave_group() -> None:
@@ -94,15 +96,24 @@ def _leave_group() -> None:
 def destroy() -> None:
     """Ends the mesh, and the process group if init made it. Does nothing where there is no mesh; init may follow."""
     if mesh.has_mesh():
-        mesh.current().job.close()
+        ended = mesh.current()
         mesh.set_current(None)
+        for job in _jobs(ended):
+            job.close()
+        if ended.depth_sums is not None:
+            ended.depth_sums.stop()
         _leave_group()
 
 
 def report_failure(error: BaseException) -> None:
     """Tells the other ranks that this one failed, so that they raise PeerDied with the message at once."""
     if mesh.has_mesh() and not isinstance(error, mesh.PeerDied | mesh.PeerStalled):
-        mesh.current().job.fail(mesh.current().rank, f"{type(error).__name__}: {error}")
+        for job in _jobs(mesh.current()):
+            job.fail(mesh.current().rank, f"{type(error).__name__}: {error}")
+
+
+def _jobs(of: Mesh) -> list[Any]:
+    return [job for job in (of.job, of.background) if job is not None]
 
 
 _previous_hook = sys.excepthook

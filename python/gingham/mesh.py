@@ -168,9 +168,10 @@ class Mesh:
     `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
 
     def __init__(
-        self, axes: Axes, rank: int, job: Any, device_mesh: DeviceMesh, source: str, slices: int, link: tuple[float, float]
+        self, axes: Axes, rank: int, jobs: tuple[Any, Any], device_mesh: DeviceMesh, source: str, slices: int, link: tuple[float, float]
     ) -> None:
-        self.axes, self.rank, self.job, self.device_mesh = axes, rank, job, device_mesh
+        self.axes, self.rank, self.device_mesh, self._link = axes, rank, device_mesh, link
+        self.job, self.background = jobs
         self.source, self.slices, self.size = source, slices, axes.size
         self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
         self.coordinates = coordinates_of(rank, self.sizes)
@@ -182,10 +183,12 @@ class Mesh:
         self._axes: dict[frozenset[str], Any] = {}
         self._keys: dict[str, Any] = {}
         for key, names in groups.items():
-            self._keys[key] = _C.Axis(job, indices[key], members(names, self.sizes, self.coordinates), *link)
+            self._keys[key] = _C.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), *link)
             self._axes[frozenset(names)] = self._keys[key]
         self.steps: dict[Any, Any] = {}
-        self.world = _C.Axis(job, indices["world"], list(range(self.size)), *link)
+        self.depth_sums: Any = None
+        self._background: Any = None
+        self.world = _C.Axis(self.job, indices["world"], list(range(self.size)), *link)
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
@@ -265,7 +268,25 @@ class Mesh:
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
         last reset; scatter, gather and control messages are not in it."""
-        return {key: axis.traffic(reset) for key, axis in self._keys.items()}
+        counts = {key: axis.traffic(reset) for key, axis in self._keys.items()}
+        if self._background is not None:
+            for name, count in self._background.traffic(reset).items():
+                counts[self.axes.depth[0]][name] += count
+        return counts
+
+    def background_axis(self) -> Any:
+        """A second communicator over depth, in a job of its own, for a thread beside the main one; counted under depth."""
+        if self._background is None:
+            ranks = members(self.axes.depth, self.sizes, self.coordinates)
+            self._background = _C.Axis(self.background, 0, ranks, *self._link)
+        return self._background
+
+    def background_empty(self, like: torch.Tensor) -> torch.Tensor:
+        return self.background.empty(list(like.shape), str(like.dtype).removeprefix("torch."))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's part of the shared heap: tensors, workspace, workspace_peak; and its allocations."""
+        return self.job.memory()
 
 
 def check_local(x: Any, what: str) -> None:
