@@ -98,6 +98,7 @@ def destroy() -> None:
     if mesh.has_mesh():
         ended = mesh.current()
         mesh.set_current(None)
+        ended.ended = True
         for job in _jobs(ended):
             job.close()
         if ended.depth_sums is not None:

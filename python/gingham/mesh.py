@@ -187,6 +187,7 @@ class Mesh:
             self._axes[frozenset(names)] = self._keys[key]
         self.steps: dict[Any, Any] = {}
         self.depth_sums: Any = None
+        self.ended = False
         self._background: Any = None
         self.world = _C.Axis(self.job, indices["world"], list(range(self.size)), *link)
 
@@ -263,6 +264,8 @@ class Mesh:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised tensor in the heap that the ranks share, where peers read it in place."""
+        if self.ended:
+            raise MeshError(f"{self} was used after destroy: call gingham.init again")
         return self.job.empty(list(shape), str(dtype).removeprefix("torch."))
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:

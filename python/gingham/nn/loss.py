@@ -21,20 +21,20 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> torch.Tensor:
-    """torch.nn.functional.cross_entropy of local logits [..., vocabulary] (last dim, unlike torch) and targets [...]
-    (cut like rows, mesh.scatter(target)). "mean" and "sum" run over all rows of the job and are the same number on every rank; "none" gives
-    [...] for this rank's rows.
+    """torch.nn.functional.cross_entropy of local logits [..., vocabulary] (last dim, unlike torch) and targets [...].
 
-    One all-gather over the feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a
-    row, and one of (sum, count), 16 bytes, over the row axes; where the layout cuts other rows than outer, targets are
-    gathered too. Backward moves nothing. Raises ShapeError where logits
-    and targets do not fit.
+    Targets are cut like the logits' rows, or like outer's: mesh.scatter(target). "mean" and "sum" run over all rows of
+    the job and are the same number on every rank; "none" gives the losses of the targets given. One all-gather over the
+    feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a row, and one of (sum,
+    count), 16 bytes, over the row axes; targets in other rows than the logits are gathered too. Backward moves nothing.
+    Raises ShapeError where logits and targets do not fit.
     """
     check_local(logits, "cross_entropy's logits")
     check_local(target, "cross_entropy's target")
     mesh = current(mesh)
     given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
-    if target.dim():
+    moved = target.shape != logits.shape[:-1] and given != needed and target.dim() > 0
+    if moved:
         target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
         raise ShapeError(f"cross_entropy: logits {tuple(logits.shape)} and target {tuple(target.shape)}: expected [..., V] and [...]")
@@ -45,7 +45,7 @@ def cross_entropy(
     losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
     if reduction != "none":
         return total
-    return relayout(losses.unsqueeze(-1), mesh, needed, given, 1).squeeze(-1) if losses.dim() else losses
+    return relayout(losses.unsqueeze(-1), mesh, needed, given, 1).squeeze(-1) if moved else losses
 
 
 class _CrossEntropy(torch.autograd.Function):

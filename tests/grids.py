@@ -1,0 +1,36 @@
+"""The meshes that tests run on, and the few words they share. Imports nothing of gingham."""
+
+from typing import Any
+
+import pytest
+import torch
+
+GRIDS: dict[str, dict[str, Any]] = {
+    "one": dict(),
+    "1d": dict(mode="1d", size=4),
+    "1d sequence": dict(mode="1d", size=4, sequence=True),
+    "2d": dict(mode="2d", size=4),
+    "2.5d": dict(mode="2.5d", size=8, depth=2),
+    "2.5d sharded": dict(mode="2.5d", size=8, depth=2, shard_depth=True),
+    "3d": dict(mode="3d", size=8),
+    "3x2x2": dict(grid=(3, 2, 2), size=12),
+    "1x3x2": dict(grid=(1, 3, 2), size=6),
+    "1x1x2": dict(grid=(1, 1, 2), size=2),
+}
+
+every_grid = pytest.mark.parametrize("name", GRIDS)
+
+
+def ranks_of(name: str) -> int:
+    return GRIDS[name].get("size", 1)
+
+
+def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Error in the Frobenius norm, relative to the expected; shapes must agree."""
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)) if expected.numel() else 0.0
+
+
+def whole(x: torch.Tensor) -> torch.Tensor:
+    """The full tensor of a DTensor; others as they are."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x

@@ -1,0 +1,99 @@
+"""matmul and its first and second gradients against float64 on every grid; dropout's masks."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import gingham
+from grids import GRIDS, every_grid, ranks_of, relative
+
+
+def products(rank: int, options: dict[str, Any], dtype: torch.dtype, sources: tuple[tuple[str, int], ...]) -> dict[str, float]:
+    errors = {}
+    for source, slices in sources:
+        mesh = gingham.init(**options, source=source, slices=slices)
+        for m, k, n in ((37, 19, 53), (24, 36, 48), (2, 1, 3)):
+            torch.manual_seed(m)
+            A, B, G = torch.randn(m, k, dtype=dtype), torch.randn(k, n, dtype=dtype), torch.randn(m, n, dtype=dtype)
+            a, b = A.clone().requires_grad_(), B.clone().requires_grad_()
+            c = gingham.matmul(mesh.scatter(a, "a"), mesh.scatter(b, "b"), shape=(m, k, n))
+            C = mesh.gather(c, "c")
+            (C * G).sum().backward()
+            A, B, G = A.double(), B.double(), G.double()
+            for name, got, expected in (("C", C, A @ B), ("dA", a.grad, G @ B.T), ("dB", b.grad, A.T @ G)):
+                errors[f"{name} {source} {slices} {m}"] = relative(got, expected)
+        gingham.destroy()
+    return errors
+
+
+@every_grid
+def test_products_in_fp32(ranks, name: str) -> None:
+    errors = ranks(ranks_of(name))(products, GRIDS[name], torch.float32, (("window", 1), ("ring", 3)))[0]
+    assert max(errors.values()) <= 1e-6, errors
+
+
+def whole_numbers(rank: int, options: dict[str, Any]) -> bool:
+    mesh = gingham.init(**options)
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randint(-8, 9, shape, generator=generator).float() for shape in ((37, 19), (19, 53)))
+    c = gingham.matmul(mesh.scatter(A, "a"), mesh.scatter(B, "b"), shape=(37, 19, 53))
+    return torch.equal(mesh.gather(c, "c"), A @ B)
+
+
+@pytest.mark.parametrize("name", ["2.5d", "3x2x2"])
+def test_whole_numbers_are_exact(ranks, name: str) -> None:
+    assert all(ranks(ranks_of(name))(whole_numbers, GRIDS[name]))
+
+
+def second_gradients(rank: int, options: dict[str, Any]) -> list[float]:
+    mesh = gingham.init(**options)
+    m, k, n = 7, 9, 11
+    torch.manual_seed(0)
+    A, B = torch.randn(m, k, dtype=torch.float64), torch.randn(k, n, dtype=torch.float64)
+
+    def twice(product: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        da, db = torch.autograd.grad(product(a, b).sin().sum(), (a, b), create_graph=True)
+        return torch.autograd.grad(da.cos().sum() + db.pow(2).sum(), (a, b))
+
+    def ours(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return mesh.gather(gingham.matmul(mesh.scatter(a, "a"), mesh.scatter(b, "b"), shape=(m, k, n)), "c")
+
+    leaves = [A.clone().requires_grad_(), B.clone().requires_grad_()]
+    exact = twice(torch.matmul, A.requires_grad_(), B.requires_grad_())
+    return [relative(got, expected) for got, expected in zip(twice(ours, *leaves), exact, strict=True)]
+
+
+@every_grid
+def test_second_gradients(ranks, name: str) -> None:
+    assert max(ranks(ranks_of(name))(second_gradients, GRIDS[name])[0]) <= 1e-12
+
+
+def test_what_matmul_refuses(ranks) -> None:
+    def refuse(rank: int) -> list[str]:
+        mesh = gingham.init(mode="2d", size=4)
+        a, b = mesh.scatter(torch.ones(4, 5), "a"), mesh.scatter(torch.ones(5, 4), "b")
+        messages = []
+        bad = [(a, b, None), (a, b.double(), None), (a, b[:, :1], (4, 5, 4)), (a[0], b, None), (a.int(), b.int(), (4, 5, 4))]
+        for x, w, shape in bad:
+            with pytest.raises((gingham.ShapeError, TypeError)) as caught:
+                gingham.matmul(x, w, shape=shape)
+            messages.append(str(caught.value))
+        assert torch.equal(mesh.gather(gingham.matmul(a, b, shape=(4, 5, 4)), "c"), torch.full((4, 4), 5.0))
+        return messages
+
+    assert "pass shape=(M, K, N)" in ranks(4)(refuse)[0][0]
+
+
+def test_noncontiguous_and_expanded(ranks) -> None:
+    def views(rank: int) -> bool:
+        mesh = gingham.init(mode="2d", size=4)
+        A = torch.randn(8, 8, dtype=torch.float64)
+        torch.distributed.broadcast(A, 0)
+        a = mesh.scatter(A, "a").t().contiguous().t().requires_grad_()
+        b = mesh.scatter(A.T.contiguous(), "b")
+        gingham.matmul(a, b).sum().backward()
+        expected = mesh.scatter(torch.ones(8, 8, dtype=torch.float64) @ A, "a")
+        return relative(a.grad, expected) < 1e-12
+
+    assert all(ranks(4)(views))
