@@ -1,0 +1,140 @@
+#include "binding_tensor.h"
+
+#include <dlpack.h>
+
+#include <array>
+#include <unordered_map>
+
+namespace gingham {
+namespace {
+
+struct Known {
+  const char* name;
+  DLDataTypeCode code;
+  uint8_t bits;
+  DType dtype;
+};
+constexpr std::array<Known, 9> kKnown{{{"float32", kDLFloat, 32, DType::f32},
+                                       {"float64", kDLFloat, 64, DType::f64},
+                                       {"bfloat16", kDLBfloat, 16, DType::bf16},
+                                       {"float16", kDLFloat, 16, DType::f16},
+                                       {"int64", kDLInt, 64, DType::bytes8},
+                                       {"int32", kDLInt, 32, DType::bytes4},
+                                       {"int16", kDLInt, 16, DType::bytes2},
+                                       {"uint8", kDLUInt, 8, DType::bytes1},
+                                       {"bool", kDLBool, 8, DType::bytes1}}};
+
+const Known& known(const std::string& name) {
+  for (const Known& k : kKnown)
+    if (name == k.name) return k;
+  throw ShapeError(concat("dtype ", name, ", expected float32, float64, bfloat16, float16, int16, int32, int64, uint8 or bool"));
+}
+
+const DLPackExchangeAPI* last_api = nullptr;  // of the last tensor seen: makes the results
+
+const DLPackExchangeAPI* api_of(py::handle object, const char* name) {
+  static std::unordered_map<PyTypeObject*, const DLPackExchangeAPI*> cache;
+  PyTypeObject* type = Py_TYPE(object.ptr());
+  auto it = cache.find(type);
+  if (it != cache.end()) return last_api = it->second;
+  py::object capsule = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__dlpack_c_exchange_api__", py::none());
+  if (capsule.is_none()) throw py::type_error(concat(name, " is a ", type->tp_name, ", expected a torch.Tensor"));
+  auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  if (!api) throw py::error_already_set();
+  Py_INCREF(type);  // the cache keeps the address
+  cache.emplace(type, api);
+  return last_api = api;
+}
+
+const DLPackExchangeAPI* maker() {
+  if (!last_api) {
+    py::object tensor = py::module_::import("torch").attr("empty")(0);
+    api_of(tensor, "tensor");
+  }
+  return last_api;
+}
+
+struct Owner {
+  std::shared_ptr<Job> job;
+  void* data;
+  std::vector<int64_t> shape, strides;
+};
+
+}  // namespace
+
+DType dtype_of(const std::string& name) { return known(name).dtype; }
+
+int64_t Tensor::count() const {
+  int64_t n = 1;
+  for (int64_t s : shape) n *= s;
+  return n;
+}
+
+Matrix Tensor::matrix() const {
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); i++) rows *= shape[i];
+  return dense(data, rows, shape.empty() ? 1 : shape.back(), dtype);
+}
+
+Tensor tensor_of(py::handle object, const char* name) {
+  DLTensor t;
+  if (api_of(object, name)->dltensor_from_py_object_no_sync(object.ptr(), &t) != 0) throw py::error_already_set();
+  Tensor out;
+  out.shape.assign(t.shape, t.shape + t.ndim);
+  const char* type = Py_TYPE(object.ptr())->tp_name;
+  CHECK(ShapeError, t.device.device_type == kDLCPU, name, " is on device type ", static_cast<int>(t.device.device_type),
+        ", expected a CPU tensor: this build has no other backend; use .cpu()");
+  for (const Known& k : kKnown)
+    if (k.code == t.dtype.code && k.bits == t.dtype.bits && t.dtype.lanes == 1) {
+      out.dtype = k.dtype;
+      out.dtype_name = k.name;
+    }
+  CHECK(ShapeError, !out.dtype_name.empty(), name, " has an unsupported dtype (code ", static_cast<int>(t.dtype.code), ", ", static_cast<int>(t.dtype.bits),
+        " bits), expected float32, float64, bfloat16 or float16");
+  const int64_t count = out.count();
+  CHECK(ShapeError, t.data || count == 0, name, " is a ", type, " without memory of its own, expected this rank's plain torch.Tensor; use .to_local()");
+  int64_t stride = 1;
+  for (int i = t.ndim; t.strides && count > 0 && i-- > 0;) {
+    CHECK(ShapeError, t.shape[i] == 1 || t.strides[i] == stride, name, " is not contiguous; use .contiguous()");
+    stride *= t.shape[i];
+  }
+  if (is_real(out.dtype) && py::cast<bool>(object.attr("is_neg")()))
+    throw ShapeError(concat(name, " is a lazily negated view (its bits do not hold its values); use .resolve_neg()"));
+  out.data = static_cast<char*>(t.data) + t.byte_offset;
+  return out;
+}
+
+Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name) {
+  const Known& type = known(dtype_name);
+  auto owner = std::make_unique<Owner>();
+  owner->job = job;
+  owner->shape = shape;
+  owner->strides.resize(shape.size());
+  int64_t count = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    owner->strides[i] = count;
+    count *= shape[i] > 0 ? shape[i] : 1;
+  }
+  for (int64_t s : shape)
+    if (s == 0) count = 0;
+  owner->data = job->heap().allocate(static_cast<size_t>(count) * size_of(type.dtype), Heap::Kind::tensor);
+  const DLPackExchangeAPI* api = maker();
+  auto managed = std::make_unique<DLManagedTensorVersioned>();
+  managed->version = api->header.version;
+  managed->flags = 0;
+  managed->dl_tensor = {owner->data, {kDLCPU, 0}, static_cast<int32_t>(shape.size()), {static_cast<uint8_t>(type.code), type.bits, 1},
+                        owner->shape.data(), owner->strides.data(), 0};
+  managed->manager_ctx = owner.get();
+  managed->deleter = [](DLManagedTensorVersioned* self) {
+    auto* held = static_cast<Owner*>(self->manager_ctx);
+    held->job->heap().free(held->data);
+    delete held;
+    delete self;
+  };
+  void* data = owner.release()->data;
+  PyObject* object = nullptr;
+  if (api->managed_tensor_to_py_object_no_sync(managed.release(), reinterpret_cast<void**>(&object)) != 0) throw py::error_already_set();
+  return {py::reinterpret_steal<py::object>(object), data};
+}
+
+}  // namespace gingham

@@ -1,0 +1,39 @@
+// torch tensors to views and back through DLPack's C exchange API: no torch header, one binary for every torch. A Python object's type
+// gives the API once; the exchange itself costs about 0.1 us a tensor. Refused with a typed error: what is no tensor, wrapper subclasses
+// (DTensor, FakeTensor: they would pass with a NULL pointer), other devices, complex dtypes, lazily negated and non-contiguous tensors.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/matrix.h"
+#include "transport/job.h"
+
+namespace gingham {
+
+namespace py = pybind11;
+
+struct Tensor {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  std::string dtype_name;
+  std::vector<int64_t> shape;
+
+  // [..., cols] as a matrix; a vector is one row.
+  Matrix matrix() const;
+  int64_t count() const;
+};
+
+Tensor tensor_of(py::handle object, const char* name);
+
+// A new tensor in the job's shared heap; `like` names the dtype as torch does ("float32").
+struct Made {
+  py::object object;
+  void* data;
+};
+Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name);
+DType dtype_of(const std::string& name);
+
+}  // namespace gingham

@@ -1,0 +1,65 @@
+#include "collectives/all_gather.h"
+
+#include <algorithm>
+
+#include "collectives/resident.h"
+
+namespace gingham {
+namespace {
+
+void through_window(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block_for, const Stream& stream) {
+  const Resident resident(mine, axis, stream);
+  const Matrix posted[] = {resident.view()};
+  axis.post(posted, -1, true, shape);
+  for (int hop = 1; hop < axis.size(); hop++) {
+    const int peer = axis.next(hop);
+    const Matrix theirs = axis.panel(peer, 0);
+    const Matrix block = block_for(peer, axis.shape(peer));
+    axis.arrive(axis.fetch(peer, theirs.bytes()));
+    cast(theirs, block);
+  }
+  axis.offered(mine.bytes() * static_cast<size_t>(axis.size() - 1));
+  axis.finish();
+  axis.retire();
+}
+
+void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block_for, const Stream& stream) {
+  axis.post({}, -1, true, shape);
+  std::vector<Matrix> blocks;
+  size_t room = mine.bytes();
+  for (int peer = 0; peer < axis.size(); peer++) {
+    blocks.push_back(peer == axis.rank() ? mine : block_for(peer, axis.shape(peer)));
+    room = std::max(room, blocks.back().bytes());
+  }
+  axis.finish();
+  Relay relay(axis, stream, room);
+  cast(mine, dense(relay.next(), mine.rows, mine.cols, mine.dtype));
+  for (int hop = 1; hop < axis.size(); hop++) {
+    const Matrix& sent = blocks[static_cast<size_t>(axis.next(1 - hop))];
+    const Matrix& block = blocks[static_cast<size_t>(axis.next(-hop))];
+    relay.send(sent.bytes());
+    char* buffer = relay.next();
+    axis.recv(axis.next(-1), buffer, block.bytes());
+    cast(dense(buffer, block.rows, block.cols, block.dtype), block);
+  }
+  relay.drain();
+  axis.retire();
+}
+
+}  // namespace
+
+void all_gather(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block, Source source, const Stream& stream) {
+  if (axis.size() == 1) return;
+  if (source == Source::window)
+    through_window(axis, mine, shape, block, stream);
+  else
+    through_ring(axis, mine, shape, block, stream);
+}
+
+void all_gather(Transport& axis, const Matrix& mine, std::span<const Matrix> blocks, Source source, const Stream& stream) {
+  const Matrix& own = blocks[static_cast<size_t>(axis.rank())];
+  if (own.data != mine.data) cast(mine, own);
+  all_gather(axis, mine, {}, [blocks](int peer, const Shape&) { return blocks[static_cast<size_t>(peer)]; }, source, stream);
+}
+
+}  // namespace gingham

@@ -1,0 +1,20 @@
+// Every rank's block to every rank. Sizes may differ from rank to rank.
+//   steps g - 1, bytes received per rank: all blocks but its own, messages g - 1
+//   window: read where they stand.  ring: overlapped rings, roots rotating: in step h rank i forwards the block of rank i - h + 1.
+#pragma once
+#include <functional>
+#include <span>
+
+#include "base/stream.h"
+#include "transport/transport.h"
+
+namespace gingham {
+
+// blocks[i] receives rank i's `mine` (blocks[own] too).
+void all_gather(Transport& axis, const Matrix& mine, std::span<const Matrix> blocks, Source source, const Stream& stream);
+
+// The same where the peers' shapes are not known: `block` is asked once per peer for a place of the shape that the peer posted.
+using BlockFor = std::function<Matrix(int peer, const Shape& shape)>;
+void all_gather(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block, Source source, const Stream& stream);
+
+}  // namespace gingham

@@ -1,0 +1,11 @@
+// x = sum of x over the ranks of the axis, in place, the same bits on every rank: reduce_scatter of torch.chunk pieces, then all_gather.
+//   steps 2 (g - 1), bytes received 2 (g - 1) / g of x (exact over the axis when uneven), messages 2 (g - 1). x dense, fp32 or fp64.
+#pragma once
+#include "base/stream.h"
+#include "transport/transport.h"
+
+namespace gingham {
+
+void all_reduce(Transport& axis, const Matrix& x, Source source, const Stream& stream);
+
+}  // namespace gingham

@@ -1,0 +1,27 @@
+#include "collectives/broadcast.h"
+
+#include <algorithm>
+
+#include "collectives/resident.h"
+
+namespace gingham {
+
+void broadcast(Transport& axis, const Matrix& x, int root, const Stream& stream) {
+  if (axis.size() == 1) return;
+  CHECK(ShapeError, x.empty() || x.rows == 1 || x.row_stride == x.cols, "broadcast of a strided matrix");
+  const Resident resident(x, axis, stream);
+  axis.post({}, x.count(), false);
+  axis.finish();
+  const bool forwards = axis.next() != root;
+  char* data = static_cast<char*>(resident.view().data);
+  for (int64_t c = 0; c < chunks_of(x.bytes()); c++) {
+    const size_t begin = static_cast<size_t>(c) * kChunk, bytes = std::min(kChunk, x.bytes() - begin);
+    if (axis.rank() != root) axis.recv(axis.next(-1), data + begin, bytes);
+    if (forwards) axis.send(axis.next(), data + begin, bytes);
+  }
+  if (forwards) axis.drain(axis.next());
+  if (data != x.data && axis.rank() != root) cast(resident.view(), x);
+  axis.retire();
+}
+
+}  // namespace gingham

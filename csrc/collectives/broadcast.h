@@ -1,0 +1,14 @@
+// x of rank `root` to every rank, along the ring in chunks: a rank forwards chunk c while chunk c + 1 is on its way.
+//   steps (g - 1) + chunks - 1, bytes received per rank: x (none at the root), messages: chunks
+#pragma once
+#include "base/stream.h"
+#include "transport/transport.h"
+
+namespace gingham {
+
+constexpr size_t kChunk = size_t{256} << 10;  // bytes; large against a message's latency, small against x
+inline int64_t chunks_of(size_t bytes) { return bytes == 0 ? 1 : static_cast<int64_t>((bytes + kChunk - 1) / kChunk); }
+
+void broadcast(Transport& axis, const Matrix& x, int root, const Stream& stream);
+
+}  // namespace gingham

@@ -1,0 +1,38 @@
+#include "collectives/reduce.h"
+
+#include <algorithm>
+
+#include "collectives/broadcast.h"
+#include "collectives/resident.h"
+#include "kernels/accumulate.h"
+
+namespace gingham {
+
+void reduce(Transport& axis, const Matrix& x, int root, const Stream& stream) {
+  if (axis.size() == 1) return;
+  CHECK(ShapeError, x.empty() || x.rows == 1 || x.row_stride == x.cols, "reduce of a strided matrix");
+  axis.post({}, x.count(), false);
+  axis.finish();
+  const bool first = axis.next(-1) == root, last = axis.rank() == root;
+  const Matrix flat = dense(x.data, 1, x.count(), x.dtype);
+  const int64_t step = static_cast<int64_t>(kChunk / size_of(x.dtype));
+  Relay relay(axis, stream, std::min(kChunk, x.bytes()));
+  for (int64_t c = 0; c < chunks_of(x.bytes()); c++) {
+    const Matrix part = flat.slice(1, c * step, std::min(flat.cols, (c + 1) * step));
+    const Matrix sum = dense(relay.next(), 1, part.cols, part.dtype);
+    if (first) {
+      cast(part, sum);
+    } else {
+      axis.recv(axis.next(-1), sum.data, sum.bytes());
+      accumulate(part, sum);
+    }
+    if (last)
+      cast(sum, part);
+    else
+      relay.send(sum.bytes());
+  }
+  relay.drain();
+  axis.retire();
+}
+
+}  // namespace gingham

@@ -1,0 +1,62 @@
+#include "kernels/accumulate.h"
+
+#include <vector>
+
+#include "kernels/cast.h"
+
+namespace gingham {
+
+void accumulate(const Matrix& a, const Matrix& b) {
+  CHECK(ShapeError, a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype, "sum of [", a.rows, ",", a.cols, "] into [", b.rows, ",", b.cols, "]");
+  const bool turn = a.col_stride != 1 && a.row_stride == 1;
+  const Matrix from = turn ? a.t() : a, to = turn ? b.t() : b;
+  DISPATCH(from.dtype, T, {
+    for (int64_t i = 0; i < from.rows; i++) {
+      const T* x = static_cast<const T*>(from.data) + i * from.row_stride;
+      T* y = static_cast<T*>(to.data) + i * to.row_stride;
+      if (from.col_stride == 1 && to.col_stride == 1)
+        for (int64_t j = 0; j < from.cols; j++) y[j] += x[j];
+      else
+        for (int64_t j = 0; j < from.cols; j++) y[j * to.col_stride] += x[j * from.col_stride];
+    }
+  });
+}
+
+namespace {
+
+// Rows are summed in blocks of 64, block by block in double: the error stays that of a pairwise sum at the cost of a plain one.
+template <class T, class In, class Widen>
+void sum_rows(const Matrix& a, const Matrix& out, bool add, Widen widen) {
+  const size_t n = static_cast<size_t>(a.cols);
+  std::vector<double> total(n, 0.0);
+  std::vector<T> block(n);
+  for (int64_t begin = 0; begin < a.rows; begin += 64) {
+    std::fill(block.begin(), block.end(), T(0));
+    const int64_t end = begin + 64 < a.rows ? begin + 64 : a.rows;
+    for (int64_t i = begin; i < end; i++) {
+      const In* x = static_cast<const In*>(a.data) + i * a.row_stride;
+      for (size_t j = 0; j < n; j++) block[j] += widen(x[static_cast<int64_t>(j) * a.col_stride]);
+    }
+    for (size_t j = 0; j < n; j++) total[j] += static_cast<double>(block[j]);
+  }
+  T* y = static_cast<T*>(out.data);
+  for (size_t j = 0; j < n; j++) {
+    T& sum = y[static_cast<int64_t>(j) * out.col_stride];
+    sum = static_cast<T>(add ? static_cast<double>(sum) + total[j] : total[j]);
+  }
+}
+
+}  // namespace
+
+void column_sums(const Matrix& a, const Matrix& out, bool add) {
+  if (a.cols == 0) return;
+  switch (a.dtype) {
+    case DType::f32: return sum_rows<float, float>(a, out, add, [](float x) { return x; });
+    case DType::f64: return sum_rows<double, double>(a, out, add, [](double x) { return x; });
+    case DType::bf16: return sum_rows<float, uint16_t>(a, out, add, widen_bf16);
+    case DType::f16: return sum_rows<float, uint16_t>(a, out, add, widen_f16);
+    default: throw ShapeError(concat("column sums of ", name_of(a.dtype)));
+  }
+}
+
+}  // namespace gingham

@@ -1,0 +1,114 @@
+#include "kernels/dropout.h"
+
+#include <algorithm>
+
+#include "kernels/cast.h"
+
+namespace gingham {
+namespace {
+
+constexpr int kLanes = 64;  // counters drawn side by side, so that the rounds vectorise
+
+void philox(uint64_t first, uint64_t call, uint32_t k0, uint32_t k1, int count, uint32_t (*out)[kLanes]) {
+  uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
+  for (int i = 0; i < count; i++) {
+    const uint64_t n = first + static_cast<uint64_t>(i);
+    c0[i] = static_cast<uint32_t>(n);
+    c1[i] = static_cast<uint32_t>(n >> 32);
+    c2[i] = static_cast<uint32_t>(call);
+    c3[i] = static_cast<uint32_t>(call >> 32);
+  }
+  for (int round = 0; round < 10; round++) {
+    for (int i = 0; i < count; i++) {
+      const uint64_t a = uint64_t{0xD2511F53} * c0[i], b = uint64_t{0xCD9E8D57} * c2[i];
+      const uint32_t n0 = static_cast<uint32_t>(b >> 32) ^ c1[i] ^ k0, n2 = static_cast<uint32_t>(a >> 32) ^ c3[i] ^ k1;
+      c1[i] = static_cast<uint32_t>(b);
+      c3[i] = static_cast<uint32_t>(a);
+      c0[i] = n0;
+      c2[i] = n2;
+    }
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  std::copy(c0, c0 + count, out[0]);
+  std::copy(c1, c1 + count, out[1]);
+  std::copy(c2, c2 + count, out[2]);
+  std::copy(c3, c3 + count, out[3]);
+}
+
+// splitmix64: spreads (seed, name) over the key's 64 bits.
+uint64_t mix(uint64_t x) {
+  x += 0x9E3779B97F4A7C15ull;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9ull;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBull;
+  return x ^ (x >> 31);
+}
+
+// Elements [index, index + n) of the global tensor, contiguous here.
+template <class T, class Scale>
+void run(const T* x, T* y, uint64_t index, int64_t n, const DropoutKey& key, uint32_t k0, uint32_t k1, uint32_t threshold, Scale scale) {
+  uint32_t words[4][kLanes];
+  for (int64_t done = 0; done < n;) {
+    const uint64_t begin = index + static_cast<uint64_t>(done);
+    const uint64_t first = begin / 4;
+    const int64_t skip = static_cast<int64_t>(begin % 4);
+    const int64_t take = std::min<int64_t>(n - done, 4 * kLanes - skip);
+    philox(first, key.call, k0, k1, static_cast<int>((skip + take + 3) / 4), words);
+    for (int64_t j = 0; j < take; j++) {
+      const int64_t at = skip + j;
+      y[done + j] = words[at % 4][at / 4] >= threshold ? scale(x[done + j]) : T(0);
+    }
+    done += take;
+  }
+}
+
+}  // namespace
+
+void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
+             const std::vector<int64_t>& offset, const DropoutKey& key) {
+  const size_t d = local.size();
+  int64_t count = 1;
+  for (int64_t n : local) count *= n;
+  if (count == 0) return;
+  // Dims that lie whole on this rank join the innermost run.
+  int64_t length = 1, stride = 1;
+  size_t inner = d;
+  while (inner > 0) {
+    inner--;
+    length *= local[inner];
+    if (local[inner] != global[inner]) break;
+  }
+  for (size_t i = inner + 1; i < d; i++) stride *= global[i];
+  const uint64_t mixed = mix(mix(key.seed) ^ key.name);
+  const uint32_t k0 = static_cast<uint32_t>(mixed), k1 = static_cast<uint32_t>(mixed >> 32);
+  const uint32_t threshold = static_cast<uint32_t>(std::min(key.p * 4294967296.0, 4294967295.0));
+  const double keep = key.p < 1 ? 1.0 / (1.0 - key.p) : 0.0;
+  for (int64_t at = 0; at < count; at += length) {
+    uint64_t index = 0, weight = 1;
+    if (d) {
+      index = static_cast<uint64_t>(offset[inner] * stride);
+      weight = static_cast<uint64_t>(stride * global[inner]);
+      int64_t rest = at / length;
+      for (size_t i = inner; i-- > 0;) {
+        index += static_cast<uint64_t>(offset[i] + rest % local[i]) * weight;
+        rest /= local[i];
+        weight *= static_cast<uint64_t>(global[i]);
+      }
+    }
+    auto go = [&](auto* in, auto* out, auto scale) { run(in + at, out + at, index, length, key, k0, k1, threshold, scale); };
+    const float keep32 = static_cast<float>(keep);
+    switch (dtype) {
+      case DType::f32: go(static_cast<const float*>(x), static_cast<float*>(y), [=](float v) { return v * keep32; }); break;
+      case DType::f64: go(static_cast<const double*>(x), static_cast<double*>(y), [=](double v) { return v * keep; }); break;
+      case DType::bf16:
+        go(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), [=](uint16_t v) { return narrow_bf16(widen_bf16(v) * keep32); });
+        break;
+      case DType::f16:
+        go(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), [=](uint16_t v) { return narrow_f16(widen_f16(v) * keep32); });
+        break;
+      default: throw ShapeError(concat("dropout of ", name_of(dtype)));
+    }
+  }
+}
+
+}  // namespace gingham

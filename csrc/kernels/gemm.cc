@@ -1,0 +1,62 @@
+#include "kernels/gemm.h"
+
+#include <algorithm>
+
+#include "kernels/blas.h"
+#include "kernels/cast.h"
+
+namespace gingham {
+namespace {
+
+// A view as BLAS sees it, column-major: 'N' when columns are contiguous. A single row or column may claim either order.
+struct Order {
+  char trans;
+  int ld;
+};
+
+Order order_of(const Matrix& m) {
+  const bool column_major = m.row_stride == 1 && (m.col_stride >= m.rows || m.cols == 1);
+  const int64_t ld = column_major ? m.col_stride : m.row_stride;
+  const int64_t least = column_major ? m.rows : m.cols;
+  return {column_major ? 'N' : 'T', static_cast<int>(std::max(std::max(ld, least), int64_t{1}))};
+}
+
+template <class T, class Fn>
+void call(Fn fn, const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate) {
+  const Order oc = order_of(c);
+  // C must be column-major for BLAS; a row-major C is computed as its transpose, B^T A^T.
+  if (oc.trans == 'T') return call<T>(fn, b.t(), a.t(), c.t(), accumulate);
+  const Order oa = order_of(a), ob = order_of(b);
+  const int m = static_cast<int>(c.rows), n = static_cast<int>(c.cols), k = static_cast<int>(a.cols);
+  const T one = 1, beta = accumulate ? T(1) : T(0);
+  fn(&oa.trans, &ob.trans, &m, &n, &k, &one, static_cast<const T*>(a.data), &oa.ld, static_cast<const T*>(b.data), &ob.ld, &beta,
+     static_cast<T*>(c.data), &oc.ld);
+}
+
+}  // namespace
+
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
+  CHECK(ShapeError, a.cols == b.rows && a.rows == c.rows && b.cols == c.cols && a.dtype == b.dtype, "gemm of [", a.rows, ",", a.cols, "] ",
+        name_of(a.dtype), " and [", b.rows, ",", b.cols, "] ", name_of(b.dtype), " into [", c.rows, ",", c.cols, "]");
+  if (c.empty()) return;
+  if (a.cols == 0) {
+    if (!accumulate) fill_zero(c);
+    return;
+  }
+  if (size_of(a.dtype) == 2) {
+    Scratch wide_a(stream, static_cast<size_t>(a.count()) * 4), wide_b(stream, static_cast<size_t>(b.count()) * 4);
+    // Widened in the operand's own order, so that the copy runs along contiguous memory.
+    const bool ta = a.row_stride == 1, tb = b.row_stride == 1;
+    const Matrix va = ta ? dense(wide_a.data(), a.cols, a.rows, DType::f32).t() : dense(wide_a.data(), a.rows, a.cols, DType::f32);
+    const Matrix vb = tb ? dense(wide_b.data(), b.cols, b.rows, DType::f32).t() : dense(wide_b.data(), b.rows, b.cols, DType::f32);
+    cast(a, va);
+    cast(b, vb);
+    return call<float>(blas().sgemm, va, vb, c, accumulate);
+  }
+  if (a.dtype == DType::f32)
+    call<float>(blas().sgemm, a, b, c, accumulate);
+  else
+    call<double>(blas().dgemm, a, b, c, accumulate);
+}
+
+}  // namespace gingham

@@ -1,0 +1,12 @@
+// C = beta C + A B, with A [M, K], B [K, N], C [M, N] given as strided views (either stride 1), beta 0 or 1. A and B of one dtype; C in
+// its accumulator (fp32 for 16-bit inputs, which are widened panel by panel: products of bf16 are exact in fp32, and on CPUs without AMX
+// sgemm on widened panels is faster than the 16-bit entry points; one fixed choice keeps runs bitwise repeatable).
+#pragma once
+#include "base/matrix.h"
+#include "base/stream.h"
+
+namespace gingham {
+
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream);
+
+}  // namespace gingham

@@ -1,0 +1,29 @@
+// An operand that a step reads, as the panels it consumes: at(slice, interval). Four kinds:
+//   whole   lacks the slice dim: one block, the same panel always
+//   local   has the slice dim and stands here uncut
+//   window  cut over an axis: peers' blocks read in place
+//   ring    cut over an axis: each slice packed and forwarded hop by hop, slice s + 1 on its way while slice s is consumed
+#pragma once
+#include <memory>
+
+#include "base/stream.h"
+#include "ops/grid.h"
+
+namespace gingham {
+
+class Input {
+ public:
+  virtual ~Input() = default;
+  virtual void begin(int) {}    // slice starts to move
+  virtual void acquire(int) {}  // slice is here
+  virtual void pump() {}        // forward what has arrived
+  virtual Matrix at(int slice, int interval) = 0;
+};
+
+std::unique_ptr<Input> whole_input(const Matrix& block);
+std::unique_ptr<Input> local_input(const Matrix& block, int dim, const Slices& slices);
+// cut.own(): this rank's part of the block; index: its place among the axis' posted panels.
+std::unique_ptr<Input> window_input(const Cut& cut, int index);
+std::unique_ptr<Input> ring_input(const Cut& cut, int lane, const Stream& stream);
+
+}  // namespace gingham

@@ -1,0 +1,124 @@
+#include "ops/pass.h"
+
+#include "collectives/all_gather.h"
+#include "collectives/all_reduce.h"
+#include "collectives/reduce_scatter.h"
+#include "kernels/gemm.h"
+
+namespace gingham {
+
+Matrix Pass::workspace(int64_t rows, int64_t cols, DType dtype, Order order) {
+  scratch_.emplace_back(stream_, static_cast<size_t>(rows * cols) * size_of(dtype));
+  char* data = scratch_.back().data();
+  return order == Order::column_major ? dense(data, cols, rows, dtype).t() : dense(data, rows, cols, dtype);
+}
+
+int Pass::declare(const Place& place, const Matrix& m) {
+  if (place.dim < 0 || !place.operand.cut()) return -1;
+  Transport* axis = place.operand.axis;
+  Board* board = nullptr;
+  for (Board& b : boards_)
+    if (b.axis == axis) board = &b;
+  if (!board) {
+    boards_.push_back({axis, {}, !place.same_rows, 0});
+    board = &boards_.back();
+  }
+  // On a ring the post carries only the key and the rows; data goes in messages.
+  if (source_ == Source::ring) return ++board->lanes;
+  residents_.push_back(std::make_unique<Resident>(m, *axis, stream_));
+  board->panels.push_back(residents_.back()->view());
+  return static_cast<int>(board->panels.size()) - 1;
+}
+
+void Pass::post(int64_t rows) {
+  for (Board& b : boards_) {
+    b.axis->post(b.panels, rows, b.uneven);
+    // The first byte is read only after every peer's key has been compared.
+    for (int peer = 0; peer < b.axis->size(); peer++) b.axis->rows(peer);
+  }
+}
+
+Input* Pass::input(const Place& place, const Matrix& local, int index, const Slices& slices) {
+  if (place.dim < 0) {
+    inputs_.push_back(whole_input(local));
+  } else if (!place.operand.cut()) {
+    inputs_.push_back(local_input(local, place.dim, slices));
+  } else {
+    const Cut cut(local, place.dim, place.offsets, place.order, *place.operand.axis, slices);
+    inputs_.push_back(source_ == Source::window ? window_input(cut, index) : ring_input(cut, index, stream_));
+  }
+  return inputs_.back().get();
+}
+
+Output* Pass::output(const Place& place, const Matrix& accumulator, int index, const Slices& slices) {
+  if (place.dim < 0) {
+    outputs_.push_back(whole_output(accumulator));
+  } else if (!place.operand.cut()) {
+    outputs_.push_back(local_output(accumulator, place.dim, slices));
+  } else {
+    const Cut cut(accumulator, place.dim, place.offsets, place.order, *place.operand.axis, slices);
+    outputs_.push_back(source_ == Source::window ? window_output(cut, index) : ring_output(cut, index, stream_));
+  }
+  return outputs_.back().get();
+}
+
+void Pass::run(const Group& group) {
+  const int slices = group.slices.slices, intervals = group.slices.intervals();
+  for (Input* in : group.inputs) in->begin(0);
+  for (int s = 0; s < slices; s++) {
+    for (Input* in : group.inputs) in->acquire(s);
+    if (s + 1 < slices)
+      for (Input* in : group.inputs) in->begin(s + 1);
+    if (group.visit)
+      for (int t = 0; t < intervals; t++) group.visit(s, t);
+    for (const Product& product : group.products)
+      for (int turn = 0; turn < product.out->turns(); turn++) {
+        product.out->begin(s, turn);
+        for (int t = 0; t < intervals; t++) {
+          if (!product.out->holds(turn, t)) continue;
+          bool add = product.out->add();
+          for (const Factor& f : product.factors) {
+            const Matrix a = f.a->at(s, t), b = f.b->at(s, t);
+            gemm(f.a_turned ? a.t() : a, f.b_turned ? b.t() : b, product.out->at(s, t), add, stream_);
+            add = true;
+            for (Input* in : group.inputs) in->pump();
+          }
+        }
+        product.out->end(s, turn);
+      }
+  }
+}
+
+void Pass::close() {
+  for (Board& b : boards_) b.axis->finish();
+  for (Board& b : boards_) b.axis->retire();
+  boards_.clear();
+}
+
+Matrix Pass::gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local) {
+  if (!operand.cut()) return local;
+  const bool by_rows = operand.dim == 0;
+  const Matrix block = workspace(by_rows ? offsets.back() : local.rows, by_rows ? local.cols : offsets.back(), local.dtype);
+  std::vector<Matrix> parts;
+  for (size_t i = 0; i + 1 < offsets.size(); i++) parts.push_back(block.slice(operand.dim, offsets[i], offsets[i + 1]));
+  all_gather(*operand.axis, local, parts, source_, stream_);
+  return block;
+}
+
+Matrix Pass::block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own) {
+  if (!operand.cut()) return own;
+  const bool by_rows = operand.dim == 0;
+  return workspace(by_rows ? offsets.back() : own.rows, by_rows ? own.cols : offsets.back(), own.dtype);
+}
+
+void Pass::settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own) {
+  if (operand.cut()) {
+    std::vector<Matrix> parts;
+    for (size_t i = 0; i + 1 < offsets.size(); i++) parts.push_back(block.slice(operand.dim, offsets[i], offsets[i + 1]));
+    reduce_scatter(*operand.axis, parts, own, source_, stream_);
+  } else if (operand.shared()) {
+    all_reduce(*operand.axis, own, source_, stream_);
+  }
+}
+
+}  // namespace gingham

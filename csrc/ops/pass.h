@@ -1,0 +1,77 @@
+// One run of a step: what it posts, its inputs and outputs over the slice dim, and the loop that drives them.
+#pragma once
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "base/stream.h"
+#include "collectives/resident.h"
+#include "ops/grid.h"
+#include "ops/input.h"
+#include "ops/output.h"
+
+namespace gingham {
+
+// out (+)= sum over factors of a b, each turned (transposed) where its flag says so.
+struct Factor {
+  Input* a;
+  Input* b;
+  bool a_turned, b_turned;
+};
+struct Product {
+  Output* out;
+  std::vector<Factor> factors;
+};
+
+// The maps that share one set of slices: all of a step, or one map where the slice dim is its own N.
+struct Group {
+  Slices slices;
+  std::vector<Input*> inputs;
+  std::vector<Product> products;
+  std::function<void(int slice, int interval)> visit;  // sees every panel once: bias gradients
+};
+
+class Pass {
+ public:
+  Pass(const Stream& stream, Source source) : stream_(stream), source_(source) {}
+
+  // An operand as input or output; `place` says where its dim D lies (0, 1) or that it lacks it (-1).
+  struct Place {
+    const Operand& operand;
+    const std::vector<int64_t>& offsets;
+    int dim;
+    Order order;
+    bool same_rows;  // the ranks of its axis hold the same rows of X and Y
+  };
+  // Declares a matrix on its axis; returns its index among the axis' panels (window) or its lane (ring), -1: not cut.
+  int declare(const Place& place, const Matrix& m);
+  void post(int64_t rows);
+  Input* input(const Place& place, const Matrix& local, int index, const Slices& slices);
+  Output* output(const Place& place, const Matrix& accumulator, int index, const Slices& slices);
+  void run(const Group& group);
+  void close();  // finishes and retires every axis posted on
+
+  // The whole block of an operand that lacks the slice dim: itself, or gathered over its axis.
+  Matrix gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local);
+  // Where such an operand's products are summed: `own` itself, or a block of workspace that settle() reduce-scatters into own.
+  Matrix block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own);
+  void settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own);
+  Matrix workspace(int64_t rows, int64_t cols, DType dtype, Order order = Order::row_major);
+
+ private:
+  struct Board {
+    Transport* axis;
+    std::vector<Matrix> panels;
+    bool uneven;
+    int lanes = 0;
+  };
+  const Stream& stream_;
+  Source source_;
+  std::vector<Board> boards_;
+  std::vector<Scratch> scratch_;
+  std::vector<std::unique_ptr<Resident>> residents_;
+  std::vector<std::unique_ptr<Input>> inputs_;
+  std::vector<std::unique_ptr<Output>> outputs_;
+};
+
+}  // namespace gingham

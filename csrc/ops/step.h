@@ -1,0 +1,80 @@
+// The fused step of one linear map, or of several that share X (q, k, v):  gather X, gather W, multiply, reduce-scatter Y, and its
+// mirror images for the gradients. The same operands X, W, Y take part in all three products; only their roles change:
+//   Y = X W         gathers X over n, W over m     sums Y over k
+//   dX = dY W^T     gathers dY over k, W over m    sums dX over n
+//   dW = X^T dY     gathers X over n, dY over k    sums dW over m       (dY is gathered once for both)
+// Bytes received per rank, averaged: Y: [x(pn-1) + w(pm-1) + y(pk-1)] / P, likewise for the other two; messages: S x (g-1) per operand that
+// has the slice dim, g-1 for the one that lacks it. Workspace: <= 2 slices of each streamed operand (ring; none in a window) and one
+// gathered block of the operand that lacks the slice dim where it is cut.
+#pragma once
+#include <array>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "base/stream.h"
+#include "kernels/epilogue.h"
+#include "ops/grid.h"
+#include "ops/input.h"
+#include "ops/output.h"
+#include "transport/control.h"
+
+namespace gingham {
+
+// One W and its Y; n: the global number of output features, for the key.
+struct Map {
+  Operand w, y;
+  int64_t n = 0;
+};
+
+class Step {
+ public:
+  struct Config {
+    std::string name;
+    Operand x;
+    std::vector<Map> maps;
+    Transport* depth = nullptr;  // the axis over which W is replicated: dW and db are summed over it
+    Dim slice_dim = Dim::K;
+    int64_t k = 0;  // global
+    int slices = 1;
+    Source source = Source::window;
+    Order order = Order::row_major;  // of W and dW in memory: column_major is nn.Linear's [out, in]
+    std::array<int, 3> grid{1, 1, 1};
+  };
+  // Result tensors are made by the caller, in the shared heap, row-major.
+  using Allocate = std::function<Matrix(int64_t rows, int64_t cols)>;
+
+  struct Forward {
+    Matrix x;
+    std::vector<Matrix> w, bias;  // w as [K, N]; bias [1, N] or empty
+    int64_t lead = 0;             // size of x's dim 0: a Y cut along M is cut at torch.chunk's points of it
+    Epilogue epilogue = Epilogue::none;
+    Allocate allocate;
+  };
+  struct Backward {
+    Matrix x;  // empty data where dW is not asked for
+    std::vector<Matrix> w, dy;
+    bool need_x = true, need_w = true;
+    std::vector<char> need_bias;
+    bool reduce_depth = true;
+    Allocate allocate;
+  };
+  struct Gradients {
+    Matrix dx;
+    std::vector<Matrix> dw, db;
+  };
+
+  Step(Control& control, const Stream& stream, Config config);
+
+  // Returns Y of every map; with an epilogue other than none also Z (before it), after the Ys.
+  std::vector<Matrix> forward(const Forward& call);
+  Gradients backward(const Backward& call);
+
+ private:
+  void sum_bias(class Pass& pass, const Map& map, const Matrix& db);
+  Control& control_;
+  Stream stream_;
+  Config config_;
+};
+
+}  // namespace gingham

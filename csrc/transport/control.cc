@@ -1,0 +1,296 @@
+#include "transport/control.h"
+
+#include <poll.h>
+#include <sched.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <map>
+
+namespace gingham {
+namespace {
+
+constexpr int kSpins = 200, kYields = 4, kSliceMs = 50;
+constexpr double kJudgePatience = 0.3, kVerdictPatience = 1.0;
+
+void copy_text(char* to, size_t room, const std::string& text) {
+  const size_t n = std::min(room - 1, text.size());
+  memcpy(to, text.data(), n);
+  to[n] = 0;
+}
+
+void nap(double seconds) {
+  if (seconds <= 0) return;
+  timespec t{static_cast<time_t>(seconds), static_cast<long>((seconds - static_cast<double>(static_cast<time_t>(seconds))) * 1e9)};
+  clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr);
+}
+
+std::string list(const std::vector<int>& ranks) {
+  std::string out = ranks.size() == 1 ? "rank " : "ranks ";
+  for (size_t i = 0; i < ranks.size(); i++) out += (i ? ", " : "") + std::to_string(ranks[i]);
+  return out;
+}
+
+}  // namespace
+
+std::function<void()> Control::interrupt;
+
+void Call::set_name(const std::string& text) { copy_text(name, sizeof(name), text); }
+
+uint64_t Call::key() const {
+  uint64_t h = 1469598103934665603ull;
+  auto mix = [&h](uint64_t v) { h = (h ^ v) * 1099511628211ull; h ^= h >> 29; };
+  for (const char* c = name; *c; c++) mix(static_cast<uint64_t>(*c));
+  mix(static_cast<uint64_t>(dtype));
+  for (int g : grid) mix(static_cast<uint64_t>(g));
+  mix(static_cast<uint64_t>(k));
+  mix(static_cast<uint64_t>(n));
+  mix(flags);
+  if (invalid)
+    for (const char* c = note; *c; c++) mix(static_cast<uint64_t>(*c));
+  return h;
+}
+
+std::string Call::text() const {
+  if (invalid) return concat(name, " refused: ", note);
+  std::string out = concat(name, "(dtype=", name_of(static_cast<DType>(dtype)));
+  if (k || n) out += concat(", K=", k, ", N=", n);
+  if (rows >= 0) out += concat(", local rows=", rows);
+  if (grid[0] * grid[1] * grid[2] > 1) out += concat(", grid=", grid[0], "x", grid[1], "x", grid[2]);
+  return out + concat(", flags=", flags, ")");
+}
+
+Control::Control(ControlBlock* block, int rank, int size, double timeout) : block_(block), rank_(rank), size_(size), timeout_(timeout) {}
+
+Control::~Control() {
+  for (int fd : pidfds_)
+    if (fd >= 0) ::close(fd);
+}
+
+void Control::attach(const std::string& version) {
+  RankRecord& me = block_->ranks[rank_];
+  me.heartbeat = now();
+  me.waiting_on.store(-1);
+  if (rank_ == 0) {
+    copy_text(block_->version, sizeof(block_->version), version);
+    block_->size = size_;
+  }
+  me.pid.store(getpid());
+  if (rank_ != 0) {
+    wait(block_->attached, 1, -1);
+    CHECK(MeshError, version == block_->version, "rank ", rank_, " runs gingham ", version, ", rank 0 runs ", block_->version,
+          "; install one version everywhere");
+    CHECK(MeshError, size_ == block_->size, "rank ", rank_, " was started for ", size_, " ranks, rank 0 for ", block_->size);
+  }
+  block_->attached.add(1);
+  const double start = now();
+  while (!reached(block_->attached.load(), static_cast<uint32_t>(size_))) {
+    check();
+    nap(0.001);
+    if (now() - start < timeout_) continue;
+    std::vector<int> missing;
+    for (int r = 0; r < size_; r++)
+      if (block_->ranks[r].pid.load() == 0) missing.push_back(r);
+    fail(Kind::stalled, missing.empty() ? 0 : missing[0], concat(list(missing), " did not join within ", timeout_, " s"));
+    raise();
+  }
+  pidfds_.assign(static_cast<size_t>(size_), -1);
+  for (int r = 0; r < size_; r++) {
+    const int pid = block_->ranks[r].pid.load();
+    if (pid == getpid()) continue;
+    pidfds_[static_cast<size_t>(r)] = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+    if (pidfds_[static_cast<size_t>(r)] < 0 && errno == ESRCH) fail(Kind::died, r, concat("rank ", r, " died while the job started"));
+  }
+}
+
+void Control::begin(const Call& call) {
+  CHECK(MeshError, !closed_.load(), "rank ", rank_, ": ", call.name, " on a mesh after destroy; call gingham.init again");
+  RankRecord& me = block_->ranks[rank_];
+  const uint32_t sequence = me.sequence.load() + 1;
+  me.calls[sequence % 4] = call;
+  key_ = call.key() * 31 + sequence;
+  me.sequence.store(sequence);
+  check();
+}
+
+void Control::check() {
+  if (block_->error.load() != 0) raise();
+}
+
+void Control::raise() {
+  const double start = now();
+  while (block_->error.load() != 2 && now() - start < kVerdictPatience) nap(0.0005);
+  const std::string message = block_->error.load() == 2 ? std::string(block_->message) : "a peer failed without leaving a message";
+  const int odd = block_->error_rank;
+  switch (static_cast<Kind>(block_->error_kind)) {
+    case Kind::died:
+      throw PeerDied(odd, concat("rank ", rank_, ": ", message));
+    case Kind::stalled:
+      throw PeerStalled(odd, concat("rank ", rank_, ": ", message));
+    case Kind::shape:
+      throw ShapeError(concat("rank ", rank_, ": ", message));
+    case Kind::mesh:
+      break;
+  }
+  throw MeshError(concat("rank ", rank_, ": ", message));
+}
+
+void Control::fail(Kind kind, int rank, const std::string& message) {
+  uint32_t none = 0;
+  if (!block_->error.value.compare_exchange_strong(none, 1)) return;
+  block_->error_kind = static_cast<int32_t>(kind);
+  block_->error_rank = rank;
+  copy_text(block_->message, sizeof(block_->message), message);
+  block_->error.store(2);
+}
+
+void Control::wait(Word& word, uint32_t target, int peer) {
+  for (int i = 0; i < kSpins; i++) {
+    if (reached(word.load(), target)) return;
+    pause();
+  }
+  for (int i = 0; i < kYields; i++) {
+    if (reached(word.load(), target)) return;
+    sched_yield();
+  }
+  slow_wait(word, target, peer);
+}
+
+void Control::slow_wait(Word& word, uint32_t target, int peer) {
+  RankRecord& me = block_->ranks[rank_];
+  me.waiting_on.store(peer);
+  me.heartbeat.store(now());
+  const double start = now();
+  double polled = start;
+  for (;;) {
+    const uint32_t seen = word.load();
+    if (reached(seen, target)) break;
+    check();
+    word.sleep(seen, kSliceMs);
+    const double time = now();
+    if (time - polled < 0.9e-3 * kSliceMs) continue;
+    polled = time;
+    me.heartbeat.store(time);
+    if (reached(word.load(), target)) break;
+    poll_peers(peer);
+    compare(peer);
+    if (interrupt) interrupt();
+    if (time - start > timeout_) {
+      const int odd = culprit(peer);
+      fail(Kind::stalled, odd, concat("rank ", odd, " did not answer for ", timeout_, " s (in ", block_->ranks[rank_].calls[me.sequence.load() % 4].name,
+                                      "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
+      raise();
+    }
+  }
+  me.waiting_on.store(-1);
+}
+
+void Control::poll_peers(int peer) {
+  std::vector<pollfd> fds;
+  std::vector<int> ranks;
+  for (int r = 0; r < static_cast<int>(pidfds_.size()); r++) {
+    if (pidfds_[static_cast<size_t>(r)] < 0) continue;
+    fds.push_back({pidfds_[static_cast<size_t>(r)], POLLIN, 0});
+    ranks.push_back(r);
+  }
+  if (!fds.empty() && poll(fds.data(), fds.size(), 0) > 0) {
+    for (size_t i = 0; i < fds.size(); i++)
+      if ((fds[i].revents & POLLIN) && !block_->ranks[ranks[i]].closed.load())
+        fail(Kind::died, ranks[i], concat("rank ", ranks[i], " (pid ", block_->ranks[ranks[i]].pid.load(), ") died"));
+  }
+  check();
+  if (peer >= 0 && block_->ranks[peer].closed.load()) {
+    fail(Kind::died, peer, concat("rank ", peer, " left the job (destroy or exit) while others wait for it"));
+    raise();
+  }
+}
+
+void Control::compare(int peer) {
+  const RankRecord& mine = block_->ranks[rank_];
+  const uint32_t sequence = mine.sequence.load();
+  if (peer < 0 || sequence == 0 || !reached(block_->ranks[peer].sequence.load(), sequence)) return;
+  if (block_->ranks[peer].calls[sequence % 4].key() != mine.calls[sequence % 4].key()) mismatch({rank_, peer});
+}
+
+int Control::culprit(int peer) const {
+  const double fresh = now() - 1.0;
+  int odd = peer;
+  for (int hop = 0; hop < size_; hop++) {
+    const RankRecord& record = block_->ranks[odd];
+    const int next = record.waiting_on.load();
+    if (next < 0 || record.heartbeat.load() < fresh) return odd;
+    odd = next;
+  }
+  return peer;
+}
+
+void Control::sleep_until(double time) {
+  for (double left = time - now(); left > 0; left = time - now()) {
+    nap(std::min(left, 1e-3 * kSliceMs));
+    if (left > 1e-3 * kSliceMs) {
+      block_->ranks[rank_].heartbeat.store(now());
+      check();
+    }
+  }
+}
+
+void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message) {
+  const uint32_t sequence = block_->ranks[rank_].sequence.load();
+  const double start = now();
+  auto arrived = [&](int r) { return reached(block_->ranks[r].sequence.load(), sequence); };
+  for (int r = 0; r < size_; r++)
+    while (!arrived(r) && now() - start < kJudgePatience) nap(0.0005);
+  std::map<uint64_t, std::vector<int>> groups;
+  auto group = [&](const std::vector<int>& ranks, bool by_rows) {
+    groups.clear();
+    for (int r : ranks)
+      if (arrived(r)) {
+        const Call& call = block_->ranks[r].calls[sequence % 4];
+        groups[by_rows ? static_cast<uint64_t>(call.rows) : call.key()].push_back(r);
+      }
+  };
+  std::vector<int> all;
+  for (int r = 0; r < size_; r++) all.push_back(r);
+  group(all, false);
+  if (groups.size() < 2) group(members, true);
+  std::vector<std::vector<int>> sides;
+  for (auto& [key, ranks] : groups) sides.push_back(ranks);
+  std::sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a[0] < b[0]; });
+  auto call_of = [&](int r) -> const Call& { return block_->ranks[r].calls[sequence % 4]; };
+  const Call& expected = call_of(sides[0][0]);
+  const bool tie = sides.size() > 1 && sides[0].size() == sides[1].size();
+  *odd = sides.back()[0];
+  const Call& got = call_of(*odd);
+  const bool same_op = strcmp(expected.name, got.name) == 0 && std::equal(expected.grid, expected.grid + 3, got.grid);
+  *kind = same_op ? Kind::shape : Kind::mesh;
+  std::string text = concat("the ranks disagree in call ", sequence, ": ");
+  for (size_t i = sides.size(); i-- > 1;) text += concat(list(sides[i]), " got ", call_of(sides[i][0]).text(), "; ");
+  text += concat(list(sides[0]), tie ? " got " : " expected ", expected.text());
+  text += same_op ? "; pass the same global shapes, dtype and options on every rank" : "; every rank must make the same calls in the same order";
+  *message = text;
+}
+
+void Control::mismatch(const std::vector<int>& members) {
+  uint32_t none = 0;
+  if (block_->error.value.compare_exchange_strong(none, 1)) {
+    Kind kind = Kind::mesh;
+    int odd = rank_;
+    std::string message;
+    judge(members, &kind, &odd, &message);
+    block_->error_kind = static_cast<int32_t>(kind);
+    block_->error_rank = odd;
+    copy_text(block_->message, sizeof(block_->message), message);
+    block_->error.store(2);
+  }
+  raise();
+}
+
+void Control::close() {
+  closed_.store(true);
+  block_->ranks[rank_].closed.store(1);
+}
+
+}  // namespace gingham

@@ -1,0 +1,93 @@
+// The job's control block in shared memory: who is alive, in which call, and the first error. Every wait of the library goes through
+// Control::wait, which watches its word and the error word, polls the peers' pidfds (a killed peer is named within one slice of 50 ms)
+// and names the culprit of a stall by following who waits for whom. The first error wins, so that a cascade does not hide its cause.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "base/check.h"
+#include "base/dtype.h"
+#include "base/wait.h"
+
+namespace gingham {
+
+constexpr int kMaxRanks = 64;
+
+// What a rank says of the call it is in; all fields but `rows` must be equal on all ranks of the job.
+struct Call {
+  char name[32] = {};
+  int32_t dtype = 0;
+  int32_t grid[3] = {1, 1, 1};
+  int64_t k = 0, n = 0;
+  uint64_t flags = 0;
+  int64_t rows = -1;   // local rows; equal only among ranks that share them
+  int32_t invalid = 0; // this rank refused its own arguments: `note` says why
+  char note[240] = {};
+
+  void set_name(const std::string& text);
+  uint64_t key() const;  // hash of all that must agree
+  std::string text() const;
+};
+
+struct RankRecord {
+  std::atomic<int32_t> pid{0};
+  std::atomic<int32_t> closed{0};
+  std::atomic<int32_t> waiting_on{-1};
+  std::atomic<double> heartbeat{0};
+  Word sequence;
+  Call calls[4];
+};
+
+struct ControlBlock {
+  char version[32];
+  int32_t size;
+  Word attached;
+  Word error;  // 0 none, 1 being written, 2 readable
+  int32_t error_kind, error_rank;
+  char message[3072];
+  RankRecord ranks[kMaxRanks];
+};
+
+class Control {
+ public:
+  enum class Kind : int32_t { died, stalled, shape, mesh };
+
+  Control(ControlBlock* block, int rank, int size, double timeout);
+  ~Control();
+
+  void attach(const std::string& version);  // publishes this rank and waits for all others
+  void begin(const Call& call);             // publishes the call; throws the job's error if there is one
+  uint64_t key() const { return key_; }     // of the call begun last
+  // Waits until word >= target (wrapping). `peer` (global rank) is who must advance it.
+  void wait(Word& word, uint32_t target, int peer);
+  void sleep_until(double time);
+  void check();                                                        // throws the job's error
+  void fail(Kind kind, int rank, const std::string& message);          // sets the job's error unless one is set
+  [[noreturn]] void mismatch(const std::vector<int>& members);         // judges who differs, tells all ranks, throws
+  void close();                                                        // later waits for this rank raise PeerDied in the others
+
+  int rank() const { return rank_; }
+  int size() const { return size_; }
+  // Called between the slices of a long wait, to let Ctrl-C through; set by the binding.
+  static std::function<void()> interrupt;
+
+ private:
+  void slow_wait(Word& word, uint32_t target, int peer);
+  void poll_peers(int peer);
+  void compare(int peer);  // a peer in this call by another name will never post what is waited for
+  int culprit(int peer) const;
+  void judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message);
+  [[noreturn]] void raise();
+
+  ControlBlock* block_;
+  int rank_, size_;
+  double timeout_;
+  uint64_t key_ = 0;
+  std::vector<int> pidfds_;
+  std::atomic<bool> closed_{false};
+};
+
+}  // namespace gingham

@@ -1,0 +1,113 @@
+#include "transport/shm.h"
+
+#include <string.h>
+
+#include <algorithm>
+
+namespace gingham {
+
+Shm::Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members)
+    : Transport(static_cast<int>(std::find(members.begin(), members.end(), control.rank()) - members.begin()), static_cast<int>(members.size())),
+      segment_(segment),
+      control_(control),
+      memory_(memory),
+      members_(std::move(members)),
+      checked_(members_.size()) {
+  CHECK(MeshError, rank_ < size_, "rank ", control.rank(), " is not among the members of its own axis");
+  call_ = board(rank_).posted.load();  // an axis made anew goes on where the last of its number ended
+}
+
+void Shm::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) {
+  CHECK(MeshError, panels.size() <= kMaxPanels, "a call may post ", kMaxPanels, " panels, got ", panels.size());
+  Board& mine = board(rank_);
+  Post& post = mine.post;
+  post.key = control_.key();
+  post.rows = rows;
+  post.uneven = uneven;
+  post.count = static_cast<int32_t>(panels.size());
+  post.shape = shape;
+  for (size_t i = 0; i < panels.size(); i++) {
+    const Matrix& m = panels[i];
+    post.panels[i] = {m.empty() ? 0 : segment_.offset_of(m.data), m.rows, m.cols, m.row_stride, m.col_stride, m.dtype};
+  }
+  std::fill(checked_.begin(), checked_.end(), 0);
+  mine.posted.store(++call_);
+}
+
+const Post& Shm::post_of(int peer) {
+  Board& theirs = board(peer);
+  if (checked_[static_cast<size_t>(peer)]) return theirs.post;
+  control_.wait(theirs.posted, call_, members_[static_cast<size_t>(peer)]);
+  const Post& mine = board(rank_).post;
+  if (theirs.post.key != control_.key() || (!mine.uneven && theirs.post.rows != mine.rows)) control_.mismatch(members_);
+  checked_[static_cast<size_t>(peer)] = 1;
+  return theirs.post;
+}
+
+Matrix Shm::panel(int peer, int index) {
+  const auto& p = post_of(peer).panels[index];
+  return {segment_.at(p.offset), p.rows, p.cols, p.row_stride, p.col_stride, p.dtype};
+}
+
+int64_t Shm::rows(int peer) { return post_of(peer).rows; }
+
+Shape Shm::shape(int peer) { return post_of(peer).shape; }
+
+void Shm::finish() {
+  // Every peer's key is compared even where nothing of it is read, so that no difference passes unseen.
+  for (int peer = 0; peer < size_; peer++) post_of(peer);
+  board(rank_).finished.store(call_);
+}
+
+void Shm::retire() {
+  for (int hop = 1; hop < size_; hop++) control_.wait(board(next(hop)).finished, call_, members_[static_cast<size_t>(next(hop))]);
+}
+
+void Shm::advance() { board(rank_).turns.add(1); }
+
+void Shm::await_turn() { control_.wait(board(next(-1)).turns, board(rank_).turns.load(), members_[static_cast<size_t>(next(-1))]); }
+
+double Shm::fetch(int peer, size_t bytes) {
+  post_of(peer);
+  count_received(bytes);
+  return 0;
+}
+
+void Shm::arrive(double due) {
+  if (due > 0) control_.sleep_until(due);
+}
+
+void Shm::send_due(int peer, const void* data, size_t bytes, int lane, double due) {
+  Channel& channel = this->channel(rank_, peer, lane);
+  const uint32_t n = channel.sent.load();
+  if (n - channel.consumed.load() >= kSlots) control_.wait(channel.consumed, n - kSlots + 1, members_[static_cast<size_t>(peer)]);
+  channel.slots[n % kSlots] = {bytes ? segment_.offset_of(data) : 0, bytes, due};
+  channel.sent.store(n + 1);
+  offered(bytes);
+}
+
+bool Shm::ready(int peer, int lane) {
+  Channel& channel = this->channel(peer, rank_, lane);
+  const uint32_t n = channel.consumed.load();
+  return reached(channel.sent.load(), n + 1) && channel.slots[n % kSlots].due <= now();
+}
+
+void Shm::recv(int peer, void* data, size_t bytes, int lane) {
+  Channel& channel = this->channel(peer, rank_, lane);
+  const uint32_t n = channel.consumed.load();
+  control_.wait(channel.sent, n + 1, members_[static_cast<size_t>(peer)]);
+  const auto& message = channel.slots[n % kSlots];
+  CHECK(ShapeError, message.bytes == bytes, "rank ", control_.rank(), " expected a message of ", bytes, " bytes from rank ",
+        members_[static_cast<size_t>(peer)], ", got ", message.bytes);
+  arrive(message.due);
+  if (bytes) memcpy(data, segment_.at(message.offset), bytes);
+  count_received(bytes);
+  channel.consumed.store(n + 1);
+}
+
+void Shm::drain(int peer, int lane, uint32_t left) {
+  Channel& channel = this->channel(rank_, peer, lane);
+  control_.wait(channel.consumed, channel.sent.load() - left, members_[static_cast<size_t>(peer)]);
+}
+
+}  // namespace gingham

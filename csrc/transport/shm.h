@@ -1,0 +1,86 @@
+// Ranks of one host, as processes or threads, over the job's shared segment: nothing is copied but what a receiver takes into memory of
+// its own. A Board is written by its rank and read by its peers; a Channel carries messages from one rank to another.
+#pragma once
+#include <vector>
+
+#include "base/segment.h"
+#include "base/wait.h"
+#include "transport/control.h"
+#include "transport/transport.h"
+
+namespace gingham {
+
+constexpr int kMaxPanels = 8, kSlots = 8;
+
+struct Post {
+  uint64_t key;
+  int64_t rows;
+  int32_t count, uneven;
+  Shape shape;
+  struct {
+    uint64_t offset;
+    int64_t rows, cols, row_stride, col_stride;
+    DType dtype;
+  } panels[kMaxPanels];
+};
+
+struct Channel {
+  Word sent, consumed;
+  struct {
+    uint64_t offset, bytes;
+    double due;  // when the message is through, on the host's clock; 0: at once
+  } slots[kSlots];
+};
+
+struct Board {
+  Word posted, finished, turns;
+  Post post;
+};
+
+// Where an axis' shared state stands: boards[global rank], channels[(from * ranks + to) * kLanes + lane].
+struct AxisMemory {
+  Board* boards;
+  Channel* channels;
+};
+
+class Shm : public Transport {
+ public:
+  // members: global ranks in axis order.
+  Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members);
+
+  bool holds(const void* data) const override { return segment_.holds(data); }
+  void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) override;
+  Matrix panel(int peer, int index) override;
+  int64_t rows(int peer) override;
+  Shape shape(int peer) override;
+  void finish() override;
+  void retire() override;
+  void advance() override;
+  void await_turn() override;
+  double fetch(int peer, size_t bytes) override;
+  void arrive(double due) override;
+  void send(int peer, const void* data, size_t bytes, int lane) override { send_due(peer, data, bytes, lane, 0); }
+  bool ready(int peer, int lane) override;
+  void recv(int peer, void* data, size_t bytes, int lane) override;
+  void drain(int peer, int lane, uint32_t left) override;
+
+  void send_due(int peer, const void* data, size_t bytes, int lane, double due);
+  Control& control() { return control_; }
+
+ private:
+  Board& board(int peer) { return memory_.boards[members_[static_cast<size_t>(peer)]]; }
+  Channel& channel(int from, int to, int lane) {
+    const int pair = members_[static_cast<size_t>(from)] * control_.size() + members_[static_cast<size_t>(to)];
+    return memory_.channels[pair * kLanes + lane];
+  }
+  const Post& post_of(int peer);
+
+  Segment& segment_;
+  Control& control_;
+  AxisMemory memory_;
+  std::vector<int> members_;
+  std::vector<char> checked_;
+  uint32_t call_ = 0;
+};
+
+}  // namespace gingham
