@@ -75,3 +75,11 @@ def test_relayout_gives_the_formula(pn: int, pk: int) -> None:
     cost = theory.relayout(Grid(1, pn, pk), rows, features, "outer")
     expected = rows * features * (pn * pk - gcd(pn - 1, pk - 1) - 1) // (pn * pk) if pk > 1 else 0
     assert sum(cost.words.values()) == expected
+
+
+@pytest.mark.parametrize(("q", "d"), [(2, 2), (3, 2), (2, 3)])
+def test_bias_in_layers_costs_the_same_words(q: int, d: int) -> None:
+    """Reduce-scatter over row, all-reduce over depth, all-gather over row: as one all-reduce over all d q ranks."""
+    cost = theory.bias_gradient(Grid.of("2.5d", d * q * q, d), 24, 1)
+    assert sum(cost.words.values()) == 2 * 24 * (d * q - 1)
+    assert sum(cost.messages.values()) == 2 * (q - 1) + 2 * (d - 1)

@@ -107,7 +107,8 @@ def bias_gradient(grid: Grid, n: int, copies: int) -> Cost:
     cost = Cost()
     if grid.depth > 1:
         row = grid.pm // grid.depth
-        all_gather(cost, grid.key("row"), row, n * copies * grid.depth, 2)
+        reduce_scatter(cost, grid.key("row"), row, n * copies * grid.depth)
+        all_gather(cost, grid.key("row"), row, n * copies * grid.depth)
         all_reduce(cost, grid.key("depth"), grid.depth, n * copies)
     else:
         all_reduce(cost, grid.key("m"), grid.pm, n * copies)

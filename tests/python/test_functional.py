@@ -69,20 +69,28 @@ def test_second_gradients(ranks, name: str) -> None:
     assert max(ranks(ranks_of(name))(second_gradients, GRIDS[name])[0]) <= 1e-12
 
 
-def test_what_matmul_refuses(ranks) -> None:
-    def refuse(rank: int) -> list[str]:
-        mesh = gingham.init(mode="2d", size=4)
-        a, b = mesh.scatter(torch.ones(4, 5), "a"), mesh.scatter(torch.ones(5, 4), "b")
-        messages = []
-        bad = [(a, b, None), (a, b.double(), None), (a, b[:, :1], (4, 5, 4)), (a[0], b, None), (a.int(), b.int(), (4, 5, 4))]
-        for x, w, shape in bad:
-            with pytest.raises((gingham.ShapeError, TypeError)) as caught:
-                gingham.matmul(x, w, shape=shape)
-            messages.append(str(caught.value))
-        assert torch.equal(mesh.gather(gingham.matmul(a, b, shape=(4, 5, 4)), "c"), torch.full((4, 4), 5.0))
-        return messages
+WRONG: dict[str, Any] = {
+    "no shape": lambda a, b: (a, b, None),
+    "dtype": lambda a, b: (a, b.double(), (4, 5, 4)),
+    "integers": lambda a, b: (a.int(), b.int(), (4, 5, 4)),
+    "block": lambda a, b: (a, b[:, :1].contiguous(), (4, 5, 4)),
+}
 
-    assert "pass shape=(M, K, N)" in ranks(4)(refuse)[0][0]
+
+def refused(rank: int, kind: str, odd: tuple[int, ...]) -> str:
+    mesh = gingham.init(mode="2d", size=4)
+    a, b = mesh.scatter(torch.ones(4, 5), "a"), mesh.scatter(torch.ones(5, 4), "b")
+    a, b, shape = WRONG[kind](a, b) if rank in odd else (a, b, (4, 5, 4))
+    with pytest.raises((gingham.ShapeError, TypeError)) as caught:
+        gingham.matmul(a, b, shape=shape)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("odd", [(0, 1, 2, 3), (2,)], ids=["all ranks", "one rank"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_matmul_refuses_on_every_rank(ranks, kind: str, odd: tuple[int, ...]) -> None:
+    messages = ranks(4)(refused, kind, odd, timeout=20.0)
+    assert len(odd) > 1 or all("rank 2" in message for message in messages), messages
 
 
 def test_noncontiguous_and_expanded(ranks) -> None:
