@@ -69,8 +69,8 @@ void Pass::run(const Group& group) {
     for (Input* in : group.inputs) in->acquire(s);
     if (s + 1 < slices)
       for (Input* in : group.inputs) in->begin(s + 1);
-    if (group.visit)
-      for (int t = 0; t < intervals; t++) group.visit(s, t);
+    for (const auto& visit : group.visits)
+      for (int t = 0; t < intervals; t++) visit(s, t);
     for (const Product& product : group.products)
       for (int turn = 0; turn < product.out->turns(); turn++) {
         product.out->begin(s, turn);

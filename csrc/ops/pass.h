@@ -28,7 +28,8 @@ struct Group {
   Slices slices;
   std::vector<Input*> inputs;
   std::vector<Product> products;
-  std::function<void(int slice, int interval)> visit;  // sees every panel once: bias gradients
+  std::vector<std::function<void(int slice, int interval)>> visits;  // see every panel once: bias gradients
+  Input* shared = nullptr;                                           // X, where several maps use it
 };
 
 class Pass {

@@ -15,8 +15,6 @@
 #include "base/stream.h"
 #include "kernels/epilogue.h"
 #include "ops/grid.h"
-#include "ops/input.h"
-#include "ops/output.h"
 #include "transport/control.h"
 
 namespace gingham {
@@ -71,7 +69,6 @@ class Step {
   Gradients backward(const Backward& call);
 
  private:
-  void sum_bias(class Pass& pass, const Map& map, const Matrix& db);
   Control& control_;
   Stream stream_;
   Config config_;

@@ -1,0 +1,207 @@
+// Y = X W, its two gradients and the fused backward on a grid of threads or processes. Ranks are numbered (k, n, m) row-major; blocks are
+// cut as THEORY.md section 1 says. Data are small integers, so that every sum is exact in fp32 and the check is equality.
+#include <algorithm>
+#include <cmath>
+
+#include "cases.h"
+#include "collectives/resident.h"
+#include "kernels/gemm.h"
+#include "ops/step.h"
+
+namespace gingham {
+namespace {
+
+double element(int64_t i, int64_t j, uint64_t seed) {
+  uint64_t h = (static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15ull) ^ (static_cast<uint64_t>(j) * 0xC2B2AE3D27D4EB4Full) ^ (seed * 0x165667B19E3779F9ull);
+  h ^= h >> 29;
+  h *= 0xBF58476D1CE4E5B9ull;
+  h ^= h >> 32;
+  return static_cast<double>(h % 7) - 3;
+}
+
+struct Span {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+Span part(Span whole, int parts, int index) {
+  const std::vector<int64_t> cuts = chunk(whole.size(), parts);
+  return {whole.begin + cuts[static_cast<size_t>(index)], whole.begin + cuts[static_cast<size_t>(index) + 1]};
+}
+
+// A matrix of the shared heap holding rows x cols of the global matrix of that seed; stored column-major where `order` says so.
+class Block {
+ public:
+  Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Order order = Order::row_major) : rows_(rows), cols_(cols) {
+    room_ = Scratch(job.stream(), static_cast<size_t>(rows.size() * cols.size()) * size_of(dtype));
+    view_ = order == Order::column_major ? dense(room_.data(), cols.size(), rows.size(), dtype).t() : dense(room_.data(), rows.size(), cols.size(), dtype);
+    if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed)); });
+  }
+  const Matrix& view() const { return view_; }
+  int64_t differing(const Block& other) {
+    int64_t wrong = 0;
+    DISPATCH(view_.dtype, T, {
+      for (int64_t i = 0; i < view_.rows; i++)
+        for (int64_t j = 0; j < view_.cols; j++) wrong += at<T>(view_, i, j) != at<T>(other.view_, i, j);
+    });
+    return wrong;
+  }
+
+ private:
+  template <class T>
+  static T& at(const Matrix& m, int64_t i, int64_t j) {
+    return static_cast<T*>(m.data)[i * m.row_stride + j * m.col_stride];
+  }
+  template <class Fn>
+  void each(Fn fn) {
+    DISPATCH(view_.dtype, T, {
+      for (int64_t i = 0; i < view_.rows; i++)
+        for (int64_t j = 0; j < view_.cols; j++) fn(at<T>(view_, i, j), rows_.begin + i, cols_.begin + j);
+    });
+  }
+  Span rows_, cols_;
+  Scratch room_;
+  Matrix view_;
+};
+
+// One rank's place on the grid in effective axes (swapped: n and k trade places).
+struct Place {
+  int im, ik, in, pk, pn;
+  Span m, k, n;        // of the block
+  Span x_k, w_cut, y_n;  // the further cuts
+  std::vector<int64_t> x_cuts, w_cuts, y_cuts;
+};
+
+Place place_of(const Options& o, int rank) {
+  const auto [pm, pn, pk] = o.grid;
+  Place p;
+  p.im = rank % pm;
+  const int in = rank / pm % pn, ik = rank / (pm * pn);
+  p.in = o.swapped ? ik : in;
+  p.ik = o.swapped ? in : ik;
+  p.pn = o.swapped ? pk : pn;
+  p.pk = o.swapped ? pn : pk;
+  p.m = part({0, o.m}, pm, p.im);
+  p.k = part({0, o.k}, p.pk, p.ik);
+  p.n = part({0, o.n}, p.pn, p.in);
+  p.x_k = part(p.k, p.pn, p.in);
+  p.y_n = part(p.n, p.pk, p.ik);
+  p.w_cut = part(o.swapped ? p.n : p.k, pm, p.im);
+  p.x_cuts = chunk(p.k.size(), p.pn);
+  p.y_cuts = chunk(p.n.size(), p.pk);
+  p.w_cuts = chunk((o.swapped ? p.n : p.k).size(), pm);
+  return p;
+}
+
+struct Axes {
+  std::unique_ptr<Transport> k, n, m;
+  Axes(Job& job, const Options& o) {
+    const auto [pm, pn, pk] = o.grid;
+    const int im = job.rank() % pm, in = job.rank() / pm % pn, ik = job.rank() / (pm * pn);
+    std::vector<int> ks, ns, ms;
+    for (int i = 0; i < pk; i++) ks.push_back((i * pn + in) * pm + im);
+    for (int i = 0; i < pn; i++) ns.push_back((ik * pn + i) * pm + im);
+    for (int i = 0; i < pm; i++) ms.push_back((ik * pn + in) * pm + i);
+    k = job.axis(0, ks, o.latency, o.bandwidth);
+    n = job.axis(1, ns, o.latency, o.bandwidth);
+    m = job.axis(2, ms, o.latency, o.bandwidth);
+  }
+  Traffic take() {
+    Traffic sum;
+    for (Transport* t : {k.get(), n.get(), m.get()}) {
+      const Traffic one = t->traffic(true);
+      sum.bytes_received += one.bytes_received;
+      sum.messages += one.messages;
+    }
+    return sum;
+  }
+};
+
+// Words received by all ranks in one product (or the fused backward, which gathers dY once).
+double words(const Options& o) {
+  const double x = static_cast<double>(o.m) * static_cast<double>(o.k), w = static_cast<double>(o.k) * static_cast<double>(o.n),
+               y = static_cast<double>(o.m) * static_cast<double>(o.n);
+  const double pm = o.grid[0] - 1, pn = (o.swapped ? o.grid[2] : o.grid[1]) - 1, pk = (o.swapped ? o.grid[1] : o.grid[2]) - 1;
+  return o.name == "backward" ? 2 * x * pn + 2 * w * pm + y * pk : x * pn + w * pm + y * pk;
+}
+
+Row run_rank(Job& job, const Options& o) {
+  const Place p = place_of(o, job.rank());
+  Axes axes(job, o);
+  Transport* over_x = o.swapped ? axes.k.get() : axes.n.get();
+  Transport* over_y = o.swapped ? axes.n.get() : axes.k.get();
+  Step::Config config;
+  config.name = "bench";
+  config.x = {over_x, 1, p.x_cuts, false};
+  config.maps = {{{axes.m.get(), o.swapped ? 1 : 0, p.w_cuts, false}, {over_y, 1, p.y_cuts, false}, o.n}};
+  config.slice_dim = o.swapped ? Dim::N : Dim::K;
+  config.k = o.k;
+  config.slices = o.slices;
+  config.source = o.source;
+  config.order = Order::column_major;
+  config.grid = o.grid;
+  Step step(job.control(), job.stream(), config);
+
+  const Span w_rows = o.swapped ? p.k : p.w_cut, w_cols = o.swapped ? p.w_cut : p.n;
+  Block x(job, p.m, p.x_k, o.dtype, 1), w(job, w_rows, w_cols, o.dtype, 2, Order::column_major), dy(job, p.m, p.y_n, o.dtype, 3);
+  Block y(job, p.m, p.y_n, o.dtype, 0), dx(job, p.m, p.x_k, o.dtype, 0), dw(job, w_rows, w_cols, o.dtype, 0, Order::column_major);
+
+  const bool forward = o.name == "matmul", need_x = o.name != "dw", need_w = o.name != "dx";
+  auto once = [&] {
+    if (forward) {
+      step.forward({x.view(), {w.view()}, {Matrix{}}, o.m, Epilogue::none, [&](int64_t, int64_t) { return y.view(); }});
+      return;
+    }
+    bool first = need_x;
+    auto allocate = [&](int64_t, int64_t) { return std::exchange(first, false) ? dx.view() : dw.view().t(); };
+    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, allocate});
+  };
+  for (int i = 0; i < o.warmup; i++) once();
+  axes.take();
+  job.heap().reset_peak();
+  std::vector<double> times;
+  for (int i = 0; i < o.rounds; i++) {
+    const double start = now();
+    once();
+    times.push_back(now() - start);
+  }
+  const Traffic traffic = axes.take();
+  std::nth_element(times.begin(), times.begin() + o.rounds / 2, times.end());
+  double wrong = -1;
+  const double peak = static_cast<double>(job.heap().usage().workspace_peak) - static_cast<double>(job.heap().usage().workspace);
+  if (o.check) {
+    wrong = 0;
+    const Span all_k{0, o.k}, all_n{0, o.n}, all_m{0, o.m};
+    auto compare = [&](Block& got, Span rows, Span inner, Span cols, uint64_t a, uint64_t b, bool ta, bool tb) {
+      Block left = ta ? Block(job, inner, rows, o.dtype, a) : Block(job, rows, inner, o.dtype, a);
+      Block right = tb ? Block(job, cols, inner, o.dtype, b) : Block(job, inner, cols, o.dtype, b);
+      Block expected(job, rows, cols, o.dtype, 0);
+      gemm(ta ? left.view().t() : left.view(), tb ? right.view().t() : right.view(), expected.view(), false, job.stream());
+      wrong += static_cast<double>(got.differing(expected));
+    };
+    if (forward) compare(y, p.m, all_k, p.y_n, 1, 2, false, false);
+    if (!forward && need_x) compare(dx, p.m, all_n, p.x_k, 3, 2, false, true);
+    if (!forward && need_w) compare(dw, w_rows, all_m, w_cols, 1, 3, true, false);
+  }
+  return {times[static_cast<size_t>(o.rounds) / 2], static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds,
+          wrong, peak};
+}
+
+}  // namespace
+
+Measured run_matmul(const Options& o) {
+  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job) { return run_rank(job, o); });
+  Measured out;
+  for (const Row& r : rows) {
+    out.seconds = std::max(out.seconds, r[0]);
+    out.bytes += r[1];
+    out.messages += r[2];
+    out.wrong = r[3] < 0 ? -1 : out.wrong + r[3];
+    out.workspace = std::max(out.workspace, r[4]);
+  }
+  out.flops = 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) * (o.name == "backward" ? 2 : 1);
+  out.formula = words(o) * static_cast<double>(size_of(o.dtype));
+  return out;
+}
+
+}  // namespace gingham

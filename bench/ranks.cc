@@ -1,0 +1,77 @@
+#include "ranks.h"
+
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "kernels/blas.h"
+
+namespace gingham {
+namespace {
+
+constexpr int kNumbers = 64;
+struct Slot {
+  int count;
+  double numbers[kNumbers];
+  char error[512];
+};
+
+void run_one(int rank, int size, const std::shared_ptr<Segment>& segment, const RankBody& body, double timeout, Slot& slot) {
+  try {
+    set_blas_threads(1);
+    Job job(rank, size, segment, timeout);
+    job.attach("microbench");
+    const Row row = body(job);
+    slot.count = static_cast<int>(std::min<size_t>(row.size(), kNumbers));
+    std::copy_n(row.begin(), slot.count, slot.numbers);
+    job.close();
+  } catch (const std::exception& error) {
+    strncpy(slot.error, error.what(), sizeof(slot.error) - 1);
+  }
+}
+
+}  // namespace
+
+std::vector<Row> run_ranks(int size, As as, const RankBody& body, double timeout) {
+  const auto segment = Job::make_segment(size);
+  const size_t bytes = sizeof(Slot) * static_cast<size_t>(size);
+  void* shared = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+  CHECK(OutOfMemory, shared != MAP_FAILED, "cannot map ", bytes, " bytes");
+  Slot* slots = static_cast<Slot*>(shared);
+  if (as == As::threads) {
+    std::vector<std::thread> threads;
+    for (int r = 0; r < size; r++) threads.emplace_back([&, r] { run_one(r, size, segment, body, timeout, slots[r]); });
+    for (auto& t : threads) t.join();
+  } else {
+    std::vector<pid_t> pids;
+    for (int r = 0; r < size; r++) {
+      const pid_t pid = fork();
+      if (pid == 0) {
+        run_one(r, size, segment, body, timeout, slots[r]);
+        _exit(0);
+      }
+      pids.push_back(pid);
+    }
+    for (pid_t pid : pids) {
+      int status = 0;
+      waitpid(pid, &status, 0);
+      const auto at = std::find(pids.begin(), pids.end(), pid) - pids.begin();
+      if (status != 0 && !slots[at].error[0]) snprintf(slots[at].error, sizeof(slots[at].error), "rank %d ended with status %d", static_cast<int>(at), status);
+    }
+  }
+  std::vector<Row> rows;
+  std::string error;
+  for (int r = 0; r < size; r++) {
+    rows.emplace_back(slots[r].numbers, slots[r].numbers + slots[r].count);
+    if (error.empty() && slots[r].error[0]) error = slots[r].error;
+  }
+  munmap(shared, bytes);
+  if (!error.empty()) throw Error(error);
+  return rows;
+}
+
+}  // namespace gingham

@@ -1,0 +1,81 @@
+#include "ops/frame.h"
+
+#include <algorithm>
+
+namespace gingham {
+
+int64_t block_size(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local, int dim) {
+  return operand.cut() && operand.dim == dim ? offsets.back() : local.size(dim);
+}
+
+int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, int dim, int64_t block) {
+  if (!operand.cut() || operand.dim != dim) return block;
+  const size_t r = static_cast<size_t>(operand.axis->rank());
+  return offsets[r + 1] - offsets[r];
+}
+
+Frame::Frame(Control& control, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
+    : config(step), d(step.slice_dim), stream(used), pass(used, step.source), control_(control) {
+  call_.set_name(concat(step.name, ".", product));
+  call_.dtype = static_cast<int32_t>(dtype);
+  std::copy(step.grid.begin(), step.grid.end(), call_.grid);
+  call_.k = step.k;
+  for (const Map& m : step.maps) call_.n += m.n;
+  call_.rows = rows;
+  call_.flags = static_cast<uint64_t>(step.slices) << 8 | static_cast<uint64_t>(step.slice_dim) << 4 | static_cast<uint64_t>(step.source) << 3;
+  groups.resize(d == Dim::N ? step.maps.size() : 1);
+}
+
+void Frame::begin(const std::function<void()>& validate) {
+  std::string refusal;
+  try {
+    validate();
+  } catch (const ShapeError& error) {
+    refusal = error.what();
+    call_.invalid = 1;
+    std::copy_n(refusal.begin(), std::min(refusal.size(), sizeof(call_.note) - 1), call_.note);
+  }
+  control_.begin(call_);
+  if (!refusal.empty()) throw ShapeError(concat("rank ", control_.rank(), ": ", config.name, ": ", refusal));
+}
+
+std::vector<int64_t> Frame::learn(Transport& axis, int64_t rows) const {
+  axis.post({}, rows, true);
+  std::vector<int64_t> offsets{0};
+  for (int peer = 0; peer < axis.size(); peer++) offsets.push_back(offsets.back() + axis.rows(peer));
+  axis.finish();
+  axis.retire();
+  return offsets;
+}
+
+void Frame::cut(int64_t m, int64_t k, const std::vector<int64_t>& n) {
+  for (size_t i = 0; i < groups.size(); i++) {
+    Slices& slices = groups[i].slices;
+    slices.slices = config.slices;
+    slices.add({0, d == Dim::M ? m : d == Dim::K ? k : n[i]});
+    const Map& map = config.maps[i];
+    if (config.x.cut() && in_x(d) >= 0) slices.add(x_cuts);
+    if (map.w.cut() && in_w(d) >= 0) slices.add(map.w.offsets);
+    if (map.y.cut() && in_y(d) >= 0) slices.add(y_cuts[i]);
+  }
+}
+
+Matrix Frame::accumulator(const Matrix& out, Order order) {
+  return size_of(out.dtype) == 2 ? pass.workspace(out.rows, out.cols, DType::f32, order) : out;
+}
+
+void check_x(const Operand& x, const Matrix& local) {
+  CHECK(ShapeError, is_real(local.dtype), "dtype ", name_of(local.dtype), ", expected float32, float64, bfloat16 or float16");
+  const int64_t expected = x.learned() ? local.size(x.dim) : own_size(x, x.offsets, x.dim, local.size(x.dim));
+  CHECK(ShapeError, local.size(x.dim) == expected, "input block is [", local.rows, ",", local.cols, "], expected ", expected, " along dim ", x.dim);
+}
+
+void check_w(const Map& map, const Matrix& w, int64_t k_block, DType dtype) {
+  CHECK(ShapeError, w.dtype == dtype, "weight is ", name_of(w.dtype), ", input is ", name_of(dtype), "; cast one of them");
+  const int64_t k = block_size(map.w, map.w.offsets, w, 0);
+  CHECK(ShapeError, k == k_block, "input has ", k_block, " features in this column of ranks, weight has ", k);
+  const int64_t expected = own_size(map.w, map.w.offsets, map.w.dim, w.size(map.w.dim));
+  CHECK(ShapeError, w.size(map.w.dim) == expected, "weight block is [", w.rows, ",", w.cols, "], expected ", expected, " along dim ", map.w.dim);
+}
+
+}  // namespace gingham
