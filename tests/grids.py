@@ -28,7 +28,8 @@ def ranks_of(name: str) -> int:
 def relative(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Error in the Frobenius norm, relative to the expected; shapes must agree."""
     assert got.shape == expected.shape, (got.shape, expected.shape)
-    return float((got.double() - expected.double()).norm() / expected.double().norm().clamp_min(1e-300)) if expected.numel() else 0.0
+    got, expected = got.detach().double(), expected.detach().double()
+    return float((got - expected).norm() / expected.norm().clamp_min(1e-300)) if expected.numel() else 0.0
 
 
 def whole(x: torch.Tensor) -> torch.Tensor:

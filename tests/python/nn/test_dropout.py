@@ -1,0 +1,77 @@
+"""Dropout's masks: the same bits on every grid and in one process; numbering, recomputation, gradients."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import gingham
+from gingham.nn import Dropout, Linear
+from grids import GRIDS, every_grid, ranks_of
+
+
+def masks(rank: int, options: dict[str, Any] | None) -> list[torch.Tensor]:
+    mesh = gingham.init(**options) if options is not None else None
+    torch.manual_seed(11)
+    found = []
+    for layout in ("outer", "inner"):
+        layer, operand = Dropout(0.3, layout=layout), "inner" if layout == "inner" else "x"
+        for shape in ((7, 3, 19), (8, 24), (2, 3)):
+            full = torch.ones(shape)
+            found.append(layer(full) if mesh is None else mesh.gather(layer(mesh.scatter(full, operand)), operand))
+    return found
+
+
+@every_grid
+def test_masks_have_the_same_bits_on_every_grid(ranks, name: str) -> None:
+    serial = masks(0, None)
+    for found in ranks(ranks_of(name))(masks, GRIDS[name]):
+        assert all(torch.equal(got, expected) for got, expected in zip(found, serial, strict=True))
+
+
+def test_without_init_as_one_rank() -> None:
+    torch.manual_seed(1)
+    layer = Dropout(0.25)
+    x = torch.ones(1000, 100, requires_grad=True)
+    y = layer(x)
+    assert abs(float((y == 0).float().mean()) - 0.25) < 0.01 and torch.equal(y.unique(), torch.tensor([0.0, 1 / 0.75]))
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert not torch.equal(layer(x), y), "the next call draws anew"
+    assert torch.equal(layer.eval()(x), x)
+
+
+def test_modules_are_numbered_since_the_seed() -> None:
+    def first_two() -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(4)
+        one, two = Dropout(), Dropout()
+        return one(torch.ones(64)), two(torch.ones(64))
+
+    one, two = first_two()
+    again = first_two()
+    assert torch.equal(one, again[0]) and torch.equal(two, again[1]) and not torch.equal(one, two)
+    assert torch.equal(Dropout(name="dropout0")(torch.ones(64)), one)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_reuses_the_call_number(reentrant: bool) -> None:
+    gingham.init()
+    try:
+        model = torch.nn.Sequential(Dropout(0.5), Linear(24, 24, dtype=torch.float64), Dropout(0.5))
+        x = torch.randn(8, 24, dtype=torch.float64, requires_grad=True)
+        gradients = []
+        for run in (lambda x: checkpoint(model, x, use_reentrant=reentrant), model):
+            model[0].calls = model[2].calls = 0
+            # two calls in one graph: the second is recomputed first
+            one, two = run(x), run(x)
+            gradients.append(torch.autograd.grad(one.sum() + 2 * two.sum(), x)[0] if not reentrant else _backward(one, two, x))
+        assert torch.equal(*gradients)
+    finally:
+        gingham.destroy()
+
+
+def _backward(one: torch.Tensor, two: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    x.grad = None
+    (one.sum() + 2 * two.sum()).backward()
+    return x.grad.clone()
