@@ -25,28 +25,26 @@ $(VENV)/ready:
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gingham needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24,<4' ninja
 	touch $@
 
-$(VENV)/installed: pyproject.toml setup.py | $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+# the editable install serves the Python half from python/, so that only a change of C++ builds again; without build
+# isolation it finds the objects of last time
+$(VENV)/built: $(SOURCES) | $(VENV)/ready
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
 
-# the editable install serves the Python half from python/, so that only C++ changes build again
-$(VENV)/built: $(SOURCES) | $(VENV)/installed
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
-
-lint: $(VENV)/installed
+lint: $(VENV)/built
 	$(BIN)/ruff check python tests bench examples setup.py
 	$(BIN)/ruff format --check python tests bench examples setup.py
 	$(BIN)/mypy
 	find csrc bench tests -name '*.cc' -o -name '*.h' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
-sanitize: $(VENV)/installed
+sanitize: $(VENV)/built
 	for kind in address thread; do \
 	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind > /dev/null && \
 	  $(BIN)/cmake --build build/$$kind --target core_tests && build/$$kind/core_tests || exit 1; \
 	done
 
 clean:
-	rm -rf build python/gingham/_C*.so python/gingham/bin $(VENV)/installed $(VENV)/built
+	rm -rf build python/gingham/_C*.so python/gingham/bin $(VENV)/built
