@@ -72,6 +72,7 @@ void cast(const Matrix& a, const Matrix& b) {
 }
 
 void fill_zero(const Matrix& m) {
+  if (m.empty()) return;
   const Matrix v = m.col_stride == 1 ? m : m.t();
   for (int64_t i = 0; i < v.rows; i++)
     memset(static_cast<char*>(v.data) + static_cast<size_t>(i * v.row_stride) * size_of(v.dtype), 0, static_cast<size_t>(v.cols) * size_of(v.dtype));

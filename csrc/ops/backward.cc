@@ -75,14 +75,9 @@ class BackwardRun {
       CHECK(ShapeError, call_.x.dtype == dtype, "input is ", name_of(call_.x.dtype), ", its output's gradient is ", name_of(dtype));
     }
     for (size_t i = 0; i < lanes_.size(); i++) {
-      const Operand& y = c.maps[i].y;
-      const Matrix& dy = call_.dy[i];
-      CHECK(ShapeError, dy.dtype == dtype && call_.w[i].dtype == dtype, "gradients are ", name_of(dtype), " and ", name_of(dy.dtype), ", weight is ",
-            name_of(call_.w[i].dtype));
-      const int64_t expected = y.learned() ? dy.size(y.dim) : own_size(y, y.offsets, y.dim, dy.size(y.dim));
-      CHECK(ShapeError, dy.size(y.dim) == expected, "gradient block is [", dy.rows, ",", dy.cols, "], expected ", expected, " along dim ", y.dim);
-      const int64_t n = block_size(y, y.offsets, dy, 1);
-      CHECK(ShapeError, n == n_of(i), "gradient has ", n, " features, weight has ", n_of(i));
+      CHECK(ShapeError, call_.w[i].dtype == dtype, "weight is ", name_of(call_.w[i].dtype), ", gradient is ", name_of(dtype));
+      if (call_.need_w) check_w(c.maps[i], call_.w[i], block_size(c.x, c.x.offsets, call_.x, 1), dtype);
+      check_dy(c.maps[i], call_.dy[i], n_of(i), dtype);
     }
   }
 

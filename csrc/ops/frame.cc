@@ -64,18 +64,39 @@ Matrix Frame::accumulator(const Matrix& out, Order order) {
   return size_of(out.dtype) == 2 ? pass.workspace(out.rows, out.cols, DType::f32, order) : out;
 }
 
+namespace {
+
+// What this rank's part must measure along the cut dim; -1: not known beforehand. Offsets may be given where nothing is cut.
+int64_t expected_size(const Operand& operand) {
+  if (operand.offsets.empty()) return -1;
+  return operand.cut() ? own_size(operand, operand.offsets, operand.dim, 0) : operand.offsets.back();
+}
+
+void check_size(const char* what, const Matrix& m, int dim, int64_t expected) {
+  CHECK(ShapeError, expected < 0 || m.size(dim) == expected, what, " block is [", m.rows, ",", m.cols, "], expected ", expected, " along dim ", dim,
+        "; uneven sizes need the global shape, and every rank its own block");
+}
+
+}  // namespace
+
 void check_x(const Operand& x, const Matrix& local) {
   CHECK(ShapeError, is_real(local.dtype), "dtype ", name_of(local.dtype), ", expected float32, float64, bfloat16 or float16");
-  const int64_t expected = x.learned() ? local.size(x.dim) : own_size(x, x.offsets, x.dim, local.size(x.dim));
-  CHECK(ShapeError, local.size(x.dim) == expected, "input block is [", local.rows, ",", local.cols, "], expected ", expected, " along dim ", x.dim);
+  check_size("input", local, x.dim, expected_size(x));
 }
 
 void check_w(const Map& map, const Matrix& w, int64_t k_block, DType dtype) {
   CHECK(ShapeError, w.dtype == dtype, "weight is ", name_of(w.dtype), ", input is ", name_of(dtype), "; cast one of them");
   const int64_t k = block_size(map.w, map.w.offsets, w, 0);
   CHECK(ShapeError, k == k_block, "input has ", k_block, " features in this column of ranks, weight has ", k);
-  const int64_t expected = own_size(map.w, map.w.offsets, map.w.dim, w.size(map.w.dim));
-  CHECK(ShapeError, w.size(map.w.dim) == expected, "weight block is [", w.rows, ",", w.cols, "], expected ", expected, " along dim ", map.w.dim);
+  check_size("weight", w, map.w.dim, expected_size(map.w));
+  if (map.y.dim == 1 && !map.y.offsets.empty() && (map.w.dim != 1 || !map.w.cut())) check_size("weight", w, 1, map.y.offsets.back());
+}
+
+void check_dy(const Map& map, const Matrix& dy, int64_t n_block, DType dtype) {
+  CHECK(ShapeError, dy.dtype == dtype, "gradients are ", name_of(dtype), " and ", name_of(dy.dtype));
+  check_size("gradient", dy, map.y.dim, expected_size(map.y));
+  const int64_t n = block_size(map.y, map.y.offsets, dy, 1);
+  CHECK(ShapeError, n == n_block, "gradient has ", n, " features, weight has ", n_block);
 }
 
 }  // namespace gingham

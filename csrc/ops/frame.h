@@ -52,5 +52,6 @@ class Frame {
 
 void check_x(const Operand& x, const Matrix& local);
 void check_w(const Map& map, const Matrix& w, int64_t k_block, DType dtype);
+void check_dy(const Map& map, const Matrix& dy, int64_t n_block, DType dtype);
 
 }  // namespace gingham

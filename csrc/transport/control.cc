@@ -175,8 +175,8 @@ void Control::slow_wait(Word& word, uint32_t target, int peer) {
     polled = time;
     me.heartbeat.store(time);
     if (reached(word.load(), target)) break;
-    poll_peers(peer);
     compare(peer);
+    poll_peers(peer);
     if (interrupt) interrupt();
     if (time - start > timeout_) {
       const int odd = culprit(peer);
@@ -211,8 +211,11 @@ void Control::poll_peers(int peer) {
 void Control::compare(int peer) {
   const RankRecord& mine = block_->ranks[rank_];
   const uint32_t sequence = mine.sequence.load();
-  if (peer < 0 || sequence == 0 || !reached(block_->ranks[peer].sequence.load(), sequence)) return;
-  if (block_->ranks[peer].calls[sequence % 4].key() != mine.calls[sequence % 4].key()) mismatch({rank_, peer});
+  for (int r = 0; r < size_ && sequence > 0; r++) {
+    if (!reached(block_->ranks[r].sequence.load(), sequence)) continue;
+    const Call& theirs = block_->ranks[r].calls[sequence % 4];
+    if (theirs.invalid || (r == peer && theirs.key() != mine.calls[sequence % 4].key())) mismatch({rank_, r});
+  }
 }
 
 int Control::culprit(int peer) const {

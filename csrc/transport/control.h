@@ -77,7 +77,7 @@ class Control {
  private:
   void slow_wait(Word& word, uint32_t target, int peer);
   void poll_peers(int peer);
-  void compare(int peer);  // a peer in this call by another name will never post what is waited for
+  void compare(int peer);  // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
   int culprit(int peer) const;
   void judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message);
   [[noreturn]] void raise();
