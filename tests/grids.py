@@ -18,7 +18,9 @@ GRIDS: dict[str, dict[str, Any]] = {
     "1x1x2": dict(grid=(1, 1, 2), size=2),
 }
 
-every_grid = pytest.mark.parametrize("name", GRIDS)
+# `make test` takes those that differ most; `make test-all` takes every one
+TYPICAL = {"1d", "1d sequence", "2.5d", "2.5d sharded", "3x2x2"}
+every_grid = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in TYPICAL else [pytest.mark.matrix]) for name in GRIDS])
 
 
 def ranks_of(name: str) -> int:

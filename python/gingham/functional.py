@@ -101,7 +101,7 @@ def make_step(mesh: Mesh, name: str, k: int, n: list[int], swapped: bool, layout
         block = mesh.interval(size if swapped else k, second if swapped else first)[1]
         return _C.Operand(mesh.axis(again), 1 if swapped else 0, _points(mesh, block, again), False)
 
-    along_rows = layouts is not None and any(set(second) & set(layout.rows) for layout in layouts)
+    along_rows = layouts is not None and any(set(first + second) & set(layout.rows) for layout in layouts)
     return _C.Step(
         mesh.job,
         name,
