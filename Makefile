@@ -43,7 +43,7 @@ lint: $(VENV)/built
 sanitize: $(VENV)/built
 	for kind in address thread; do \
 	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind > /dev/null && \
-	  $(BIN)/cmake --build build/$$kind --target core_tests && build/$$kind/core_tests || exit 1; \
+	  $(BIN)/cmake --build build/$$kind --target core_tests && GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; \
 	done
 
 clean:

@@ -1,6 +1,7 @@
 """`python -m gingham train|doctor|bench`: the main job, what this installation is made of, the microbenchmark."""
 
 import argparse
+import importlib.util
 import os
 import platform
 import subprocess
@@ -70,7 +71,12 @@ def bench(arguments: list[str]) -> int:
     if not binary.exists():
         print(f"gingham bench: {binary} was not built; reinstall with `pip install .` or run `make build`", file=sys.stderr)
         return 2
-    return subprocess.run([str(binary), *arguments], check=False).returncode
+    environment = dict(os.environ)
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin:
+        # the binary knows nothing of torch, but computes with its BLAS
+        environment.setdefault("GINGHAM_BLAS", str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"))
+    return subprocess.run([str(binary), *arguments], check=False, env=environment).returncode
 
 
 def doctor() -> int:
