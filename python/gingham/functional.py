@@ -122,8 +122,8 @@ def _points(mesh: Mesh, size: int, names: Names) -> list[int]:
     return offsets(size, [mesh.sizes[name] for name in names])
 
 
-def local_of(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it."""
+def local_of(parameter: Any) -> Any:
+    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it; other tensors and None as they are."""
     return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
@@ -345,15 +345,17 @@ def dropout(
         start[row], shape[row] = rows[0], total
         if row != feature:
             start[feature], shape[feature] = columns[0], width
-    return _Dropout.apply(x, p, key, shape, start)
+    return _Dropout.apply(x, p, key, shape, start, None if mesh is None else mesh.job)
 
 
 class _Dropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, p: float, key: tuple[int, int, int], shape: list[int], start: list[int]) -> torch.Tensor:
-        ctx.arguments = p, key, shape, start
-        return _C.dropout(x.contiguous(), p, *key, shape, start)
+    def forward(
+        ctx: Any, x: torch.Tensor, p: float, key: tuple[int, int, int], shape: list[int], start: list[int], job: Any
+    ) -> torch.Tensor:
+        ctx.arguments = p, key, shape, start, job
+        return _C.dropout(x.contiguous(), p, *key, shape, start, job)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Dropout.apply(grad, *ctx.arguments), None, None, None, None
+        return _Dropout.apply(grad, *ctx.arguments), None, None, None, None, None

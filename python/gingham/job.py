@@ -47,7 +47,7 @@ def init(
             raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
         axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **parse_parallel(parallel)})
     else:
-        axes = axes_of(mode, size, depth, grid, sequence, shard_depth)
+        axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
     if source not in ("window", "ring") or slices < 1:
         raise MeshError(f"source={source!r}, slices={slices}: expected 'window' or 'ring', and at least 1")
     rank, world = rendezvous.world()

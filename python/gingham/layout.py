@@ -69,8 +69,8 @@ def block(shape: Sequence[int], cuts: Cuts, sizes: Sizes, coordinates: Mapping[s
 
 def coordinates_of(rank: int, sizes: Sizes) -> dict[str, int]:
     """Coordinates of a rank; ranks are row-major in mesh order."""
-    found = {}
-    for name in reversed(sizes):
+    found: dict[str, int] = {}
+    for name in reversed(list(sizes)):
         rank, found[name] = divmod(rank, sizes[name])
     return {name: found[name] for name in sizes}
 

@@ -112,7 +112,7 @@ def _serve(rank: int, environment: dict[str, str], payload: bytes, pipe: Connect
 
 def _collect(processes: list[Any], pipes: list[Connection]) -> list[Any]:
     values: list[Any] = [None] * len(pipes)
-    errors: list[BaseException] = []
+    errors: list[tuple[bool, BaseException]] = []  # (whether the rank failed by itself, its error)
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline: float | None = None
     while waiting:
@@ -120,28 +120,28 @@ def _collect(processes: list[Any], pipes: list[Connection]) -> list[Any]:
         if not ready:
             break
         for pipe in ready:
-            rank = waiting.pop(pipe)  # type: ignore[call-overload]
-            values[rank], error = _receive(processes[rank], pipe, rank)
+            assert isinstance(pipe, Connection)
+            rank = waiting.pop(pipe)
+            values[rank], error, own = _receive(processes[rank], pipe, rank)
             if error is not None:
-                errors.append(error)
+                errors.append((own, error))
                 deadline = deadline or time.monotonic() + GRACE
     if errors:
-        # a rank that was killed says nothing itself: it is known by its end, which is as good as an exception of its own
-        first_hand = [error for error in errors if not isinstance(error, mesh.PeerDied | mesh.PeerStalled) or hasattr(error, "exitcode")]
-        raise (first_hand or errors)[0]
+        raise next((error for own, error in errors if own), errors[0][1])
     return values
 
 
-def _receive(process: Any, pipe: Connection, rank: int) -> tuple[Any, BaseException | None]:
+def _receive(process: Any, pipe: Connection, rank: int) -> tuple[Any, BaseException | None, bool]:
     try:
         value, error, text = cloudpickle.loads(pipe.recv_bytes())
     except (EOFError, ConnectionResetError):
         process.join()
         died = mesh.PeerDied(f"rank {rank} died with exit code {process.exitcode}")
-        died.rank, died.exitcode = rank, process.exitcode
-        return None, died
+        died.rank = rank
+        return None, died, True
+    own = not isinstance(error, mesh.PeerDied | mesh.PeerStalled)
     if error is not None:
-        if not isinstance(error, mesh.PeerDied | mesh.PeerStalled):
+        if own:
             error.rank = rank
         error.add_note(f"raised on rank {rank}:\n{text}")
-    return value, error
+    return value, error, own
