@@ -8,7 +8,7 @@ namespace gingham {
 
 struct Options {
   std::string name = "matmul";
-  std::array<int, 3> grid{2, 2, 1};  // pm, pn, pk
+  std::array<int, 3> grid{2, 2, 1};   // pm, pn, pk
   int ranks = 0;                      // of a collective; a matmul has pm pn pk
   int64_t m = 512, k = 512, n = 512;  // a collective moves n elements a rank (all_reduce, broadcast, reduce) or n in all
   bool swapped = false;
@@ -23,15 +23,19 @@ struct Options {
 
 // One rank's measurement of a case.
 struct Measured {
-  double seconds = 0;   // median over the rounds, of the slowest rank
-  double flops = 0;     // of all ranks
-  double bytes = 0;     // received, summed over ranks, one round
-  double formula = 0;   // the same by THEORY.md section 4
+  double seconds = 0;  // median over the rounds, of the slowest rank
+  double flops = 0;    // of all ranks
+  double bytes = 0;    // received, summed over ranks, one round
+  double formula = 0;  // the same by THEORY.md section 4
   double messages = 0;
-  double wrong = 0;     // elements that differ, summed; -1 not checked
+  double wrong = 0;                        // elements that differ, summed; -1 not checked
   double algbw_bytes = 0, bus_factor = 0;  // nccl-tests' size and bus factor of a collective
-  double workspace = 0;  // largest high-water mark of a rank
+  double workspace = 0;                    // largest high-water mark of a rank
 };
+
+// Warms up, calls `warm` once, then times options.rounds of once() with prepare() before each; the median in seconds.
+double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,
+                        const std::function<void()>& warm);
 
 Measured run_matmul(const Options& options);      // name: matmul | dx | dw | backward
 Measured run_collective(const Options& options);  // name: all_gather | reduce_scatter | all_reduce | broadcast | reduce

@@ -33,66 +33,79 @@ struct Vector {
   }
 };
 
-Row run_rank(Job& job, const Options& o) {
-  const int g = o.size(), me = job.rank();
-  std::vector<int> members;
-  for (int r = 0; r < g; r++) members.push_back(r);
-  auto axis = job.axis(0, members, o.latency, o.bandwidth);
-  const std::vector<int64_t> cuts = chunk(o.n, g);
-  const size_t at = static_cast<size_t>(me);
-  Vector whole(job, o.n, o.dtype), part(job, cuts[at + 1] - cuts[at], o.dtype);
-  std::vector<Matrix> parts;
-  for (size_t i = 0; i + 1 < cuts.size(); i++) parts.push_back(whole.view.slice(1, cuts[i], cuts[i + 1]));
-  auto total = [&](int64_t i) {
-    double sum = 0;
-    for (int r = 0; r < g; r++) sum += value(r, i);
-    return sum;
-  };
-  auto prepare = [&] {
-    whole.fill(me, 0);
-    part.fill(me, cuts[at]);
-  };
-  auto once = [&] {
+class Collective {
+ public:
+  Collective(Job& job, const Options& o)
+      : job_(job),
+        o_(o),
+        axis_(job.axis(0, everyone(o.size()), o.latency, o.bandwidth)),
+        cuts_(chunk(o.n, o.size())),
+        whole_(job, o.n, o.dtype),
+        part_(job, end() - begin(), o.dtype) {
+    for (size_t i = 0; i + 1 < cuts_.size(); i++) parts_.push_back(whole_.view.slice(1, cuts_[i], cuts_[i + 1]));
+  }
+  Transport& axis() { return *axis_; }
+  void prepare() {
+    whole_.fill(job_.rank(), 0);
+    part_.fill(job_.rank(), begin());
+  }
+  void once() {
     Call call;
-    call.set_name(o.name);
-    call.n = o.n;
-    job.control().begin(call);
-    if (o.name == "all_gather") all_gather(*axis, part.view, parts, o.source, job.stream());
-    if (o.name == "reduce_scatter") reduce_scatter(*axis, parts, part.view, o.source, job.stream());
-    if (o.name == "all_reduce") all_reduce(*axis, whole.view, o.source, job.stream());
-    if (o.name == "broadcast") broadcast(*axis, whole.view, 0, job.stream());
-    if (o.name == "reduce") reduce(*axis, whole.view, 0, job.stream());
-  };
-  for (int i = 0; i < o.warmup; i++) {
-    prepare();
-    once();
+    call.set_name(o_.name);
+    call.n = o_.n;
+    job_.control().begin(call);
+    if (o_.name == "all_gather") all_gather(*axis_, part_.view, parts_, o_.source, job_.stream());
+    if (o_.name == "reduce_scatter") reduce_scatter(*axis_, parts_, part_.view, o_.source, job_.stream());
+    if (o_.name == "all_reduce") all_reduce(*axis_, whole_.view, o_.source, job_.stream());
+    if (o_.name == "broadcast") broadcast(*axis_, whole_.view, 0, job_.stream());
+    if (o_.name == "reduce") reduce(*axis_, whole_.view, 0, job_.stream());
   }
-  axis->traffic(true);
-  std::vector<double> times;
-  for (int i = 0; i < o.rounds; i++) {
-    prepare();
-    const double start = now();
-    once();
-    times.push_back(now() - start);
-  }
-  const Traffic traffic = axis->traffic(true);
-  std::nth_element(times.begin(), times.begin() + o.rounds / 2, times.end());
-  double wrong = -1;
-  if (o.check) {
-    if (o.name == "all_gather") {
-      wrong = 0;
-      for (int r = 0; r < g; r++)
-        wrong += static_cast<double>(whole.differing(parts[static_cast<size_t>(r)], [&](int64_t i) { return value(r, cuts[static_cast<size_t>(r)] + i); }));
-    } else if (o.name == "reduce_scatter") {
-      wrong = static_cast<double>(whole.differing(part.view, [&](int64_t i) { return total(cuts[at] + i); }));
-    } else if (o.name == "broadcast") {
-      wrong = static_cast<double>(whole.differing(whole.view, [&](int64_t i) { return value(0, i); }));
-    } else {
-      const bool summed = o.name == "all_reduce" || me == 0;
-      wrong = static_cast<double>(whole.differing(whole.view, [&](int64_t i) { return summed ? total(i) : value(me, i); }));
+  // Elements that differ from the exact result.
+  int64_t wrong() const {
+    const int g = o_.size(), me = job_.rank();
+    auto total = [g](int64_t i) {
+      double sum = 0;
+      for (int r = 0; r < g; r++) sum += value(r, i);
+      return sum;
+    };
+    if (o_.name == "reduce_scatter") return whole_.differing(part_.view, [&](int64_t i) { return total(begin() + i); });
+    if (o_.name == "broadcast") return whole_.differing(whole_.view, [](int64_t i) { return value(0, i); });
+    if (o_.name == "all_reduce" || me == 0) {
+      if (o_.name != "all_gather") return whole_.differing(whole_.view, total);
+    } else if (o_.name == "reduce") {
+      return whole_.differing(whole_.view, [me](int64_t i) { return value(me, i); });
     }
+    int64_t sum = 0;
+    for (int r = 0; r < g; r++)
+      sum += whole_.differing(parts_[static_cast<size_t>(r)], [&](int64_t i) { return value(r, cuts_[static_cast<size_t>(r)] + i); });
+    return sum;
   }
-  return {times[static_cast<size_t>(o.rounds) / 2], static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds, wrong};
+
+ private:
+  static std::vector<int> everyone(int n) {
+    std::vector<int> out;
+    for (int r = 0; r < n; r++) out.push_back(r);
+    return out;
+  }
+  int64_t begin() const { return cuts_[static_cast<size_t>(job_.rank())]; }
+  int64_t end() const { return cuts_[static_cast<size_t>(job_.rank()) + 1]; }
+
+  Job& job_;
+  const Options& o_;
+  std::unique_ptr<Transport> axis_;
+  std::vector<int64_t> cuts_;
+  Vector whole_, part_;
+  std::vector<Matrix> parts_;
+};
+
+Row run_rank(Job& job, const Options& o) {
+  Collective collective(job, o);
+  Traffic traffic;
+  const double seconds =
+      median_of_rounds(o, [&] { collective.prepare(); }, [&] { collective.once(); }, [&] { traffic = collective.axis().traffic(true); });
+  traffic = collective.axis().traffic(true);
+  return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds,
+          o.check ? static_cast<double>(collective.wrong()) : -1};
 }
 
 }  // namespace

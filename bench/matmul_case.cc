@@ -12,7 +12,8 @@ namespace gingham {
 namespace {
 
 double element(int64_t i, int64_t j, uint64_t seed) {
-  uint64_t h = (static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15ull) ^ (static_cast<uint64_t>(j) * 0xC2B2AE3D27D4EB4Full) ^ (seed * 0x165667B19E3779F9ull);
+  uint64_t h =
+      (static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15ull) ^ (static_cast<uint64_t>(j) * 0xC2B2AE3D27D4EB4Full) ^ (seed * 0x165667B19E3779F9ull);
   h ^= h >> 29;
   h *= 0xBF58476D1CE4E5B9ull;
   h ^= h >> 32;
@@ -34,7 +35,8 @@ class Block {
  public:
   Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Order order = Order::row_major) : rows_(rows), cols_(cols) {
     room_ = Scratch(job.stream(), static_cast<size_t>(rows.size() * cols.size()) * size_of(dtype));
-    view_ = order == Order::column_major ? dense(room_.data(), cols.size(), rows.size(), dtype).t() : dense(room_.data(), rows.size(), cols.size(), dtype);
+    view_ = order == Order::column_major ? dense(room_.data(), cols.size(), rows.size(), dtype).t()
+                                         : dense(room_.data(), rows.size(), cols.size(), dtype);
     if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed)); });
   }
   const Matrix& view() const { return view_; }
@@ -67,7 +69,7 @@ class Block {
 // One rank's place on the grid in effective axes (swapped: n and k trade places).
 struct Place {
   int im, ik, in, pk, pn;
-  Span m, k, n;        // of the block
+  Span m, k, n;          // of the block
   Span x_k, w_cut, y_n;  // the further cuts
   std::vector<int64_t> x_cuts, w_cuts, y_cuts;
 };
@@ -156,17 +158,13 @@ Row run_rank(Job& job, const Options& o) {
     auto allocate = [&](int64_t, int64_t) { return std::exchange(first, false) ? dx.view() : dw.view().t(); };
     step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, allocate});
   };
-  for (int i = 0; i < o.warmup; i++) once();
-  axes.take();
-  job.heap().reset_peak();
-  std::vector<double> times;
-  for (int i = 0; i < o.rounds; i++) {
-    const double start = now();
-    once();
-    times.push_back(now() - start);
-  }
+  const double seconds = median_of_rounds(
+      o, [] {}, once,
+      [&] {
+        axes.take();
+        job.heap().reset_peak();
+      });
   const Traffic traffic = axes.take();
-  std::nth_element(times.begin(), times.begin() + o.rounds / 2, times.end());
   double wrong = -1;
   const double peak = static_cast<double>(job.heap().usage().workspace_peak) - static_cast<double>(job.heap().usage().workspace);
   if (o.check) {
@@ -183,8 +181,7 @@ Row run_rank(Job& job, const Options& o) {
     if (!forward && need_x) compare(dx, p.m, all_n, p.x_k, 3, 2, false, true);
     if (!forward && need_w) compare(dw, w_rows, all_m, w_cols, 1, 3, true, false);
   }
-  return {times[static_cast<size_t>(o.rounds) / 2], static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds,
-          wrong, peak};
+  return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds, wrong, peak};
 }
 
 }  // namespace

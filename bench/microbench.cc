@@ -43,24 +43,46 @@ Command parse(int argc, char** argv) {
   if (argc > 1) o.name = argv[1];
   for (int i = 2; i < argc; i++) {
     const std::string flag = argv[i];
-    if (flag == "--check") { o.check = true; continue; }
-    if (flag == "--swapped") { o.swapped = true; continue; }
+    if (flag == "--check") {
+      o.check = true;
+      continue;
+    }
+    if (flag == "--swapped") {
+      o.swapped = true;
+      continue;
+    }
     CHECK(Error, i + 1 < argc, "option ", flag, " wants a value\n", kUsage);
     const std::string value = argv[++i];
     const std::vector<int64_t> list = numbers(value);
-    if (flag == "--grid" && list.size() == 3) o.grid = {static_cast<int>(list[0]), static_cast<int>(list[1]), static_cast<int>(list[2])};
-    else if (flag == "--ranks") o.ranks = atoi(value.c_str());
-    else if (flag == "--sizes") c.sizes = list;
-    else if (flag == "--shape" && list.size() == 3) { o.m = list[0]; o.k = list[1]; o.n = list[2]; c.shaped = true; }
-    else if (flag == "--source") o.source = value == "ring" ? Source::ring : Source::window;
-    else if (flag == "--slices") o.slices = atoi(value.c_str());
-    else if (flag == "--transport") { if (value == "link" && o.bandwidth == 0) o.bandwidth = 1e9; }
-    else if (flag == "--latency") o.latency = atof(value.c_str());
-    else if (flag == "--bandwidth") o.bandwidth = atof(value.c_str());
-    else if (flag == "--as") o.as = value == "threads" ? As::threads : As::processes;
-    else if (flag == "--dtype") o.dtype = value == "float64" ? DType::f64 : DType::f32;
-    else if (flag == "--rounds") o.rounds = atoi(value.c_str());
-    else throw Error(concat("unknown option ", flag, " ", value, "\n", kUsage));
+    if (flag == "--grid" && list.size() == 3)
+      o.grid = {static_cast<int>(list[0]), static_cast<int>(list[1]), static_cast<int>(list[2])};
+    else if (flag == "--ranks")
+      o.ranks = atoi(value.c_str());
+    else if (flag == "--sizes")
+      c.sizes = list;
+    else if (flag == "--shape" && list.size() == 3) {
+      o.m = list[0];
+      o.k = list[1];
+      o.n = list[2];
+      c.shaped = true;
+    } else if (flag == "--source")
+      o.source = value == "ring" ? Source::ring : Source::window;
+    else if (flag == "--slices")
+      o.slices = atoi(value.c_str());
+    else if (flag == "--transport") {
+      if (value == "link" && o.bandwidth == 0) o.bandwidth = 1e9;
+    } else if (flag == "--latency")
+      o.latency = atof(value.c_str());
+    else if (flag == "--bandwidth")
+      o.bandwidth = atof(value.c_str());
+    else if (flag == "--as")
+      o.as = value == "threads" ? As::threads : As::processes;
+    else if (flag == "--dtype")
+      o.dtype = value == "float64" ? DType::f64 : DType::f32;
+    else if (flag == "--rounds")
+      o.rounds = atoi(value.c_str());
+    else
+      throw Error(concat("unknown option ", flag, " ", value, "\n", kUsage));
   }
   return c;
 }
@@ -76,14 +98,18 @@ void header() {
 bool report(const Options& o) {
   const Measured m = is_matmul(o.name) ? run_matmul(o) : run_collective(o);
   char size[64], wrong[32];
-  if (is_matmul(o.name)) snprintf(size, sizeof(size), "%lldx%lldx%lld", static_cast<long long>(o.m), static_cast<long long>(o.k), static_cast<long long>(o.n));
-  else snprintf(size, sizeof(size), "%lld", static_cast<long long>(o.n));
-  if (m.wrong < 0) snprintf(wrong, sizeof(wrong), "N/A");
-  else snprintf(wrong, sizeof(wrong), "%lld", static_cast<long long>(m.wrong));
+  if (is_matmul(o.name))
+    snprintf(size, sizeof(size), "%lldx%lldx%lld", static_cast<long long>(o.m), static_cast<long long>(o.k), static_cast<long long>(o.n));
+  else
+    snprintf(size, sizeof(size), "%lld", static_cast<long long>(o.n));
+  if (m.wrong < 0)
+    snprintf(wrong, sizeof(wrong), "N/A");
+  else
+    snprintf(wrong, sizeof(wrong), "%lld", static_cast<long long>(m.wrong));
   const double algbw = m.algbw_bytes / m.seconds * 1e-9;
   printf("  %-14s %6d %18s %7s %6s %6d | %10.1f %9.2f %9.3f %9.3f | %13.0f %13.0f %8.0f %6s %10.0f\n", o.name.c_str(), o.size(), size,
-         o.source == Source::ring ? "ring" : "window", o.bandwidth > 0 || o.latency > 0 ? "yes" : "no", o.slices, m.seconds * 1e6, m.flops / m.seconds * 1e-9,
-         algbw, algbw * m.bus_factor, m.bytes, m.formula, m.messages, wrong, m.workspace);
+         o.source == Source::ring ? "ring" : "window", o.bandwidth > 0 || o.latency > 0 ? "yes" : "no", o.slices, m.seconds * 1e6,
+         m.flops / m.seconds * 1e-9, algbw, algbw * m.bus_factor, m.bytes, m.formula, m.messages, wrong, m.workspace);
   fflush(stdout);
   return m.wrong <= 0 && m.bytes == m.formula;
 }
@@ -98,7 +124,8 @@ bool overlap(Options o) {
   const double compute = run_matmul(bare).seconds;
   const double bytes = static_cast<double>(o.m) * static_cast<double>(o.k) / 2 * static_cast<double>(size_of(o.dtype));
   o.bandwidth = bytes / compute;
-  printf("# overlap: computation %.1f us, link %.3f GB/s so that communication takes the same; limit at S slices: 1 + 1/S\n", compute * 1e6, o.bandwidth * 1e-9);
+  printf("# overlap: computation %.1f us, link %.3f GB/s so that communication takes the same; limit at S slices: 1 + 1/S\n", compute * 1e6,
+         o.bandwidth * 1e-9);
   printf("# %8s %7s %10s %22s\n", "slices", "source", "time us", "time / max(comp, comm)");
   bool good = true;
   for (Source source : {Source::window, Source::ring})
@@ -132,8 +159,10 @@ int main_of(int argc, char** argv) {
       Options o = command.options;
       o.name = name;
       if (!command.shaped) o.m = o.k = o.n = n;
-      if (is_matmul(name)) o.ranks = 0;
-      else if (name != "overlap" && o.ranks == 0) o.ranks = o.grid[0] * o.grid[1] * o.grid[2];
+      if (is_matmul(name))
+        o.ranks = 0;
+      else if (name != "overlap" && o.ranks == 0)
+        o.ranks = o.grid[0] * o.grid[1] * o.grid[2];
       good = (name == "overlap" ? overlap(o) : report(o)) && good;
     }
   return good ? 0 : 1;

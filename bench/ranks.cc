@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "cases.h"
 #include "kernels/blas.h"
 
 namespace gingham {
@@ -60,7 +61,8 @@ std::vector<Row> run_ranks(int size, As as, const RankBody& body, double timeout
       int status = 0;
       waitpid(pid, &status, 0);
       const auto at = std::find(pids.begin(), pids.end(), pid) - pids.begin();
-      if (status != 0 && !slots[at].error[0]) snprintf(slots[at].error, sizeof(slots[at].error), "rank %d ended with status %d", static_cast<int>(at), status);
+      if (status != 0 && !slots[at].error[0])
+        snprintf(slots[at].error, sizeof(slots[at].error), "rank %d ended with status %d", static_cast<int>(at), status);
     }
   }
   std::vector<Row> rows;
@@ -72,6 +74,21 @@ std::vector<Row> run_ranks(int size, As as, const RankBody& body, double timeout
   munmap(shared, bytes);
   if (!error.empty()) throw Error(error);
   return rows;
+}
+
+double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,
+                        const std::function<void()>& warm) {
+  std::vector<double> times;
+  for (int i = -options.warmup; i < options.rounds; i++) {
+    if (i == 0) warm();
+    prepare();
+    const double start = now();
+    once();
+    if (i >= 0) times.push_back(now() - start);
+  }
+  const auto middle = times.begin() + options.rounds / 2;
+  std::nth_element(times.begin(), middle, times.end());
+  return *middle;
 }
 
 }  // namespace gingham

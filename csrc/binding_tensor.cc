@@ -89,10 +89,11 @@ Tensor tensor_of(py::handle object, const char* name) {
       out.dtype = k.dtype;
       out.dtype_name = k.name;
     }
-  CHECK(ShapeError, !out.dtype_name.empty(), name, " has an unsupported dtype (code ", static_cast<int>(t.dtype.code), ", ", static_cast<int>(t.dtype.bits),
-        " bits), expected float32, float64, bfloat16 or float16");
+  CHECK(ShapeError, !out.dtype_name.empty(), name, " has an unsupported dtype (code ", static_cast<int>(t.dtype.code), ", ",
+        static_cast<int>(t.dtype.bits), " bits), expected float32, float64, bfloat16 or float16");
   const int64_t count = out.count();
-  CHECK(ShapeError, t.data || count == 0, name, " is a ", type, " without memory of its own, expected this rank's plain torch.Tensor; use .to_local()");
+  CHECK(ShapeError, t.data || count == 0, name, " is a ", type,
+        " without memory of its own, expected this rank's plain torch.Tensor; use .to_local()");
   int64_t stride = 1;
   for (int i = t.ndim; t.strides && count > 0 && i-- > 0;) {
     CHECK(ShapeError, t.shape[i] == 1 || t.strides[i] == stride, name, " is not contiguous; use .contiguous()");
@@ -122,8 +123,13 @@ Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& sh
   auto managed = std::make_unique<DLManagedTensorVersioned>();
   managed->version = api->header.version;
   managed->flags = 0;
-  managed->dl_tensor = {owner->data, {kDLCPU, 0}, static_cast<int32_t>(shape.size()), {static_cast<uint8_t>(type.code), type.bits, 1},
-                        owner->shape.data(), owner->strides.data(), 0};
+  managed->dl_tensor = {owner->data,
+                        {kDLCPU, 0},
+                        static_cast<int32_t>(shape.size()),
+                        {static_cast<uint8_t>(type.code), type.bits, 1},
+                        owner->shape.data(),
+                        owner->strides.data(),
+                        0};
   managed->manager_ctx = owner.get();
   managed->deleter = [](DLManagedTensorVersioned* self) {
     auto* held = static_cast<Owner*>(self->manager_ctx);

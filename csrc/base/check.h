@@ -42,8 +42,8 @@ std::string concat(const Values&... values) {
   return out.str();
 }
 
-#define CHECK(Type, cond, ...)                              \
-  do {                                                      \
+#define CHECK(Type, cond, ...)                               \
+  do {                                                       \
     if (!(cond)) throw Type(::gingham::concat(__VA_ARGS__)); \
   } while (0)
 

@@ -36,17 +36,17 @@ inline bool is_real(DType dtype) { return dtype <= DType::f16; }
 inline DType accumulator(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 // DISPATCH(dtype, T, { body }) runs body with T = float or double; 16-bit types are cast to fp32 before arithmetic.
-#define DISPATCH(dtype, T, ...)                                                                                       \
-  do {                                                                                                                \
-    if ((dtype) == ::gingham::DType::f32) {                                                                           \
-      using T = float;                                                                                                \
-      __VA_ARGS__;                                                                                                    \
-    } else if ((dtype) == ::gingham::DType::f64) {                                                                    \
-      using T = double;                                                                                               \
-      __VA_ARGS__;                                                                                                    \
-    } else {                                                                                                          \
+#define DISPATCH(dtype, T, ...)                                                                                             \
+  do {                                                                                                                      \
+    if ((dtype) == ::gingham::DType::f32) {                                                                                 \
+      using T = float;                                                                                                      \
+      __VA_ARGS__;                                                                                                          \
+    } else if ((dtype) == ::gingham::DType::f64) {                                                                          \
+      using T = double;                                                                                                     \
+      __VA_ARGS__;                                                                                                          \
+    } else {                                                                                                                \
       throw ::gingham::ShapeError(::gingham::concat("dtype ", ::gingham::name_of(dtype), ", expected float32 or float64")); \
-    }                                                                                                                 \
+    }                                                                                                                       \
   } while (0)
 
 }  // namespace gingham

@@ -11,7 +11,7 @@ namespace gingham {
 
 class Segment {
  public:
-  explicit Segment(size_t bytes);             // creates
+  explicit Segment(size_t bytes);                  // creates
   Segment(const std::string& path, size_t bytes);  // opens another process's: /proc/<pid>/fd/<n>
   ~Segment();
   Segment(const Segment&) = delete;

@@ -10,8 +10,7 @@
 namespace gingham {
 
 void Word::wake() {
-  if (waiters.load(std::memory_order_seq_cst) != 0)
-    syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+  if (waiters.load(std::memory_order_seq_cst) != 0) syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
 }
 
 void Word::store(uint32_t next) {

@@ -7,7 +7,8 @@
 namespace gingham {
 
 void accumulate(const Matrix& a, const Matrix& b) {
-  CHECK(ShapeError, a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype, "sum of [", a.rows, ",", a.cols, "] into [", b.rows, ",", b.cols, "]");
+  CHECK(ShapeError, a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype, "sum of [", a.rows, ",", a.cols, "] into [", b.rows, ",", b.cols,
+        "]");
   const bool turn = a.col_stride != 1 && a.row_stride == 1;
   const Matrix from = turn ? a.t() : a, to = turn ? b.t() : b;
   DISPATCH(from.dtype, T, {
@@ -51,11 +52,16 @@ void sum_rows(const Matrix& a, const Matrix& out, bool add, Widen widen) {
 void column_sums(const Matrix& a, const Matrix& out, bool add) {
   if (a.cols == 0) return;
   switch (a.dtype) {
-    case DType::f32: return sum_rows<float, float>(a, out, add, [](float x) { return x; });
-    case DType::f64: return sum_rows<double, double>(a, out, add, [](double x) { return x; });
-    case DType::bf16: return sum_rows<float, uint16_t>(a, out, add, widen_bf16);
-    case DType::f16: return sum_rows<float, uint16_t>(a, out, add, widen_f16);
-    default: throw ShapeError(concat("column sums of ", name_of(a.dtype)));
+    case DType::f32:
+      return sum_rows<float, float>(a, out, add, [](float x) { return x; });
+    case DType::f64:
+      return sum_rows<double, double>(a, out, add, [](double x) { return x; });
+    case DType::bf16:
+      return sum_rows<float, uint16_t>(a, out, add, widen_bf16);
+    case DType::f16:
+      return sum_rows<float, uint16_t>(a, out, add, widen_f16);
+    default:
+      throw ShapeError(concat("column sums of ", name_of(a.dtype)));
   }
 }
 

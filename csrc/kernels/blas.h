@@ -7,8 +7,8 @@ namespace gingham {
 
 using SgemmFn = void (*)(const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*, const float*,
                          const int*, const float*, float*, const int*);
-using DgemmFn = void (*)(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*,
-                         const double*, const int*, const double*, double*, const int*);
+using DgemmFn = void (*)(const char*, const char*, const int*, const int*, const int*, const double*, const double*, const int*, const double*,
+                         const int*, const double*, double*, const int*);
 
 struct Blas {
   SgemmFn sgemm = nullptr;

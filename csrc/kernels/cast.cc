@@ -58,10 +58,14 @@ void cast(const Matrix& a, const Matrix& b) {
   const Matrix from = turn ? a.t() : a, to = turn ? b.t() : b;
   if (from.dtype == to.dtype) {
     switch (size_of(from.dtype)) {
-      case 1: return copy_rows<uint8_t>(from, to);
-      case 2: return copy_rows<uint16_t>(from, to);
-      case 4: return copy_rows<uint32_t>(from, to);
-      default: return copy_rows<uint64_t>(from, to);
+      case 1:
+        return copy_rows<uint8_t>(from, to);
+      case 2:
+        return copy_rows<uint16_t>(from, to);
+      case 4:
+        return copy_rows<uint32_t>(from, to);
+      default:
+        return copy_rows<uint64_t>(from, to);
     }
   }
   if (from.dtype == DType::bf16 && to.dtype == DType::f32) return convert_rows<uint16_t, float>(from, to, widen_bf16);

@@ -98,15 +98,20 @@ void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& lo
     auto go = [&](auto* in, auto* out, auto scale) { run(in + at, out + at, index, length, key, k0, k1, threshold, scale); };
     const float keep32 = static_cast<float>(keep);
     switch (dtype) {
-      case DType::f32: go(static_cast<const float*>(x), static_cast<float*>(y), [=](float v) { return v * keep32; }); break;
-      case DType::f64: go(static_cast<const double*>(x), static_cast<double*>(y), [=](double v) { return v * keep; }); break;
+      case DType::f32:
+        go(static_cast<const float*>(x), static_cast<float*>(y), [=](float v) { return v * keep32; });
+        break;
+      case DType::f64:
+        go(static_cast<const double*>(x), static_cast<double*>(y), [=](double v) { return v * keep; });
+        break;
       case DType::bf16:
         go(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), [=](uint16_t v) { return narrow_bf16(widen_bf16(v) * keep32); });
         break;
       case DType::f16:
         go(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), [=](uint16_t v) { return narrow_f16(widen_f16(v) * keep32); });
         break;
-      default: throw ShapeError(concat("dropout of ", name_of(dtype)));
+      default:
+        throw ShapeError(concat("dropout of ", name_of(dtype)));
     }
   }
 }

@@ -14,10 +14,10 @@ namespace gingham {
 enum class Dim { M, K, N };
 
 struct Operand {
-  Transport* axis = nullptr;      // the axis of the further cut; null: none
-  int dim = 0;                    // rows (0) or columns (1) of the matrix as written above
-  std::vector<int64_t> offsets;   // cut points inside the block along dim; empty: cut along M, learned from the posted rows
-  bool replicated = false;        // the whole block stands on every rank of the axis: no gather, an all-reduce instead of a reduce-scatter
+  Transport* axis = nullptr;     // the axis of the further cut; null: none
+  int dim = 0;                   // rows (0) or columns (1) of the matrix as written above
+  std::vector<int64_t> offsets;  // cut points inside the block along dim; empty: cut along M, learned from the posted rows
+  bool replicated = false;       // the whole block stands on every rank of the axis: no gather, an all-reduce instead of a reduce-scatter
 
   bool shared() const { return axis && axis->size() > 1; }
   bool cut() const { return shared() && !replicated; }

@@ -16,10 +16,10 @@ class Output {
  public:
   virtual ~Output() = default;
   virtual int turns() const { return 1; }
-  virtual void begin(int, int) {}                              // (slice, turn)
-  virtual bool holds(int, int) const { return true; }          // (turn, interval): the interval is this turn's
+  virtual void begin(int, int) {}                      // (slice, turn)
+  virtual bool holds(int, int) const { return true; }  // (turn, interval): the interval is this turn's
   virtual Matrix at(int slice, int interval) = 0;
-  virtual bool add() = 0;                                      // asked once per panel, right before it is written
+  virtual bool add() = 0;  // asked once per panel, right before it is written
   virtual void end(int, int) {}
 };
 

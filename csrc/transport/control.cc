@@ -42,7 +42,10 @@ void Call::set_name(const std::string& text) { copy_text(name, sizeof(name), tex
 
 uint64_t Call::key() const {
   uint64_t h = 1469598103934665603ull;
-  auto mix = [&h](uint64_t v) { h = (h ^ v) * 1099511628211ull; h ^= h >> 29; };
+  auto mix = [&h](uint64_t v) {
+    h = (h ^ v) * 1099511628211ull;
+    h ^= h >> 29;
+  };
   for (const char* c = name; *c; c++) mix(static_cast<uint64_t>(*c));
   mix(static_cast<uint64_t>(dtype));
   for (int g : grid) mix(static_cast<uint64_t>(g));
@@ -180,8 +183,9 @@ void Control::slow_wait(Word& word, uint32_t target, int peer) {
     if (interrupt) interrupt();
     if (time - start > timeout_) {
       const int odd = culprit(peer);
-      fail(Kind::stalled, odd, concat("rank ", odd, " did not answer for ", timeout_, " s (in ", block_->ranks[rank_].calls[me.sequence.load() % 4].name,
-                                      "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
+      fail(Kind::stalled, odd,
+           concat("rank ", odd, " did not answer for ", timeout_, " s (in ", block_->ranks[rank_].calls[me.sequence.load() % 4].name,
+                  "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
       raise();
     }
   }

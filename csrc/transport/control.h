@@ -23,8 +23,8 @@ struct Call {
   int32_t grid[3] = {1, 1, 1};
   int64_t k = 0, n = 0;
   uint64_t flags = 0;
-  int64_t rows = -1;   // local rows; equal only among ranks that share them
-  int32_t invalid = 0; // this rank refused its own arguments: `note` says why
+  int64_t rows = -1;    // local rows; equal only among ranks that share them
+  int32_t invalid = 0;  // this rank refused its own arguments: `note` says why
   char note[240] = {};
 
   void set_name(const std::string& text);
@@ -64,10 +64,10 @@ class Control {
   // Waits until word >= target (wrapping). `peer` (global rank) is who must advance it.
   void wait(Word& word, uint32_t target, int peer);
   void sleep_until(double time);
-  void check();                                                        // throws the job's error
-  void fail(Kind kind, int rank, const std::string& message);          // sets the job's error unless one is set
-  [[noreturn]] void mismatch(const std::vector<int>& members);         // judges who differs, tells all ranks, throws
-  void close();                                                        // later waits for this rank raise PeerDied in the others
+  void check();                                                 // throws the job's error
+  void fail(Kind kind, int rank, const std::string& message);   // sets the job's error unless one is set
+  [[noreturn]] void mismatch(const std::vector<int>& members);  // judges who differs, tells all ranks, throws
+  void close();                                                 // later waits for this rank raise PeerDied in the others
 
   int rank() const { return rank_; }
   int size() const { return size_; }

@@ -43,15 +43,17 @@ class Transport {
   virtual Matrix panel(int peer, int index) = 0;  // waits for the peer's post and compares its key first
   virtual int64_t rows(int peer) = 0;
   virtual Shape shape(int peer) = 0;
-  virtual void finish() = 0;                       // I shall read nothing more of this call
-  virtual void retire() = 0;                       // returns when no peer reads my posts any more
+  virtual void finish() = 0;  // I shall read nothing more of this call
+  virtual void retire() = 0;  // returns when no peer reads my posts any more
   // Turns of this call: every rank takes the same number; await_turn() returns when the previous rank has done as many as this one.
   virtual void advance() = 0;
   virtual void await_turn() = 0;
   // Begins to move `bytes` from a peer's window; arrive() returns when they are here. Counts one message.
   virtual double fetch(int peer, size_t bytes) = 0;
   virtual void arrive(double ticket) = 0;
-  void offered(size_t bytes) { if (counting_) traffic_.bytes_sent += bytes; }  // what peers read of mine in this call
+  void offered(size_t bytes) {
+    if (counting_) traffic_.bytes_sent += bytes;
+  }  // what peers read of mine in this call
 
   // --- ring
   virtual void send(int peer, const void* data, size_t bytes, int lane = 0) = 0;

@@ -223,8 +223,8 @@ void step_is_exact_on(std::array<int, 3> grid) {
             o.check = true;
             o.as = As::threads;
             const Measured m = run_matmul(o);
-            CHECK(Failure, m.wrong == 0 && m.bytes == m.formula, name, " ", source == Source::ring ? "ring" : "window", " slices ", slices, " swapped ",
-                  swapped, " ", o.m, "x", o.k, "x", o.n, ": ", m.wrong, " wrong, ", m.bytes, " bytes, expected ", m.formula);
+            CHECK(Failure, m.wrong == 0 && m.bytes == m.formula, name, " ", source == Source::ring ? "ring" : "window", " slices ", slices,
+                  " swapped ", swapped, " ", o.m, "x", o.k, "x", o.n, ": ", m.wrong, " wrong, ", m.bytes, " bytes, expected ", m.formula);
           }
 }
 

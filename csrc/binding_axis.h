@@ -1,0 +1,145 @@
+// A mesh axis as Python sees it: a transport and its collectives over torch tensors.
+#pragma once
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "binding_tensor.h"
+#include "collectives/all_gather.h"
+#include "collectives/all_reduce.h"
+#include "collectives/broadcast.h"
+#include "collectives/reduce_scatter.h"
+#include "collectives/resident.h"
+
+namespace gingham {
+
+using Objects = std::vector<py::object>;
+
+inline Source source_of(const std::string& name) {
+  CHECK(MeshError, name == "window" || name == "ring", "source=", name, ", expected window or ring");
+  return name == "ring" ? Source::ring : Source::window;
+}
+
+// A communicator: a transport, and what its collectives need of the job.
+class Axis {
+ public:
+  Axis(std::shared_ptr<Job> job, int index, const std::vector<int>& members, double latency, double bandwidth)
+      : job_(std::move(job)), index_(index), transport_(job_->axis(index, members, latency, bandwidth)) {}
+
+  Transport& transport() { return *transport_; }
+
+  void begin(const char* name, DType dtype, int64_t count) {
+    Call call;
+    call.set_name(name);
+    call.dtype = static_cast<int32_t>(dtype);
+    call.n = count;
+    call.flags = static_cast<uint64_t>(index_);
+    job_->control().begin(call);
+  }
+
+  Objects all_gather(const py::object& x, const std::string& source, bool counted) {
+    const Tensor mine = tensor_of(x, "x");
+    CHECK(ShapeError, mine.shape.size() <= 8, "all_gather of a tensor of ", mine.shape.size(), " dims, expected at most 8");
+    Shape shape;
+    shape.ndim = static_cast<int32_t>(mine.shape.size());
+    std::copy(mine.shape.begin(), mine.shape.end(), shape.dims);
+    Objects out(static_cast<size_t>(transport_->size()));
+    out[static_cast<size_t>(transport_->rank())] = x;
+    auto block = [&](int peer, const Shape& theirs) {
+      py::gil_scoped_acquire gil;
+      const std::vector<int64_t> dims(theirs.dims, theirs.dims + theirs.ndim);
+      const Made made = make_tensor(job_, dims, mine.dtype_name);
+      out[static_cast<size_t>(peer)] = made.object;
+      return Tensor{made.data, mine.dtype, {}, dims}.matrix();
+    };
+    {
+      py::gil_scoped_release nogil;
+      const Uncounted scope(*transport_, counted);
+      begin("all_gather", mine.dtype, 0);
+      gingham::all_gather(*transport_, mine.matrix(), shape, block, source_of(source), job_->stream());
+    }
+    return out;
+  }
+
+  void all_reduce(const py::object& x, const std::string& source, bool counted) {
+    const Tensor mine = tensor_of(x, "x");
+    py::gil_scoped_release nogil;
+    const Uncounted scope(*transport_, counted);
+    begin("all_reduce", mine.dtype, mine.count());
+    gingham::all_reduce(*transport_, dense(mine.data, 1, mine.count(), mine.dtype), source_of(source), job_->stream());
+  }
+
+  py::object reduce_scatter(const py::object& x, const std::vector<int64_t>& sizes, const std::string& source, bool counted) {
+    const Tensor mine = tensor_of(x, "x");
+    CHECK(ShapeError, !mine.shape.empty() && static_cast<int>(sizes.size()) == transport_->size(), "reduce_scatter wants a size per member");
+    int64_t total = 0;
+    for (int64_t s : sizes) total += s;
+    CHECK(ShapeError, total == mine.shape[0], "sizes add up to ", total, ", x has ", mine.shape[0], " rows");
+    std::vector<int64_t> shape = mine.shape;
+    shape[0] = sizes[static_cast<size_t>(transport_->rank())];
+    const Made out = make_tensor(job_, shape, mine.dtype_name);
+    const int64_t width = mine.shape[0] ? mine.count() / mine.shape[0] : 0;
+    const Matrix whole = dense(mine.data, mine.shape[0], width, mine.dtype);
+    std::vector<Matrix> parts;
+    int64_t at = 0;
+    for (int64_t s : sizes) {
+      parts.push_back(whole.slice(0, at, at + s));
+      at += s;
+    }
+    {
+      py::gil_scoped_release nogil;
+      const Uncounted scope(*transport_, counted);
+      begin("reduce_scatter", mine.dtype, mine.count());
+      gingham::reduce_scatter(*transport_, parts, dense(out.data, shape[0], width, mine.dtype), source_of(source), job_->stream());
+    }
+    return out.object;
+  }
+
+  void broadcast(const py::object& x, int root, bool counted) {
+    const Tensor mine = tensor_of(x, "x");
+    py::gil_scoped_release nogil;
+    const Uncounted scope(*transport_, counted);
+    begin("broadcast", mine.dtype, mine.count());
+    gingham::broadcast(*transport_, dense(mine.data, 1, mine.count(), mine.dtype), root, job_->stream());
+  }
+
+  Objects exchange(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, std::vector<int64_t>>>& recvs,
+                   const std::string& dtype, bool counted) {
+    std::vector<std::pair<int, Tensor>> out;
+    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x"));
+    Objects made;
+    std::vector<std::pair<int, Tensor>> in;
+    for (const auto& [peer, shape] : recvs) {
+      const Made m = make_tensor(job_, shape, dtype);
+      made.push_back(m.object);
+      in.emplace_back(peer, Tensor{m.data, dtype_of(dtype), dtype, shape});
+    }
+    {
+      py::gil_scoped_release nogil;
+      const Uncounted scope(*transport_, counted);
+      begin("exchange", dtype_of(dtype), 0);
+      transport_->post({}, -1, true);
+      for (int peer = 0; peer < transport_->size(); peer++) transport_->rows(peer);
+      std::vector<Resident> residents;
+      for (const auto& [peer, t] : out) {
+        residents.emplace_back(t.matrix(), *transport_, job_->stream());
+        transport_->send(peer, residents.back().view().data, t.matrix().bytes());
+      }
+      for (const auto& [peer, t] : in) transport_->recv(peer, t.data, t.matrix().bytes());
+      for (const auto& [peer, t] : out) transport_->drain(peer);
+      transport_->finish();
+      transport_->retire();
+    }
+    return made;
+  }
+
+ private:
+  std::shared_ptr<Job> job_;
+  int index_;
+  std::unique_ptr<Transport> transport_;
+};
+
+}  // namespace gingham

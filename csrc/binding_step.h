@@ -1,0 +1,175 @@
+// The fused step as Python sees it: tensors to views, results made in the shared heap, the GIL released while it runs.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "binding_axis.h"
+#include "ops/step.h"
+
+namespace gingham {
+
+// The tensors that one call made, found again by the memory a result view points to.
+class Results {
+ public:
+  explicit Results(std::shared_ptr<Job> job) : job_(std::move(job)) {}
+  bool empty() const { return objects_.empty(); }
+  Matrix add(const std::vector<int64_t>& shape, const std::string& dtype) {
+    py::gil_scoped_acquire gil;
+    const Made m = make_tensor(job_, shape, dtype);
+    objects_.push_back(m.object);
+    data_.push_back(m.data);
+    return Tensor{m.data, dtype_of(dtype), {}, shape}.matrix();
+  }
+  // None for a view without data.
+  py::object of(const Matrix& view) const {
+    for (size_t i = 0; i < data_.size(); i++)
+      if (view.data && data_[i] == view.data) return objects_[i];
+    return py::none();
+  }
+  Objects of(const std::vector<Matrix>& views) const {
+    Objects out;
+    for (const Matrix& v : views) out.push_back(of(v));
+    return out;
+  }
+
+ private:
+  std::shared_ptr<Job> job_;
+  Objects objects_;
+  std::vector<void*> data_;
+};
+
+// Operand and Step as Python sees them; they keep the axes they point to alive.
+struct OperandSpec {
+  std::shared_ptr<Axis> axis;
+  int dim;
+  std::vector<int64_t> offsets;
+  bool replicated;
+  Operand operand() const { return {axis ? &axis->transport() : nullptr, dim, offsets, replicated}; }
+};
+
+class BoundStep {
+ public:
+  BoundStep(std::shared_ptr<Job> job, const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w,
+            const std::vector<OperandSpec>& y, std::shared_ptr<Axis> depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n,
+            int slices, const std::string& source, bool out_in)
+      : job_(std::move(job)), out_in_(out_in), step_(job_->control(), job_->stream(), config(name, x, w, y, depth, slice_dim, k, n, slices, source)) {
+    kept_ = {x.axis, depth};
+    for (const auto& o : w) kept_.push_back(o.axis);
+    for (const auto& o : y) kept_.push_back(o.axis);
+  }
+
+  Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind) {
+    CHECK(ShapeError, ws.size() == maps_ && biases.size() == maps_, "step of ", maps_, " weights got ", ws.size(), " and ", biases.size(), " biases");
+    CHECK(ShapeError, kind == "none" || kind == "gelu", "epilogue=", kind, ", expected none or gelu");
+    const Tensor tx = tensor_of(x, "x");
+    CHECK(ShapeError, tx.shape.size() >= 2, "x has ", tx.shape.size(), " dims, expected [..., features] with at least 2");
+    Step::Forward call;
+    call.x = tx.matrix();
+    call.lead = tx.shape[0];
+    for (size_t i = 0; i < maps_; i++) {
+      call.w.push_back(weight(ws[i]));
+      call.bias.push_back(biases[i].is_none() ? Matrix{} : bias(biases[i], call.w[i]));
+    }
+    call.epilogue = kind == "gelu" ? Epilogue::gelu : Epilogue::none;
+    Results made(job_);
+    std::vector<int64_t> shape = tx.shape;
+    call.allocate = [&](int64_t rows, int64_t cols) {
+      shape.back() = cols;
+      return made.add(rows == call.x.rows ? shape : std::vector<int64_t>{rows, cols}, tx.dtype_name);
+    };
+    std::vector<Matrix> results;
+    {
+      py::gil_scoped_release nogil;
+      results = step_.forward(call);
+    }
+    return made.of(results);
+  }
+
+  py::tuple backward(const py::object& x, const Objects& ws, const Objects& dys, bool need_x, bool need_w, const std::vector<bool>& need_b,
+                     bool reduce_depth) {
+    CHECK(ShapeError, ws.size() == maps_ && dys.size() == maps_ && need_b.size() == maps_, "step of ", maps_, " weights got ", dys.size(),
+          " gradients");
+    Step::Backward call;
+    std::vector<int64_t> shape;
+    std::string dtype;
+    for (size_t i = 0; i < maps_; i++) {
+      const Tensor dy = tensor_of(dys[i], "dy");
+      CHECK(ShapeError, dy.shape.size() >= 2, "dy has ", dy.shape.size(), " dims, expected at least 2");
+      call.dy.push_back(dy.matrix());
+      call.w.push_back(ws[i].is_none() ? Matrix{} : weight(ws[i]));
+      call.need_bias.push_back(need_b[i]);
+      shape = dy.shape;
+      dtype = dy.dtype_name;
+    }
+    if (!x.is_none()) {
+      const Tensor tx = tensor_of(x, "x");
+      call.x = tx.matrix();
+      shape = tx.shape;
+    }
+    int64_t rows_there = 1;
+    for (size_t i = 0; i + 1 < shape.size(); i++) rows_there *= shape[i];
+    call.need_x = need_x;
+    call.need_w = need_w;
+    call.reduce_depth = reduce_depth;
+    Results made(job_);
+    call.allocate = [&](int64_t rows, int64_t cols) {
+      // dX (and only dX) has the leading dims of X; it is the first tensor made.
+      const bool as_x = need_x && made.empty() && rows == rows_there;
+      if (as_x) shape.back() = cols;
+      return made.add(as_x ? shape : std::vector<int64_t>{rows, cols}, dtype);
+    };
+    Step::Gradients g;
+    {
+      py::gil_scoped_release nogil;
+      g = step_.backward(call);
+    }
+    Objects db = made.of(g.db);
+    for (auto& b : db)
+      if (!b.is_none()) b = b.attr("view")(-1);
+    return py::make_tuple(made.of(g.dx), made.of(g.dw), db);
+  }
+
+ private:
+  Step::Config config(const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w, const std::vector<OperandSpec>& y,
+                      const std::shared_ptr<Axis>& depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n, int slices,
+                      const std::string& source) {
+    CHECK(ShapeError, w.size() == y.size() && w.size() == n.size(), "step with ", w.size(), " weights, ", y.size(), " outputs, ", n.size(), " sizes");
+    CHECK(ShapeError, slice_dim == "M" || slice_dim == "K" || slice_dim == "N", "slice_dim=", slice_dim, ", expected M, K or N");
+    maps_ = w.size();
+    Step::Config c;
+    c.name = name;
+    c.x = x.operand();
+    for (size_t i = 0; i < maps_; i++) c.maps.push_back({w[i].operand(), y[i].operand(), n[i]});
+    c.depth = depth ? &depth->transport() : nullptr;
+    c.slice_dim = slice_dim == "M" ? Dim::M : slice_dim == "K" ? Dim::K : Dim::N;
+    c.k = k;
+    c.slices = slices;
+    c.source = source_of(source);
+    c.order = out_in_ ? Order::column_major : Order::row_major;
+    const auto parts = [](const Operand& o) { return o.axis ? o.axis->size() : 1; };
+    c.grid = {parts(c.maps[0].w) * (c.depth ? c.depth->size() : 1), parts(c.x), parts(c.maps[0].y)};
+    return c;
+  }
+
+  Matrix weight(const py::object& object) const {
+    const Tensor t = tensor_of(object, "weight");
+    CHECK(ShapeError, t.shape.size() == 2, "weight has ", t.shape.size(), " dims, expected 2");
+    return out_in_ ? t.matrix().t() : t.matrix();
+  }
+
+  Matrix bias(const py::object& object, const Matrix& w) const {
+    const Matrix b = tensor_of(object, "bias").matrix();
+    CHECK(ShapeError, b.rows == 1 && b.dtype == w.dtype, "bias is a ", name_of(b.dtype), " of ", b.rows, " rows, expected a vector of ",
+          name_of(w.dtype));
+    return b;
+  }
+
+  std::shared_ptr<Job> job_;
+  bool out_in_;
+  size_t maps_ = 0;
+  Step step_;
+  std::vector<std::shared_ptr<Axis>> kept_;
+};
+
+}  // namespace gingham
