@@ -209,7 +209,8 @@ def show(case: str, size: int, ranks: int, name: str, ratios: list[float], cpus:
         return
     low, middle, high = statistics.quantiles(ratios, n=4)
     cpu = statistics.median(cpus)
-    print(f"| {case} | {size} | {ranks} | {name} | {middle:.3f} | {low:.3f} .. {high:.3f} | {cpu:.2f} | {len(ratios)} | {rejected} | {repeats} |", flush=True)
+    counts = f"{len(ratios)} | {rejected} | {repeats}"
+    print(f"| {case} | {size} | {ranks} | {name} | {middle:.3f} | {low:.3f} .. {high:.3f} | {cpu:.2f} | {counts} |", flush=True)
 
 
 def main() -> None:
@@ -222,7 +223,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    print(f"commit {commit}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores; ratio to torch in one process with 2 threads\n")
+    cores = len(os.sched_getaffinity(0))
+    print(f"commit {commit}, torch {torch.__version__}, {cores} cores; ratio to torch in one process with 2 threads\n")
     print("| case | size | ranks | what | ratio, median | quartiles | CPU s / reference's | rounds | rejected | repeats |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     modes = {4: {"mode": "2d", "size": 4}, 8: {"mode": "2.5d", "size": 8, "depth": 2}}
