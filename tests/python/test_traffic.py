@@ -1,0 +1,95 @@
+"""Bytes and messages that layers receive, equal to theory.py on every grid: products, swaps, sources, slices, layouts."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import gingham
+import theory
+from grids import GRIDS, every_grid, ranks_of
+from theory import Grid
+
+EVEN, UNEVEN = (48, 24, 72), (37, 19, 53)
+CASES = [("outer->outer", False), ("outer->outer", True), ("outer->inner", False), ("outer->inner", True), ("inner->outer", True)]
+Counts = dict[str, dict[str, int]]
+
+
+def of_linear(mesh: Any, shape: tuple[int, int, int], layout: str, swapped: bool, products: set[str]) -> Counts | None:
+    """This rank's traffic of the wanted products; None where layout and swapped disagree."""
+    m, k, n = shape
+    try:
+        layer = gingham.nn.Linear(k, n, bias=has_bias(mesh.axes.depth, mesh.sizes), layout=layout, swapped=swapped)
+    except gingham.MeshError:
+        return None
+    layer.weight.requires_grad_("dw" in products)
+    if layer.bias is not None:
+        layer.bias.requires_grad_("dw" in products)
+    x = mesh.scatter(torch.ones(m, k), "x" if layout.startswith("outer") else "inner").requires_grad_("dx" in products)
+    mesh.traffic(reset=True)
+    y = layer(x)
+    if products - {"y"}:
+        y.backward(torch.ones_like(y))
+    return mesh.traffic(reset=True)
+
+
+def has_bias(replicated: Any, axes: Any) -> bool:
+    """Where the weights are cut over depth the bias gradient goes over m at once, which theory.py splits into row and depth."""
+    return bool(replicated) or "depth" not in axes
+
+
+PRODUCTS: list[set[str]] = [{"y"}, {"y", "dx"}, {"y", "dw"}, {"y", "dx", "dw"}]
+
+
+def counted(rank: int, options: dict[str, Any], source: str, slices: int) -> list[Counts | None]:
+    mesh = gingham.init(**options, source=source, slices=slices)
+    return [
+        of_linear(mesh, shape, layout, swapped, products) for shape in (EVEN, UNEVEN) for layout, swapped in CASES for products in PRODUCTS
+    ]
+
+
+def expected(name: str, slices: int) -> list[theory.Cost]:
+    grid = Grid.of(**GRIDS[name]) if GRIDS[name] else Grid.of(grid=(1, 1, 1))
+    return [
+        theory.linear(grid, *shape, layout=layout, swapped=swapped, bias=not grid.sharded, products=products, slices=slices)
+        for shape in (EVEN, UNEVEN)
+        for layout, swapped in CASES
+        for products in PRODUCTS
+    ]
+
+
+@pytest.mark.parametrize(("source", "slices"), [("window", 1), ("ring", 3)])
+@every_grid
+def test_linear(ranks, name: str, source: str, slices: int) -> None:
+    answers = ranks(ranks_of(name))(counted, GRIDS[name], source, slices)
+    for index, cost in enumerate(expected(name, slices)):
+        found = [answer[index] for answer in answers]
+        if found[0] is None:
+            continue
+        for axis in found[0]:
+            received = sum(counts[axis]["bytes_received"] for counts in found)
+            assert received == 4 * cost.words[axis], (index, axis, received, cost)
+            assert received == sum(counts[axis]["bytes_sent"] for counts in found), (index, axis)
+            if index < len(CASES) * len(PRODUCTS) and axis != "features":
+                assert {counts[axis]["messages"] for counts in found} == {cost.messages[axis]}, (index, axis, found, cost)
+        assert set(cost.words) <= set(found[0])
+
+
+def matmul_counts(rank: int, options: dict[str, Any], source: str) -> Counts:
+    mesh = gingham.init(**options, source=source)
+    m, k, n = UNEVEN
+    a = mesh.scatter(torch.ones(m, k), "a").requires_grad_()
+    b = mesh.scatter(torch.ones(k, n), "b").requires_grad_()
+    gingham.matmul(a, b, shape=UNEVEN).sum().backward()
+    return mesh.traffic()
+
+
+@pytest.mark.parametrize("source", ["window", "ring"])
+@every_grid
+def test_matmul_is_the_plain_step(ranks, name: str, source: str) -> None:
+    answers = ranks(ranks_of(name))(matmul_counts, GRIDS[name], source)
+    grid = Grid.of(**GRIDS[name]) if GRIDS[name] else Grid.of(grid=(1, 1, 1))
+    grid.rows, grid.depth = "", 1
+    cost = theory.step(grid, *UNEVEN[:2], [UNEVEN[2]], theory.PRODUCTS, False, 1, False)
+    for axis in answers[0]:
+        assert sum(counts[axis]["bytes_received"] for counts in answers) == 4 * cost.words[axis], (axis, cost)
