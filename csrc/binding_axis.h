@@ -31,16 +31,17 @@ class Axis {
 
   Transport& transport() { return *transport_; }
 
-  void begin(const char* name, DType dtype, int64_t count) {
+  void begin(const char* name, DType dtype, int64_t count, int64_t rows = -1) {
     Call call;
     call.set_name(name);
     call.dtype = static_cast<int32_t>(dtype);
     call.n = count;
+    call.rows = rows;
     call.flags = static_cast<uint64_t>(index_);
     job_->control().begin(call);
   }
 
-  Objects all_gather(const py::object& x, const std::string& source, bool counted) {
+  Objects all_gather(const py::object& x, const std::string& source, bool counted, int64_t rows) {
     const Tensor mine = tensor_of(x, "x");
     CHECK(ShapeError, mine.shape.size() <= 8, "all_gather of a tensor of ", mine.shape.size(), " dims, expected at most 8");
     Shape shape;
@@ -58,8 +59,8 @@ class Axis {
     {
       py::gil_scoped_release nogil;
       const Uncounted scope(*transport_, counted);
-      begin("all_gather", mine.dtype, 0);
-      gingham::all_gather(*transport_, mine.matrix(), shape, block, source_of(source), job_->stream());
+      begin("all_gather", mine.dtype, 0, rows);
+      gingham::all_gather(*transport_, mine.matrix(), shape, rows, block, source_of(source), job_->stream());
     }
     return out;
   }
@@ -107,7 +108,7 @@ class Axis {
   }
 
   Objects exchange(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, std::vector<int64_t>>>& recvs,
-                   const std::string& dtype, bool counted) {
+                   const std::string& dtype, bool counted, int64_t rows) {
     std::vector<std::pair<int, Tensor>> out;
     for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x"));
     Objects made;
@@ -120,8 +121,8 @@ class Axis {
     {
       py::gil_scoped_release nogil;
       const Uncounted scope(*transport_, counted);
-      begin("exchange", dtype_of(dtype), 0);
-      transport_->post({}, -1, true);
+      begin("exchange", dtype_of(dtype), 0, rows);
+      transport_->post({}, rows, rows < 0);
       for (int peer = 0; peer < transport_->size(); peer++) transport_->rows(peer);
       std::vector<Resident> residents;
       for (const auto& [peer, t] : out) {

@@ -7,10 +7,10 @@
 namespace gingham {
 namespace {
 
-void through_window(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block_for, const Stream& stream) {
+void through_window(Transport& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block_for, const Stream& stream) {
   const Resident resident(mine, axis, stream);
   const Matrix posted[] = {resident.view()};
-  axis.post(posted, -1, true, shape);
+  axis.post(posted, agreed, agreed < 0, shape);
   for (int hop = 1; hop < axis.size(); hop++) {
     const int peer = axis.next(hop);
     const Matrix theirs = axis.panel(peer, 0);
@@ -23,8 +23,8 @@ void through_window(Transport& axis, const Matrix& mine, const Shape& shape, con
   axis.retire();
 }
 
-void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block_for, const Stream& stream) {
-  axis.post({}, -1, true, shape);
+void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block_for, const Stream& stream) {
+  axis.post({}, agreed, agreed < 0, shape);
   std::vector<Matrix> blocks;
   size_t room = mine.bytes();
   for (int peer = 0; peer < axis.size(); peer++) {
@@ -48,18 +48,20 @@ void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, const
 
 }  // namespace
 
-void all_gather(Transport& axis, const Matrix& mine, const Shape& shape, const BlockFor& block, Source source, const Stream& stream) {
+void all_gather(Transport& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block, Source source, const Stream& stream) {
   if (axis.size() == 1) return;
   if (source == Source::window)
-    through_window(axis, mine, shape, block, stream);
+    through_window(axis, mine, shape, agreed, block, stream);
   else
-    through_ring(axis, mine, shape, block, stream);
+    through_ring(axis, mine, shape, agreed, block, stream);
 }
 
 void all_gather(Transport& axis, const Matrix& mine, std::span<const Matrix> blocks, Source source, const Stream& stream) {
   const Matrix& own = blocks[static_cast<size_t>(axis.rank())];
   if (own.data != mine.data) cast(mine, own);
-  all_gather(axis, mine, {}, [blocks](int peer, const Shape&) { return blocks[static_cast<size_t>(peer)]; }, source, stream);
+  int64_t total = 0;
+  for (const Matrix& block : blocks) total += block.count();
+  all_gather(axis, mine, {}, total, [blocks](int peer, const Shape&) { return blocks[static_cast<size_t>(peer)]; }, source, stream);
 }
 
 }  // namespace gingham

@@ -8,10 +8,17 @@
 namespace gingham {
 namespace {
 
+// What all ranks of the axis must agree on before the first byte.
+int64_t total(std::span<const Matrix> parts) {
+  int64_t count = 0;
+  for (const Matrix& part : parts) count += part.count();
+  return count;
+}
+
 void through_window(Transport& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
   const Resident sum(out, axis, stream);
   const Matrix posted[] = {sum.view()};
-  axis.post(posted, -1, true);
+  axis.post(posted, total(parts), false);
   for (int turn = 0; turn < axis.size(); turn++) {
     const int owner = axis.next(-1 - turn);
     const Matrix& part = parts[static_cast<size_t>(owner)];
@@ -32,7 +39,7 @@ void through_window(Transport& axis, std::span<const Matrix> parts, const Matrix
 }
 
 void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
-  axis.post({}, -1, true);
+  axis.post({}, total(parts), false);
   axis.finish();
   size_t room = 0;
   for (const Matrix& p : parts) room = std::max(room, p.bytes());

@@ -301,7 +301,8 @@ class _Relayout(torch.autograd.Function):
         if set(names) & set(source.rows + source.features):
             sends = [(piece.peer, flat[slices(piece.block)].contiguous()) for piece in plan.sends]
             receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
-            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."))
+            agreed = -1 if set(names) & set(source.rows + target.rows) else flat.shape[0]
+            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed)
             for piece, tensor in zip(plan.receives, arrived, strict=True):
                 new[slices(piece.block)] = tensor
         return new.view(new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else new.view(-1)

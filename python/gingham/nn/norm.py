@@ -53,9 +53,9 @@ class LayerNorm(torch.nn.Module):
 
 
 def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
-    """Every member's `part`, stacked, in an order that all members share, so that sums of it have the same bits."""
+    """Every member's `part` [rows, ...], stacked, in an order that all members share, so that sums of it have the same bits."""
     axis = mesh.axis(names)
-    return torch.stack(axis.all_gather(part, mesh.source)) if axis is not None else part.unsqueeze(0)
+    return torch.stack(axis.all_gather(part, mesh.source, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
 
 
 def merge(mesh: Mesh, names: Names, features: int, mean: torch.Tensor, m2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
