@@ -40,7 +40,7 @@ def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
     """
     payload = cloudpickle.dumps((fn, args))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "cloudpickle", "gingham"])
+    context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "cloudpickle", "gingham"])
     processes, pipes = [], []
     with tempfile.TemporaryDirectory(prefix="gingham-") as folder:
         try:
