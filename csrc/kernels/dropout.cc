@@ -3,13 +3,14 @@
 #include <algorithm>
 
 #include "kernels/cast.h"
+#include "kernels/vectorise.h"
 
 namespace gingham {
 namespace {
 
 constexpr int kLanes = 64;  // counters drawn side by side, so that the rounds vectorise
 
-void philox(uint64_t first, uint64_t call, uint32_t k0, uint32_t k1, int count, uint32_t (*out)[kLanes]) {
+VECTORISED void philox(uint64_t first, uint64_t call, uint32_t k0, uint32_t k1, int count, uint32_t (*out)[kLanes]) {
   uint32_t c0[kLanes], c1[kLanes], c2[kLanes], c3[kLanes];
   for (int i = 0; i < count; i++) {
     const uint64_t n = first + static_cast<uint64_t>(i);

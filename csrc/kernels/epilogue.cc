@@ -1,9 +1,11 @@
 #include "kernels/epilogue.h"
 
+#include <bit>
 #include <cmath>
 #include <vector>
 
 #include "kernels/cast.h"
+#include "kernels/vectorise.h"
 
 namespace gingham {
 namespace {
@@ -26,16 +28,41 @@ inline float erf_of(float x) {
   q = q * t + -1.42647390514189e-02f;
   return x * p / q;
 }
-inline double erf_of(double x) { return std::erf(x); }
 
-template <class T>
-inline T gelu_of(T z) {
-  return T(0.5) * z * (T(1) + erf_of(z * T(0.70710678118654752440)));
+// exp in fp32 for x <= 0, 0 below -87: 2^n e^r with n = round(x / ln 2), e^r by its series to r^6 (|r| <= ln 2 / 2; error below 2 ulp).
+// n is read off the low bits of x / ln 2 + 1.5 2^23; branch-free.
+inline float exp_of(float x) {
+  const float shifted = x * 1.44269504f + 12582912.f;
+  const float n = shifted - 12582912.f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.f / 720;
+  p = p * r + 1.f / 120;
+  p = p * r + 1.f / 24;
+  p = p * r + 1.f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.f;
+  p = p * r + 1.f;
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) + 127u) << 23);
+  return x < -87.f ? 0.f : p * power;
 }
 
-template <class T>
-inline T gelu_slope(T z) {
-  return T(0.5) * (T(1) + erf_of(z * T(0.70710678118654752440))) + z * std::exp(T(-0.5) * z * z) * T(0.39894228040143267794);
+constexpr float kRootHalf = 0.70710678118654752440f, kRootTwoPi = 0.39894228040143267794f;
+
+VECTORISED void gelu_row(float* z, size_t n) {
+  for (size_t j = 0; j < n; j++) z[j] = 0.5f * z[j] * (1.f + erf_of(z[j] * kRootHalf));
+}
+
+void gelu_row(double* z, size_t n) {
+  for (size_t j = 0; j < n; j++) z[j] = 0.5 * z[j] * (1.0 + std::erf(z[j] * 0.70710678118654752440));
+}
+
+VECTORISED void slope_row(const float* z, float* grad, size_t n) {
+  for (size_t j = 0; j < n; j++) grad[j] *= 0.5f * (1.f + erf_of(z[j] * kRootHalf)) + z[j] * exp_of(-0.5f * z[j] * z[j]) * kRootTwoPi;
+}
+
+void slope_row(const double* z, double* grad, size_t n) {
+  for (size_t j = 0; j < n; j++)
+    grad[j] *= 0.5 * (1.0 + std::erf(z[j] * 0.70710678118654752440)) + z[j] * std::exp(-0.5 * z[j] * z[j]) * 0.39894228040143267794;
 }
 
 // One row in T, whatever the storage.
@@ -64,7 +91,7 @@ void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix
         for (size_t j = 0; j < n; j++) row[j] += shift[j];
       if (add || move) store_row(row.data(), z, i);
       if (!act) continue;
-      for (size_t j = 0; j < n; j++) row[j] = gelu_of(row[j]);
+      gelu_row(row.data(), n);
       store_row(row.data(), y, i);
     }
   });
@@ -75,7 +102,7 @@ void gelu(const Matrix& z, const Matrix& y) {
     std::vector<T> row(static_cast<size_t>(z.cols));
     for (int64_t i = 0; i < z.rows; i++) {
       load_row(z, i, row.data());
-      for (T& v : row) v = gelu_of(v);
+      gelu_row(row.data(), row.size());
       store_row(row.data(), y, i);
     }
   });
@@ -88,7 +115,7 @@ void gelu_backward(const Matrix& dy, const Matrix& z, const Matrix& dz) {
     for (int64_t i = 0; i < z.rows; i++) {
       load_row(z, i, row.data());
       load_row(dy, i, grad.data());
-      for (size_t j = 0; j < n; j++) grad[j] *= gelu_slope(row[j]);
+      slope_row(row.data(), grad.data(), n);
       store_row(grad.data(), dz, i);
     }
   });
