@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "base/vectorise.h"
 #include "kernels/cast.h"
-#include "kernels/vectorise.h"
 
 namespace gingham {
 namespace {

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <vector>
 
+#include "base/vectorise.h"
 #include "kernels/cast.h"
-#include "kernels/vectorise.h"
 
 namespace gingham {
 namespace {
