@@ -32,33 +32,39 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
-def loop(mesh: gingham.Mesh, phase: str) -> None:
-    """Steps without end: forward alone, backward alone (of one graph, again and again), or both through layers."""
+def step_of(mesh: gingham.Mesh, phase: str) -> Callable[[], Any]:
+    """One step: forward alone, backward alone (of one graph, again and again), or both through layers; already run once."""
     if phase == "layers":
         model = torch.nn.Sequential(gingham.nn.LayerNorm(24), gingham.nn.MLP(24, 48), gingham.nn.Linear(24, 24))
         x = mesh.scatter(torch.ones(16, 24))
-        for _ in range(STEPS):
+
+        def step() -> None:
             model.zero_grad()
             model(x).sum().backward()
-    a, b = mesh.scatter(torch.ones(48, 48), "a").requires_grad_(), mesh.scatter(torch.ones(48, 48), "b").requires_grad_()
-    c = gingham.matmul(a, b)
-    for _ in range(STEPS):
-        if phase == "forward":
-            gingham.matmul(a.detach(), b.detach())
-        else:
-            c.sum().backward(retain_graph=True)
+
+    else:
+        a, b = mesh.scatter(torch.ones(48, 48), "a").requires_grad_(), mesh.scatter(torch.ones(48, 48), "b").requires_grad_()
+        c = gingham.matmul(a, b)
+
+        def step() -> None:
+            gingham.matmul(a.detach(), b.detach()) if phase == "forward" else c.sum().backward(retain_graph=True)
+
+    step()
+    mesh.gather(mesh.scatter(torch.ones(8, 8)))
+    return step
 
 
 def outlive(rank: int, options: dict[str, Any], victim: int, phase: str, strike: Callable[[], None], after: float) -> tuple[Any, ...]:
     """What a rank saw of the victim's end: error type, error.rank, message, when; the victim: nothing, or when it struck."""
     mesh = gingham.init(**options)
-    mesh.gather(mesh.scatter(torch.ones(8, 8)))
+    step = step_of(mesh, phase)
     if rank == victim:
         thread = threading.Timer(after, strike)
         thread.daemon = True
         thread.start()
     try:
-        loop(mesh, phase)
+        for _ in range(STEPS):
+            step()
     except Exception as error:
         return type(error).__name__, getattr(error, "rank", None), str(error), time.monotonic()
     return ("nothing", None, "", time.monotonic())
@@ -118,8 +124,7 @@ def test_a_rank_that_leaves_is_named(ranks, kind: str, tmp_path: Path) -> None:
     def leave(rank: int) -> tuple[Any, ...]:
         if rank != 1:
             return outlive(rank, GRIDS["2d"], -1, "backward", lambda: None, 0.0)
-        mesh = gingham.init(**GRIDS["2d"])
-        mesh.gather(mesh.scatter(torch.ones(8, 8)))
+        step_of(gingham.init(**GRIDS["2d"]), "backward")
         (tmp_path / "left").write_text(repr(time.monotonic()))
         ENDS[kind]()
         return ()
