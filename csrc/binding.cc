@@ -131,7 +131,8 @@ PYBIND11_MODULE(_C, m) {
       .def("all_reduce_", &Axis::all_reduce, py::arg("x"), py::arg("source") = "window", py::arg("counted") = true)
       .def("reduce_scatter", &Axis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("source") = "window", py::arg("counted") = true)
       .def("broadcast_", &Axis::broadcast, py::arg("x"), py::arg("root"), py::arg("counted") = true)
-      .def("exchange", &Axis::exchange, py::arg("sends"), py::arg("recvs"), py::arg("dtype"), py::arg("counted") = true, py::arg("rows") = -1);
+      .def("exchange", &Axis::exchange, py::arg("sends"), py::arg("recvs"), py::arg("dtype"), py::arg("counted") = true, py::arg("rows") = -1,
+           py::arg("features") = 0);
 
   py::class_<OperandSpec>(m, "Operand")
       .def(py::init([](std::shared_ptr<Axis> axis, int dim, std::vector<int64_t> offsets, bool replicated) {

@@ -108,7 +108,7 @@ class Axis {
   }
 
   Objects exchange(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, std::vector<int64_t>>>& recvs,
-                   const std::string& dtype, bool counted, int64_t rows) {
+                   const std::string& dtype, bool counted, int64_t rows, int64_t features) {
     std::vector<std::pair<int, Tensor>> out;
     for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x"));
     Objects made;
@@ -121,9 +121,9 @@ class Axis {
     {
       py::gil_scoped_release nogil;
       const Uncounted scope(*transport_, counted);
-      begin("exchange", dtype_of(dtype), 0, rows);
+      begin("exchange", dtype_of(dtype), features, rows);
       transport_->post({}, rows, rows < 0);
-      for (int peer = 0; peer < transport_->size(); peer++) transport_->rows(peer);
+      transport_->meet();
       std::vector<Resident> residents;
       for (const auto& [peer, t] : out) {
         residents.emplace_back(t.matrix(), *transport_, job_->stream());

@@ -11,6 +11,7 @@ void through_window(Transport& axis, const Matrix& mine, const Shape& shape, int
   const Resident resident(mine, axis, stream);
   const Matrix posted[] = {resident.view()};
   axis.post(posted, agreed, agreed < 0, shape);
+  axis.meet();
   for (int hop = 1; hop < axis.size(); hop++) {
     const int peer = axis.next(hop);
     const Matrix theirs = axis.panel(peer, 0);
@@ -25,6 +26,7 @@ void through_window(Transport& axis, const Matrix& mine, const Shape& shape, int
 
 void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block_for, const Stream& stream) {
   axis.post({}, agreed, agreed < 0, shape);
+  axis.meet();
   std::vector<Matrix> blocks;
   size_t room = mine.bytes();
   for (int peer = 0; peer < axis.size(); peer++) {

@@ -19,6 +19,7 @@ void through_window(Transport& axis, std::span<const Matrix> parts, const Matrix
   const Resident sum(out, axis, stream);
   const Matrix posted[] = {sum.view()};
   axis.post(posted, total(parts), false);
+  axis.meet();
   for (int turn = 0; turn < axis.size(); turn++) {
     const int owner = axis.next(-1 - turn);
     const Matrix& part = parts[static_cast<size_t>(owner)];
@@ -40,6 +41,7 @@ void through_window(Transport& axis, std::span<const Matrix> parts, const Matrix
 
 void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
   axis.post({}, total(parts), false);
+  axis.meet();
   axis.finish();
   size_t room = 0;
   for (const Matrix& p : parts) room = std::max(room, p.bytes());

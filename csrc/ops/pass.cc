@@ -33,8 +33,7 @@ int Pass::declare(const Place& place, const Matrix& m) {
 void Pass::post(int64_t rows) {
   for (Board& b : boards_) {
     b.axis->post(b.panels, rows, b.uneven);
-    // The first byte is read only after every peer's key has been compared.
-    for (int peer = 0; peer < b.axis->size(); peer++) b.axis->rows(peer);
+    b.axis->meet();
   }
 }
 
@@ -93,6 +92,9 @@ void Pass::close() {
   for (Board& b : boards_) b.axis->finish();
   for (Board& b : boards_) b.axis->retire();
   boards_.clear();
+  inputs_.clear();
+  outputs_.clear();
+  residents_.clear();
 }
 
 Matrix Pass::gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local) {

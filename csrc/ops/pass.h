@@ -50,7 +50,7 @@ class Pass {
   Input* input(const Place& place, const Matrix& local, int index, const Slices& slices);
   Output* output(const Place& place, const Matrix& accumulator, int index, const Slices& slices);
   void run(const Group& group);
-  void close();  // finishes and retires every axis posted on
+  void close();  // finishes and retires every axis posted on, and gives back the workspace of inputs and outputs
 
   // The whole block of an operand that lacks the slice dim: itself, or gathered over its axis.
   Matrix gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local);

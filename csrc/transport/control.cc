@@ -245,24 +245,31 @@ void Control::sleep_until(double time) {
 }
 
 void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message) {
-  const uint32_t sequence = block_->ranks[rank_].sequence.load();
+  uint32_t sequence = block_->ranks[rank_].sequence.load(), lowest = sequence;
   const double start = now();
   auto arrived = [&](int r) { return reached(block_->ranks[r].sequence.load(), sequence); };
-  for (int r = 0; r < size_; r++)
+  std::vector<int> all;
+  for (int r = 0; r < size_; r++) {
     while (!arrived(r) && now() - start < kJudgePatience) nap(0.0005);
+    if (!arrived(r)) lowest = std::min(lowest, block_->ranks[r].sequence.load());
+    all.push_back(r);
+  }
   std::map<uint64_t, std::vector<int>> groups;
-  auto group = [&](const std::vector<int>& ranks, bool by_rows) {
+  auto group = [&](const std::vector<int>& ranks, uint32_t at, bool by_rows) {
     groups.clear();
     for (int r : ranks)
-      if (arrived(r)) {
-        const Call& call = block_->ranks[r].calls[sequence % 4];
+      if (reached(block_->ranks[r].sequence.load(), at)) {
+        const Call& call = block_->ranks[r].calls[at % 4];
         groups[by_rows ? static_cast<uint64_t>(call.rows) : call.key()].push_back(r);
       }
   };
-  std::vector<int> all;
-  for (int r = 0; r < size_; r++) all.push_back(r);
-  group(all, false);
-  if (groups.size() < 2) group(members, true);
+  // A rank that is in an earlier call may have left the common path there: its record is kept for three calls.
+  if (sequence - lowest < 4) group(all, lowest, false);
+  if (groups.size() > 1)
+    sequence = lowest;
+  else
+    group(all, sequence, false);
+  if (groups.size() < 2) group(members, sequence, true);
   std::vector<std::vector<int>> sides;
   for (auto& [key, ranks] : groups) sides.push_back(ranks);
   std::sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a[0] < b[0]; });

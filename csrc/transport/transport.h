@@ -42,6 +42,10 @@ class Transport {
   virtual void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape = {}) = 0;
   virtual Matrix panel(int peer, int index) = 0;  // waits for the peer's post and compares its key first
   virtual int64_t rows(int peer) = 0;
+  // Waits for every peer's post and compares its key, so that not a byte is read in a call on which the ranks disagree.
+  void meet() {
+    for (int hop = 1; hop < size_; hop++) rows(next(hop));
+  }
   virtual Shape shape(int peer) = 0;
   virtual void finish() = 0;  // I shall read nothing more of this call
   virtual void retire() = 0;  // returns when no peer reads my posts any more

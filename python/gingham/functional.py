@@ -216,7 +216,12 @@ def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tu
     key = ("matmul", k, n)
     if key not in mesh.steps:
         mesh.steps[key] = make_step(mesh, "matmul", k, [n], False, None)
-    return _Product.apply(a, b, mesh.steps[key])
+    try:
+        return _Product.apply(a, b, mesh.steps[key])
+    except ShapeError as error:
+        if shape is not None:
+            raise
+        raise ShapeError(f"{error}; where K or N does not divide by the mesh's axes pass shape=(M, K, N)") from None
 
 
 class _Product(torch.autograd.Function):
@@ -302,7 +307,7 @@ class _Relayout(torch.autograd.Function):
             sends = [(piece.peer, flat[slices(piece.block)].contiguous()) for piece in plan.sends]
             receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
             agreed = -1 if set(names) & set(source.rows + target.rows) else flat.shape[0]
-            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed)
+            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed, features=features)
             for piece, tensor in zip(plan.receives, arrived, strict=True):
                 new[slices(piece.block)] = tensor
         return new.view(new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else new.view(-1)

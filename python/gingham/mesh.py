@@ -231,16 +231,16 @@ class Mesh:
         """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
         dim: where the rows lie. Differentiable; not counted as traffic. Its gradient is gathered, never summed."""
-        operand = operand or ("x" if x.is_floating_point() else "rows")
         check_local(x, "scatter's x")
+        operand = operand or ("x" if x.is_floating_point() else "rows")
         cuts = self.cuts(operand, x.dim(), dim)
         return _Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
 
     def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own.
         Differentiable (the gradient is this rank's block of it); not counted as traffic."""
-        operand = operand or ("x" if x.is_floating_point() else "rows")
         check_local(x, "gather's x")
+        operand = operand or ("x" if x.is_floating_point() else "rows")
         return _Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
 
     def extents(self, layout: Layout, rows: int, features: int) -> tuple[Interval, int, Interval, int]:
