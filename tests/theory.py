@@ -105,7 +105,7 @@ def _weight(cost: Cost, grid: Grid, w: int, messages: int) -> None:
 def bias_gradient(grid: Grid, n: int, copies: int) -> Cost:
     """db all-reduced over m; copies: the ranks that hold the same block of the gathered dY (those along its cut axis)."""
     cost = Cost()
-    if grid.depth > 1:
+    if grid.depth > 1 and not grid.sharded:
         row = grid.pm // grid.depth
         reduce_scatter(cost, grid.key("row"), row, n * copies * grid.depth)
         all_gather(cost, grid.key("row"), row, n * copies * grid.depth)

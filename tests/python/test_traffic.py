@@ -19,7 +19,7 @@ def of_linear(mesh: Any, shape: tuple[int, int, int], layout: str, swapped: bool
     """This rank's traffic of the wanted products; None where layout and swapped disagree."""
     m, k, n = shape
     try:
-        layer = gingham.nn.Linear(k, n, bias=has_bias(mesh.axes.depth, mesh.sizes), layout=layout, swapped=swapped)
+        layer = gingham.nn.Linear(k, n, layout=layout, swapped=swapped)
     except gingham.MeshError:
         return None
     layer.weight.requires_grad_("dw" in products)
@@ -33,16 +33,18 @@ def of_linear(mesh: Any, shape: tuple[int, int, int], layout: str, swapped: bool
     return mesh.traffic(reset=True)
 
 
-def has_bias(replicated: Any, axes: Any) -> bool:
-    """Where the weights are cut over depth the bias gradient goes over m at once, which theory.py splits into row and depth."""
-    return bool(replicated) or "depth" not in axes
-
-
 PRODUCTS: list[set[str]] = [{"y"}, {"y", "dx"}, {"y", "dw"}, {"y", "dx", "dw"}]
 
 
-def counted(rank: int, options: dict[str, Any], source: str, slices: int) -> list[Counts | None]:
-    mesh = gingham.init(**options, source=source, slices=slices)
+LINK = (1e-5, 1e9)  # a slower way counts the same
+WAYS = [("window", 1, None), ("ring", 3, None), ("window", 3, LINK), ("ring", 1, LINK), ("window", 3, None), ("ring", 1, None)]
+every_way = pytest.mark.parametrize(
+    ("source", "slices", "link"), WAYS[:2] + [pytest.param(*way, marks=pytest.mark.matrix) for way in WAYS[2:]]
+)
+
+
+def counted(rank: int, options: dict[str, Any], source: str, slices: int, link: Any) -> list[Counts | None]:
+    mesh = gingham.init(**options, source=source, slices=slices, link=link)
     return [
         of_linear(mesh, shape, layout, swapped, products) for shape in (EVEN, UNEVEN) for layout, swapped in CASES for products in PRODUCTS
     ]
@@ -51,17 +53,17 @@ def counted(rank: int, options: dict[str, Any], source: str, slices: int) -> lis
 def expected(name: str, slices: int) -> list[theory.Cost]:
     grid = Grid.of(**GRIDS[name]) if GRIDS[name] else Grid.of(grid=(1, 1, 1))
     return [
-        theory.linear(grid, *shape, layout=layout, swapped=swapped, bias=not grid.sharded, products=products, slices=slices)
+        theory.linear(grid, *shape, layout=layout, swapped=swapped, products=products, slices=slices)
         for shape in (EVEN, UNEVEN)
         for layout, swapped in CASES
         for products in PRODUCTS
     ]
 
 
-@pytest.mark.parametrize(("source", "slices"), [("window", 1), ("ring", 3)])
+@every_way
 @every_grid
-def test_linear(ranks, name: str, source: str, slices: int) -> None:
-    answers = ranks(ranks_of(name))(counted, GRIDS[name], source, slices)
+def test_linear(ranks, name: str, source: str, slices: int, link: Any) -> None:
+    answers = ranks(ranks_of(name))(counted, GRIDS[name], source, slices, link)
     for index, cost in enumerate(expected(name, slices)):
         found = [answer[index] for answer in answers]
         if found[0] is None:
@@ -75,21 +77,30 @@ def test_linear(ranks, name: str, source: str, slices: int) -> None:
         assert set(cost.words) <= set(found[0])
 
 
-def matmul_counts(rank: int, options: dict[str, Any], source: str) -> Counts:
-    mesh = gingham.init(**options, source=source)
-    m, k, n = UNEVEN
-    a = mesh.scatter(torch.ones(m, k), "a").requires_grad_()
-    b = mesh.scatter(torch.ones(k, n), "b").requires_grad_()
-    gingham.matmul(a, b, shape=UNEVEN).sum().backward()
-    return mesh.traffic()
+def matmul_counts(rank: int, options: dict[str, Any], source: str, slices: int, link: Any) -> list[Counts]:
+    mesh = gingham.init(**options, source=source, slices=slices, link=link)
+    found = []
+    for m, k, n in (EVEN, UNEVEN):
+        for products in PRODUCTS:
+            a = mesh.scatter(torch.ones(m, k), "a").requires_grad_("dx" in products)
+            b = mesh.scatter(torch.ones(k, n), "b").requires_grad_("dw" in products)
+            c = gingham.matmul(a, b, shape=(m, k, n))
+            if products - {"y"}:
+                c.sum().backward()
+            found.append(mesh.traffic(reset=True))
+    return found
 
 
-@pytest.mark.parametrize("source", ["window", "ring"])
+@every_way
 @every_grid
-def test_matmul_is_the_plain_step(ranks, name: str, source: str) -> None:
-    answers = ranks(ranks_of(name))(matmul_counts, GRIDS[name], source)
+def test_matmul_is_the_plain_step(ranks, name: str, source: str, slices: int, link: Any) -> None:
+    answers = ranks(ranks_of(name))(matmul_counts, GRIDS[name], source, slices, link)
     grid = Grid.of(**GRIDS[name]) if GRIDS[name] else Grid.of(grid=(1, 1, 1))
     grid.rows, grid.depth = "", 1
-    cost = theory.step(grid, *UNEVEN[:2], [UNEVEN[2]], theory.PRODUCTS, False, 1, False)
-    for axis in answers[0]:
-        assert sum(counts[axis]["bytes_received"] for counts in answers) == 4 * cost.words[axis], (axis, cost)
+    for index, (shape, products) in enumerate((shape, products) for shape in (EVEN, UNEVEN) for products in PRODUCTS):
+        cost = theory.step(grid, *shape[:2], [shape[2]], products, False, slices, False)
+        found = [answer[index] for answer in answers]
+        for axis in found[0]:
+            assert sum(counts[axis]["bytes_received"] for counts in found) == 4 * cost.words[axis], (shape, products, axis, cost)
+            assert {counts[axis]["messages"] for counts in found} == {cost.messages[axis]}, (shape, products, axis, found)
+        assert set(cost.words) <= set(found[0])

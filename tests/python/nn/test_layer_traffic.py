@@ -1,0 +1,105 @@
+"""Bytes and messages of every layer but Linear equal theory.py on every grid, and torch.distributed moves nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+
+import gingham
+import theory
+from gingham import nn
+from grids import GRIDS, every_grid, ranks_of
+from theory import Cost, Grid
+
+# batch, time, width, heads, hidden, vocabulary
+EVEN, UNEVEN = (12, 4, 24, 12, 48, 36), (7, 5, 36, 12, 53, 29)
+Size = tuple[int, int, int, int, int, int]
+Run = Callable[[gingham.Mesh, Size, Any], Callable[[], torch.Tensor]]
+
+
+def block(mesh: gingham.Mesh, *shape: int, operand: str = "x") -> torch.Tensor:
+    return mesh.scatter(torch.ones(*shape), operand).requires_grad_()
+
+
+def through(make: Callable[[Size, Any], torch.nn.Module]) -> Run:
+    """Forward and backward of a layer [batch, time, width] -> the same."""
+
+    def prepare(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
+        layer, x = make(size, swapped), block(mesh, *size[:3])
+        return lambda: layer(x)
+
+    return prepare
+
+
+def embed(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
+    layer, ids = nn.Embedding(size[5], size[2]), mesh.scatter(torch.zeros(size[:2], dtype=torch.int64))
+    return lambda: layer(ids)
+
+
+def lose(layout: str) -> Run:
+    def prepare(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
+        logits = block(mesh, *size[:2], size[5], operand="inner" if layout == "inner" else "x")
+        target = torch.zeros(size[:2], dtype=torch.int64)
+        target = target if not mesh.layout(layout).rows else mesh.scatter(target)
+        return lambda: gingham.cross_entropy(logits, target, layout=layout)
+
+    return prepare
+
+
+def clip(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
+    layer = nn.LayerNorm(size[2])
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    return lambda: gingham.clip_grad_norm_(layer.parameters(), 1.0).requires_grad_()
+
+
+Formula = Callable[[Grid, Size, Any, int], Cost]
+# case -> how it runs, what it costs in bytes
+CASES: dict[str, tuple[Run, Formula]] = {
+    "LayerNorm": (through(lambda size, _: nn.LayerNorm(size[2])), lambda grid, s, _, __: theory.layer_norm(grid, s[0] * s[1], s[2])),
+    "Embedding": (embed, lambda grid, s, _, __: theory.embedding(grid, s[5], s[2]).bytes(4)),
+    "SelfAttention": (
+        through(lambda size, swapped: nn.SelfAttention(size[2], size[3], swapped=swapped)),
+        lambda grid, s, swapped, slices: theory.attention(grid, s[0] * s[1], s[2], swapped, slices).bytes(4),
+    ),
+    "MLP": (
+        through(lambda size, swapped: nn.MLP(size[2], size[4], dropout=0.1, swapped=swapped)),
+        lambda grid, s, swapped, slices: theory.mlp(grid, s[0] * s[1], s[2], s[4], swapped, slices).bytes(4),
+    ),
+    "Dropout": (through(lambda size, _: nn.Dropout(0.3)), lambda *_: Cost()),
+    "cross_entropy": (lose("outer"), lambda grid, s, _, __: theory.cross_entropy(grid, s[0] * s[1])),
+    "cross_entropy inner": (lose("inner"), lambda grid, s, _, __: theory.cross_entropy(grid, s[0] * s[1], "inner")),
+    "clip_grad_norm_": (clip, lambda *_: Cost()),
+}
+CALLS = [(case, size, swapped) for case in CASES for size in (EVEN, UNEVEN) for swapped in (None, "auto")]
+
+
+def counted(rank: int, options: dict[str, Any], source: str, slices: int) -> tuple[list[Any], int]:
+    """Traffic of every call, forward and backward; how many collectives of torch.distributed were seen in all of them."""
+    mesh, found, seen = gingham.init(**options, source=source, slices=slices), [], 0
+    for case, size, swapped in CALLS:
+        call = CASES[case][0](mesh, size, swapped)
+        mesh.traffic(reset=True)
+        with CommDebugMode() as watched:
+            call().sum().backward()
+        seen += watched.get_total_counts()
+        found.append(mesh.traffic(reset=True))
+    return found, seen
+
+
+@pytest.mark.parametrize(("source", "slices"), [("window", 1), pytest.param("ring", 3, marks=pytest.mark.matrix)])
+@every_grid
+def test_layers_count_as_the_formulas(ranks, name: str, source: str, slices: int) -> None:
+    answers = ranks(ranks_of(name))(counted, GRIDS[name], source, slices)
+    grid = Grid.of(**GRIDS[name]) if GRIDS[name] else Grid.of(grid=(1, 1, 1))
+    for index, (case, size, swapped) in enumerate(CALLS):
+        cost, counts = CASES[case][1](grid, size, swapped or False, slices), [answer[0][index] for answer in answers]
+        for axis in counts[0]:
+            received = sum(count[axis]["bytes_received"] for count in counts)
+            assert received == cost.words[axis], (case, size, swapped, axis, received, cost)
+            assert received == sum(count[axis]["bytes_sent"] for count in counts), (case, size, swapped, axis)
+            assert {count[axis]["messages"] for count in counts} == {cost.messages[axis]}, (case, size, swapped, axis, counts, cost)
+        assert {axis for axis, words in cost.words.items() if words} <= set(counts[0]), (case, cost)
+    assert [seen for _, seen in answers] == [0] * ranks_of(name)
