@@ -35,7 +35,13 @@ class Axis:
     def reduce_scatter(self, x: Tensor, sizes: Sequence[int], source: str = "window", counted: bool = True) -> Tensor: ...
     def broadcast_(self, x: Tensor, root: int, counted: bool = True) -> None: ...
     def exchange(
-        self, sends: Sequence[tuple[int, Tensor]], recvs: Sequence[tuple[int, Sequence[int]]], dtype: str, counted: bool = True, rows: int = -1, features: int = 0
+        self,
+        sends: Sequence[tuple[int, Tensor]],
+        recvs: Sequence[tuple[int, Sequence[int]]],
+        dtype: str,
+        counted: bool = True,
+        rows: int = -1,
+        features: int = 0,
     ) -> list[Tensor]: ...
 
 class Operand:
