@@ -116,8 +116,8 @@ def test_what_is_not_a_local_tensor(one: gingham.Mesh, kind: str) -> None:
     bad, good = FOREIGN[kind](), torch.ones(4, 4)
     ids = torch.zeros(2, dtype=torch.int64)
     calls: dict[str, Callable[[], Any]] = {
-        "scatter's x": lambda: one.scatter(bad, "x"),
-        "gather's x": lambda: one.gather(bad, "x"),
+        "scatter's x": lambda: one.scatter(bad),
+        "gather's x": lambda: one.gather(bad),
         "matmul's a": lambda: gingham.matmul(bad, good),
         "matmul's b": lambda: gingham.matmul(good, bad),
         "linear's x": lambda: nn.Linear(4, 4)(bad),
