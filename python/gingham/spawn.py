@@ -10,9 +10,11 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -47,7 +49,9 @@ def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
             for rank in range(n):
                 ours, theirs = context.Pipe(duplex=False)
                 environment = {**os.environ, **rank_environment(rank, n, str(Path(folder) / "store"))}
-                process = context.Process(target=_serve, args=(rank, environment, payload, theirs), daemon=True, name=f"rank {rank}")
+                process = context.Process(
+                    target=_serve, args=(rank, os.getpid(), environment, payload, theirs), daemon=True, name=f"rank {rank}"
+                )
                 with _main_hidden():
                     process.start()
                 theirs.close()
@@ -86,8 +90,20 @@ def _main_hidden() -> Any:
         sys.modules["__main__"] = main
 
 
-def _serve(rank: int, environment: dict[str, str], payload: bytes, pipe: Connection) -> None:
+def _die_with(caller: int) -> None:
+    """The server forks the ranks, so that PDEATHSIG watches the server; a thread watches the caller itself."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    handle = os.pidfd_open(caller)
+
+    def watch() -> None:
+        select.select([handle], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="gingham caller watch", daemon=True).start()
+
+
+def _serve(rank: int, caller: int, environment: dict[str, str], payload: bytes, pipe: Connection) -> None:
+    _die_with(caller)
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
