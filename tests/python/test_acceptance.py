@@ -194,7 +194,7 @@ def memory_while_training(rank: int, options: dict[str, Any]) -> list[tuple[int,
 
 
 @pytest.mark.parametrize("name", ["2.5d", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("1d sequence", "3x2x2"))])
-@pytest.mark.parametrize("source", ["window", "ring"])
+@pytest.mark.parametrize("source", ["ring", pytest.param("window", marks=pytest.mark.matrix)])
 def test_steady_state_takes_no_more_memory(ranks, name: str, source: str) -> None:
     for early, late in ranks(ranks_of(name))(memory_while_training, GRIDS[name] | dict(source=source, slices=2)):
         assert early == late
