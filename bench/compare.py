@@ -157,10 +157,10 @@ def serve(rank: int, address: str, case: str, size: int, mode: dict, names: list
     gingham.destroy()
 
 
-def measure(case: str, size: int, ranks: int, mode: dict, rounds: int, budget: float) -> None:
+def measure(case: str, size: int, ranks: int, mode: dict, rounds: int, budget: float, what: str) -> None:
     import gingham
 
-    names = list(CANDIDATES[case])
+    names = [name for name in CANDIDATES[case] if what in name]
     reference = REFERENCES[case](size)
     for _ in range(3):
         reference()
@@ -220,6 +220,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1024,2048,4096")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=240, help="seconds a case may take")
+    parser.add_argument("--what", default="", help="only the candidates whose name has this in it")
     options = parser.parse_args()
     torch.set_num_threads(2)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -233,9 +234,9 @@ def main() -> None:
             continue
         if options.case in ("matmul", "all"):
             for size in map(int, options.sizes.split(",")):
-                measure("matmul", size, ranks, mode, options.rounds, options.budget)
+                measure("matmul", size, ranks, mode, options.rounds, options.budget, options.what)
         if options.case in ("pair", "all") and ranks == 8:
-            measure("pair", 2048, ranks, mode, options.rounds, options.budget)
+            measure("pair", 2048, ranks, mode, options.rounds, options.budget, options.what)
 
 
 if __name__ == "__main__":

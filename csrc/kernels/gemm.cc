@@ -38,7 +38,10 @@ void call(Fn fn, const Matrix& a, const Matrix& b, const Matrix& c, bool accumul
 // added keep it at that of a large product, 3e-7; C is so small that it costs nothing.
 constexpr int64_t kTinyCount = 1024, kLongChain = 512, kPiece = 256;
 
-bool tiny(const Matrix& a, const Matrix& c) { return a.cols > kLongChain && (c.count() <= kTinyCount || c.rows == 1 || c.cols == 1); }
+// Slices of K add to C call by call: there the chain would go on through C.
+bool tiny(const Matrix& a, const Matrix& c, bool accumulate) {
+  return (c.count() <= kTinyCount || c.rows == 1 || c.cols == 1) && (a.cols > kLongChain || accumulate);
+}
 
 void tiny_gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
   const Scratch room(stream, c.bytes());
@@ -52,7 +55,7 @@ void tiny_gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulat
 }
 
 void sgemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
-  if (tiny(a, c)) return tiny_gemm(a, b, c, accumulate, stream);
+  if (tiny(a, c, accumulate)) return tiny_gemm(a, b, c, accumulate, stream);
   call<float>(blas().sgemm, a, b, c, accumulate);
 }
 
