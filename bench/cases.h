@@ -37,6 +37,9 @@ struct Measured {
 double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,
                         const std::function<void()>& warm);
 
+// A case's rows (seconds, bytes, messages, wrong elements or -1, workspace) put together.
+Measured over_ranks(const std::vector<Row>& rows);
+
 Measured run_matmul(const Options& options);      // name: matmul | dx | dw | backward
 Measured run_collective(const Options& options);  // name: all_gather | reduce_scatter | all_reduce | broadcast | reduce
 

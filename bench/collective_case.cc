@@ -112,13 +112,7 @@ Row run_rank(Job& job, const Options& o) {
 
 Measured run_collective(const Options& o) {
   const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job) { return run_rank(job, o); });
-  Measured out;
-  for (const Row& r : rows) {
-    out.seconds = std::max(out.seconds, r[0]);
-    out.bytes += r[1];
-    out.messages += r[2];
-    out.wrong = r[3] < 0 ? -1 : out.wrong + r[3];
-  }
+  Measured out = over_ranks(rows);
   const double g = o.size(), bytes = static_cast<double>(o.n) * static_cast<double>(size_of(o.dtype));
   out.algbw_bytes = bytes;
   out.bus_factor = o.name == "all_reduce" ? 2 * (g - 1) / g : o.name == "broadcast" || o.name == "reduce" ? 1 : (g - 1) / g;

@@ -107,6 +107,11 @@ def torch_pair(rows: int, mode: dict) -> Run:
     model = torch.nn.Sequential(torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(4096, 1024, bias=False))
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     parallelize_module(model, mesh, {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    return training(model, rows)
+
+
+def training(model: torch.nn.Module, rows: int) -> Run:
+    """Forward and backward of a torch model on the same input."""
     x, g = torch.randn(rows, 1024, requires_grad=True), torch.randn(rows, 1024)
 
     def run() -> None:
@@ -123,15 +128,7 @@ def reference_matmul(n: int) -> Run:
 
 
 def reference_pair(rows: int) -> Run:
-    model = torch.nn.Sequential(torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(4096, 1024, bias=False))
-    x, g = torch.randn(rows, 1024, requires_grad=True), torch.randn(rows, 1024)
-
-    def run() -> None:
-        model.zero_grad()
-        x.grad = None
-        model(x).backward(g)
-
-    return run
+    return training(torch.nn.Sequential(torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(4096, 1024, bias=False)), rows)
 
 
 CANDIDATES = {

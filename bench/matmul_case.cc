@@ -188,14 +188,7 @@ Row run_rank(Job& job, const Options& o) {
 
 Measured run_matmul(const Options& o) {
   const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job) { return run_rank(job, o); });
-  Measured out;
-  for (const Row& r : rows) {
-    out.seconds = std::max(out.seconds, r[0]);
-    out.bytes += r[1];
-    out.messages += r[2];
-    out.wrong = r[3] < 0 ? -1 : out.wrong + r[3];
-    out.workspace = std::max(out.workspace, r[4]);
-  }
+  Measured out = over_ranks(rows);
   out.flops = 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) * (o.name == "backward" ? 2 : 1);
   out.formula = words(o) * static_cast<double>(size_of(o.dtype));
   return out;

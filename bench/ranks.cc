@@ -91,4 +91,16 @@ double median_of_rounds(const Options& options, const std::function<void()>& pre
   return *middle;
 }
 
+Measured over_ranks(const std::vector<Row>& rows) {
+  Measured out;
+  for (const Row& r : rows) {
+    out.seconds = std::max(out.seconds, r[0]);
+    out.bytes += r[1];
+    out.messages += r[2];
+    out.wrong = r[3] < 0 ? -1 : out.wrong + r[3];
+    out.workspace = std::max(out.workspace, r.size() > 4 ? r[4] : 0);
+  }
+  return out;
+}
+
 }  // namespace gingham
