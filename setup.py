@@ -32,6 +32,8 @@ class CMakeBuild(build_ext):
         subprocess.run(configure + [f"-D{name}={value}" for name, value in options.items()], check=True)
         jobs = str(len(os.sched_getaffinity(0)))
         subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], check=True)
+        if self.editable_mode:  # setuptools copies only the extension beside the sources
+            shutil.copytree(output / "bin", ROOT / "python" / "gingham" / "bin", dirs_exist_ok=True)
 
 
 setup(ext_modules=[Extension("gingham._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
