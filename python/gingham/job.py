@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -104,6 +105,8 @@ def destroy() -> None:
         if ended.depth_sums is not None:
             ended.depth_sums.stop()
         _leave_group()
+        # process groups, their threads and sockets hang in reference cycles: many lives must not pile them up
+        gc.collect()
 
 
 def report_failure(error: BaseException) -> None:

@@ -52,7 +52,7 @@ def serial_gradients(batch: int, dtype: torch.dtype) -> tuple[float, dict[str, t
     return loss.item(), {name: weight.grad for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("batch", [12, 7])
+@pytest.mark.parametrize("batch", [pytest.param(12, marks=pytest.mark.matrix), 7])
 @pytest.mark.parametrize("grid", MODES, ids=lambda grid: " ".join(f"{key}={value}" for key, value in grid.items()))
 def test_first_gradients(ranks, grid: dict[str, Any], batch: int) -> None:
     answers = ranks(grid["size"])(parallel_gradients, grid, batch)

@@ -48,7 +48,7 @@ def serial(chosen: Namespace) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("grid", MODES, ids=name)
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.matrix), 0.1])
 def test_losses_and_bytes(ranks, grid: dict[str, Any], dropout: float) -> None:
     chosen = options(dropout=dropout)
     report = ranks(grid["size"])(curve, chosen, grid)[0]
