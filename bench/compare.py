@@ -24,7 +24,6 @@ from multiprocessing.connection import Client, Listener
 import torch
 
 Run = Callable[[], object]
-REFERENCE_CORES = 1.9
 
 
 def timed(run: Run, repeats: int) -> tuple[float, float, float]:
@@ -154,10 +153,10 @@ def serve(rank: int, address: str, case: str, size: int, mode: dict, names: list
     gingham.destroy()
 
 
-def measure(case: str, size: int, ranks: int, mode: dict, rounds: int, budget: float, what: str) -> None:
+def measure(case: str, size: int, ranks: int, mode: dict, options: argparse.Namespace) -> None:
     import gingham
 
-    names = [name for name in CANDIDATES[case] if what in name]
+    names = [name for name in CANDIDATES[case] if options.what in name]
     reference = REFERENCES[case](size)
     for _ in range(3):
         reference()
@@ -171,7 +170,7 @@ def measure(case: str, size: int, ranks: int, mode: dict, rounds: int, budget: f
             pipes = [listener.accept() for _ in range(ranks)]
             for pipe in pipes:
                 pipe.recv()
-            times, cpus, rejected = play(names, pipes, reference, repeats, rounds, budget)
+            times, cpus, rejected = play(names, pipes, reference, repeats, options)
             for pipe in pipes:
                 pipe.send(None)
             thread.join()
@@ -179,11 +178,11 @@ def measure(case: str, size: int, ranks: int, mode: dict, rounds: int, budget: f
         show(case, size, ranks, name, times[name], cpus[name], rejected, repeats)
 
 
-def play(names: list[str], pipes: list, reference: Run, repeats: int, rounds: int, budget: float) -> tuple[dict, dict, int]:
+def play(names: list[str], pipes: list, reference: Run, repeats: int, options: argparse.Namespace) -> tuple[dict, dict, int]:
     times: dict[str, list[float]] = {name: [] for name in names}
     cpus: dict[str, list[float]] = {name: [] for name in names}
     rejected, started = 0, time.time()
-    while min(len(t) for t in times.values()) < rounds and time.time() - started < budget:
+    while min(len(t) for t in times.values()) < options.rounds and time.time() - started < options.budget:
         for name in names:
             before = timed(reference, repeats)
             for pipe in pipes:
@@ -191,7 +190,7 @@ def play(names: list[str], pipes: list, reference: Run, repeats: int, rounds: in
             spans = [pipe.recv() for pipe in pipes]
             after = timed(reference, repeats)
             walls = [end - start for start, end, _ in (before, after)]
-            if min(cpu / wall for (_, _, cpu), wall in zip((before, after), walls, strict=True)) < REFERENCE_CORES:
+            if min(cpu / wall for (_, _, cpu), wall in zip((before, after), walls, strict=True)) < options.cores:
                 rejected += 1
                 continue
             wall = max(end for _, end, _ in spans) - min(start for start, _, _ in spans)
@@ -217,6 +216,7 @@ def main() -> None:
     parser.add_argument("--sizes", default="1024,2048,4096")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=240, help="seconds a case may take")
+    parser.add_argument("--cores", type=float, default=1.9, help="what the reference must have got for a round to count")
     parser.add_argument("--what", default="", help="only the candidates whose name has this in it")
     options = parser.parse_args()
     torch.set_num_threads(2)
@@ -231,9 +231,9 @@ def main() -> None:
             continue
         if options.case in ("matmul", "all"):
             for size in map(int, options.sizes.split(",")):
-                measure("matmul", size, ranks, mode, options.rounds, options.budget, options.what)
+                measure("matmul", size, ranks, mode, options)
         if options.case in ("pair", "all") and ranks == 8:
-            measure("pair", 2048, ranks, mode, options.rounds, options.budget, options.what)
+            measure("pair", 2048, ranks, mode, options)
 
 
 if __name__ == "__main__":
