@@ -13,16 +13,6 @@ namespace {
 // torch.empty_like where no job's heap is at hand.
 py::object like(const py::object& x) { return py::module_::import("torch").attr("empty_like")(x); }
 
-py::object gelu_of(const py::object& x) {
-  py::object out = like(x);
-  const Matrix z = tensor_of(x, "x").matrix(), y = tensor_of(out, "y").matrix();
-  {
-    py::gil_scoped_release nogil;
-    gelu(z, y);
-  }
-  return out;
-}
-
 py::object gelu_gradient(const py::object& dy, const py::object& x) {
   py::object out = like(x);
   const Matrix g = tensor_of(dy, "dy").matrix(), z = tensor_of(x, "x").matrix(), dz = tensor_of(out, "dx").matrix();
@@ -152,7 +142,6 @@ PYBIND11_MODULE(_C, m) {
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
            py::arg("reduce_depth") = true);
 
-  m.def("gelu", &gelu_of);
   m.def("gelu_backward", &gelu_gradient, py::arg("dy"), py::arg("x"));
   m.def("dropout", &dropout_of, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("name"), py::arg("call"), py::arg("global_shape"),
         py::arg("offsets"), py::arg("job") = std::shared_ptr<Job>());

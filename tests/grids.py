@@ -18,6 +18,23 @@ GRIDS: dict[str, dict[str, Any]] = {
     "1x1x2": dict(grid=(1, 1, 2), size=2),
 }
 
+# the whole model's meshes
+MODES: list[dict[str, Any]] = [
+    dict(mode="1d", size=4),
+    dict(mode="1d", size=4, sequence=True),
+    dict(mode="2d", size=4),
+    dict(mode="2.5d", size=8, depth=2),
+    dict(mode="2.5d", size=8, depth=2, shard_depth=True),
+    dict(mode="3d", size=8),
+    dict(grid=(3, 2, 1), size=6),
+    dict(grid=(1, 2, 4), size=8),
+]
+
+
+def words_of(grid: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in grid.items())
+
+
 # `make test` takes those that differ most; `make test-all` takes every one
 TYPICAL = {"1d", "1d sequence", "2.5d", "2.5d sharded", "3x2x2"}
 every_grid = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in TYPICAL else [pytest.mark.matrix]) for name in GRIDS])

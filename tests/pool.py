@@ -17,6 +17,8 @@ from typing import Any
 
 import cloudpickle
 
+from gingham.spawn import rank_environment
+
 GRACE = 10.0  # seconds in which the other ranks may notice that one has failed
 
 
@@ -26,16 +28,6 @@ class RankError(RuntimeError):
     def __init__(self, rank: int, text: str, error: BaseException | None = None) -> None:
         super().__init__(f"rank {rank}:\n{text}")
         self.rank, self.error = rank, error
-
-
-def _environment(rank: int, size: int, store: str) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "LOCAL_WORLD_SIZE": str(size),
-        "GINGHAM_STORE": store,
-    }
 
 
 def _answer(rank: int, message: bytes) -> bytes:
@@ -120,7 +112,7 @@ class Pool:
         self._calls += 1
         store = str(Path(self._folder.name) / f"store{self._calls}")
         for rank, pipe in enumerate(self._pipes):
-            pipe.send_bytes(cloudpickle.dumps((fn, args, _environment(rank, self.size, store))))
+            pipe.send_bytes(cloudpickle.dumps((fn, args, rank_environment(rank, self.size, store))))
         results, failures = self._collect(timeout)
         if failures:
             self.stop()

@@ -27,10 +27,6 @@ struct PeerDied : PeerError {
 struct PeerStalled : PeerError {
   using PeerError::PeerError;
 };
-// A peer's post does not describe the call this rank is in: the control block's judge words the verdict.
-struct Mismatch : Error {
-  using Error::Error;
-};
 struct OutOfMemory : Error {
   using Error::Error;
 };

@@ -97,17 +97,6 @@ void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix
   });
 }
 
-void gelu(const Matrix& z, const Matrix& y) {
-  DISPATCH(accumulator(z.dtype), T, {
-    std::vector<T> row(static_cast<size_t>(z.cols));
-    for (int64_t i = 0; i < z.rows; i++) {
-      load_row(z, i, row.data());
-      gelu_row(row.data(), row.size());
-      store_row(row.data(), y, i);
-    }
-  });
-}
-
 void gelu_backward(const Matrix& dy, const Matrix& z, const Matrix& dz) {
   DISPATCH(accumulator(z.dtype), T, {
     const size_t n = static_cast<size_t>(z.cols);

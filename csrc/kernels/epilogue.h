@@ -9,7 +9,6 @@ enum class Epilogue { none, gelu };
 
 // c in its accumulator; bias [1, cols] in z's dtype or empty; z and y in the layer's dtype (z may be c itself, y may be empty).
 void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix& y, Epilogue kind);
-void gelu(const Matrix& z, const Matrix& y);
 void gelu_backward(const Matrix& dy, const Matrix& z, const Matrix& dz);
 
 }  // namespace gingham

@@ -65,7 +65,6 @@ class Shm : public Transport {
   void drain(int peer, int lane, uint32_t left) override;
 
   void send_due(int peer, const void* data, size_t bytes, int lane, double due);
-  Control& control() { return control_; }
 
  private:
   Board& board(int peer) { return memory_.boards[members_[static_cast<size_t>(peer)]]; }

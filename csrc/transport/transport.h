@@ -70,7 +70,7 @@ class Transport {
     if (reset) traffic_ = {};
     return out;
   }
-  virtual void set_counting(bool on) { counting_ = on; }
+  void set_counting(bool on) { counting_ = on; }
 
  protected:
   Transport(int rank, int size) : rank_(rank), size_(size) {}

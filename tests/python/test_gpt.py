@@ -5,16 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from grids import MODES, words_of
+
 SHAPE = dict(layers=2, width=64, heads=8, context=16, dropout=0.1)
-MODES: list[dict[str, Any]] = [
-    dict(mode="1d", size=4),
-    dict(mode="1d", size=4, sequence=True),
-    dict(mode="2d", size=4),
-    dict(mode="2.5d", size=8, depth=2),
-    dict(mode="2.5d", size=8, depth=2, shard_depth=True),
-    dict(mode="3d", size=8),
-    dict(grid=(3, 2, 1), size=6),
-]
 
 
 def sample(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +46,7 @@ def serial_gradients(batch: int, dtype: torch.dtype) -> tuple[float, dict[str, t
 
 
 @pytest.mark.parametrize("batch", [pytest.param(12, marks=pytest.mark.matrix), 7])
-@pytest.mark.parametrize("grid", MODES, ids=lambda grid: " ".join(f"{key}={value}" for key, value in grid.items()))
+@pytest.mark.parametrize("grid", MODES[:-1], ids=words_of)
 def test_first_gradients(ranks, grid: dict[str, Any], batch: int) -> None:
     answers = ranks(grid["size"])(parallel_gradients, grid, batch)
     loss, gradients, _ = answers[0]

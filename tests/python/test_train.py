@@ -11,26 +11,13 @@ from typing import Any
 import pytest
 
 import theory
+from grids import MODES, words_of
 
-MODES: list[dict[str, Any]] = [
-    dict(mode="1d", size=4),
-    dict(mode="1d", size=4, sequence=True),
-    dict(mode="2d", size=4),
-    dict(mode="2.5d", size=8, depth=2),
-    dict(mode="2.5d", size=8, depth=2, shard_depth=True),
-    dict(mode="3d", size=8),
-    dict(grid=(3, 2, 1), size=6),
-    dict(grid=(1, 2, 4), size=8),
-]
 SMALL = dict(layers=2, width=64, heads=8, context=16, batch=12, steps=3, lr=3e-4, seed=1, text=None, sample=4)
 
 
 def options(**changed: Any) -> Namespace:
     return Namespace(**(SMALL | changed))
-
-
-def name(grid: dict[str, Any]) -> str:
-    return " ".join(f"{key}={value}" for key, value in grid.items())
 
 
 def curve(rank: int, chosen: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
@@ -47,7 +34,7 @@ def serial(chosen: Namespace) -> dict[str, Any]:
     return train.train_serial(chosen, Console(quiet=True))
 
 
-@pytest.mark.parametrize("grid", MODES, ids=name)
+@pytest.mark.parametrize("grid", MODES, ids=words_of)
 @pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.matrix), 0.1])
 def test_losses_and_bytes(ranks, grid: dict[str, Any], dropout: float) -> None:
     chosen = options(dropout=dropout)

@@ -8,28 +8,9 @@ from torch.nn import functional as F
 
 import gingham
 from gingham import nn
+from gingham.gpt import SerialAttention, SerialMLP
 from grids import GRIDS, every_grid, ranks_of
 from twins import compare, twins
-
-
-class TorchAttention(torch.nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (torch.nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (part(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
-        return self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
-
-
-class TorchMLP(torch.nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = torch.nn.Linear(width, hidden), torch.nn.Linear(hidden, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 def layers(rank: int, options: dict[str, Any]) -> dict[str, float]:
@@ -45,7 +26,7 @@ def layers(rank: int, options: dict[str, Any]) -> dict[str, float]:
                 (
                     f"mlp {swapped}",
                     lambda w=width, s=swapped: nn.MLP(w, 2 * w + 3, swapped=s),
-                    lambda w=width: TorchMLP(w, 2 * w + 3),
+                    lambda w=width: SerialMLP(w, 2 * w + 3),
                     ("x", "x"),
                 )
             )
@@ -54,7 +35,7 @@ def layers(rank: int, options: dict[str, Any]) -> dict[str, float]:
                     (
                         f"attention {swapped}",
                         lambda s=swapped: nn.SelfAttention(24, 12, swapped=s),
-                        lambda: TorchAttention(24, 12),
+                        lambda: SerialAttention(24, 12),
                         ("x", "x"),
                     )
                 )
