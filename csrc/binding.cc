@@ -19,7 +19,7 @@ py::object gelu_gradient(const py::object& dy, const py::object& x) {
   CHECK(ShapeError, g.rows == z.rows && g.cols == z.cols && g.dtype == z.dtype, "gelu_backward: dy and x differ in shape or dtype");
   {
     py::gil_scoped_release nogil;
-    gelu_backward(g, z, dz);
+    gelu_backward(g, z, dz, CpuStream());
   }
   return out;
 }
@@ -34,7 +34,7 @@ py::object dropout_of(const py::object& x, double p, uint64_t seed, uint64_t nam
   void* data = tensor_of(out, "y").data;
   {
     py::gil_scoped_release nogil;
-    dropout(in.data, data, in.dtype, in.shape, global, offsets, {seed, name, call, p});
+    dropout(in.data, data, in.dtype, in.shape, global, offsets, {seed, name, call, p}, CpuStream());
   }
   return out;
 }

@@ -30,6 +30,10 @@ struct PeerStalled : PeerError {
 struct OutOfMemory : Error {
   using Error::Error;
 };
+// A call of CUDA or NCCL that failed.
+struct DeviceError : Error {
+  using Error::Error;
+};
 
 template <class... Values>
 std::string concat(const Values&... values) {

@@ -17,7 +17,7 @@ void through_window(Transport& axis, const Matrix& mine, const Shape& shape, int
     const Matrix theirs = axis.panel(peer, 0);
     const Matrix block = block_for(peer, axis.shape(peer));
     axis.arrive(axis.fetch(peer, theirs.bytes()));
-    cast(theirs, block);
+    cast(theirs, block, stream);
   }
   axis.offered(mine.bytes() * static_cast<size_t>(axis.size() - 1));
   axis.finish();
@@ -35,14 +35,14 @@ void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, int64
   }
   axis.finish();
   Relay relay(axis, stream, room);
-  cast(mine, dense(relay.next(), mine.rows, mine.cols, mine.dtype));
+  cast(mine, dense(relay.next(), mine.rows, mine.cols, mine.dtype), stream);
   for (int hop = 1; hop < axis.size(); hop++) {
     const Matrix& sent = blocks[static_cast<size_t>(axis.next(1 - hop))];
     const Matrix& block = blocks[static_cast<size_t>(axis.next(-hop))];
     relay.send(sent.bytes());
     char* buffer = relay.next();
     axis.recv(axis.next(-1), buffer, block.bytes());
-    cast(dense(buffer, block.rows, block.cols, block.dtype), block);
+    cast(dense(buffer, block.rows, block.cols, block.dtype), block, stream);
   }
   relay.drain();
   axis.retire();
@@ -60,7 +60,7 @@ void all_gather(Transport& axis, const Matrix& mine, const Shape& shape, int64_t
 
 void all_gather(Transport& axis, const Matrix& mine, std::span<const Matrix> blocks, Source source, const Stream& stream) {
   const Matrix& own = blocks[static_cast<size_t>(axis.rank())];
-  if (own.data != mine.data) cast(mine, own);
+  if (own.data != mine.data) cast(mine, own, stream);
   int64_t total = 0;
   for (const Matrix& block : blocks) total += block.count();
   all_gather(axis, mine, {}, total, [blocks](int peer, const Shape&) { return blocks[static_cast<size_t>(peer)]; }, source, stream);

@@ -20,7 +20,7 @@ void broadcast(Transport& axis, const Matrix& x, int root, const Stream& stream)
     if (forwards) axis.send(axis.next(), data + begin, bytes);
   }
   if (forwards) axis.drain(axis.next());
-  if (data != x.data && axis.rank() != root) cast(resident.view(), x);
+  if (data != x.data && axis.rank() != root) cast(resident.view(), x, stream);
   axis.retire();
 }
 

@@ -21,13 +21,13 @@ void reduce(Transport& axis, const Matrix& x, int root, const Stream& stream) {
     const Matrix part = flat.slice(1, c * step, std::min(flat.cols, (c + 1) * step));
     const Matrix sum = dense(relay.next(), 1, part.cols, part.dtype);
     if (first) {
-      cast(part, sum);
+      cast(part, sum, stream);
     } else {
       axis.recv(axis.next(-1), sum.data, sum.bytes());
-      accumulate(part, sum);
+      accumulate(part, sum, stream);
     }
     if (last)
-      cast(sum, part);
+      cast(sum, part, stream);
     else
       relay.send(sum.bytes());
   }

@@ -25,18 +25,18 @@ void through_window(Transport& axis, std::span<const Matrix> parts, const Matrix
     const Matrix& part = parts[static_cast<size_t>(owner)];
     const Matrix theirs = owner == axis.rank() ? sum.view() : axis.panel(owner, 0);
     if (turn == 0) {
-      cast(part, theirs);
+      cast(part, theirs, stream);
     } else {
       axis.await_turn();
       axis.arrive(axis.fetch(axis.next(-1), part.bytes()));
-      accumulate(part, theirs);
+      accumulate(part, theirs, stream);
     }
     if (owner != axis.rank()) axis.offered(part.bytes());
     axis.advance();
   }
   axis.finish();
   axis.retire();
-  if (sum.view().data != out.data) cast(sum.view(), out);
+  if (sum.view().data != out.data) cast(sum.view(), out, stream);
 }
 
 void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
@@ -50,15 +50,15 @@ void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& 
     const Matrix& part = parts[static_cast<size_t>(axis.next(-1 - turn))];
     const Matrix sum = dense(relay.next(), part.rows, part.cols, part.dtype);
     if (turn == 0) {
-      cast(part, sum);
+      cast(part, sum, stream);
     } else {
       axis.recv(axis.next(-1), sum.data, sum.bytes());
-      accumulate(part, sum);
+      accumulate(part, sum, stream);
     }
     if (turn + 1 < axis.size())
       relay.send(sum.bytes());
     else
-      cast(sum, out);
+      cast(sum, out, stream);
   }
   relay.drain();
   axis.retire();
@@ -68,7 +68,7 @@ void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& 
 
 void reduce_scatter(Transport& axis, std::span<const Matrix> parts, const Matrix& out, Source source, const Stream& stream) {
   if (axis.size() == 1) {
-    if (parts[0].data != out.data) cast(parts[0], out);
+    if (parts[0].data != out.data) cast(parts[0], out, stream);
     return;
   }
   if (source == Source::window)

@@ -15,7 +15,7 @@ class Resident {
     copy_ = Scratch(stream, m.bytes());
     const bool turned = m.col_stride != 1 && m.row_stride == 1;
     view_ = turned ? dense(copy_.data(), m.cols, m.rows, m.dtype).t() : dense(copy_.data(), m.rows, m.cols, m.dtype);
-    cast(m, view_);
+    cast(m, view_, stream);
   }
   const Matrix& view() const { return view_; }
 

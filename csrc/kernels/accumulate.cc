@@ -6,7 +6,8 @@
 
 namespace gingham {
 
-void accumulate(const Matrix& a, const Matrix& b) {
+void accumulate(const Matrix& a, const Matrix& b, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, accumulate(a, b, stream));
   CHECK(ShapeError, a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype, "sum of [", a.rows, ",", a.cols, "] into [", b.rows, ",", b.cols,
         "]");
   const bool turn = a.col_stride != 1 && a.row_stride == 1;
@@ -49,7 +50,8 @@ void sum_rows(const Matrix& a, const Matrix& out, bool add, Widen widen) {
 
 }  // namespace
 
-void column_sums(const Matrix& a, const Matrix& out, bool add) {
+void column_sums(const Matrix& a, const Matrix& out, bool add, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, column_sums(a, out, add, stream));
   if (a.cols == 0) return;
   switch (a.dtype) {
     case DType::f32:

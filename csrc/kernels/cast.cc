@@ -50,7 +50,8 @@ void copy_rows(const Matrix& from, const Matrix& to) {
 
 }  // namespace
 
-void cast(const Matrix& a, const Matrix& b) {
+void cast(const Matrix& a, const Matrix& b, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, cast(a, b, stream));
   CHECK(ShapeError, a.rows == b.rows && a.cols == b.cols, "copy of [", a.rows, ",", a.cols, "] into [", b.rows, ",", b.cols, "]");
   if (a.empty()) return;
   // Walk along the order in which both are contiguous.
@@ -75,7 +76,8 @@ void cast(const Matrix& a, const Matrix& b) {
   throw ShapeError(concat("no conversion from ", name_of(from.dtype), " to ", name_of(to.dtype)));
 }
 
-void fill_zero(const Matrix& m) {
+void fill_zero(const Matrix& m, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, fill_zero(m, stream));
   if (m.empty()) return;
   const Matrix v = m.col_stride == 1 ? m : m.t();
   for (int64_t i = 0; i < v.rows; i++)

@@ -66,7 +66,8 @@ void run(const T* x, T* y, uint64_t index, int64_t n, const DropoutKey& key, uin
 }  // namespace
 
 void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
-             const std::vector<int64_t>& offset, const DropoutKey& key) {
+             const std::vector<int64_t>& offset, const DropoutKey& key, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, dropout(x, y, dtype, local, global, offset, key, stream));
   const size_t d = local.size();
   int64_t count = 1;
   for (int64_t n : local) count *= n;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "base/dtype.h"
+#include "base/stream.h"
 
 namespace gingham {
 
@@ -16,6 +17,11 @@ struct DropoutKey {
 
 // x, y: contiguous tensors of `local` sizes whose element (0, .., 0) stands at `offset` in a tensor of `global` sizes.
 void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
-             const std::vector<int64_t>& offset, const DropoutKey& key);
+             const std::vector<int64_t>& offset, const DropoutKey& key, const Stream& stream);
+
+namespace cuda {
+void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
+             const std::vector<int64_t>& offset, const DropoutKey& key, const Stream& stream);
+}  // namespace cuda
 
 }  // namespace gingham

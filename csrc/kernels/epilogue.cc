@@ -67,45 +67,47 @@ void slope_row(const double* z, double* grad, size_t n) {
 
 // One row in T, whatever the storage.
 template <class T>
-void load_row(const Matrix& m, int64_t i, T* row) {
-  cast(m.slice(0, i, i + 1), dense(row, 1, m.cols, accumulator(m.dtype)));
+void load_row(const Matrix& m, int64_t i, T* row, const Stream& stream) {
+  cast(m.slice(0, i, i + 1), dense(row, 1, m.cols, accumulator(m.dtype)), stream);
 }
 
 template <class T>
-void store_row(const T* row, const Matrix& m, int64_t i) {
-  cast(dense(const_cast<T*>(row), 1, m.cols, accumulator(m.dtype)), m.slice(0, i, i + 1));
+void store_row(const T* row, const Matrix& m, int64_t i, const Stream& stream) {
+  cast(dense(const_cast<T*>(row), 1, m.cols, accumulator(m.dtype)), m.slice(0, i, i + 1), stream);
 }
 
 }  // namespace
 
-void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix& y, Epilogue kind) {
+void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix& y, Epilogue kind, const Stream& stream) {
+  DISPATCH_DEVICE(stream, epilogue(c, bias, z, y, kind, stream));
   const bool add = !bias.empty(), act = kind == Epilogue::gelu && !y.empty(), move = c.data != z.data;
   if (c.empty() || (!add && !act && !move)) return;
   DISPATCH(c.dtype, T, {
     const size_t n = static_cast<size_t>(c.cols);
     std::vector<T> row(n), shift(n);
-    if (add) load_row(bias, 0, shift.data());
+    if (add) load_row(bias, 0, shift.data(), stream);
     for (int64_t i = 0; i < c.rows; i++) {
-      load_row(c, i, row.data());
+      load_row(c, i, row.data(), stream);
       if (add)
         for (size_t j = 0; j < n; j++) row[j] += shift[j];
-      if (add || move) store_row(row.data(), z, i);
+      if (add || move) store_row(row.data(), z, i, stream);
       if (!act) continue;
       gelu_row(row.data(), n);
-      store_row(row.data(), y, i);
+      store_row(row.data(), y, i, stream);
     }
   });
 }
 
-void gelu_backward(const Matrix& dy, const Matrix& z, const Matrix& dz) {
+void gelu_backward(const Matrix& dy, const Matrix& z, const Matrix& dz, const Stream& stream) {
+  DISPATCH_DEVICE(stream, gelu_backward(dy, z, dz, stream));
   DISPATCH(accumulator(z.dtype), T, {
     const size_t n = static_cast<size_t>(z.cols);
     std::vector<T> row(n), grad(n);
     for (int64_t i = 0; i < z.rows; i++) {
-      load_row(z, i, row.data());
-      load_row(dy, i, grad.data());
+      load_row(z, i, row.data(), stream);
+      load_row(dy, i, grad.data(), stream);
       slope_row(row.data(), grad.data(), n);
-      store_row(grad.data(), dz, i);
+      store_row(grad.data(), dz, i, stream);
     }
   });
 }

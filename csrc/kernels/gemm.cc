@@ -50,7 +50,7 @@ void tiny_gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulat
     const int64_t end = std::min(a.cols, k + kPiece);
     const bool first = k == 0 && !accumulate;
     call<float>(blas().sgemm, a.slice(1, k, end), b.slice(0, k, end), first ? c : part, false);
-    if (!first) gingham::accumulate(part, c);
+    if (!first) gingham::accumulate(part, c, stream);
   }
 }
 
@@ -62,11 +62,12 @@ void sgemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, c
 }  // namespace
 
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
+  DISPATCH_DEVICE(stream, gemm(a, b, c, accumulate, stream));
   CHECK(ShapeError, a.cols == b.rows && a.rows == c.rows && b.cols == c.cols && a.dtype == b.dtype, "gemm of [", a.rows, ",", a.cols, "] ",
         name_of(a.dtype), " and [", b.rows, ",", b.cols, "] ", name_of(b.dtype), " into [", c.rows, ",", c.cols, "]");
   if (c.empty()) return;
   if (a.cols == 0) {
-    if (!accumulate) fill_zero(c);
+    if (!accumulate) fill_zero(c, stream);
     return;
   }
   if (size_of(a.dtype) == 2) {
@@ -75,8 +76,8 @@ void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, co
     const bool ta = a.row_stride == 1, tb = b.row_stride == 1;
     const Matrix va = ta ? dense(wide_a.data(), a.cols, a.rows, DType::f32).t() : dense(wide_a.data(), a.rows, a.cols, DType::f32);
     const Matrix vb = tb ? dense(wide_b.data(), b.cols, b.rows, DType::f32).t() : dense(wide_b.data(), b.rows, b.cols, DType::f32);
-    cast(a, va);
-    cast(b, vb);
+    cast(a, va, stream);
+    cast(b, vb, stream);
     return sgemm(va, vb, c, accumulate, stream);
   }
   if (a.dtype == DType::f32)

@@ -9,4 +9,8 @@ namespace gingham {
 
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream);
 
+namespace cuda {
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream);
+}  // namespace cuda
+
 }  // namespace gingham

@@ -109,7 +109,7 @@ class BackwardRun {
     }
     if (call_.need_bias[i]) {
       lane.db_sum = frame_.pass.workspace(1, n_of(i), accumulator(w.dtype));
-      fill_zero(lane.db_sum);
+      fill_zero(lane.db_sum, frame_.stream);
     }
   }
 
@@ -139,16 +139,16 @@ class BackwardRun {
     const int dim = in_y(frame_.d);
     if (dim < 0 && (s || t)) return;  // the whole dY passes once
     const auto piece = slices.piece(s, t);
-    column_sums(lane.dy_in->at(s, t), dim == 1 ? lane.db_sum.slice(1, piece.begin, piece.end) : lane.db_sum, true);
+    column_sums(lane.dy_in->at(s, t), dim == 1 ? lane.db_sum.slice(1, piece.begin, piece.end) : lane.db_sum, true, frame_.stream);
   }
 
   // The slice dim is empty: nothing is multiplied, what would have been summed is zero, and db does not depend on it.
   void run_empty(size_t g) {
-    if (call_.need_x && g == 0) fill_zero(dx_block_);
+    if (call_.need_x && g == 0) fill_zero(dx_block_, frame_.stream);
     for (size_t i = 0; i < lanes_.size(); i++) {
       if (&frame_.group(i) != &frame_.groups[g]) continue;
-      if (call_.need_w) fill_zero(lanes_[i].dw_sum);
-      if (in_y(frame_.d) < 0 && call_.need_bias[i]) column_sums(lanes_[i].dy, lanes_[i].db_sum, true);
+      if (call_.need_w) fill_zero(lanes_[i].dw_sum, frame_.stream);
+      if (in_y(frame_.d) < 0 && call_.need_bias[i]) column_sums(lanes_[i].dy, lanes_[i].db_sum, true, frame_.stream);
     }
   }
 
@@ -156,21 +156,21 @@ class BackwardRun {
     const Step::Config& c = frame_.config;
     if (call_.need_x) {
       if (in_x(frame_.d) < 0 || !c.x.cut()) frame_.pass.settle(c.x, frame_.x_cuts, dx_block_, dx_sum_);
-      if (dx_sum_.data != out_.dx.data) cast(dx_sum_, out_.dx);
+      if (dx_sum_.data != out_.dx.data) cast(dx_sum_, out_.dx, frame_.stream);
     }
     for (size_t i = 0; i < lanes_.size(); i++) {
       Lane& lane = lanes_[i];
       if (call_.need_w) {
         const Matrix stored = c.order == Order::column_major ? lane.dw_sum.t() : lane.dw_sum;
         if (c.depth && call_.reduce_depth) all_reduce(*c.depth, stored, c.source, frame_.stream);
-        if (lane.dw_sum.data != lane.dw.data) cast(lane.dw_sum, lane.dw);
+        if (lane.dw_sum.data != lane.dw.data) cast(lane.dw_sum, lane.dw, frame_.stream);
       }
       out_.dw.push_back(lane.dw);
       out_.db.push_back({});
       if (!call_.need_bias[i]) continue;
       sum_bias(c.maps[i], lane.db_sum);
       out_.db.back() = call_.allocate(1, lane.db_sum.cols);
-      cast(lane.db_sum, out_.db.back());
+      cast(lane.db_sum, out_.db.back(), frame_.stream);
     }
     return out_;
   }

@@ -79,7 +79,7 @@ class ForwardRun {
       group.inputs.push_back(w);
       Output* y = frame_.pass.output(frame_.y_place(i), lane.block, lane.y_index, group.slices);
       group.products.push_back({y, {{group.inputs[0], w, false, false}}});
-      if (group.slices.intervals() == 0) fill_zero(lane.block);
+      if (group.slices.intervals() == 0) fill_zero(lane.block, frame_.stream);
     }
   }
 
@@ -95,7 +95,7 @@ class ForwardRun {
         const size_t r = static_cast<size_t>(y.axis->rank());
         bias = bias.slice(1, cuts[r], cuts[r + 1]);
       }
-      epilogue(lane.sum, bias, lane.z, active() ? lane.y : Matrix{}, call_.epilogue);
+      epilogue(lane.sum, bias, lane.z, active() ? lane.y : Matrix{}, call_.epilogue, frame_.stream);
       out.push_back(lane.y);
     }
     if (active())

@@ -56,7 +56,7 @@ class Window : public Input {
 
 class Ring : public Input {
  public:
-  Ring(const Cut& cut, int lane, const Stream& stream) : cut_(cut), axis_(cut.axis()), lane_(lane) {
+  Ring(const Cut& cut, int lane, const Stream& stream) : cut_(cut), axis_(cut.axis()), stream_(stream), lane_(lane) {
     for (int s = 0; s < slices(); s++) {
       size_t bytes = 0;
       for (int rank = 0; rank < axis_.size(); rank++) bytes += cut_.share_bytes(rank, s);
@@ -69,7 +69,7 @@ class Ring : public Input {
     // The buffer is slice - 2's; only the g - 1 messages of slice - 1 may still be on their way.
     if (slice >= 2) axis_.drain(axis_.next(), lane_, static_cast<uint32_t>(axis_.size() - 1));
     for (int t = 0; t < cut_.slices().intervals(); t++)
-      if (cut_.owner(t) == axis_.rank()) cast(cut_.piece_of(cut_.own(), slice, t), at(slice, t));
+      if (cut_.owner(t) == axis_.rank()) cast(cut_.piece_of(cut_.own(), slice, t), at(slice, t), stream_);
     axis_.send(axis_.next(), share_at(slice, axis_.rank()), cut_.share_bytes(axis_.rank(), slice), lane_);
     moving_ = slice;
     hop_ = 1;
@@ -102,6 +102,7 @@ class Ring : public Input {
 
   Cut cut_;
   Transport& axis_;
+  const Stream& stream_;
   int lane_;
   size_t room_ = 0;
   Scratch buffers_;

@@ -77,7 +77,8 @@ class Window : public Turns {
 
 class Ring : public Turns {
  public:
-  Ring(const Cut& cut, int lane, const Stream& stream) : Turns(cut), lane_(lane), relay_(cut.axis(), stream, cut.largest_share(), lane) {}
+  Ring(const Cut& cut, int lane, const Stream& stream)
+      : Turns(cut), stream_(stream), lane_(lane), relay_(cut.axis(), stream, cut.largest_share(), lane) {}
 
   void begin(int slice, int turn) override {
     turn_ = turn;
@@ -88,11 +89,12 @@ class Ring : public Turns {
   void end(int slice, int) override {
     if (!last()) return relay_.send(share_bytes(slice));
     for (int t = 0; t < cut_.slices().intervals(); t++)
-      if (holds(turn_, t)) cast(at(slice, t), cut_.piece_of(cut_.own(), slice, t));
+      if (holds(turn_, t)) cast(at(slice, t), cut_.piece_of(cut_.own(), slice, t), stream_);
     if (slice + 1 == cut_.slices().slices) relay_.drain();
   }
 
  private:
+  const Stream& stream_;
   int lane_;
   Relay relay_;
 };

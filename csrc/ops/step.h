@@ -70,7 +70,7 @@ class Step {
 
  private:
   Control& control_;
-  Stream stream_;
+  const Stream& stream_;
   Config config_;
 };
 

@@ -38,7 +38,7 @@ Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) :
   control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, timeout);
   const uint64_t begin = shared_bytes(size) + heap_bytes() * static_cast<size_t>(rank);
   heap_ = std::make_unique<Heap>(*segment_, begin, heap_bytes(), rank);
-  stream_ = std::make_unique<Stream>(*heap_);
+  stream_ = std::make_unique<CpuStream>(*heap_);
 }
 
 void Job::close() {

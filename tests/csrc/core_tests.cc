@@ -192,9 +192,9 @@ void dropout_is_the_same_in_pieces() {
   const std::vector<int64_t> whole{5, 6, 7};
   std::vector<float> x(5 * 6 * 7, 1.0f), y(x.size()), piece(2 * 3 * 7), out(piece.size());
   const DropoutKey key{3, 4, 5, 0.3};
-  dropout(x.data(), y.data(), DType::f32, whole, whole, {0, 0, 0}, key);
+  dropout(x.data(), y.data(), DType::f32, whole, whole, {0, 0, 0}, key, CpuStream());
   std::fill(piece.begin(), piece.end(), 1.0f);
-  dropout(piece.data(), out.data(), DType::f32, {2, 3, 7}, whole, {3, 2, 0}, key);
+  dropout(piece.data(), out.data(), DType::f32, {2, 3, 7}, whole, {3, 2, 0}, key, CpuStream());
   double kept = 0;
   for (float v : y) kept += v > 0;
   EXPECT(kept / static_cast<double>(y.size()) > 0.5 && kept / static_cast<double>(y.size()) < 0.9);
