@@ -65,46 +65,56 @@ void run(const T* x, T* y, uint64_t index, int64_t n, const DropoutKey& key, uin
 
 }  // namespace
 
-void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
-             const std::vector<int64_t>& offset, const DropoutKey& key, [[maybe_unused]] const Stream& stream) {
-  DISPATCH_DEVICE(stream, dropout(x, y, dtype, local, global, offset, key, stream));
+DropoutDraw draw_of(const DropoutKey& key) {
+  const uint64_t mixed = mix(mix(key.seed) ^ key.name);
+  return {static_cast<uint32_t>(mixed), static_cast<uint32_t>(mixed >> 32), static_cast<uint32_t>(std::min(key.p * 4294967296.0, 4294967295.0)),
+          key.p < 1 ? 1.0 / (1.0 - key.p) : 0.0};
+}
+
+DropoutRuns runs_of(const std::vector<int64_t>& local, const std::vector<int64_t>& global, const std::vector<int64_t>& offset) {
+  DropoutRuns runs;
   const size_t d = local.size();
-  int64_t count = 1;
+  int64_t count = 1, stride = 1;
   for (int64_t n : local) count *= n;
-  if (count == 0) return;
-  // Dims that lie whole on this rank join the innermost run.
-  int64_t length = 1, stride = 1;
+  if (count == 0) return runs;
   size_t inner = d;
   while (inner > 0) {
     inner--;
-    length *= local[inner];
+    runs.length *= local[inner];
     if (local[inner] != global[inner]) break;
   }
+  runs.count = count / runs.length;
+  if (d == 0) return runs;
   for (size_t i = inner + 1; i < d; i++) stride *= global[i];
-  const uint64_t mixed = mix(mix(key.seed) ^ key.name);
-  const uint32_t k0 = static_cast<uint32_t>(mixed), k1 = static_cast<uint32_t>(mixed >> 32);
-  const uint32_t threshold = static_cast<uint32_t>(std::min(key.p * 4294967296.0, 4294967295.0));
-  const double keep = key.p < 1 ? 1.0 / (1.0 - key.p) : 0.0;
-  for (int64_t at = 0; at < count; at += length) {
-    uint64_t index = 0, weight = 1;
-    if (d) {
-      index = static_cast<uint64_t>(offset[inner] * stride);
-      weight = static_cast<uint64_t>(stride * global[inner]);
-      int64_t rest = at / length;
-      for (size_t i = inner; i-- > 0;) {
-        index += static_cast<uint64_t>(offset[i] + rest % local[i]) * weight;
-        rest /= local[i];
-        weight *= static_cast<uint64_t>(global[i]);
-      }
-    }
-    auto go = [&](auto* in, auto* out, auto scale) { run(in + at, out + at, index, length, key, k0, k1, threshold, scale); };
-    const float keep32 = static_cast<float>(keep);
+  runs.first = offset[inner] * stride;
+  int64_t weight = stride * global[inner];
+  CHECK(ShapeError, inner <= DropoutRuns::kDims, "dropout over ", d, " dims, of which ", inner, " lie outside the run; at most ", DropoutRuns::kDims);
+  for (size_t i = inner; i-- > 0;) {
+    runs.local[runs.dims] = local[i];
+    runs.offset[runs.dims] = offset[i];
+    runs.weight[runs.dims++] = weight;
+    weight *= global[i];
+  }
+  return runs;
+}
+
+void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
+             const std::vector<int64_t>& offset, const DropoutKey& key, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, dropout(x, y, dtype, local, global, offset, key, stream));
+  const DropoutRuns runs = runs_of(local, global, offset);
+  const auto [k0, k1, threshold, keep] = draw_of(key);
+  const float keep32 = static_cast<float>(keep);
+  for (int64_t r = 0; r < runs.count; r++) {
+    const int64_t at = r * runs.length;
+    auto go = [&, k0 = k0, k1 = k1, threshold = threshold](auto* in, auto* out, auto scale) {
+      run(in + at, out + at, runs.index(r), runs.length, key, k0, k1, threshold, scale);
+    };
     switch (dtype) {
       case DType::f32:
         go(static_cast<const float*>(x), static_cast<float*>(y), [=](float v) { return v * keep32; });
         break;
       case DType::f64:
-        go(static_cast<const double*>(x), static_cast<double*>(y), [=](double v) { return v * keep; });
+        go(static_cast<const double*>(x), static_cast<double*>(y), [keep = keep](double v) { return v * keep; });
         break;
       case DType::bf16:
         go(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(y), [=](uint16_t v) { return narrow_bf16(widen_bf16(v) * keep32); });

@@ -56,13 +56,43 @@ void gelu_row(double* z, size_t n) {
   for (size_t j = 0; j < n; j++) z[j] = 0.5 * z[j] * (1.0 + std::erf(z[j] * 0.70710678118654752440));
 }
 
-VECTORISED void slope_row(const float* z, float* grad, size_t n) {
+VECTORISED void gelu_slope(const float* z, float* grad, size_t n) {
   for (size_t j = 0; j < n; j++) grad[j] *= 0.5f * (1.f + erf_of(z[j] * kRootHalf)) + z[j] * exp_of(-0.5f * z[j] * z[j]) * kRootTwoPi;
 }
 
-void slope_row(const double* z, double* grad, size_t n) {
+void gelu_slope(const double* z, double* grad, size_t n) {
   for (size_t j = 0; j < n; j++)
     grad[j] *= 0.5 * (1.0 + std::erf(z[j] * 0.70710678118654752440)) + z[j] * std::exp(-0.5 * z[j] * z[j]) * 0.39894228040143267794;
+}
+
+template <class T>
+T logistic(T z) {
+  return T(1) / (T(1) + std::exp(-z));
+}
+
+template <class T>
+void silu_row(T* z, size_t n) {
+  for (size_t j = 0; j < n; j++) z[j] *= logistic(z[j]);
+}
+
+template <class T>
+void silu_slope(const T* z, T* grad, size_t n) {
+  for (size_t j = 0; j < n; j++) {
+    const T s = logistic(z[j]);
+    grad[j] *= s + z[j] * s * (T(1) - s);
+  }
+}
+
+template <class T>
+void activate(Epilogue kind, T* z, size_t n) {
+  if (kind == Epilogue::gelu) gelu_row(z, n);
+  if (kind == Epilogue::silu) silu_row(z, n);
+}
+
+template <class T>
+void multiply_slope(Epilogue kind, const T* z, T* grad, size_t n) {
+  if (kind == Epilogue::gelu) gelu_slope(z, grad, n);
+  if (kind == Epilogue::silu) silu_slope(z, grad, n);
 }
 
 // One row in T, whatever the storage.
@@ -79,34 +109,53 @@ void store_row(const T* row, const Matrix& m, int64_t i, const Stream& stream) {
 }  // namespace
 
 void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix& y, Epilogue kind, const Stream& stream) {
-  DISPATCH_DEVICE(stream, epilogue(c, bias, z, y, kind, stream));
-  const bool add = !bias.empty(), act = kind == Epilogue::gelu && !y.empty(), move = c.data != z.data;
-  if (c.empty() || (!add && !act && !move)) return;
+  Tail tail;
+  tail.bias = bias;
+  tail.kind = kind;
+  if (!bias.empty() || c.data != z.data) tail.z = z;
+  if (kind != Epilogue::none) tail.y = y;
+  epilogue(c, tail, stream);
+}
+
+void epilogue(const Matrix& c, const Tail& tail, const Stream& stream) {
+  if (c.empty() || tail.empty()) return;
+  DISPATCH_DEVICE(stream, epilogue(c, tail, stream));
   DISPATCH(c.dtype, T, {
     const size_t n = static_cast<size_t>(c.cols);
-    std::vector<T> row(n), shift(n);
-    if (add) load_row(bias, 0, shift.data(), stream);
+    std::vector<T> row(n), other(n);
+    const bool bias = !tail.bias.empty(), residual = !tail.residual.empty(), gradient = !tail.slope_at.empty();
     for (int64_t i = 0; i < c.rows; i++) {
       load_row(c, i, row.data(), stream);
-      if (add)
-        for (size_t j = 0; j < n; j++) row[j] += shift[j];
-      if (add || move) store_row(row.data(), z, i, stream);
-      if (!act) continue;
-      gelu_row(row.data(), n);
-      store_row(row.data(), y, i, stream);
+      if (bias) {
+        load_row(tail.bias, 0, other.data(), stream);
+        for (size_t j = 0; j < n; j++) row[j] += other[j];
+      }
+      if (!tail.z.empty()) store_row(row.data(), tail.z, i, stream);
+      if (tail.y.empty()) continue;
+      if (gradient) {
+        load_row(tail.slope_at, i, other.data(), stream);
+        multiply_slope(tail.kind, other.data(), row.data(), n);
+      } else {
+        activate(tail.kind, row.data(), n);
+      }
+      if (residual) {
+        load_row(tail.residual, i, other.data(), stream);
+        for (size_t j = 0; j < n; j++) row[j] += other[j];
+      }
+      store_row(row.data(), tail.y, i, stream);
     }
   });
 }
 
-void gelu_backward(const Matrix& dy, const Matrix& z, const Matrix& dz, const Stream& stream) {
-  DISPATCH_DEVICE(stream, gelu_backward(dy, z, dz, stream));
+void activation_backward(const Matrix& dy, const Matrix& z, const Matrix& dz, Epilogue kind, const Stream& stream) {
+  DISPATCH_DEVICE(stream, activation_backward(dy, z, dz, kind, stream));
   DISPATCH(accumulator(z.dtype), T, {
     const size_t n = static_cast<size_t>(z.cols);
     std::vector<T> row(n), grad(n);
     for (int64_t i = 0; i < z.rows; i++) {
       load_row(z, i, row.data(), stream);
       load_row(dy, i, grad.data(), stream);
-      slope_row(row.data(), grad.data(), n);
+      multiply_slope(kind, row.data(), grad.data(), n);
       store_row(grad.data(), dz, i, stream);
     }
   });

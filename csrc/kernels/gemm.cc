@@ -61,10 +61,40 @@ void sgemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, c
 
 }  // namespace
 
+void check_gemm(const Matrix& a, const Matrix& b, const Matrix& c, const Tail& tail) {
+  CHECK(ShapeError, a.cols == b.rows && a.dtype == b.dtype, "gemm of [", a.rows, ",", a.cols, "] ", name_of(a.dtype), " and [", b.rows, ",", b.cols,
+        "] ", name_of(b.dtype));
+  const auto fits = [&](const Matrix& m, DType dtype, const char* name) {
+    CHECK(ShapeError, !m.data || (m.rows == a.rows && m.cols == b.cols && m.dtype == dtype), "gemm of [", a.rows, ",", a.cols, "] ", name_of(a.dtype),
+          " and [", b.rows, ",", b.cols, "] into ", name, " [", m.rows, ",", m.cols, "] ", name_of(m.dtype), ", expected ", name_of(dtype));
+  };
+  fits(c, accumulator(a.dtype), "C");
+  fits(tail.z, a.dtype, "Z");
+  fits(tail.y, a.dtype, "Y");
+  fits(tail.residual, a.dtype, "the residual");
+  fits(tail.slope_at, a.dtype, "the activation's argument");
+  CHECK(ShapeError, tail.bias.empty() || (tail.bias.cols == b.cols && tail.bias.dtype == a.dtype), "bias of ", tail.bias.cols, " for ", b.cols,
+        " columns");
+  CHECK(ShapeError, c.data || !tail.empty() || a.rows == 0 || b.cols == 0, "gemm without an output");
+}
+
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
+  DISPATCH_DEVICE(stream, gemm(a, b, c, accumulate, tail, stream));
+  check_gemm(a, b, c, tail);
+  if (c.data) {
+    gemm(a, b, c, accumulate, stream);
+    return epilogue(c, tail, stream);
+  }
+  const DType dtype = accumulator(a.dtype);
+  const Scratch room(stream, static_cast<size_t>(a.rows * b.cols) * size_of(dtype));
+  const Matrix sum = dense(room.data(), a.rows, b.cols, dtype);
+  gemm(a, b, sum, false, stream);
+  epilogue(sum, tail, stream);
+}
+
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
   DISPATCH_DEVICE(stream, gemm(a, b, c, accumulate, stream));
-  CHECK(ShapeError, a.cols == b.rows && a.rows == c.rows && b.cols == c.cols && a.dtype == b.dtype, "gemm of [", a.rows, ",", a.cols, "] ",
-        name_of(a.dtype), " and [", b.rows, ",", b.cols, "] ", name_of(b.dtype), " into [", c.rows, ",", c.cols, "]");
+  check_gemm(a, b, c, {});
   if (c.empty()) return;
   if (a.cols == 0) {
     if (!accumulate) fill_zero(c, stream);

@@ -4,13 +4,18 @@
 #pragma once
 #include "base/matrix.h"
 #include "base/stream.h"
+#include "kernels/epilogue.h"
 
 namespace gingham {
 
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream);
+// The same with the tail of epilogue.h applied to C as it is stored; c may be left out (empty) when only the tail's outputs are wanted.
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream);
+void check_gemm(const Matrix& a, const Matrix& b, const Matrix& c, const Tail& tail);
 
 namespace cuda {
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream);
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream);
 }  // namespace cuda
 
 }  // namespace gingham

@@ -1,0 +1,88 @@
+// Elements in kernels: 16-bit types are widened to fp32 for arithmetic; Pack<T, W> is W elements that travel in 16-byte loads and stores.
+#pragma once
+#include "base/dtype.h"
+#include "kernels/device.cuh"
+
+namespace gingham::cuda {
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+// fn(Tag<T>) with the element type of a real dtype.
+template <class Fn>
+void with_real(DType dtype, const char* what, Fn fn) {
+  switch (dtype) {
+    case DType::f32:
+      return fn(Tag<float>{});
+    case DType::f64:
+      return fn(Tag<double>{});
+    case DType::bf16:
+      return fn(Tag<Bf16>{});
+    case DType::f16:
+      return fn(Tag<F16>{});
+    default:
+      throw ShapeError(concat(what, " of ", name_of(dtype)));
+  }
+}
+
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline double widen(double x) { return x; }
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(double x, double& out) { out = x; }
+
+template <class To, class From>
+__device__ inline To bits_as(From from) {
+  return __builtin_bit_cast(To, from);
+}
+
+// Storage of Pack<T, W>: one load of at most 16 bytes, or several of 16.
+template <size_t bytes>
+struct Words {
+  uint4 at[bytes / 16];
+};
+template <>
+struct Words<8> {
+  uint2 at;
+};
+template <>
+struct Words<4> {
+  uint32_t at;
+};
+template <>
+struct Words<2> {
+  uint16_t at;
+};
+template <>
+struct Words<1> {
+  uint8_t at;
+};
+
+template <class T, int W>
+struct Pack {
+  T at[W];
+};
+
+template <int W, class T>
+__device__ inline Pack<T, W> load_pack(const T* from) {
+  return bits_as<Pack<T, W>>(*reinterpret_cast<const Words<sizeof(T) * W>*>(from));
+}
+
+template <int W, class T>
+__device__ inline void store_pack(T* to, const Pack<T, W>& pack) {
+  *reinterpret_cast<Words<sizeof(T) * W>*>(to) = bits_as<Words<sizeof(T) * W>>(pack);
+}
+
+}  // namespace gingham::cuda

@@ -1,0 +1,235 @@
+// C = A B on the tensor cores of sm_80 and later: a block computes a tile of C from panels of A and B that cp.async brings into a ring of
+// `stages` buffers in shared memory, each line of 128 bytes along K (64 elements of 16 bits, 32 of fp32), or BK lines where K is not the
+// contiguous dim; ldmatrix turns either order into the fragments of mma.sync. 16-byte chunk c of line r stands at chunk c ^ twist(r), so
+// that the 8 rows of an ldmatrix phase lie in different banks.
+#pragma once
+#include "kernels/gemm_store.cuh"
+
+namespace gingham::cuda {
+
+template <int high, int wide, int warp_high, int warp_wide, int ring, int resident>
+struct Tile {
+  static constexpr int m = high, n = wide, warp_m = warp_high, warp_n = warp_wide, stages = ring, blocks = resident;
+  static constexpr int warps_n = wide / warp_wide, threads = 32 * (high / warp_high) * warps_n;
+  static constexpr int mt = warp_high / 16, nt = warp_wide / 8;  // mma tiles of a warp
+};
+
+constexpr int kLineBytes = 128;
+
+// `valid` of a chunk's elements exist; the others are zeros.
+template <class T, bool aligned>
+__device__ inline void copy_chunk(char* to, const T* from, int valid) {
+  constexpr int size = static_cast<int>(sizeof(T)), count = 16 / size;
+  if constexpr (aligned) {
+    cp_async<16>(to, from, valid * size);
+  } else if constexpr (size >= 4) {
+#pragma unroll
+    for (int e = 0; e < count; e++) cp_async<size>(to + e * size, e < valid ? from + e : from, e < valid ? size : 0);
+  } else {
+    Pack<T, count> chunk;
+#pragma unroll
+    for (int e = 0; e < count; e++) chunk.at[e] = e < valid ? from[e] : T{};
+    shared_store(reinterpret_cast<uint4*>(to), bits_as<uint4>(chunk));
+  }
+}
+
+// An operand's part of one stage: `lines` lines of `length` elements.
+template <class T, bool along_k, int edge, int threads, bool aligned>
+struct Panel {
+  static constexpr int depth = kLineBytes / static_cast<int>(sizeof(T));  // of k
+  static constexpr int lines = along_k ? edge : depth, length = along_k ? depth : edge;
+  static constexpr int elements = 16 / static_cast<int>(sizeof(T)), chunks = length / elements;
+  static constexpr int bytes = lines * length * static_cast<int>(sizeof(T));
+
+  __device__ static int at(int line, int chunk) {
+    // fp32 off K is read word by word, 4 lines of 8 elements at a time.
+    const int twist = sizeof(T) == 4 && !along_k ? (line & 3) << 1 : line & 7;
+    return (line * chunks + (chunk ^ twist)) * 16;
+  }
+
+  // From `from` on there are lines_left lines of length_left elements.
+  __device__ static void load(char* shared, const T* from, int64_t ld, int64_t lines_left, int64_t length_left) {
+#pragma unroll
+    for (int i = 0; i < lines * chunks / threads; i++) {
+      const int index = static_cast<int>(threadIdx.x) + i * threads, line = index / chunks, chunk = index % chunks;
+      const int64_t left = line < lines_left ? length_left - chunk * elements : 0;
+      const int valid = left <= 0 ? 0 : (left < elements ? static_cast<int>(left) : elements);
+      copy_chunk<T, aligned>(shared + at(line, chunk), valid ? from + line * ld + chunk * elements : from, valid);
+    }
+  }
+};
+
+// One 16 x 32-byte fragment of A: rows from `row` on, k from chunk `kc` of a line on.
+template <class T, bool along_k, class P>
+__device__ inline void load_a(uint32_t (&out)[4], const char* panel, int row, int kc, int lane) {
+  if constexpr (along_k) {
+    ldmatrix_x4(out, panel + P::at(row + (lane & 15), kc + (lane >> 4)));
+  } else if constexpr (sizeof(T) == 2) {
+    ldmatrix_x4_trans(out, panel + P::at(kc * P::elements + (lane & 7) + (lane >> 4) * 8, row / P::elements + ((lane >> 3) & 1)));
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int line = kc * P::elements + (lane & 3) + (e >> 1) * 4, element = row + (lane >> 2) + (e & 1) * 8;
+      out[e] = shared_load(reinterpret_cast<const uint32_t*>(panel + P::at(line, element / 4)) + element % 4);
+    }
+  }
+}
+
+// Two fragments of B, 8 columns each: out[0..1] for the first, out[2..3] for the second.
+template <class T, bool along_k, class P>
+__device__ inline void load_b(uint32_t (&out)[4], const char* panel, int col, int kc, int lane) {
+  if constexpr (along_k) {
+    ldmatrix_x4(out, panel + P::at(col + (lane & 7) + (lane >> 4) * 8, kc + ((lane >> 3) & 1)));
+  } else if constexpr (sizeof(T) == 2) {
+    ldmatrix_x4_trans(out, panel + P::at(kc * P::elements + (lane & 15), col / P::elements + (lane >> 4)));
+  } else {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int line = kc * P::elements + (lane & 3) + (e & 1) * 4, element = col + (lane >> 2) + (e >> 1) * 8;
+      out[e] = shared_load(reinterpret_cast<const uint32_t*>(panel + P::at(line, element / 4)) + element % 4);
+    }
+  }
+}
+
+template <class T>
+__device__ inline void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (sizeof(T) == 2)
+    mma_m16n8k16(c, a, b0, b1, T{});
+  else
+    mma_m16n8k8_tf32(c, a, b0, b1);
+}
+
+template <class T>
+__device__ inline void round_operands([[maybe_unused]] uint32_t (&fragment)[4]) {
+  if constexpr (sizeof(T) == 4)
+    for (uint32_t& word : fragment) word = to_tf32(word);
+}
+
+// A warp's share of one stage.
+template <class T, bool a_along_k, bool b_along_k, class Shape, class PA, class PB>
+__device__ inline void multiply_stage(float (&sum)[Shape::mt][Shape::nt][4], const char* a, const char* b, int row, int col, int lane) {
+#pragma unroll
+  for (int kc = 0; kc < kLineBytes / 16; kc += 2) {
+    uint32_t fa[Shape::mt][4], fb[Shape::nt / 2][4];
+#pragma unroll
+    for (int i = 0; i < Shape::mt; i++) {
+      load_a<T, a_along_k, PA>(fa[i], a, row + i * 16, kc, lane);
+      round_operands<T>(fa[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < Shape::nt / 2; j++) {
+      load_b<T, b_along_k, PB>(fb[j], b, col + j * 16, kc, lane);
+      round_operands<T>(fb[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::mt; i++)
+#pragma unroll
+      for (int j = 0; j < Shape::nt; j++) multiply<T>(sum[i][j], fa[i], fb[j / 2][j % 2 * 2], fb[j / 2][j % 2 * 2 + 1]);
+  }
+}
+
+// mma leaves two sums side by side in a lane; through a slab of shared memory per warp, 16 rows at a time, they become 16-byte words.
+template <class T, class Shape>
+__device__ inline void store_sums(const float (&sum)[Shape::mt][Shape::nt][4], const Store<T>& store, int64_t row, int64_t col, int64_t m, int64_t n,
+                                  char* memory, int warp, int lane) {
+  constexpr int width = 16 / static_cast<int>(sizeof(T)), groups = Shape::warp_n / width, pitch = Shape::warp_n + 8;
+  float* slab = reinterpret_cast<float*>(memory) + warp * 16 * pitch;
+#pragma unroll
+  for (int i = 0; i < Shape::mt; i++) {
+    warp_barrier();
+#pragma unroll
+    for (int j = 0; j < Shape::nt; j++) {
+      float* at = slab + (lane >> 2) * pitch + j * 8 + (lane & 3) * 2;
+      shared_store(reinterpret_cast<float2*>(at), make_float2(sum[i][j][0], sum[i][j][1]));
+      shared_store(reinterpret_cast<float2*>(at + 8 * pitch), make_float2(sum[i][j][2], sum[i][j][3]));
+    }
+    warp_barrier();
+#pragma unroll 1
+    for (int index = lane; index < 16 * groups; index += 32) {
+      const int r = index / groups, q = index % groups;
+      const float4* from = reinterpret_cast<const float4*>(slab + r * pitch + q * width);
+      Words<16 * (width / 4)> words;
+      // Lanes 4..7 of 8 read their halves in the other order: 8 lanes, 8 groups of banks.
+      if constexpr (width == 8) {
+        const int half = (lane >> 2) & 1;
+        const uint4 one = bits_as<uint4>(shared_load(from + half)), two = bits_as<uint4>(shared_load(from + 1 - half));
+        words.at[0] = half ? two : one;
+        words.at[1] = half ? one : two;
+      } else {
+        words.at[0] = bits_as<uint4>(shared_load(from));
+      }
+      const int64_t at_row = row + i * 16 + r, at_col = col + q * width;
+      if (at_row < m) store.template put_row<width>(at_row, at_col, n, bits_as<Pack<float, width>>(words));
+    }
+  }
+}
+
+template <class T, bool a_along_k, bool b_along_k, class Shape, bool aligned>
+__global__ void __launch_bounds__(Shape::threads, Shape::blocks) tile_kernel(Operands p, Store<T> store) {
+  using PA = Panel<T, a_along_k, Shape::m, Shape::threads, aligned>;
+  using PB = Panel<T, b_along_k, Shape::n, Shape::threads, aligned>;
+  char* memory = shared_memory();
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp_row = warp / Shape::warps_n * Shape::warp_m, warp_col = warp % Shape::warps_n * Shape::warp_n;
+  const TileAt tile = tile_at(p.m, p.n, Shape::m, Shape::n);
+  const int64_t k_begin = blockIdx.z * p.piece, k_end = k_begin + p.piece < p.k ? k_begin + p.piece : p.k;
+  const int steps = static_cast<int>((k_end - k_begin + PA::depth - 1) / PA::depth);
+  const T* a = static_cast<const T*>(p.a) + (a_along_k ? tile.row * p.lda + k_begin : k_begin * p.lda + tile.row);
+  const T* b = static_cast<const T*>(p.b) + (b_along_k ? tile.col * p.ldb + k_begin : k_begin * p.ldb + tile.col);
+  const int64_t a_step = a_along_k ? PA::depth : PA::depth * p.lda, b_step = b_along_k ? PB::depth : PB::depth * p.ldb;
+  const auto fetch = [&](int step) {
+    if (step < steps) {
+      char* stage = memory + step % Shape::stages * (PA::bytes + PB::bytes);
+      const int64_t left = k_end - k_begin - static_cast<int64_t>(step) * PA::depth;
+      PA::load(stage, a + step * a_step, p.lda, a_along_k ? p.m - tile.row : left, a_along_k ? left : p.m - tile.row);
+      PB::load(stage + PA::bytes, b + step * b_step, p.ldb, b_along_k ? p.n - tile.col : left, b_along_k ? left : p.n - tile.col);
+    }
+    cp_async_commit();  // empty ones too: the wait below counts groups
+  };
+
+  for (int step = 0; step < Shape::stages - 1; step++) fetch(step);
+  float sum[Shape::mt][Shape::nt][4] = {};
+  for (int step = 0; step < steps; step++) {
+    cp_async_wait<Shape::stages - 2>();
+    block_barrier();  // this stage has come for all, and all are done with the one fetched into next
+    fetch(step + Shape::stages - 1);
+    const char* stage = memory + step % Shape::stages * (PA::bytes + PB::bytes);
+    multiply_stage<T, a_along_k, b_along_k, Shape, PA, PB>(sum, stage, stage + PA::bytes, warp_row, warp_col, lane);
+  }
+  cp_async_wait<0>();
+  block_barrier();
+  store_sums<T, Shape>(sum, store, tile.row + warp_row, tile.col + warp_col, p.m, p.n, memory, warp, lane);
+}
+
+template <class T, bool a_along_k, bool b_along_k, class Shape, bool aligned>
+void run_tile(const Operands& p, const Store<T>& store, const Stream& stream) {
+  const int64_t tiles = ceil_div(p.m, Shape::m) * ceil_div(p.n, Shape::n);
+  const size_t bytes = static_cast<size_t>(Shape::stages) * (Shape::m + Shape::n) * kLineBytes;
+  launch(stream, tile_kernel<T, a_along_k, b_along_k, Shape, aligned>,
+         dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(ceil_div(p.k, p.piece))), Shape::threads, bytes, p, store);
+}
+
+template <class T, class Large, class Small, bool a_along_k, bool b_along_k>
+void run_size(const Operands& p, const Store<T>& store, TileSize size, const Stream& stream) {
+  if (!p.aligned)
+    run_tile<T, a_along_k, b_along_k, Small, false>(p, store, stream);
+  else if (size == TileSize::large)
+    run_tile<T, a_along_k, b_along_k, Large, true>(p, store, stream);
+  else
+    run_tile<T, a_along_k, b_along_k, Small, true>(p, store, stream);
+}
+
+template <class T, class Large, class Small>
+void run_tiles(const Operands& p, const Store<T>& store, TileSize size, const Stream& stream) {
+  if (p.a_along_k && p.b_along_k) return run_size<T, Large, Small, true, true>(p, store, size, stream);
+  if (p.a_along_k) return run_size<T, Large, Small, true, false>(p, store, size, stream);
+  if (p.b_along_k) return run_size<T, Large, Small, false, true>(p, store, size, stream);
+  run_size<T, Large, Small, false, false>(p, store, size, stream);
+}
+
+// Large: 8 warps of 64x64, 144 KiB of 3 stages, one block a multiprocessor; small: 4 warps of 32x32, 48 KiB, four blocks.
+using LargeTile16 = Tile<128, 256, 64, 64, 3, 1>;
+using LargeTile32 = Tile<128, 128, 64, 32, 3, 1>;
+using SmallTile = Tile<64, 64, 32, 32, 3, 3>;
+
+}  // namespace gingham::cuda
