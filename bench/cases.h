@@ -17,6 +17,8 @@ struct Options {
   double latency = 0, bandwidth = 0;
   bool check = false;
   As as = As::processes;
+  Device device = Device::cpu;
+  Carrier carrier = Carrier::nccl;  // between GPUs; copy wants threads
   DType dtype = DType::f32;
   int size() const { return ranks > 0 ? ranks : grid[0] * grid[1] * grid[2]; }
 };
@@ -32,6 +34,9 @@ struct Measured {
   double algbw_bytes = 0, bus_factor = 0;  // nccl-tests' size and bus factor of a collective
   double workspace = 0;                    // largest high-water mark of a rank
 };
+
+void enter(Job& job, const Options& options);  // the rank's device, before its axes
+void settle(Job& job);                         // waits for what the rank has queued
 
 // Warms up, calls `warm` once, then times options.rounds of once() with prepare() before each; the median in seconds.
 double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,

@@ -15,19 +15,21 @@ namespace {
 double value(int rank, int64_t i) { return static_cast<double>((rank * 31 + i * 7) % 11 - 5); }
 
 struct Vector {
-  Scratch room;
+  Room room;
   Matrix view;
-  Vector(Job& job, int64_t n, DType dtype) : room(job.stream(), static_cast<size_t>(n) * size_of(dtype)), view(dense(room.data(), 1, n, dtype)) {}
+  Vector(Job& job, int64_t n, DType dtype) : room(job, 1, n, dtype), view(room.view()) {}
   void fill(int rank, int64_t from) {
     DISPATCH(view.dtype, T, {
-      for (int64_t i = 0; i < view.cols; i++) static_cast<T*>(view.data)[i] = static_cast<T>(value(rank, from + i));
+      for (int64_t i = 0; i < view.cols; i++) static_cast<T*>(room.host().data)[i] = static_cast<T>(value(rank, from + i));
     });
+    room.upload();
   }
   template <class Expected>
-  int64_t differing(const Matrix& m, Expected expected) const {
+  int64_t differing(int64_t begin, int64_t end, Expected expected) const {
     int64_t wrong = 0;
+    room.download();
     DISPATCH(view.dtype, T, {
-      for (int64_t i = 0; i < m.cols; i++) wrong += static_cast<const T*>(m.data)[i] != static_cast<T>(expected(i));
+      for (int64_t i = begin; i < end; i++) wrong += static_cast<const T*>(room.host().data)[i] != static_cast<T>(expected(i));
     });
     return wrong;
   }
@@ -68,16 +70,16 @@ class Collective {
       for (int r = 0; r < g; r++) sum += value(r, i);
       return sum;
     };
-    if (o_.name == "reduce_scatter") return whole_.differing(part_.view, [&](int64_t i) { return total(begin() + i); });
-    if (o_.name == "broadcast") return whole_.differing(whole_.view, [](int64_t i) { return value(0, i); });
+    if (o_.name == "reduce_scatter") return part_.differing(0, end() - begin(), [&](int64_t i) { return total(begin() + i); });
+    if (o_.name == "broadcast") return whole_.differing(0, o_.n, [](int64_t i) { return value(0, i); });
     if (o_.name == "all_reduce" || me == 0) {
-      if (o_.name != "all_gather") return whole_.differing(whole_.view, total);
+      if (o_.name != "all_gather") return whole_.differing(0, o_.n, total);
     } else if (o_.name == "reduce") {
-      return whole_.differing(whole_.view, [me](int64_t i) { return value(me, i); });
+      return whole_.differing(0, o_.n, [me](int64_t i) { return value(me, i); });
     }
     int64_t sum = 0;
     for (int r = 0; r < g; r++)
-      sum += whole_.differing(parts_[static_cast<size_t>(r)], [&](int64_t i) { return value(r, cuts_[static_cast<size_t>(r)] + i); });
+      sum += whole_.differing(cuts_[static_cast<size_t>(r)], cuts_[static_cast<size_t>(r) + 1], [r](int64_t i) { return value(r, i); });
     return sum;
   }
 
@@ -99,10 +101,16 @@ class Collective {
 };
 
 Row run_rank(Job& job, const Options& o) {
+  enter(job, o);
   Collective collective(job, o);
   Traffic traffic;
-  const double seconds =
-      median_of_rounds(o, [&] { collective.prepare(); }, [&] { collective.once(); }, [&] { traffic = collective.axis().traffic(true); });
+  const double seconds = median_of_rounds(
+      o, [&] { collective.prepare(); },
+      [&] {
+        collective.once();
+        settle(job);
+      },
+      [&] { traffic = collective.axis().traffic(true); });
   traffic = collective.axis().traffic(true);
   return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds,
           o.check ? static_cast<double>(collective.wrong()) : -1};

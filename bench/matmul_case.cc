@@ -33,18 +33,20 @@ Span part(Span whole, int parts, int index) {
 // A matrix of the shared heap holding rows x cols of the global matrix of that seed; stored column-major where `order` says so.
 class Block {
  public:
-  Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Order order = Order::row_major) : rows_(rows), cols_(cols) {
-    room_ = Scratch(job.stream(), static_cast<size_t>(rows.size() * cols.size()) * size_of(dtype));
-    view_ = order == Order::column_major ? dense(room_.data(), cols.size(), rows.size(), dtype).t()
-                                         : dense(room_.data(), rows.size(), cols.size(), dtype);
+  Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Order order = Order::row_major)
+      : rows_(rows), cols_(cols), room_(job, rows.size(), cols.size(), dtype, order == Order::column_major) {
     if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed)); });
+    room_.upload();
   }
-  const Matrix& view() const { return view_; }
+  const Matrix& view() const { return room_.view(); }
+  const Matrix& host() const { return room_.host(); }
+  void fetch() const { room_.download(); }
   int64_t differing(const Block& other) {
     int64_t wrong = 0;
-    DISPATCH(view_.dtype, T, {
-      for (int64_t i = 0; i < view_.rows; i++)
-        for (int64_t j = 0; j < view_.cols; j++) wrong += at<T>(view_, i, j) != at<T>(other.view_, i, j);
+    const Matrix& mine = host();
+    DISPATCH(mine.dtype, T, {
+      for (int64_t i = 0; i < mine.rows; i++)
+        for (int64_t j = 0; j < mine.cols; j++) wrong += at<T>(mine, i, j) != at<T>(other.host(), i, j);
     });
     return wrong;
   }
@@ -56,14 +58,14 @@ class Block {
   }
   template <class Fn>
   void each(Fn fn) {
-    DISPATCH(view_.dtype, T, {
-      for (int64_t i = 0; i < view_.rows; i++)
-        for (int64_t j = 0; j < view_.cols; j++) fn(at<T>(view_, i, j), rows_.begin + i, cols_.begin + j);
+    const Matrix& mine = host();
+    DISPATCH(mine.dtype, T, {
+      for (int64_t i = 0; i < mine.rows; i++)
+        for (int64_t j = 0; j < mine.cols; j++) fn(at<T>(mine, i, j), rows_.begin + i, cols_.begin + j);
     });
   }
   Span rows_, cols_;
-  Scratch room_;
-  Matrix view_;
+  Room room_;
 };
 
 // One rank's place on the grid in effective axes (swapped: n and k trade places).
@@ -128,6 +130,7 @@ double words(const Options& o) {
 }
 
 Row run_rank(Job& job, const Options& o) {
+  enter(job, o);
   const Place p = place_of(o, job.rank());
   Axes axes(job, o);
   Transport* over_x = o.swapped ? axes.k.get() : axes.n.get();
@@ -159,14 +162,18 @@ Row run_rank(Job& job, const Options& o) {
     step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, allocate});
   };
   const double seconds = median_of_rounds(
-      o, [] {}, once,
+      o, [] {},
+      [&] {
+        once();
+        settle(job);
+      },
       [&] {
         axes.take();
-        job.heap().reset_peak();
+        job.reset_peak();
       });
   const Traffic traffic = axes.take();
   double wrong = -1;
-  const double peak = static_cast<double>(job.heap().usage().workspace_peak) - static_cast<double>(job.heap().usage().workspace);
+  const double peak = static_cast<double>(job.usage().workspace_peak) - static_cast<double>(job.usage().workspace);
   if (o.check) {
     wrong = 0;
     const Span all_k{0, o.k}, all_n{0, o.n}, all_m{0, o.m};
@@ -174,7 +181,8 @@ Row run_rank(Job& job, const Options& o) {
       Block left = ta ? Block(job, inner, rows, o.dtype, a) : Block(job, rows, inner, o.dtype, a);
       Block right = tb ? Block(job, cols, inner, o.dtype, b) : Block(job, inner, cols, o.dtype, b);
       Block expected(job, rows, cols, o.dtype, 0);
-      gemm(ta ? left.view().t() : left.view(), tb ? right.view().t() : right.view(), expected.view(), false, job.stream());
+      gemm(ta ? left.host().t() : left.host(), tb ? right.host().t() : right.host(), expected.host(), false, job.host_stream());
+      got.fetch();
       wrong += static_cast<double>(got.differing(expected));
     };
     if (forward) compare(y, p.m, all_k, p.y_n, 1, 2, false, false);

@@ -20,6 +20,7 @@ const char* kUsage =
     "  --sizes n,..    n x n x n products or n elements     --shape m,k,n   one product of that shape\n"
     "  --source s      window | ring                        --slices S      slices a step (1)\n"
     "  --transport t   shm | link (--latency s --bandwidth bytes/s)         --swapped       n and k trade places\n"
+    "  --device d      cpu | cuda (its --transport: nccl, or copy with --as threads: one GPU is enough)\n"
     "  --as a          processes | threads                  --dtype d       float32 | float64\n"
     "  --rounds R      timed rounds, median (10)            --check         compare with exact integer results; exit 1 on a difference\n"
     "BLAS: GINGHAM_BLAS=path, for instance torch/lib/libtorch_cpu.so; or plain\n";
@@ -71,6 +72,10 @@ Command parse(int argc, char** argv) {
       o.slices = atoi(value.c_str());
     else if (flag == "--transport") {
       if (value == "link" && o.bandwidth == 0) o.bandwidth = 1e9;
+      o.carrier = value == "copy" ? Carrier::copy : Carrier::nccl;
+    } else if (flag == "--device") {
+      o.device = value == "cuda" ? Device::cuda : Device::cpu;
+      if (o.device == Device::cuda) o.source = Source::ring;
     } else if (flag == "--latency")
       o.latency = atof(value.c_str());
     else if (flag == "--bandwidth")

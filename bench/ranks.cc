@@ -76,6 +76,36 @@ std::vector<Row> run_ranks(int size, As as, const RankBody& body, double timeout
   return rows;
 }
 
+namespace {
+Matrix laid_out(void* data, int64_t rows, int64_t cols, DType dtype, bool turned) {
+  return turned ? dense(data, cols, rows, dtype).t() : dense(data, rows, cols, dtype);
+}
+}  // namespace
+
+Room::Room(Job& job, int64_t rows, int64_t cols, DType dtype, bool turned) : job_(job) {
+  const size_t bytes = static_cast<size_t>(rows * cols) * size_of(dtype);
+  host_room_ = Scratch(job.host_stream(), bytes);
+  if (job.gpu()) room_ = Scratch(job.stream(), bytes);
+  host_ = laid_out(host_room_.data(), rows, cols, dtype, turned);
+  view_ = laid_out(job.gpu() ? room_.data() : host_room_.data(), rows, cols, dtype, turned);
+}
+
+void Room::upload() {
+  if (job_.gpu() && !view_.empty()) job_.gpu()->upload(view_.data, host_.data, host_.bytes());
+}
+
+void Room::download() const {
+  if (job_.gpu() && !view_.empty()) job_.gpu()->download(host_.data, view_.data, host_.bytes());
+}
+
+void enter(Job& job, const Options& options) {
+  if (options.device == Device::cuda) job.use_gpu(job.rank(), options.carrier);
+}
+
+void settle(Job& job) {
+  if (job.gpu()) job.gpu()->synchronize();
+}
+
 double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,
                         const std::function<void()>& warm) {
   std::vector<double> times;

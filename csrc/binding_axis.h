@@ -125,11 +125,14 @@ class Axis {
       transport_->post({}, rows, rows < 0);
       transport_->meet();
       std::vector<Resident> residents;
+      transport_->hold();
       for (const auto& [peer, t] : out) {
         residents.emplace_back(t.matrix(), *transport_, job_->stream());
         transport_->send(peer, residents.back().view().data, t.matrix().bytes());
       }
       for (const auto& [peer, t] : in) transport_->recv(peer, t.data, t.matrix().bytes());
+      transport_->release();
+      transport_->arrived(0);
       for (const auto& [peer, t] : out) transport_->drain(peer);
       transport_->finish();
       transport_->retire();

@@ -41,7 +41,7 @@ void through_ring(Transport& axis, const Matrix& mine, const Shape& shape, int64
     const Matrix& block = blocks[static_cast<size_t>(axis.next(-hop))];
     relay.send(sent.bytes());
     char* buffer = relay.next();
-    axis.recv(axis.next(-1), buffer, block.bytes());
+    axis.take(axis.next(-1), buffer, block.bytes());
     cast(dense(buffer, block.rows, block.cols, block.dtype), block, stream);
   }
   relay.drain();

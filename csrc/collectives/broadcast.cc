@@ -13,12 +13,14 @@ void broadcast(Transport& axis, const Matrix& x, int root, const Stream& stream)
   axis.post({}, x.count(), false);
   axis.finish();
   const bool forwards = axis.next() != root;
+  const size_t chunk = axis.chunk_bytes();
   char* data = static_cast<char*>(resident.view().data);
-  for (int64_t c = 0; c < chunks_of(x.bytes()); c++) {
-    const size_t begin = static_cast<size_t>(c) * kChunk, bytes = std::min(kChunk, x.bytes() - begin);
+  for (int64_t c = 0; c < chunks_of(axis, x.bytes()); c++) {
+    const size_t begin = static_cast<size_t>(c) * chunk, bytes = std::min(chunk, x.bytes() - begin);
     if (axis.rank() != root) axis.recv(axis.next(-1), data + begin, bytes);
     if (forwards) axis.send(axis.next(), data + begin, bytes);
   }
+  if (axis.rank() != root) axis.arrived(0);
   if (forwards) axis.drain(axis.next());
   if (data != x.data && axis.rank() != root) cast(resident.view(), x, stream);
   axis.retire();

@@ -6,8 +6,9 @@
 
 namespace gingham {
 
-constexpr size_t kChunk = size_t{256} << 10;  // bytes; large against a message's latency, small against x
-inline int64_t chunks_of(size_t bytes) { return bytes == 0 ? 1 : static_cast<int64_t>((bytes + kChunk - 1) / kChunk); }
+inline int64_t chunks_of(const Transport& axis, size_t bytes) {
+  return bytes == 0 ? 1 : static_cast<int64_t>((bytes + axis.chunk_bytes() - 1) / axis.chunk_bytes());
+}
 
 void broadcast(Transport& axis, const Matrix& x, int root, const Stream& stream);
 

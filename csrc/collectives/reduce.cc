@@ -15,15 +15,15 @@ void reduce(Transport& axis, const Matrix& x, int root, const Stream& stream) {
   axis.finish();
   const bool first = axis.next(-1) == root, last = axis.rank() == root;
   const Matrix flat = dense(x.data, 1, x.count(), x.dtype);
-  const int64_t step = static_cast<int64_t>(kChunk / size_of(x.dtype));
-  Relay relay(axis, stream, std::min(kChunk, x.bytes()));
-  for (int64_t c = 0; c < chunks_of(x.bytes()); c++) {
+  const int64_t step = static_cast<int64_t>(axis.chunk_bytes() / size_of(x.dtype));
+  Relay relay(axis, stream, std::min(axis.chunk_bytes(), x.bytes()));
+  for (int64_t c = 0; c < chunks_of(axis, x.bytes()); c++) {
     const Matrix part = flat.slice(1, c * step, std::min(flat.cols, (c + 1) * step));
     const Matrix sum = dense(relay.next(), 1, part.cols, part.dtype);
     if (first) {
       cast(part, sum, stream);
     } else {
-      axis.recv(axis.next(-1), sum.data, sum.bytes());
+      axis.take(axis.next(-1), sum.data, sum.bytes());
       accumulate(part, sum, stream);
     }
     if (last)

@@ -52,7 +52,7 @@ void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& 
     if (turn == 0) {
       cast(part, sum, stream);
     } else {
-      axis.recv(axis.next(-1), sum.data, sum.bytes());
+      axis.take(axis.next(-1), sum.data, sum.bytes());
       accumulate(part, sum, stream);
     }
     if (turn + 1 < axis.size())

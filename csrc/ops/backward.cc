@@ -91,7 +91,7 @@ class BackwardRun {
       out_.dx = call_.allocate(own_size(x, frame_.x_cuts, 0, m_), own_size(x, frame_.x_cuts, 1, k_));
       dx_sum_ = frame_.accumulator(out_.dx, Order::row_major);
       dx_block_ = in_x(frame_.d) < 0 ? frame_.pass.block_for(x, frame_.x_cuts, dx_sum_) : dx_sum_;
-      dx_index_ = frame_.pass.declare(frame_.x_place(), dx_sum_);
+      dx_index_ = frame_.pass.declare(frame_.x_place(), dx_sum_, Pass::Role::output);
     }
   }
 
@@ -105,7 +105,7 @@ class BackwardRun {
     if (call_.need_w) {
       lane.dw = order == Order::column_major ? call_.allocate(w.cols, w.rows).t() : call_.allocate(w.rows, w.cols);
       lane.dw_sum = frame_.accumulator(lane.dw, order);
-      lane.dw_index = frame_.pass.declare(frame_.w_place(i), lane.dw_sum);
+      lane.dw_index = frame_.pass.declare(frame_.w_place(i), lane.dw_sum, Pass::Role::output);
     }
     if (call_.need_bias[i]) {
       lane.db_sum = frame_.pass.workspace(1, n_of(i), accumulator(w.dtype));

@@ -66,7 +66,7 @@ class ForwardRun {
       lane.sum = frame_.accumulator(lane.z, Order::row_major);
       lane.block = in_y(frame_.d) < 0 ? frame_.pass.block_for(map.y, frame_.y_cuts[i], lane.sum) : lane.sum;
       lane.w_index = frame_.pass.declare(frame_.w_place(i), call_.w[i]);
-      lane.y_index = frame_.pass.declare(frame_.y_place(i), lane.sum);
+      lane.y_index = frame_.pass.declare(frame_.y_place(i), lane.sum, Pass::Role::output);
     }
   }
 

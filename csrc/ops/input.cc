@@ -73,12 +73,14 @@ class Ring : public Input {
     axis_.send(axis_.next(), share_at(slice, axis_.rank()), cut_.share_bytes(axis_.rank(), slice), lane_);
     moving_ = slice;
     hop_ = 1;
+    if (axis_.queues()) pump();  // all hops at once: they run beside the product of the slice before
   }
   void pump() override {
     while (moving_ >= 0 && axis_.ready(axis_.next(-1), lane_)) step();
   }
   void acquire(int slice) override {
     while (moving_ == slice) step();
+    axis_.arrived(lane_);
     if (slice + 1 == slices()) axis_.drain(axis_.next(), lane_);
   }
   Matrix at(int slice, int interval) override { return cut_.piece_in(share_at(slice, cut_.owner(interval)), slice, interval); }

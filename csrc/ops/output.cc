@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "collectives/resident.h"
+#include "kernels/accumulate.h"
 #include "kernels/cast.h"
 
 namespace gingham {
@@ -83,7 +84,7 @@ class Ring : public Turns {
   void begin(int slice, int turn) override {
     turn_ = turn;
     char* buffer = relay_.next();
-    if (turn > 0) axis_.recv(axis_.next(-1), buffer, share_bytes(slice), lane_);
+    if (turn > 0) axis_.take(axis_.next(-1), buffer, share_bytes(slice), lane_);
   }
   Matrix at(int slice, int interval) override { return cut_.piece_in(relay_.data(), slice, interval); }
   void end(int slice, int) override {
@@ -99,11 +100,48 @@ class Ring : public Turns {
   Relay relay_;
 };
 
+class QueuedRing : public Turns {
+ public:
+  QueuedRing(const Cut& cut, int lane, const Stream& stream)
+      : Turns(cut), stream_(stream), lane_(lane), relay_(cut.axis(), stream, cut.largest_share(), lane), product_(stream, cut.largest_share()) {}
+
+  void begin(int slice, int turn) override {
+    turn_ = turn;
+    char* buffer = relay_.next();
+    if (turn > 0) axis_.recv(axis_.next(-1), buffer, share_bytes(slice), lane_);
+  }
+  // The first product goes straight into the message, the last into this rank's own part.
+  Matrix at(int slice, int interval) override {
+    if (last()) return cut_.piece_of(cut_.own(), slice, interval);
+    return cut_.piece_in(turn_ == 0 ? relay_.data() : product_.data(), slice, interval);
+  }
+  bool add() override { return false; }
+  void end(int slice, int) override {
+    if (turn_ > 0) axis_.arrived(lane_);
+    for (int t = 0; t < cut_.slices().intervals() && turn_ > 0; t++) {
+      if (!holds(turn_, t)) continue;
+      const Matrix partial = cut_.piece_in(relay_.data(), slice, t), product = at(slice, t);
+      accumulate(last() ? partial : product, last() ? product : partial, stream_);
+    }
+    if (!last()) return relay_.send(share_bytes(slice));
+    if (slice + 1 == cut_.slices().slices) relay_.drain();
+  }
+
+ private:
+  const Stream& stream_;
+  int lane_;
+  Relay relay_;
+  Scratch product_;
+};
+
 }  // namespace
 
 std::unique_ptr<Output> whole_output(const Matrix& block) { return std::make_unique<Whole>(block); }
 std::unique_ptr<Output> local_output(const Matrix& block, int dim, const Slices& slices) { return std::make_unique<Local>(block, dim, slices); }
 std::unique_ptr<Output> window_output(const Cut& cut, int index) { return std::make_unique<Window>(cut, index); }
-std::unique_ptr<Output> ring_output(const Cut& cut, int lane, const Stream& stream) { return std::make_unique<Ring>(cut, lane, stream); }
+std::unique_ptr<Output> ring_output(const Cut& cut, int lane, const Stream& stream) {
+  if (cut.axis().queues()) return std::make_unique<QueuedRing>(cut, lane, stream);
+  return std::make_unique<Ring>(cut, lane, stream);
+}
 
 }  // namespace gingham

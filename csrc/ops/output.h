@@ -3,6 +3,8 @@
 //   local   has the slice dim and stands here uncut: each panel is written once
 //   window  summed over an axis: the ranks take turns at the owner's matrix, gemm with beta = 1 straight into it
 //   ring    summed over an axis: the partial panel travels, every rank adds its product to it
+//   queued  the same where messages are queued on streams: the product is made beside while the partial panel is on its way, then both
+//           are added into what is sent on (one panel more of workspace, one more pass over it)
 // Owner j's panels are summed by ranks j + 1, j + 2, .., j: the same order, hence the same bits, on window and ring.
 #pragma once
 #include <memory>

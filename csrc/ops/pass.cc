@@ -13,18 +13,22 @@ Matrix Pass::workspace(int64_t rows, int64_t cols, DType dtype, Order order) {
   return order == Order::column_major ? dense(data, cols, rows, dtype).t() : dense(data, rows, cols, dtype);
 }
 
-int Pass::declare(const Place& place, const Matrix& m) {
+int Pass::declare(const Place& place, const Matrix& m, Role role) {
   if (place.dim < 0 || !place.operand.cut()) return -1;
   Transport* axis = place.operand.axis;
   Board* board = nullptr;
   for (Board& b : boards_)
     if (b.axis == axis) board = &b;
   if (!board) {
-    boards_.push_back({axis, {}, !place.same_rows, 0});
+    boards_.push_back({axis, {}, !place.same_rows});
     board = &boards_.back();
   }
   // On a ring the post carries only the key and the rows; data goes in messages.
-  if (source_ == Source::ring) return ++board->lanes;
+  if (source_ == Source::ring) {
+    const int lane = role == Role::input ? ++board->gathers : ++board->sums;
+    CHECK(MeshError, lane < (role == Role::input ? kLanes / 2 : kLanes), "a step may move ", kLanes / 2 - 1, " operands over one axis each way");
+    return lane;
+  }
   residents_.push_back(std::make_unique<Resident>(m, *axis, stream_));
   board->panels.push_back(residents_.back()->view());
   return static_cast<int>(board->panels.size()) - 1;

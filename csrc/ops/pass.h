@@ -44,8 +44,9 @@ class Pass {
     Order order;
     bool same_rows;  // the ranks of its axis hold the same rows of X and Y
   };
+  enum class Role { input, output };
   // Declares a matrix on its axis; returns its index among the axis' panels (window) or its lane (ring), -1: not cut.
-  int declare(const Place& place, const Matrix& m);
+  int declare(const Place& place, const Matrix& m, Role role = Role::input);
   void post(int64_t rows);
   Input* input(const Place& place, const Matrix& local, int index, const Slices& slices);
   Output* output(const Place& place, const Matrix& accumulator, int index, const Slices& slices);
@@ -64,7 +65,7 @@ class Pass {
     Transport* axis;
     std::vector<Matrix> panels;
     bool uneven;
-    int lanes = 0;
+    int gathers = 0, sums = kLanes / 2 - 1;  // the last lanes given; lane 0 is the collectives'
   };
   const Stream& stream_;
   Source source_;

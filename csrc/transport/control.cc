@@ -123,6 +123,27 @@ void Control::check() {
   if (block_->error.load() != 0) raise();
 }
 
+void Control::look() { poll_peers(-1); }
+
+void Control::share(char* bytes, size_t count) {
+  CHECK(MeshError, count <= sizeof(block_->notice), "a notice of ", count, " bytes, expected at most ", sizeof(block_->notice));
+  if (rank_ == 0) {
+    memcpy(block_->notice, bytes, count);
+    block_->shared.store(1);
+  }
+  wait(block_->shared, 1, 0);
+  memcpy(bytes, block_->notice, count);
+}
+
+int Control::behind() const {
+  int odd = rank_;
+  for (int r = 0; r < size_; r++) {
+    if (block_->ranks[r].closed.load()) return r;
+    if (static_cast<int32_t>(block_->ranks[r].sequence.load() - block_->ranks[odd].sequence.load()) < 0) odd = r;
+  }
+  return odd;
+}
+
 void Control::raise() {
   const double start = now();
   while (block_->error.load() != 2 && now() - start < kVerdictPatience) nap(0.0005);

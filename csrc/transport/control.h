@@ -46,6 +46,8 @@ struct ControlBlock {
   int32_t size;
   Word attached;
   Word error;  // 0 none, 1 being written, 2 readable
+  Word shared;
+  char notice[128];  // what rank 0 told all at the start (share)
   int32_t error_kind, error_rank;
   char message[3072];
   RankRecord ranks[kMaxRanks];
@@ -65,6 +67,9 @@ class Control {
   void wait(Word& word, uint32_t target, int peer);
   void sleep_until(double time);
   void check();                                                 // throws the job's error
+  void look();                                                  // the same, after a look at the peers' pids
+  void share(char* bytes, size_t count);                        // rank 0's bytes (at most 128) to all, once a job
+  int behind() const;                                           // the rank that has made the fewest calls, or has left
   void fail(Kind kind, int rank, const std::string& message);   // sets the job's error unless one is set
   [[noreturn]] void mismatch(const std::vector<int>& members);  // judges who differs, tells all ranks, throws
   void close();                                                 // later waits for this rank raise PeerDied in the others

@@ -34,11 +34,18 @@ std::shared_ptr<Segment> Job::make_segment(int size) {
 
 Job::Job(int rank, int size, const std::string& path, double timeout) : Job(rank, size, open(rank, size, path), timeout) {}
 
-Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) : segment_(std::move(segment)), pid_(getpid()) {
+Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) : segment_(std::move(segment)), timeout_(timeout), pid_(getpid()) {
   control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, timeout);
   const uint64_t begin = shared_bytes(size) + heap_bytes() * static_cast<size_t>(rank);
   heap_ = std::make_unique<Heap>(*segment_, begin, heap_bytes(), rank);
   stream_ = std::make_unique<CpuStream>(*heap_);
+}
+
+void Job::use_gpu(int ordinal, Carrier carrier) { gpu_ = make_gpu(*control_, ordinal, carrier, timeout_); }
+
+void Job::reset_peak() {
+  if (gpu_) return gpu_->reset_peak();
+  heap_->reset_peak();
 }
 
 void Job::close() {
@@ -53,6 +60,10 @@ std::unique_ptr<Transport> Job::axis(int index, const std::vector<int>& members,
   AxisMemory memory;
   memory.boards = static_cast<Board*>(segment_->at(control_bytes())) + at * ranks;
   memory.channels = static_cast<Channel*>(segment_->at(control_bytes() + board_bytes(size()))) + at * ranks * ranks * kLanes;
+  if (gpu_) {
+    CHECK(MeshError, latency == 0 && bandwidth == 0, "link= slows shared memory; a GPU mesh has none");
+    return gpu_->axis(std::make_unique<Shm>(*segment_, *control_, memory, members), memory, members);
+  }
   if (latency > 0 || bandwidth > 0) return std::make_unique<Link>(*segment_, *control_, memory, members, latency, bandwidth);
   return std::make_unique<Shm>(*segment_, *control_, memory, members);
 }

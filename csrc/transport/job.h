@@ -8,6 +8,7 @@
 
 #include "base/stream.h"
 #include "transport/control.h"
+#include "transport/device.h"
 #include "transport/transport.h"
 
 namespace gingham {
@@ -22,6 +23,9 @@ class Job {
   static std::shared_ptr<Segment> make_segment(int size);
 
   void attach(const std::string& version) { control_->attach(version); }
+  // From here on this rank computes on a GPU: its streams, memory and axes are that GPU's. Call after attach(), before axis().
+  void use_gpu(int ordinal, Carrier carrier);
+  Gpu* gpu() { return gpu_.get(); }
   void close();
   // index: the axis' number, the same on every rank; members: global ranks in axis order. bandwidth or latency > 0: behind a link.
   std::unique_ptr<Transport> axis(int index, const std::vector<int>& members, double latency, double bandwidth);
@@ -30,7 +34,10 @@ class Job {
   int size() const { return control_->size(); }
   Control& control() { return *control_; }
   Heap& heap() { return *heap_; }
-  const Stream& stream() const { return *stream_; }
+  const Stream& host_stream() const { return *stream_; }  // the CPU's, on a GPU job too
+  const Stream& stream() const { return gpu_ ? gpu_->stream() : *stream_; }
+  Heap::Usage usage() const { return gpu_ ? gpu_->usage() : heap_->usage(); }
+  void reset_peak();
   std::string path() const { return segment_->path(); }
 
  private:
@@ -38,6 +45,8 @@ class Job {
   std::unique_ptr<Control> control_;
   std::unique_ptr<Heap> heap_;
   std::unique_ptr<Stream> stream_;
+  std::unique_ptr<Gpu> gpu_;
+  double timeout_;
   int pid_;
 };
 

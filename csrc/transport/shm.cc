@@ -81,7 +81,7 @@ void Shm::send_due(int peer, const void* data, size_t bytes, int lane, double du
   Channel& channel = this->channel(rank_, peer, lane);
   const uint32_t n = channel.sent.load();
   if (n - channel.consumed.load() >= kSlots) control_.wait(channel.consumed, n - kSlots + 1, members_[static_cast<size_t>(peer)]);
-  channel.slots[n % kSlots] = {bytes ? segment_.offset_of(data) : 0, bytes, due};
+  channel.slots[n % kSlots] = {bytes ? segment_.offset_of(data) : 0, bytes, due, 0, 0};
   channel.sent.store(n + 1);
   offered(bytes);
 }

@@ -28,7 +28,8 @@ struct Channel {
   Word sent, consumed;
   struct {
     uint64_t offset, bytes;
-    double due;  // when the message is through, on the host's clock; 0: at once
+    double due;             // when the message is through, on the host's clock; 0: at once
+    uint64_t ready, taken;  // events of a device-to-device copy
   } slots[kSlots];
 };
 

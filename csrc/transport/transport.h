@@ -2,7 +2,8 @@
 //   window  post() publishes matrices; peers read them in place (panel()) after fetch(); finish() and retire() end the call.
 //           Sums are built in place too: the ranks of an axis take turns at an owner's matrix, advance() and await_turn() order the turns.
 //   ring    send() and recv(): one message to any peer, received in order on each of kLanes lanes, so that several rings can share an
-//           axis; the data must stay until drain().
+//           axis; the data must stay until drain(). A transport that queues() (GPUs) returns from both at once: what was received may be
+//           read by kernels after arrived(), and hold() .. release() keep sends and receives of one exchange from waiting for each other.
 // Counting: payload bytes as received or mapped, one message each; posts, keys and turns are control and not counted.
 #pragma once
 #include <cstdint>
@@ -64,6 +65,15 @@ class Transport {
   virtual bool ready(int peer, int lane = 0) = 0;  // a message from `peer` has arrived
   virtual void recv(int peer, void* data, size_t bytes, int lane = 0) = 0;
   virtual void drain(int peer, int lane = 0, uint32_t left = 0) = 0;  // until `peer` has taken all but the last `left` I sent it
+  virtual bool queues() const { return false; }
+  virtual void arrived(int) {}  // (lane)
+  virtual void hold() {}
+  virtual void release() {}
+  virtual size_t chunk_bytes() const { return size_t{256} << 10; }  // of a pipelined message: large against a message's latency
+  void take(int peer, void* data, size_t bytes, int lane = 0) {
+    recv(peer, data, bytes, lane);
+    arrived(lane);
+  }
 
   Traffic traffic(bool reset) {
     Traffic out = traffic_;

@@ -1,0 +1,62 @@
+#include "base/cuda_stream.h"
+
+#include <algorithm>
+
+namespace gingham {
+namespace {
+
+class Pool : public DeviceMemory {
+ public:
+  void* allocate(size_t bytes, int, cudaStream_t stream) override {
+    void* p = nullptr;
+    const cudaError_t status = cudaMallocAsync(&p, bytes, stream);
+    CHECK(OutOfMemory, status == cudaSuccess, "no device memory for ", bytes, " bytes: ", cudaGetErrorString(status));
+    return p;
+  }
+  void free(void* p, cudaStream_t stream) override { cudaFreeAsync(p, stream); }
+};
+
+}  // namespace
+
+CudaStream::CudaStream(int ordinal) : ordinal_(ordinal), memory_(std::make_shared<Pool>()) {
+  enter();
+  CUDA_CHECK(cudaStreamCreateWithFlags(&own_, cudaStreamNonBlocking));
+  stream_ = own_;
+}
+
+CudaStream::~CudaStream() {
+  if (own_) cudaStreamDestroy(own_);
+}
+
+void* CudaStream::allocate(size_t bytes, Heap::Kind kind) const {
+  void* p = memory_->allocate(bytes, ordinal_, stream_);
+  const std::lock_guard lock(mutex_);
+  blocks_[p] = {bytes, kind};
+  usage_.grown++;
+  (kind == Heap::Kind::tensor ? usage_.tensors : usage_.workspace) += bytes;
+  usage_.workspace_peak = std::max(usage_.workspace_peak, usage_.workspace);
+  return p;
+}
+
+void CudaStream::free(void* p) const {
+  {
+    const std::lock_guard lock(mutex_);
+    const auto at = blocks_.find(p);
+    if (at == blocks_.end()) return;
+    (at->second.second == Heap::Kind::tensor ? usage_.tensors : usage_.workspace) -= at->second.first;
+    blocks_.erase(at);
+  }
+  memory_->free(p, stream_);
+}
+
+Heap::Usage CudaStream::usage() const {
+  const std::lock_guard lock(mutex_);
+  return usage_;
+}
+
+void CudaStream::reset_peak() {
+  const std::lock_guard lock(mutex_);
+  usage_.workspace_peak = usage_.workspace;
+}
+
+}  // namespace gingham

@@ -1,0 +1,64 @@
+// The CUDA half of base/stream.h: work is queued on the stream that the caller computes on, memory comes from the caller's allocator.
+//   order   events between streams, never a wait of the host: a step may run while the host is far ahead, and may be captured in a graph
+//   memory  freed at once on the host; it is used again in the order of the compute stream, which by then waits for all other streams
+#pragma once
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "base/cuda.h"
+
+namespace gingham {
+
+// A point on a stream. Recording it again moves it; who waits for it waits for where it stood at that moment.
+class Event {
+ public:
+  Event() { CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  Event(Event&& other) noexcept : event_(std::exchange(other.event_, nullptr)) {}
+  Event& operator=(Event&&) = delete;
+  ~Event() {
+    if (event_) cudaEventDestroy(event_);
+  }
+  void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void hold_back(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+  cudaEvent_t get() const { return event_; }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// Where a CudaStream's workspace comes from; both calls are ordered on `stream`.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual void* allocate(size_t bytes, int device, cudaStream_t stream) = 0;
+  virtual void free(void* p, cudaStream_t stream) = 0;
+};
+
+class CudaStream : public Stream {
+ public:
+  // Starts on a stream of its own with CUDA's stream-ordered pool; the binding replaces both by torch's.
+  explicit CudaStream(int ordinal);
+  ~CudaStream() override;
+  Device device() const override { return Device::cuda; }
+  void* native() const override { return stream_; }
+  void* allocate(size_t bytes, Heap::Kind kind) const override;
+  void free(void* p) const override;
+
+  int ordinal() const { return ordinal_; }
+  void enter() const { CUDA_CHECK(cudaSetDevice(ordinal_)); }  // makes the device the calling thread's
+  void follow(cudaStream_t stream) { stream_ = stream; }
+  void take_memory_from(std::shared_ptr<DeviceMemory> memory) { memory_ = std::move(memory); }
+  Heap::Usage usage() const;
+  void reset_peak();
+
+ private:
+  int ordinal_;
+  cudaStream_t own_ = nullptr, stream_ = nullptr;
+  std::shared_ptr<DeviceMemory> memory_;
+  mutable std::mutex mutex_;
+  mutable std::unordered_map<void*, std::pair<size_t, Heap::Kind>> blocks_;
+  mutable Heap::Usage usage_;
+};
+
+}  // namespace gingham

@@ -1,0 +1,91 @@
+#include "transport/device.h"
+
+#ifdef GINGHAM_CUDA
+#include "transport/copy.h"
+#include "transport/nccl.h"
+#endif
+
+namespace gingham {
+
+#ifdef GINGHAM_CUDA
+namespace {
+
+class CudaGpu : public Gpu {
+ public:
+  CudaGpu(Control& control, int ordinal, Carrier carrier, double timeout) : control_(control), stream_(ordinal), order_(stream_) {
+    if (carrier == Carrier::nccl && control.size() > 1) world_ = std::make_unique<NcclWorld>(control, stream_, timeout);
+  }
+  Stream& stream() override { return stream_; }
+  Heap::Usage usage() const override { return stream_.usage(); }
+  void reset_peak() override { stream_.reset_peak(); }
+  void synchronize() override { CUDA_CHECK(cudaStreamSynchronize(native(stream_))); }
+  void upload(void* device, const void* host, size_t bytes) override {
+    CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, native(stream_)));
+    synchronize();
+  }
+  void download(void* host, const void* device, size_t bytes) override {
+    CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, native(stream_)));
+    synchronize();
+  }
+  std::unique_ptr<Transport> axis(std::unique_ptr<Shm> board, AxisMemory memory, const std::vector<int>& members) override {
+    stream_.enter();
+    if (world_) return std::make_unique<Nccl>(std::move(board), order_, control_, *world_, members);
+    return std::make_unique<Copy>(std::move(board), order_, control_, memory, members);
+  }
+
+ private:
+  Control& control_;
+  CudaStream stream_;
+  Order order_;
+  std::unique_ptr<NcclWorld> world_;
+};
+
+int visible_devices() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+}  // namespace
+
+std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier, double timeout) {
+  const int count = visible_devices();
+  CHECK(DeviceError, count > 0, "rank ", control.rank(), ": no CUDA device is visible (", device_report().missing, ")");
+  CHECK(DeviceError, carrier == Carrier::copy || ordinal < count, "rank ", control.rank(), " wants GPU ", ordinal, " of ", count,
+        ": NCCL needs a GPU for every rank; start at most ", count, " ranks on this host");
+  return std::make_unique<CudaGpu>(control, ordinal % count, carrier, timeout);
+}
+
+DeviceReport device_report() {
+  DeviceReport out;
+  out.built = true;
+  cudaRuntimeGetVersion(&out.runtime);
+  cudaDriverGetVersion(&out.driver);
+  const cudaError_t status = cudaGetDeviceCount(&out.devices);
+  if (status != cudaSuccess) {
+    out.devices = 0;
+    out.missing = out.driver == 0 ? "no NVIDIA driver" : cudaGetErrorString(status);
+  }
+  for (int i = 0; i < out.devices; i++) {
+    cudaDeviceProp properties;
+    out.names.push_back(cudaGetDeviceProperties(&properties, i) == cudaSuccess
+                            ? concat(properties.name, " (sm_", properties.major, properties.minor, ", ", properties.totalGlobalMem >> 20, " MiB)")
+                            : "unreadable");
+  }
+  out.nccl = nccl_found().found;
+  out.nccl_version = nccl_found().version;
+  out.nccl_from = nccl_found().from;
+  return out;
+}
+#else
+std::unique_ptr<Gpu> make_gpu(Control& control, int, Carrier, double) {
+  throw DeviceError(concat("rank ", control.rank(), ": ", device_report().missing));
+}
+
+DeviceReport device_report() {
+  DeviceReport out;
+  out.missing = "gingham was built without CUDA (no nvcc was found, or WITH_CUDA=OFF): install the CUDA toolkit and build again with WITH_CUDA=ON";
+  return out;
+}
+#endif
+
+}  // namespace gingham

@@ -1,0 +1,43 @@
+// A rank's GPU: its compute stream and the axes over it. Known by this interface only, which names nothing of CUDA, so that a build
+// without CUDA has the same job; there make_gpu throws.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/stream.h"
+#include "transport/control.h"
+#include "transport/shm.h"
+
+namespace gingham {
+
+// How messages travel between GPUs: nccl (ranks are processes) or copy (ranks are threads of one process, on any number of GPUs).
+enum class Carrier { nccl, copy };
+
+class Gpu {
+ public:
+  virtual ~Gpu() = default;
+  virtual Stream& stream() = 0;
+  virtual Heap::Usage usage() const = 0;
+  virtual void reset_peak() = 0;
+  // For measuring and tests, never inside a step: wait for all work of this rank, and copy to and from its memory.
+  virtual void synchronize() = 0;
+  virtual void upload(void* device, const void* host, size_t bytes) = 0;
+  virtual void download(void* host, const void* device, size_t bytes) = 0;
+  virtual std::unique_ptr<Transport> axis(std::unique_ptr<Shm> board, AxisMemory memory, const std::vector<int>& members) = 0;
+};
+
+// Collective over the job with Carrier::nccl. Throws DeviceError where the build, the device or NCCL is missing.
+std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier, double timeout);
+
+struct DeviceReport {
+  bool built = false;
+  int devices = 0, driver = 0, runtime = 0;  // versions as CUDA numbers them: 13000
+  std::vector<std::string> names;
+  bool nccl = false;
+  int nccl_version = 0;
+  std::string nccl_from, missing;
+};
+DeviceReport device_report();  // for the doctor: what was built, what was found; never throws
+
+}  // namespace gingham

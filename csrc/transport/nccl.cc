@@ -1,0 +1,144 @@
+#include "transport/nccl.h"
+
+#include <algorithm>
+#include <chrono>
+#include <future>
+
+namespace gingham {
+namespace {
+
+constexpr auto kLookEvery = std::chrono::milliseconds(50);
+
+}  // namespace
+
+NcclWorld::NcclWorld(Control& control, CudaStream& compute, double timeout) : control_(control), compute_(compute), timeout_(timeout) {
+  ncclUniqueId id{};
+  if (control.rank() == 0) NCCL_CHECK(nccl().GetUniqueId(&id));
+  control.share(id.internal, sizeof(id.internal));
+  world_ = patiently([&](ncclComm_t* out) { return nccl().CommInitRank(out, control_.size(), id, control_.rank()); }, "ncclCommInitRank");
+  thread_ = std::thread([this] { watch(); });
+}
+
+NcclWorld::~NcclWorld() {
+  stop_.store(true);
+  if (thread_.joinable()) thread_.join();
+  if (world_ && !aborted_.load()) nccl().CommDestroy(world_);
+}
+
+// Making a communicator waits for all its ranks: done beside this thread, which looks meanwhile whether they are alive.
+ncclComm_t NcclWorld::patiently(const std::function<ncclResult_t(ncclComm_t*)>& make, const char* what) {
+  struct Made {
+    ncclComm_t comm = nullptr;
+    ncclResult_t status = ncclSuccess;
+  };
+  auto made = std::make_shared<std::promise<Made>>();
+  std::future<Made> later = made->get_future();
+  const int ordinal = compute_.ordinal();
+  std::thread([made, make, ordinal] {
+    cudaSetDevice(ordinal);
+    Made out;
+    out.status = make(&out.comm);
+    made->set_value(out);
+  }).detach();
+  const double start = now();
+  while (later.wait_for(kLookEvery) != std::future_status::ready) {
+    control_.look();
+    if (now() - start > timeout_) {
+      control_.fail(Control::Kind::stalled, control_.rank(), concat(what, " on rank ", control_.rank(), " took longer than ", timeout_, " s"));
+      control_.check();
+    }
+  }
+  const Made out = later.get();
+  NCCL_CHECK(out.status);
+  return out.comm;
+}
+
+ncclComm_t NcclWorld::split(int color, int key) {
+  return patiently([this, color, key](ncclComm_t* out) { return nccl().CommSplit(world_, color, key, out, nullptr); }, "ncclCommSplit");
+}
+
+void NcclWorld::add(Nccl* axis) {
+  const std::lock_guard lock(mutex_);
+  axes_.push_back(axis);
+}
+
+void NcclWorld::remove(Nccl* axis) {
+  const std::lock_guard lock(mutex_);
+  axes_.erase(std::find(axes_.begin(), axes_.end(), axis));
+  if (aborted_.load()) return;
+  for (ncclComm_t comm : axis->comms_)
+    if (comm) nccl().CommDestroy(comm);
+}
+
+void NcclWorld::watch() {
+  cudaSetDevice(compute_.ordinal());
+  // Queries from here must not break a graph capture of another thread.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  cudaThreadExchangeStreamCaptureMode(&mode);
+  while (!stop_.load() && !aborted_.load()) {
+    std::this_thread::sleep_for(kLookEvery);
+    try {
+      look();
+    } catch (const Error&) {
+      abort_all();
+    }
+  }
+}
+
+// Throws the job's error where there is one.
+void NcclWorld::look() {
+  const std::lock_guard lock(mutex_);
+  for (Nccl* axis : axes_) {
+    for (ncclComm_t comm : axis->comms_) {
+      ncclResult_t status = ncclSuccess;
+      if (!comm || nccl().CommGetAsyncError(comm, &status) != ncclSuccess || status == ncclSuccess || status == ncclInProgress) continue;
+      control_.fail(Control::Kind::died, control_.behind(), concat("NCCL reports on rank ", control_.rank(), ": ", nccl().GetErrorString(status)));
+    }
+    Probe& probe = axis->probe();
+    const double since = probe.since.load();
+    if (since == 0) continue;
+    if (cudaEventQuery(probe.event.get()) != cudaErrorNotReady) {
+      probe.since.store(0);
+      continue;
+    }
+    if (now() - since > timeout_)
+      control_.fail(Control::Kind::stalled, control_.behind(),
+                    concat("messages of rank ", control_.rank(), " have been on their way for ", timeout_, " s; init(timeout=) sets the limit"));
+  }
+  control_.look();
+}
+
+void NcclWorld::abort_all() {
+  const std::lock_guard lock(mutex_);
+  aborted_.store(true);
+  for (Nccl* axis : axes_)
+    for (ncclComm_t& comm : axis->comms_)
+      if (comm) nccl().CommAbort(std::exchange(comm, nullptr));
+  if (world_) nccl().CommAbort(std::exchange(world_, nullptr));
+}
+
+Nccl::Nccl(std::unique_ptr<Shm> board, Order& order, Control& control, NcclWorld& world, const std::vector<int>& members)
+    : Queued(std::move(board), order), control_(control), world_(world) {
+  for (ncclComm_t& comm : comms_) comm = world.split(*std::min_element(members.begin(), members.end()), rank_);
+  world_.add(this);
+}
+
+Nccl::~Nccl() { world_.remove(this); }
+
+void Nccl::carry(int line, std::span<const Message> group) {
+  control_.check();
+  const ncclComm_t comm = comms_[static_cast<size_t>(line)];
+  CHECK(DeviceError, comm, "rank ", control_.rank(), ": the communicator was aborted after an error; call gingham.destroy and init again");
+  const cudaStream_t stream = lines_[static_cast<size_t>(line)].stream;
+  NCCL_CHECK(nccl().GroupStart());
+  for (const Message& m : group) {
+    if (m.bytes == 0) continue;
+    if (m.way == Way::send)
+      NCCL_CHECK(nccl().Send(m.data, m.bytes, ncclInt8, m.peer, comm, stream));
+    else
+      NCCL_CHECK(nccl().Recv(m.data, m.bytes, ncclInt8, m.peer, comm, stream));
+  }
+  NCCL_CHECK(nccl().GroupEnd());
+}
+
+}  // namespace gingham

@@ -1,0 +1,58 @@
+// GPUs of several processes over NCCL: one communicator for each line of an axis, split from the job's; a group is one
+// ncclGroupStart .. ncclGroupEnd of sends and receives. Empty messages are not sent: both ends know their size.
+// NCCL's operations never fail on the host when a peer dies, they hang on the device. The watch, a thread of each rank, looks every 50 ms
+// at the job's error word, the peers' pids, the communicators' asynchronous errors and the age of the oldest group; on trouble it sets
+// the job's error and aborts the communicators, so that streams go on and the next call raises PeerDied or PeerStalled.
+#pragma once
+#include <mutex>
+#include <thread>
+
+#include "transport/nccl_api.h"
+#include "transport/queued.h"
+
+namespace gingham {
+
+class Nccl;
+
+// The job's communicator and the watch over all that were split from it.
+class NcclWorld {
+ public:
+  NcclWorld(Control& control, CudaStream& compute, double timeout);  // collective; throws PeerDied, PeerStalled, DeviceError
+  ~NcclWorld();
+  ncclComm_t split(int color, int key);  // collective
+  void add(Nccl* axis);
+  void remove(Nccl* axis);
+
+ private:
+  ncclComm_t patiently(const std::function<ncclResult_t(ncclComm_t*)>& make, const char* what);
+  void watch();
+  void look();
+  void abort_all();
+
+  Control& control_;
+  CudaStream& compute_;
+  double timeout_;
+  ncclComm_t world_ = nullptr;
+  std::mutex mutex_;
+  std::vector<Nccl*> axes_;
+  std::atomic<bool> stop_{false}, aborted_{false};
+  std::thread thread_;
+};
+
+class Nccl : public Queued {
+ public:
+  // members: global ranks in axis order.
+  Nccl(std::unique_ptr<Shm> board, Order& order, Control& control, NcclWorld& world, const std::vector<int>& members);
+  ~Nccl() override;
+
+ protected:
+  void carry(int line, std::span<const Message> group) override;
+
+ private:
+  friend class NcclWorld;
+  Control& control_;
+  NcclWorld& world_;
+  std::array<ncclComm_t, kLines> comms_{};
+};
+
+}  // namespace gingham

@@ -1,0 +1,65 @@
+// The CPU's kernels as work of the fake runtime's streams: in place of the .cu files where a test is about the host side (order, events,
+// messages) and the simulated ones would be slow.
+#include <cuda_runtime_api.h>
+
+#include <cstdlib>
+#include <functional>
+
+#include "kernels/accumulate.h"
+#include "kernels/cast.h"
+#include "kernels/dropout.h"
+#include "kernels/epilogue.h"
+#include "kernels/gemm.h"
+
+void shim_enqueue(cudaStream_t stream, std::function<void()> work);
+
+namespace gingham {
+namespace {
+
+class Malloc : public Stream {
+ public:
+  void* allocate(size_t bytes, Heap::Kind) const override { return ::malloc(bytes); }
+  void free(void* p) const override { ::free(p); }
+};
+const Malloc kHost;
+
+void later(const Stream& stream, std::function<void()> work) { shim_enqueue(static_cast<cudaStream_t>(stream.native()), std::move(work)); }
+
+}  // namespace
+
+namespace cuda {
+
+void accumulate(const Matrix& a, const Matrix& b, const Stream& stream) {
+  later(stream, [=] { gingham::accumulate(a, b, kHost); });
+}
+void column_sums(const Matrix& a, const Matrix& out, bool add, const Stream& stream) {
+  later(stream, [=] { gingham::column_sums(a, out, add, kHost); });
+}
+void cast(const Matrix& from, const Matrix& to, const Stream& stream) {
+  later(stream, [=] { gingham::cast(from, to, kHost); });
+}
+void fill_zero(const Matrix& m, const Stream& stream) {
+  later(stream, [=] { gingham::fill_zero(m, kHost); });
+}
+void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
+             const std::vector<int64_t>& offset, const DropoutKey& key, const Stream& stream) {
+  later(stream, [=] { gingham::dropout(x, y, dtype, local, global, offset, key, kHost); });
+}
+void accumulate_into(const Matrix& a, const Matrix& b, const Matrix& out, const Stream& stream) {
+  later(stream, [=] { gingham::accumulate_into(a, b, out, kHost); });
+}
+void epilogue(const Matrix& c, const Tail& tail, const Stream& stream) {
+  later(stream, [=] { gingham::epilogue(c, tail, kHost); });
+}
+void activation_backward(const Matrix& dy, const Matrix& z, const Matrix& dz, Epilogue kind, const Stream& stream) {
+  later(stream, [=] { gingham::activation_backward(dy, z, dz, kind, kHost); });
+}
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
+  later(stream, [=] { gingham::gemm(a, b, c, accumulate, kHost); });
+}
+void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
+  later(stream, [=] { gingham::gemm(a, b, c, accumulate, tail, kHost); });
+}
+
+}  // namespace cuda
+}  // namespace gingham
