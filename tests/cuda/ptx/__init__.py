@@ -27,7 +27,13 @@ def triple(size: Size) -> tuple[int, int, int]:
 
 
 def launch(
-    module: Module | str, name: Sequence[str], memory: Memory, grid: Size, block: Size, args: Sequence[int | float | bytes], **options: object
+    module: Module | str,
+    name: Sequence[str],
+    memory: Memory,
+    grid: Size,
+    block: Size,
+    args: Sequence[int | float | bytes],
+    **options: object,
 ) -> Counts:
     """Runs the entry whose mangled name contains every part of `name`. Options: those of Launch."""
     parsed = parse(module) if isinstance(module, str) else module

@@ -124,6 +124,8 @@ def convert_address(m: Machine, instr: Instr) -> Step:
 
 @opcode("isspacep")
 def is_space(m: Machine, instr: Instr) -> Step:
-    base, size = {"global": (m.memory.base, len(m.memory.data)), "shared": (SHARED, WINDOW), "local": (LOCAL, WINDOW)}[instr.mods[0].partition("::")[0]]
+    base, size = {"global": (m.memory.base, len(m.memory.data)), "shared": (SHARED, WINDOW), "local": (LOCAL, WINDOW)}[
+        instr.mods[0].partition("::")[0]
+    ]
     write, read = put(m, instr.operands[0], "pred"), get(m, instr.operands[1], "u64")
     return lambda sel: write(sel, (read(sel) >= np.uint64(base)) & (read(sel) < np.uint64(base + size)))

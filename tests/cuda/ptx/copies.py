@@ -87,13 +87,17 @@ def copy(m: Machine, instr: Instr) -> Step:
         threads = m.thread_index[sel]
         at = shared_places(m, to(sel), size, sel)
         count_conflicts(m, instr, at % m.shared.stride, size, sel)
-        count = np.minimum(np.broadcast_to(read_size(sel), threads.shape).astype(np.int64) if read_size else np.full(len(threads), size), size)
+        count = np.minimum(
+            np.broadcast_to(read_size(sel), threads.shape).astype(np.int64) if read_size else np.full(len(threads), size), size
+        )
         where = source(sel)
         # an address from which nothing is read may be anything
         places = np.zeros(len(threads), np.int64)
         reading = count > 0
         if reading.any():
-            places[reading] = m.memory.check(where[reading], size, 0xFF) if (count[reading] == size).all() else partial(m, where[reading], count[reading])
+            places[reading] = (
+                m.memory.check(where[reading], size, 0xFF) if (count[reading] == size).all() else partial(m, where[reading], count[reading])
+            )
         own.issue(Copy(threads, own.group[sel].copy(), at, places, count, size))
 
     return run

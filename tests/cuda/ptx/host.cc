@@ -62,7 +62,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* host) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(host));
   return cudaSuccess;
 }
-unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, cudaStream*) { return 1; }
+unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 1; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
@@ -104,9 +104,8 @@ int host_epilogue(const Matrix* c, const Tail* tail) {
   return guarded(false, [&](const gingham::Stream& stream) { gingham::cuda::epilogue(*c, *tail, stream); });
 }
 int host_activation_backward(const Matrix* dy, const Matrix* z, const Matrix* dz, int kind) {
-  return guarded(false, [&](const gingham::Stream& stream) {
-    gingham::cuda::activation_backward(*dy, *z, *dz, static_cast<gingham::Epilogue>(kind), stream);
-  });
+  return guarded(
+      false, [&](const gingham::Stream& stream) { gingham::cuda::activation_backward(*dy, *z, *dz, static_cast<gingham::Epilogue>(kind), stream); });
 }
 int host_dropout(const void* x, void* y, int dtype, int dims, const int64_t* sizes, double p) {
   const std::vector<int64_t> local(sizes, sizes + dims), global(sizes + dims, sizes + 2 * dims), offset(sizes + 2 * dims, sizes + 3 * dims);

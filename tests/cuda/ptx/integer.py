@@ -180,7 +180,9 @@ def extract(m: Machine, instr: Instr) -> Step:
         mask = shifted_left(np.ones_like(values), np.minimum(count, bits).astype(np.uint32)) - values.dtype.type(1)
         out = moved & mask
         if dtype.kind == "i":
-            covered = shifted_left(np.ones_like(values), np.minimum(count, np.maximum(bits - pos, 0)).astype(np.uint32)) - values.dtype.type(1)
+            covered = shifted_left(
+                np.ones_like(values), np.minimum(count, np.maximum(bits - pos, 0)).astype(np.uint32)
+            ) - values.dtype.type(1)
             out = np.where((sign != 0) & (count > 0), out | ~covered, out)
         write(sel, out.view(dtype))
 

@@ -240,7 +240,9 @@ class Machine:
         self.shared.poison()
         self.local.poison()
         for values in self.regs.values():
-            values[:] = 0x5A if values.dtype.itemsize == 1 else np.array(0x7FF7DEAD7FF7DEAD & ((1 << 8 * values.itemsize) - 1), values.dtype)
+            values[:] = (
+                0x5A if values.dtype.itemsize == 1 else np.array(0x7FF7DEAD7FF7DEAD & ((1 << 8 * values.itemsize) - 1), values.dtype)
+            )
         for hook in self.reset_hooks:
             hook()
 

@@ -130,7 +130,10 @@ class BlockMemory(Space):
         outside = (at < 0) | (at + size > self.size)
         if outside.any():
             which = int(np.flatnonzero(outside)[0])
-            raise Fault(f"out of bounds: {size} bytes at {int(address[which]):#x} of {self.name} memory ({self.size} bytes from {self.first:#x})", which)
+            raise Fault(
+                f"out of bounds: {size} bytes at {int(address[which]):#x} of {self.name} memory ({self.size} bytes from {self.first:#x})",
+                which,
+            )
         return at + owner * self.stride
 
 

@@ -56,7 +56,12 @@ def special(m: Machine, name: str) -> Get | None:
         source, below = (m.tid if base == "tid" else m.block_id), int(np.prod(sizes[:axis]))
         return lambda sel: (source[sel] // below % sizes[axis]).astype(np.uint32)
     fixed = {"ntid": m.launch.block[axis], "nctaid": m.launch.grid[axis], "cluster_nctaid": 1, "cluster_ctaid": 0, "cluster_ctarank": 0}
-    fixed |= {"cluster_nctarank": 1, "nclusterid": m.launch.grid[axis], "dynamic_smem_size": m.launch.dynamic_shared, "nwarpid": (m.threads + 31) // 32}
+    fixed |= {
+        "cluster_nctarank": 1,
+        "nclusterid": m.launch.grid[axis],
+        "dynamic_smem_size": m.launch.dynamic_shared,
+        "nwarpid": (m.threads + 31) // 32,
+    }
     fixed |= {"smid": 0, "nsmid": 1, "clock": 0, "clock64": 0, "globaltimer": 0, "total_smem_size": m.shared_size, "is_explicit_cluster": 0}
     if base in fixed:
         value = np.uint32(fixed[base])

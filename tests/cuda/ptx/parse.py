@@ -87,6 +87,13 @@ class Entry:
     labels: dict[str, int] = field(default_factory=dict)
     tables: dict[str, list[str]] = field(default_factory=dict)  # .branchtargets
     threads: int = 0  # .maxntid or .reqntid, 0 where not given
+    unread: tuple[str, int] | None = None  # the body's text and first line: read when it is asked for
+
+    def whole(self) -> "Entry":
+        if self.unread:
+            Body(self, *self.unread).parse()
+            self.unread = None
+        return self
 
 
 @dataclass
@@ -100,7 +107,7 @@ class Module:
         found = [entry for name, entry in self.entries.items() if all(part in name for part in parts)]
         if len(found) != 1:
             raise PtxError(f"{len(found)} entries contain {parts} among {sorted(self.entries)}")
-        return found[0]
+        return found[0].whole()
 
 
 NUMBER = re.compile(r"-?(0[fF][0-9a-fA-F]{8}|0[dD][0-9a-fA-F]{16}|0[xX][0-9a-fA-F]+U?|\d+\.\d*(?:[eE][-+]?\d+)?|\d+U?)$")
@@ -175,6 +182,9 @@ class Scope:
         return None
 
 
+LABEL = re.compile(r"([$%\w]+)\s*:(?!:)")
+
+
 class Body:
     """The statements between the braces of an entry."""
 
@@ -185,21 +195,24 @@ class Body:
 
     def parse(self) -> None:
         scope, at, text = Scope(None, 0), 0, self.text
+        line, counted = self.line, 0
         while at < len(text):
-            if text[at].isspace():
+            char = text[at]
+            if char.isspace():
                 at += 1
-            elif text[at] == "{":
+            elif char == "{":
                 self.scopes += 1
                 scope, at = Scope(scope, self.scopes), at + 1
-            elif text[at] == "}":
+            elif char == "}":
                 assert scope.parent is not None
                 scope, at = scope.parent, at + 1
-            elif label := re.compile(r"([$%\w]+)\s*:(?!:)").match(text, at):
+            elif label := LABEL.match(text, at):
                 self.entry.labels[scope.declare(label.group(1))] = len(self.entry.instrs)
                 at = label.end()
             else:
                 end = text.index(";", at)
-                self.statement(text[at:end].strip(), self.line + text.count("\n", 0, at), scope)
+                line, counted = line + text.count("\n", counted, at), at
+                self.statement(text[at:end].strip(), line, scope)
                 at = end + 1
         for instr, words, where in self.pending:
             instr.operands = [self.operand(word, where) for word in words]
@@ -298,7 +311,7 @@ def parse(text: str) -> Module:
         end = closing(text, opening)
         if header.group(1) == "entry":
             entry = entry_of(text[header.end() : opening])
-            Body(entry, text[opening + 1 : end], text.count("\n", 0, opening) + 1).parse()
+            entry.unread = (text[opening + 1 : end], text.count("\n", 0, opening) + 1)
             module.entries[entry.name] = entry
         at = end + 1
 

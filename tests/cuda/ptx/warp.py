@@ -198,7 +198,7 @@ def matrices(raw: list[Array], warps: int, kind: str, where: tuple[Array, tuple[
     if kind == "f16":
         return picked.view(np.float16).astype(np.float32)
     if kind == "tf32":
-        return to_tf32(picked.view(np.float32), "rz")
+        return np.asarray(to_tf32(picked.view(np.float32), "rz")).view(np.float32)
     return picked
 
 
