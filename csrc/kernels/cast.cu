@@ -40,18 +40,21 @@ struct Zero {
 };
 
 constexpr int kTile = 32, kDown = 8;
+// An odd number of words a line keeps the elements of a column in different banks.
+template <class T>
+constexpr int kPitch = kTile + (sizeof(T) < 4 ? 4 / static_cast<int>(sizeof(T)) : 1);
 
-// from has rows contiguous, to has columns contiguous. The tile's pitch of 33 elements keeps columns in different banks.
+// from has rows contiguous, to has columns contiguous.
 template <class From, class To>
 __global__ void __launch_bounds__(kTile* kDown) transpose_kernel(View<From> from, View<To> to, int64_t rows, int64_t cols, int64_t tiles_across) {
   To* tile = reinterpret_cast<To*>(shared_memory());
   const int64_t top = blockIdx.x / tiles_across * kTile, left = blockIdx.x % tiles_across * kTile;
   const int x = threadIdx.x % kTile, y = threadIdx.x / kTile;
   for (int k = y; k < kTile; k += kDown)
-    if (top + x < rows && left + k < cols) shared_store(tile + x * (kTile + 1) + k, convert<From, To>(*from.to(top + x, left + k)));
+    if (top + x < rows && left + k < cols) shared_store(tile + x * kPitch<To> + k, convert<From, To>(*from.to(top + x, left + k)));
   block_barrier();
   for (int k = y; k < kTile; k += kDown)
-    if (top + k < rows && left + x < cols) *to.to(top + k, left + x) = shared_load(tile + k * (kTile + 1) + x);
+    if (top + k < rows && left + x < cols) *to.to(top + k, left + x) = shared_load(tile + k * kPitch<To> + x);
 }
 
 template <class From, class To>
@@ -60,7 +63,7 @@ void copy(Matrix from, Matrix to, const Stream& stream) {
   arrange({&to, &from});
   if (column_major(from) && to.rows > 1 && to.cols > 1) {
     const int64_t across = ceil_div(to.cols, kTile), down = ceil_div(to.rows, kTile);
-    return launch(stream, transpose_kernel<From, To>, dim3(static_cast<unsigned>(across * down)), kTile * kDown, sizeof(To) * kTile * (kTile + 1),
+    return launch(stream, transpose_kernel<From, To>, dim3(static_cast<unsigned>(across * down)), kTile * kDown, sizeof(To) * kTile * kPitch<To>,
                   View<From>(from), View<To>(to), to.rows, to.cols, across);
   }
   sweep<width>(Copy<From, To>{View<From>(from), View<To>(to)}, to.rows, to.cols, {&from, &to}, stream);

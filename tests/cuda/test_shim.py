@@ -1,0 +1,54 @@
+"""Rung 3: the kernels' very source, run on a CPU by the host shim (tests/cuda/shim) and compared with float64.
+
+It shows indexing, bounds and races. It does not run what nvcc made of the source, and nothing here was tested on a GPU.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from cuda import nvcc, shim_build
+
+pytestmark = [
+    pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the shim needs the toolkit's headers"),
+    pytest.mark.timeout(1800),
+]
+ENVIRONMENT = {
+    "GINGHAM_BLAS": "plain",
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
+def run(program: Path, *arguments: str) -> str:
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+    return done.stdout
+
+
+def test_kernels_under_address_and_undefined_behaviour_sanitizers() -> None:
+    """The quick subset, cp.async landing late and early."""
+    assert run(shim_build.build("address")).endswith("ok\n")
+
+
+@pytest.mark.matrix
+def test_kernels_on_every_shape_and_layout() -> None:
+    assert run(shim_build.build("plain"), "--full").endswith("ok\n")
+    assert run(shim_build.build("plain"), "--only", "gemm", "--seeds", "4").endswith("ok\n")
+
+
+@pytest.mark.matrix
+def test_kernels_on_every_shape_under_address_sanitizer() -> None:
+    assert run(shim_build.build("address"), "--full").endswith("ok\n")
+
+
+@pytest.mark.matrix
+def test_kernels_under_thread_sanitizer() -> None:
+    """Every CUDA thread is a thread to it; only barriers order them."""
+    program = shim_build.build("thread")
+    for part in ("gemm tiles", "column_sums", "cast"):
+        assert run(program, "--only", part).endswith("ok\n")
