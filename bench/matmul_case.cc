@@ -129,10 +129,7 @@ double words(const Options& o) {
   return o.name == "backward" ? 2 * x * pn + 2 * w * pm + y * pk : x * pn + w * pm + y * pk;
 }
 
-Row run_rank(Job& job, const Options& o) {
-  enter(job, o);
-  const Place p = place_of(o, job.rank());
-  Axes axes(job, o);
+Step::Config config_of(const Options& o, const Place& p, const Axes& axes) {
   Transport* over_x = o.swapped ? axes.k.get() : axes.n.get();
   Transport* over_y = o.swapped ? axes.n.get() : axes.k.get();
   Step::Config config;
@@ -145,7 +142,14 @@ Row run_rank(Job& job, const Options& o) {
   config.source = o.source;
   config.order = Order::column_major;
   config.grid = o.grid;
-  Step step(job.control(), job.stream(), config);
+  return config;
+}
+
+Row run_rank(Job& job, const Options& o) {
+  enter(job, o);
+  const Place p = place_of(o, job.rank());
+  Axes axes(job, o);
+  Step step(job.control(), job.stream(), config_of(o, p, axes));
 
   const Span w_rows = o.swapped ? p.k : p.w_cut, w_cols = o.swapped ? p.w_cut : p.n;
   Block x(job, p.m, p.x_k, o.dtype, 1), w(job, w_rows, w_cols, o.dtype, 2, Order::column_major), dy(job, p.m, p.y_n, o.dtype, 3);

@@ -10,31 +10,36 @@
 namespace gingham {
 namespace {
 
+// For kernels that run on no mesh: on the CPU, without workspace.
+const CpuStream kHere;
+
 // torch.empty_like where no job's heap is at hand.
 py::object like(const py::object& x) { return py::module_::import("torch").attr("empty_like")(x); }
 
-py::object gelu_gradient(const py::object& dy, const py::object& x) {
+py::object gelu_gradient(const std::shared_ptr<Job>& job, const py::object& dy, const py::object& x) {
+  const OnCallersStream on_stream(job);
   py::object out = like(x);
-  const Matrix g = tensor_of(dy, "dy").matrix(), z = tensor_of(x, "x").matrix(), dz = tensor_of(out, "dx").matrix();
+  const Matrix g = tensor_of(dy, "dy", job).matrix(), z = tensor_of(x, "x", job).matrix(), dz = tensor_of(out, "dx", job).matrix();
   CHECK(ShapeError, g.rows == z.rows && g.cols == z.cols && g.dtype == z.dtype, "gelu_backward: dy and x differ in shape or dtype");
   {
     py::gil_scoped_release nogil;
-    gelu_backward(g, z, dz, CpuStream());
+    gelu_backward(g, z, dz, job->stream());
   }
   return out;
 }
 
 py::object dropout_of(const py::object& x, double p, uint64_t seed, uint64_t name, uint64_t call, const std::vector<int64_t>& global,
                       const std::vector<int64_t>& offsets, const std::shared_ptr<Job>& job) {
-  const Tensor in = tensor_of(x, "x");
+  const OnCallersStream on_stream(job);
+  const Tensor in = tensor_of(x, "x", job);
   CHECK(ShapeError, global.size() == in.shape.size() && offsets.size() == in.shape.size(), "dropout of ", in.shape.size(), " dims with ",
         global.size(), " global sizes and ", offsets.size(), " offsets");
   CHECK(ShapeError, p >= 0 && p <= 1, "dropout probability is ", p, ", expected 0 to 1");
   py::object out = job ? make_tensor(job, in.shape, in.dtype_name).object : like(x);
-  void* data = tensor_of(out, "y").data;
+  void* data = tensor_of(out, "y", job).data;
   {
     py::gil_scoped_release nogil;
-    dropout(in.data, data, in.dtype, in.shape, global, offsets, {seed, name, call, p}, CpuStream());
+    dropout(in.data, data, in.dtype, in.shape, global, offsets, {seed, name, call, p}, job ? job->stream() : kHere);
   }
   return out;
 }
@@ -76,8 +81,22 @@ py::dict traffic_of(Axis& axis, bool reset) {
   return out;
 }
 
+py::dict report_of() {
+  const DeviceReport r = device_report();
+  py::dict out;
+  out["built"] = r.built;
+  out["devices"] = r.names;
+  out["driver"] = r.driver;
+  out["runtime"] = r.runtime;
+  out["nccl"] = r.nccl;
+  out["nccl_version"] = r.nccl_version;
+  out["nccl_from"] = r.nccl_from;
+  out["missing"] = r.missing;
+  return out;
+}
+
 py::dict memory_of(Job& job) {
-  const Heap::Usage u = job.heap().usage();
+  const Heap::Usage u = job.usage();
   py::dict out;
   out["tensors"] = u.tensors;
   out["workspace"] = u.workspace;
@@ -87,14 +106,7 @@ py::dict memory_of(Job& job) {
   return out;
 }
 
-}  // namespace
-}  // namespace gingham
-
-PYBIND11_MODULE(_C, m) {
-  using namespace gingham;
-  m.doc() = "gingham's C++ core";
-  define_errors(m);
-  Control::interrupt = check_signals;
+void define_job(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
   py::class_<Job, std::shared_ptr<Job>>(m, "Job")
@@ -104,12 +116,13 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("size", &Job::size)
       .def(
           "ready", [](Job& job) { job.attach(GINGHAM_VERSION); }, nogil)
+      .def("use_gpu", &use_gpu, py::arg("ordinal"))
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)
       .def("empty", [](const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape,
                        const std::string& dtype) { return make_tensor(job, shape, dtype).object; })
       .def("memory", &memory_of)
-      .def("reset_peak", [](Job& job) { job.heap().reset_peak(); });
+      .def("reset_peak", &Job::reset_peak);
 
   py::class_<Axis, std::shared_ptr<Axis>>(m, "Axis")
       .def(py::init<std::shared_ptr<Job>, int, const std::vector<int>&, double, double>(), py::arg("job"), py::arg("index"), py::arg("members"),
@@ -118,12 +131,15 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("size", [](Axis& a) { return a.transport().size(); })
       .def("traffic", &traffic_of, py::arg("reset") = false)
       .def("all_gather", &Axis::all_gather, py::arg("x"), py::arg("source") = "window", py::arg("counted") = true, py::arg("rows") = -1)
+      .def("sizes", &Axis::sizes, py::arg("mine"))
       .def("all_reduce_", &Axis::all_reduce, py::arg("x"), py::arg("source") = "window", py::arg("counted") = true)
       .def("reduce_scatter", &Axis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("source") = "window", py::arg("counted") = true)
       .def("broadcast_", &Axis::broadcast, py::arg("x"), py::arg("root"), py::arg("counted") = true)
       .def("exchange", &Axis::exchange, py::arg("sends"), py::arg("recvs"), py::arg("dtype"), py::arg("counted") = true, py::arg("rows") = -1,
            py::arg("features") = 0);
+}
 
+void define_step(py::module_& m) {
   py::class_<OperandSpec>(m, "Operand")
       .def(py::init([](std::shared_ptr<Axis> axis, int dim, std::vector<int64_t> offsets, bool replicated) {
              const bool cut = axis && axis->transport().size() > 1 && !replicated;
@@ -141,11 +157,33 @@ PYBIND11_MODULE(_C, m) {
       .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none")
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
            py::arg("reduce_depth") = true);
+}
 
-  m.def("gelu_backward", &gelu_gradient, py::arg("dy"), py::arg("x"));
+void define_functions(py::module_& m) {
+  m.def("gelu_backward", &gelu_gradient, py::arg("job"), py::arg("dy"), py::arg("x"));
   m.def("dropout", &dropout_of, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("name"), py::arg("call"), py::arg("global_shape"),
         py::arg("offsets"), py::arg("job") = std::shared_ptr<Job>());
   m.def("version", [] { return GINGHAM_VERSION; });
+  m.def("device_report", &report_of);
+  m.def("set_nccl_path", &set_nccl_path, py::arg("library"));
+#ifdef GINGHAM_FAKE_CUDA
+  m.attr("fake_device") = true;
+#else
+  m.attr("fake_device") = false;
+#endif
   m.def("blas", [] { return blas().from; });
   m.def("set_num_threads", &set_blas_threads);
+}
+
+}  // namespace
+}  // namespace gingham
+
+PYBIND11_MODULE(_C, m) {
+  using namespace gingham;
+  m.doc() = "gingham's C++ core";
+  define_errors(m);
+  Control::interrupt = check_signals;
+  define_job(m);
+  define_step(m);
+  define_functions(m);
 }

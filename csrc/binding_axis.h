@@ -42,7 +42,8 @@ class Axis {
   }
 
   Objects all_gather(const py::object& x, const std::string& source, bool counted, int64_t rows) {
-    const Tensor mine = tensor_of(x, "x");
+    const OnCallersStream on_stream(job_);
+    const Tensor mine = tensor_of(x, "x", job_);
     CHECK(ShapeError, mine.shape.size() <= 8, "all_gather of a tensor of ", mine.shape.size(), " dims, expected at most 8");
     Shape shape;
     shape.ndim = static_cast<int32_t>(mine.shape.size());
@@ -65,8 +66,28 @@ class Axis {
     return out;
   }
 
+  // Every member's numbers (at most 8), in axis order: a control message.
+  std::vector<std::vector<int64_t>> sizes(const std::vector<int64_t>& mine) {
+    CHECK(ShapeError, mine.size() <= 8, "sizes of ", mine.size(), " numbers, expected at most 8");
+    Shape shape;
+    shape.ndim = static_cast<int32_t>(mine.size());
+    std::copy(mine.begin(), mine.end(), shape.dims);
+    std::vector<std::vector<int64_t>> out;
+    const py::gil_scoped_release nogil;
+    begin("sizes", DType::bytes8, 0);
+    transport_->post({}, -1, true, shape);
+    for (int peer = 0; peer < transport_->size(); peer++) {
+      const Shape theirs = peer == transport_->rank() ? shape : transport_->shape(peer);
+      out.emplace_back(theirs.dims, theirs.dims + theirs.ndim);
+    }
+    transport_->finish();
+    transport_->retire();
+    return out;
+  }
+
   void all_reduce(const py::object& x, const std::string& source, bool counted) {
-    const Tensor mine = tensor_of(x, "x");
+    const OnCallersStream on_stream(job_);
+    const Tensor mine = tensor_of(x, "x", job_);
     py::gil_scoped_release nogil;
     const Uncounted scope(*transport_, counted);
     begin("all_reduce", mine.dtype, mine.count());
@@ -74,7 +95,8 @@ class Axis {
   }
 
   py::object reduce_scatter(const py::object& x, const std::vector<int64_t>& sizes, const std::string& source, bool counted) {
-    const Tensor mine = tensor_of(x, "x");
+    const OnCallersStream on_stream(job_);
+    const Tensor mine = tensor_of(x, "x", job_);
     CHECK(ShapeError, !mine.shape.empty() && static_cast<int>(sizes.size()) == transport_->size(), "reduce_scatter wants a size per member");
     int64_t total = 0;
     for (int64_t s : sizes) total += s;
@@ -100,7 +122,8 @@ class Axis {
   }
 
   void broadcast(const py::object& x, int root, bool counted) {
-    const Tensor mine = tensor_of(x, "x");
+    const OnCallersStream on_stream(job_);
+    const Tensor mine = tensor_of(x, "x", job_);
     py::gil_scoped_release nogil;
     const Uncounted scope(*transport_, counted);
     begin("broadcast", mine.dtype, mine.count());
@@ -109,8 +132,9 @@ class Axis {
 
   Objects exchange(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, std::vector<int64_t>>>& recvs,
                    const std::string& dtype, bool counted, int64_t rows, int64_t features) {
+    const OnCallersStream on_stream(job_);
     std::vector<std::pair<int, Tensor>> out;
-    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x"));
+    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x", job_));
     Objects made;
     std::vector<std::pair<int, Tensor>> in;
     for (const auto& [peer, shape] : recvs) {

@@ -62,7 +62,8 @@ class BoundStep {
   Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind) {
     CHECK(ShapeError, ws.size() == maps_ && biases.size() == maps_, "step of ", maps_, " weights got ", ws.size(), " and ", biases.size(), " biases");
     CHECK(ShapeError, kind == "none" || kind == "gelu", "epilogue=", kind, ", expected none or gelu");
-    const Tensor tx = tensor_of(x, "x");
+    const OnCallersStream on_stream(job_);
+    const Tensor tx = tensor_of(x, "x", job_);
     CHECK(ShapeError, tx.shape.size() >= 2, "x has ", tx.shape.size(), " dims, expected [..., features] with at least 2");
     Step::Forward call;
     call.x = tx.matrix();
@@ -90,11 +91,12 @@ class BoundStep {
                      bool reduce_depth) {
     CHECK(ShapeError, ws.size() == maps_ && dys.size() == maps_ && need_b.size() == maps_, "step of ", maps_, " weights got ", dys.size(),
           " gradients");
+    const OnCallersStream on_stream(job_);
     Step::Backward call;
     std::vector<int64_t> shape;
     std::string dtype;
     for (size_t i = 0; i < maps_; i++) {
-      const Tensor dy = tensor_of(dys[i], "dy");
+      const Tensor dy = tensor_of(dys[i], "dy", job_);
       CHECK(ShapeError, dy.shape.size() >= 2, "dy has ", dy.shape.size(), " dims, expected at least 2");
       call.dy.push_back(dy.matrix());
       call.w.push_back(ws[i].is_none() ? Matrix{} : weight(ws[i]));
@@ -103,7 +105,7 @@ class BoundStep {
       dtype = dy.dtype_name;
     }
     if (!x.is_none()) {
-      const Tensor tx = tensor_of(x, "x");
+      const Tensor tx = tensor_of(x, "x", job_);
       call.x = tx.matrix();
       shape = tx.shape;
     }
@@ -153,13 +155,13 @@ class BoundStep {
   }
 
   Matrix weight(const py::object& object) const {
-    const Tensor t = tensor_of(object, "weight");
+    const Tensor t = tensor_of(object, "weight", job_);
     CHECK(ShapeError, t.shape.size() == 2, "weight has ", t.shape.size(), " dims, expected 2");
     return out_in_ ? t.matrix().t() : t.matrix();
   }
 
   Matrix bias(const py::object& object, const Matrix& w) const {
-    const Matrix b = tensor_of(object, "bias").matrix();
+    const Matrix b = tensor_of(object, "bias", job_).matrix();
     CHECK(ShapeError, b.rows == 1 && b.dtype == w.dtype, "bias is a ", name_of(b.dtype), " of ", b.rows, " rows, expected a vector of ",
           name_of(w.dtype));
     return b;

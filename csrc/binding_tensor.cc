@@ -3,6 +3,7 @@
 #include <dlpack.h>
 
 #include <array>
+#include <mutex>
 #include <unordered_map>
 
 namespace gingham {
@@ -54,6 +55,65 @@ const DLPackExchangeAPI* maker() {
   return last_api;
 }
 
+#ifdef GINGHAM_FAKE_CUDA
+constexpr bool kFakeDevice = true;  // GPU jobs of the tests compute on torch's CPU tensors
+#else
+constexpr bool kFakeDevice = false;
+#endif
+
+const Gpu* gpu_of(const Job* job) { return job && !kFakeDevice ? job->gpu() : nullptr; }
+
+void check_device(const DLDevice& device, const char* name, const Job* job) {
+  if (const Gpu* gpu = gpu_of(job))
+    CHECK(ShapeError, device.device_type == kDLCUDA && device.device_id == gpu->ordinal(), name, " is on device ", device.device_type, ":",
+          device.device_id, ", expected this rank's GPU ", gpu->ordinal(), "; use .to('cuda:", gpu->ordinal(), "')");
+  else
+    CHECK(ShapeError, device.device_type == kDLCPU, name, " is on device type ", static_cast<int>(device.device_type),
+          ", expected a CPU tensor: this mesh computes on the CPU; use .cpu(), or gingham.init(device='cuda')");
+}
+
+// torch's own allocator through DLPack: usable without the GIL, ordered on torch's current stream.
+DLManagedTensorVersioned* torch_tensor(const DLPackExchangeAPI* api, DLDevice device, const Known& type, std::vector<int64_t> shape) {
+  DLTensor wanted{};
+  wanted.device = device;
+  wanted.ndim = static_cast<int32_t>(shape.size());
+  wanted.dtype = {static_cast<uint8_t>(type.code), type.bits, 1};
+  wanted.shape = shape.data();
+  DLManagedTensorVersioned* out = nullptr;
+  std::string why;
+  const auto note = [](void* context, const char*, const char* message) { *static_cast<std::string*>(context) = message; };
+  const int status = api->managed_tensor_allocator(&wanted, &out, &why, note);
+  CHECK(OutOfMemory, status == 0 && out, "torch has no memory for a tensor on its GPU: ", why);
+  return out;
+}
+
+class TorchMemory : public DeviceMemory {
+ public:
+  explicit TorchMemory(const DLPackExchangeAPI* api) : api_(api) {}
+  void* allocate(size_t bytes, int device, void*) override {
+    DLManagedTensorVersioned* made = torch_tensor(api_, {kDLCUDA, device}, known("uint8"), {static_cast<int64_t>(bytes)});
+    void* data = static_cast<char*>(made->dl_tensor.data) + made->dl_tensor.byte_offset;
+    const std::lock_guard lock(mutex_);
+    held_[data] = made;
+    return data;
+  }
+  void free(void* p, void*) override {
+    DLManagedTensorVersioned* made = nullptr;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto at = held_.find(p);
+      made = at->second;
+      held_.erase(at);
+    }
+    made->deleter(made);
+  }
+
+ private:
+  const DLPackExchangeAPI* api_;
+  std::mutex mutex_;
+  std::unordered_map<void*, DLManagedTensorVersioned*> held_;
+};
+
 struct Owner {
   std::shared_ptr<Job> job;
   void* data;
@@ -76,14 +136,13 @@ Matrix Tensor::matrix() const {
   return dense(data, rows, shape.empty() ? 1 : shape.back(), dtype);
 }
 
-Tensor tensor_of(py::handle object, const char* name) {
+Tensor tensor_of(py::handle object, const char* name, const Job* job) {
   DLTensor t;
   if (api_of(object, name)->dltensor_from_py_object_no_sync(object.ptr(), &t) != 0) throw py::error_already_set();
   Tensor out;
   out.shape.assign(t.shape, t.shape + t.ndim);
   const char* type = Py_TYPE(object.ptr())->tp_name;
-  CHECK(ShapeError, t.device.device_type == kDLCPU, name, " is on device type ", static_cast<int>(t.device.device_type),
-        ", expected a CPU tensor: this build has no other backend; use .cpu()");
+  check_device(t.device, name, job);
   for (const Known& k : kKnown)
     if (k.code == t.dtype.code && k.bits == t.dtype.bits && t.dtype.lanes == 1) {
       out.dtype = k.dtype;
@@ -105,8 +164,49 @@ Tensor tensor_of(py::handle object, const char* name) {
   return out;
 }
 
+OnCallersStream::OnCallersStream(const std::shared_ptr<Job>& job) : job_(job.get()) {
+  Gpu* gpu = job_ ? job_->gpu() : nullptr;
+  if (!gpu) return;
+  void* stream = nullptr;
+  if (!kFakeDevice && maker()->current_work_stream(kDLCUDA, gpu->ordinal(), &stream) != 0) throw py::error_already_set();
+  gpu->begin(stream);
+}
+
+OnCallersStream::~OnCallersStream() {
+  if (!kFakeDevice || !job_ || !job_->gpu()) return;
+  try {
+    job_->gpu()->synchronize();
+  } catch (const Error&) {
+    // the call that was to be waited for has thrown already
+  }
+}
+
+void use_gpu(Job& job, int ordinal) {
+  const DLPackExchangeAPI* api = maker();
+  {
+    py::gil_scoped_release nogil;
+    job.use_gpu(ordinal, Carrier::nccl);
+  }
+  if (!kFakeDevice) job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api));
+}
+
+namespace {
+
+Made from_torch(DLDevice device, const Known& type, const std::vector<int64_t>& shape) {
+  DLManagedTensorVersioned* managed = torch_tensor(maker(), device, type, shape);
+  void* data = static_cast<char*>(managed->dl_tensor.data) + managed->dl_tensor.byte_offset;
+  PyObject* object = nullptr;
+  if (maker()->managed_tensor_to_py_object_no_sync(managed, reinterpret_cast<void**>(&object)) != 0) throw py::error_already_set();
+  // An empty tensor has no memory, but results are told apart by theirs.
+  return {py::reinterpret_steal<py::object>(object), data ? data : static_cast<void*>(object)};
+}
+
+}  // namespace
+
 Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name) {
   const Known& type = known(dtype_name);
+  if (const Gpu* gpu = gpu_of(job.get())) return from_torch({kDLCUDA, gpu->ordinal()}, type, shape);
+  if (job->gpu()) return from_torch({kDLCPU, 0}, type, shape);
   auto owner = std::make_unique<Owner>();
   owner->job = job;
   owner->shape = shape;

@@ -26,9 +26,25 @@ struct Tensor {
   int64_t count() const;
 };
 
-Tensor tensor_of(py::handle object, const char* name);
+// job: where it must stand, a GPU job's tensors on its GPU, all others on the CPU (null: CPU).
+Tensor tensor_of(py::handle object, const char* name, const Job* job);
+inline Tensor tensor_of(py::handle object, const char* name, const std::shared_ptr<Job>& job) { return tensor_of(object, name, job.get()); }
 
-// A new tensor in the job's shared heap; `like` names the dtype as torch does ("float32").
+// While in scope the job's kernels go to the stream on which torch computes in this thread. Over the tests' fake runtime, whose tensors
+// are torch's CPU tensors, the scope's end waits for them.
+class OnCallersStream {
+ public:
+  explicit OnCallersStream(const std::shared_ptr<Job>& job);
+  ~OnCallersStream();
+
+ private:
+  Job* job_;
+};
+
+// Moves this rank to a GPU: workspace comes from torch's allocator.
+void use_gpu(Job& job, int ordinal);
+
+// A new tensor in the job's shared heap, or on its GPU from torch's allocator; `like` names the dtype as torch does ("float32").
 struct Made {
   py::object object;
   void* data;

@@ -7,13 +7,13 @@ namespace {
 
 class Pool : public DeviceMemory {
  public:
-  void* allocate(size_t bytes, int, cudaStream_t stream) override {
+  void* allocate(size_t bytes, int, void* stream) override {
     void* p = nullptr;
-    const cudaError_t status = cudaMallocAsync(&p, bytes, stream);
+    const cudaError_t status = cudaMallocAsync(&p, bytes, static_cast<cudaStream_t>(stream));
     CHECK(OutOfMemory, status == cudaSuccess, "no device memory for ", bytes, " bytes: ", cudaGetErrorString(status));
     return p;
   }
-  void free(void* p, cudaStream_t stream) override { cudaFreeAsync(p, stream); }
+  void free(void* p, void* stream) override { cudaFreeAsync(p, static_cast<cudaStream_t>(stream)); }
 };
 
 }  // namespace

@@ -27,14 +27,6 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
-// Where a CudaStream's workspace comes from; both calls are ordered on `stream`.
-class DeviceMemory {
- public:
-  virtual ~DeviceMemory() = default;
-  virtual void* allocate(size_t bytes, int device, cudaStream_t stream) = 0;
-  virtual void free(void* p, cudaStream_t stream) = 0;
-};
-
 class CudaStream : public Stream {
  public:
   // Starts on a stream of its own with CUDA's stream-ordered pool; the binding replaces both by torch's.

@@ -44,6 +44,14 @@ class CpuStream : public Stream {
   Heap* heap_ = nullptr;
 };
 
+// Where a cuda stream's workspace comes from; both calls are ordered on `stream` (a cudaStream_t).
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual void* allocate(size_t bytes, int device, void* stream) = 0;
+  virtual void free(void* p, void* stream) = 0;
+};
+
 // Workspace that is returned at the end of its scope.
 class Scratch {
  public:

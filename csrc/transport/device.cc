@@ -16,6 +16,12 @@ class CudaGpu : public Gpu {
     if (carrier == Carrier::nccl && control.size() > 1) world_ = std::make_unique<NcclWorld>(control, stream_, timeout);
   }
   Stream& stream() override { return stream_; }
+  int ordinal() const override { return stream_.ordinal(); }
+  void begin(void* stream) override {
+    stream_.enter();
+    if (stream) stream_.follow(static_cast<cudaStream_t>(stream));
+  }
+  void take_memory_from(std::shared_ptr<DeviceMemory> memory) override { stream_.take_memory_from(std::move(memory)); }
   Heap::Usage usage() const override { return stream_.usage(); }
   void reset_peak() override { stream_.reset_peak(); }
   void synchronize() override { CUDA_CHECK(cudaStreamSynchronize(native(stream_))); }
@@ -77,6 +83,8 @@ DeviceReport device_report() {
   return out;
 }
 #else
+void set_nccl_path(const std::string&) {}
+
 std::unique_ptr<Gpu> make_gpu(Control& control, int, Carrier, double) {
   throw DeviceError(concat("rank ", control.rank(), ": ", device_report().missing));
 }

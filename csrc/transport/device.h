@@ -18,6 +18,9 @@ class Gpu {
  public:
   virtual ~Gpu() = default;
   virtual Stream& stream() = 0;
+  virtual int ordinal() const = 0;
+  virtual void begin(void* stream) = 0;  // a call begins on this thread: its work goes to the caller's stream
+  virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;
   // For measuring and tests, never inside a step: wait for all work of this rank, and copy to and from its memory.
@@ -38,6 +41,7 @@ struct DeviceReport {
   int nccl_version = 0;
   std::string nccl_from, missing;
 };
-DeviceReport device_report();  // for the doctor: what was built, what was found; never throws
+void set_nccl_path(const std::string& library);  // where NCCL lies, if neither the process nor GINGHAM_NCCL has it; before its first use
+DeviceReport device_report();                    // for the doctor: what was built, what was found; never throws
 
 }  // namespace gingham

@@ -25,7 +25,7 @@ class Job {
   void attach(const std::string& version) { control_->attach(version); }
   // From here on this rank computes on a GPU: its streams, memory and axes are that GPU's. Call after attach(), before axis().
   void use_gpu(int ordinal, Carrier carrier);
-  Gpu* gpu() { return gpu_.get(); }
+  Gpu* gpu() const { return gpu_.get(); }
   void close();
   // index: the axis' number, the same on every rank; members: global ranks in axis order. bandwidth or latency > 0: behind a link.
   std::unique_ptr<Transport> axis(int index, const std::vector<int>& members, double latency, double bandwidth);

@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "base/check.h"
+#include "transport/device.h"
 
 namespace gingham {
 namespace {

@@ -45,9 +45,8 @@ struct NcclFound {
   std::string from;  // where it was found, or why it was not
 };
 
-const NcclFound& nccl_found();                   // looks once
-const NcclApi& nccl();                           // throws DeviceError where there is none
-void set_nccl_path(const std::string& library);  // before the first use
+const NcclFound& nccl_found();  // looks once
+const NcclApi& nccl();          // throws DeviceError where there is none
 
 #define NCCL_CHECK(call)                                                                                                \
   do {                                                                                                                  \

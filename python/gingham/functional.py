@@ -147,7 +147,7 @@ def linear(
     step raises ShapeError, on every rank, where one rank's last dim or dtype does not fit its weights. Bytes: THEORY.md
     section 4, and one relayout where layouts ask.
     """
-    check_local(x, "linear's x")
+    check_local(x, "linear's x", plan.mesh)
     if x.dim() == 0:
         raise ShapeError(f"linear {plan.k} -> {plan.n}: got a tensor without dims, expected [..., {plan.k_local}]")
     if x.dim() == 1:
@@ -176,7 +176,7 @@ class _Linear(torch.autograd.Function):
         weights, before = saved[:count], saved[count:]
         dys = [dy.contiguous() for dy in cotangents]
         if before:
-            dys = [_C.gelu_backward(dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
+            dys = [_C.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         need_w, need_b = needs[:count], list(needs[count:])
         wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
@@ -207,7 +207,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tu
     """
     mesh = current(mesh)
     for tensor, name in ((a, "a"), (b, "b")):
-        check_local(tensor, f"matmul's {name}")
+        check_local(tensor, f"matmul's {name}", mesh)
         if tensor.dim() != 2:
             raise ShapeError(f"matmul: {name} has shape {tuple(tensor.shape)}, expected a matrix")
     _, pn, pk = mesh.grid
@@ -324,7 +324,7 @@ def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torc
     total = flat.shape[0]
     before = [(0, total)] * len(places)
     if source:
-        counts = [int(count) for count in mesh.axis(names).all_gather(torch.tensor([total]), mesh.source, False)]
+        counts = [count for (count,) in mesh.axis(names).sizes([total])]
         before, total = [(sum(counts[:index]), count) for index, count in enumerate(counts)], sum(counts)
     after = [interval(total, target, mesh.sizes, place) for place in places]
     return [
@@ -340,7 +340,7 @@ def dropout(
 
     dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset.
     """
-    check_local(x, "dropout's x")
+    check_local(x, "dropout's x", mesh)
     shape, start = list(x.shape), [0] * x.dim()
     if mesh is not None and mesh.size > 1:
         row, feature = (dim % x.dim() for dim in dims)

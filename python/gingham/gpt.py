@@ -69,7 +69,7 @@ class GPT(torch.nn.Module):
         self.loss = kit.loss
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         x = self.dropout(self.token(ids) + self.position(positions))
         for block in self.blocks:
             x = block(x)

@@ -114,7 +114,8 @@ def may_sum_later(mesh: Mesh, weights: list[torch.Tensor], nodes: list[Any]) -> 
     nodes: the autograd nodes that receive the gradients. Gradients of the same weights already under way are completed
     when the answer is no, since autograd will add to them.
     """
-    if mesh.axis(mesh.axes.depth) is None:
+    # on a GPU the sum is queued on a stream and needs no thread
+    if mesh.axis(mesh.axes.depth) is None or mesh.background is None:
         return False
     free = not torch.is_grad_enabled() and all(_accumulates_alone(weight, node) for weight, node in zip(weights, nodes, strict=True))
     used = [sums_of(mesh).settle(weight) for weight in weights] if mesh.depth_sums is not None else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,17 +26,20 @@ def init(
     sequence: bool = False,
     shard_depth: bool = False,
     timeout: float = 60.0,
-    source: str = "window",
+    source: str | None = None,
     slices: int = 1,
     link: tuple[float, float] | None = None,
+    device: str | None = None,
 ) -> Mesh:
     """Starts the job's mesh, on every rank alike, and makes it the default one.
 
     mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
     depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)).
-    source "window" | "ring" and `slices` say how panels travel; link=(seconds, bytes per second) slows every message;
-    timeout: seconds after which a silent peer is PeerStalled. Creates torch.distributed's default process group (Gloo)
-    where there is none. Raises MeshError before any of that where the numbers do not fit.
+    device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL.
+    source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel;
+    link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled.
+    Creates torch.distributed's default process group (Gloo) where there is none. Raises MeshError before any of that
+    where the numbers do not fit.
     """
     global _made_group
     if mesh.has_mesh():
@@ -49,17 +53,24 @@ def init(
         axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **parse_parallel(parallel)})
     else:
         axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
+    device = device or os.environ.get("GINGHAM_DEVICE", "cpu")
+    if device not in ("cpu", "cuda"):
+        raise MeshError(f"device={device!r}: expected 'cpu' or 'cuda'")
+    source = source or ("ring" if device == "cuda" else "window")
     if source not in ("window", "ring") or slices < 1:
         raise MeshError(f"source={source!r}, slices={slices}: expected 'window' or 'ring', and at least 1")
+    if device == "cuda" and (source == "window" or link):
+        raise MeshError(f"device='cuda' with source={source!r}, link={link}: GPUs move panels through rings; leave both out")
     rank, world = rendezvous.world()
     if axes.size != world:
         raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
-    _made_group = rendezvous.make_process_group()
+    _made_group = rendezvous.make_process_group(device)
     try:
-        jobs = _attach(rank, axes, (timeout, source, slices, link))
+        jobs = _attach(rank, axes, (timeout, source, slices, link, device))
+        place = _use_gpu(jobs[0]) if device == "cuda" else torch.device("cpu")
         if device_mesh is None:
-            device_mesh = DeviceMesh("cpu", torch.arange(world).view(*axes.sizes.values()), mesh_dim_names=tuple(axes.sizes))
-        made = Mesh(axes, rank, jobs, device_mesh, source, slices, link or (0.0, 0.0))
+            device_mesh = DeviceMesh(place.type, torch.arange(world).view(*axes.sizes.values()), mesh_dim_names=tuple(axes.sizes))
+        made = Mesh(axes, rank, jobs, device_mesh, source, slices, link or (0.0, 0.0), place)
     except BaseException:
         _leave_group()
         raise
@@ -72,7 +83,7 @@ def init(
 def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> tuple[Any, Any]:
     """The jobs of shared memory, made by rank 0 and joined by the others once all agree on the mesh and the version: one
     for the main thread and, where weights are replicated over depth, one for the thread that sums their gradients."""
-    count = 2 if axes.depth else 1
+    count = 2 if axes.depth and options[-1] == "cpu" else 1
     jobs = [mesh.Job(0, axes.size, "", options[0]) for _ in range(count)] if rank == 0 else []
     description = f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, gingham {mesh.version()}"
     told = rendezvous.all_gather_object((description, [job.path for job in jobs]))
@@ -84,7 +95,19 @@ def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> tuple[Any, Any]:
     jobs = jobs or [mesh.Job(rank, axes.size, path, options[0]) for path in told[0][1]]
     for job in jobs:
         job.ready()
-    return jobs[0], jobs[1] if axes.depth else None
+    return jobs[0], jobs[1] if count == 2 else None
+
+
+def _use_gpu(job: Any) -> torch.device:
+    """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
+    ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
+    mesh.find_nccl()
+    if mesh.fake_device:
+        job.use_gpu(ordinal)
+        return torch.device("cpu")
+    torch.cuda.set_device(ordinal)
+    job.use_gpu(ordinal)
+    return torch.device("cuda", ordinal)
 
 
 def _leave_group() -> None:

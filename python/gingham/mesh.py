@@ -11,9 +11,11 @@ The only module that knows modes; to everything above, a mesh is axes and layout
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from .layout import Block, Cuts, Interval, Layout, Names, block, blocks_from_sha
 Job, ShapeError, MeshError, PeerDied, PeerStalled = _C.Job, _C.ShapeError, _C.MeshError, _C.PeerDied, _C.PeerStalled
 version = _C.version
 set_num_threads = _C.set_num_threads
+device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,19 @@ class Mesh:
     `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
 
     def __init__(
-        self, axes: Axes, rank: int, jobs: tuple[Any, Any], device_mesh: DeviceMesh, source: str, slices: int, link: tuple[float, float]
+        self,
+        axes: Axes,
+        rank: int,
+        jobs: tuple[Any, Any],
+        device_mesh: DeviceMesh,
+        source: str,
+        slices: int,
+        link: tuple[float, float],
+        device: torch.device,
     ) -> None:
         self.axes, self.rank, self.device_mesh, self._link = axes, rank, device_mesh, link
         self.job, self.background = jobs
+        self.device = device
         self.source, self.slices, self.size = source, slices, axes.size
         self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
         self.coordinates = coordinates_of(rank, self.sizes)
@@ -231,7 +243,7 @@ class Mesh:
         """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
         dim: where the rows lie. Differentiable; not counted as traffic. Its gradient is gathered, never summed."""
-        check_local(x, "scatter's x")
+        check_local(x, "scatter's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         cuts = self.cuts(operand, x.dim(), dim)
         return _Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
@@ -239,17 +251,16 @@ class Mesh:
     def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own.
         Differentiable (the gradient is this rank's block of it); not counted as traffic."""
-        check_local(x, "gather's x")
+        check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         return _Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
 
     def extents(self, layout: Layout, rows: int, features: int) -> tuple[Interval, int, Interval, int]:
         """From every rank's own sizes: my rows' (offset, length) and the global number of rows, the same of features.
-        One gather of 16 bytes a rank over the world, a control message; not cached, since a peer's size may change."""
+        A control message over the world; not cached, since a peer's size may change."""
         if self.size == 1:
             return (0, rows), rows, (0, features), features
-        shapes = self.world.all_gather(torch.tensor([rows, features]), self.source, False)
-        total, blocks = blocks_from_shapes([shape.tolist() for shape in shapes], (layout.rows, layout.features), self.sizes)
+        total, blocks = blocks_from_shapes(self.world.sizes([rows, features]), (layout.rows, layout.features), self.sizes)
         mine = blocks[self.rank]
         return mine[0], total[0], mine[1], total[1]
 
@@ -263,7 +274,7 @@ class Mesh:
         return torch.nn.Parameter(tensor)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised tensor in the heap that the ranks share, where peers read it in place."""
+        """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU."""
         if self.ended:
             raise MeshError(f"{self} was used after destroy: call gingham.init again")
         return self.job.empty(list(shape), str(dtype).removeprefix("torch."))
@@ -292,14 +303,16 @@ class Mesh:
         return self.job.memory()
 
 
-def check_local(x: Any, what: str) -> None:
-    """Raises TypeError unless x is a plain CPU tensor of real numbers."""
+def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:
+    """Raises TypeError unless x is a plain tensor of real numbers on the device of `mesh` (none: of the current mesh, or the CPU)."""
     if type(x) not in (torch.Tensor, torch.nn.Parameter):
         found = f"a {type(x).__name__}"
         fix = "pass x.to_local()" if isinstance(x, DTensor) else "pass this rank's block as a torch.Tensor"
         raise TypeError(f"{what}: got {found}, expected a plain local torch.Tensor; {fix}")
-    if x.device.type != "cpu":
-        raise TypeError(f"{what}: got a tensor on {x.device}, expected the mesh's device cpu; move it with .to('cpu')")
+    mesh = mesh or _current
+    expected = torch.device("cpu") if mesh is None else mesh.device
+    if x.device != expected:
+        raise TypeError(f"{what}: got a tensor on {x.device}, expected the mesh's device {expected}; move it with .to('{expected}')")
     if x.is_complex() or x.layout != torch.strided:
         raise TypeError(f"{what}: got {x.dtype}, {x.layout}, expected a dense tensor of real numbers")
 
@@ -336,6 +349,16 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return _Scatter.apply(grad, ctx.mesh, ctx.cuts, ctx.mine), None, None
+
+
+def find_nccl() -> None:
+    """Tells the C++ core where the nvidia-nccl wheel keeps its library, for processes whose torch has not loaded one."""
+    try:
+        wheel = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        set_nccl_path(str(Path(folder) / "lib" / "libnccl.so.2"))
 
 
 _current: Mesh | None = None

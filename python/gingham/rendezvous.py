@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 _stores: dict[tuple[str, int], dist.Store] = {}
@@ -37,8 +38,8 @@ def _store(size: int) -> dist.Store:
     return _stores[key]
 
 
-def make_process_group() -> bool:
-    """Creates the default process group unless there is one; returns whether it did."""
+def make_process_group(device: str = "cpu") -> bool:
+    """Creates the default process group unless there is one (Gloo, and NCCL for CUDA tensors); returns whether it did."""
     global _groups_made
     if dist.is_initialized():
         return False
@@ -47,7 +48,8 @@ def make_process_group() -> bool:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     _groups_made += 1
     store = dist.PrefixStore(f"gingham{_groups_made}", _store(size))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" and torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return True
 
 

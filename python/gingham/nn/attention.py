@@ -60,7 +60,7 @@ class SelfAttention(torch.nn.Module):
         else:
             scores = q @ k.transpose(-2, -1) * self.head_width**-0.5
             if self.causal:
-                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
             y = self.dropout(scores.softmax(-1)) @ v
         return self.o(y.transpose(1, 2).flatten(2))
 

@@ -22,7 +22,7 @@ def clip_grad_norm_(parameters: torch.Tensor | Iterable[torch.Tensor], max_norm:
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     infinite = norm_type == torch.inf
-    mine = torch.zeros(1, dtype=torch.float64)
+    mine = torch.zeros(1, dtype=torch.float64, device=mesh.device)
     for grad in grads:
         local = local_of(grad).double().abs()
         if infinite:

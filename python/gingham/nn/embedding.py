@@ -32,7 +32,7 @@ class Embedding(torch.nn.Module):
         self.weight = self.mesh.parameter(weight, (self.cut, outer.features))
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        check_local(ids, "Embedding's ids")
+        check_local(ids, "Embedding's ids", self.mesh)
         if ids.is_floating_point():
             raise TypeError(f"Embedding: got ids of {ids.dtype}, expected an integer dtype")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.count:

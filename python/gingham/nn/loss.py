@@ -29,9 +29,9 @@ def cross_entropy(
     count), 16 bytes, over the row axes; targets in other rows than the logits are gathered too. Backward moves nothing.
     Raises ShapeError where logits and targets do not fit.
     """
-    check_local(logits, "cross_entropy's logits")
-    check_local(target, "cross_entropy's target")
     mesh = current(mesh)
+    check_local(logits, "cross_entropy's logits", mesh)
+    check_local(target, "cross_entropy's target", mesh)
     given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
     moved = target.shape != logits.shape[:-1] and given != needed and target.dim() > 0
     if moved:
@@ -74,7 +74,7 @@ class _CrossEntropy(torch.autograd.Function):
             losses = losses - smoothing / vocabulary * parts[..., 3].sum(0)
         losses = torch.where(kept, losses, 0.0)
         summed = gather_parts(mesh, named.rows, torch.stack([losses.sum(), kept.sum().double()])).sum(0)
-        divisor = summed[1] if reduction == "mean" else torch.ones((), dtype=torch.float64)
+        divisor = summed[1] if reduction == "mean" else torch.ones((), dtype=torch.float64, device=x.device)
         ctx.smoothing, ctx.vocabulary, ctx.reduction, ctx.shape = smoothing, vocabulary, reduction, logits.shape
         ctx.save_for_backward(x, normaliser, column, mine & kept, kept, divisor)
         return losses.to(logits.dtype).view(shape), (summed[0] / divisor).to(logits.dtype)

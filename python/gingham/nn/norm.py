@@ -39,7 +39,7 @@ class LayerNorm(torch.nn.Module):
         self.bias = self.mesh.parameter(torch.zeros(normalized_shape, dtype=dtype), (self.stored,)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_local(x, "LayerNorm's x")
+        check_local(x, "LayerNorm's x", self.mesh)
         expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
         if x.dim() == 0 or x.shape[-1] != expected:
             raise ShapeError(
@@ -65,7 +65,7 @@ def merge(mesh: Mesh, names: Names, features: int, mean: torch.Tensor, m2: torch
         return mean, m2 / features
     ordered = tuple(name for name in mesh.sizes if name in names)
     places = [coordinates_of(rank, mesh.sizes) for rank in members(ordered, mesh.sizes, mesh.coordinates)]
-    counts = torch.tensor([interval(features, names, mesh.sizes, place)[1] for place in places], dtype=torch.float64)
+    counts = torch.tensor([interval(features, names, mesh.sizes, place)[1] for place in places], dtype=torch.float64, device=mean.device)
     counts = counts.view(-1, *[1] * mean.dim())
     means = parts[..., 0]
     total = (counts * means).sum(0) / features
