@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 TEXT ?=
 export OMP_NUM_THREADS ?= 1
 
-SOURCES := CMakeLists.txt setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' 2>/dev/null)
+SOURCES := CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
 .PHONY: demo test test-all build lint sanitize clean
 demo: build

@@ -25,6 +25,7 @@ class CMakeBuild(build_ext):
             "GINGHAM_BINDING": "ON",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
+            "WITH_CUDA": os.environ.get("WITH_CUDA", "AUTO"),
             # an isolated build environment has a new path every time, and the cache would keep the old one's
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         }

@@ -1,5 +1,5 @@
-// Y = X W + bias. Where Y lacks the slice dim (K) its whole block is summed slice by slice and reduce-scattered at the end; where it has
-// it (N, M) each panel is summed over its axis as it is made.
+// Y = X W + bias. Where nothing of Y is summed over ranks, bias and activation are part of the last product. Where Y lacks the slice dim (K) its
+// whole block is summed slice by slice and reduce-scattered at the end; where it has it (N, M) each panel is summed over its axis as it is made.
 #include "collectives/resident.h"
 #include "kernels/cast.h"
 #include "ops/frame.h"
@@ -9,7 +9,8 @@ namespace {
 
 // One map's results: sum is this rank's Y before bias, block what the products add to (sum itself, or workspace to be scattered).
 struct Lane {
-  Matrix y, z, sum, block;
+  Matrix y, z, sum, block, bias;
+  bool fused = false;  // the last product stores z and y
   int w_index = -1, y_index = -1;
 };
 
@@ -65,6 +66,11 @@ class ForwardRun {
       lane.z = active() ? call_.allocate(rows, cols) : lane.y;
       lane.sum = frame_.accumulator(lane.z, Order::row_major);
       lane.block = in_y(frame_.d) < 0 ? frame_.pass.block_for(map.y, frame_.y_cuts[i], lane.sum) : lane.sum;
+      lane.bias = call_.bias[i];
+      if (!lane.bias.empty() && map.y.cut() && map.y.dim == 1) {
+        const size_t r = static_cast<size_t>(map.y.axis->rank());
+        lane.bias = lane.bias.slice(1, frame_.y_cuts[i][r], frame_.y_cuts[i][r + 1]);
+      }
       lane.w_index = frame_.pass.declare(frame_.w_place(i), call_.w[i]);
       lane.y_index = frame_.pass.declare(frame_.y_place(i), lane.sum, Pass::Role::output);
     }
@@ -73,14 +79,39 @@ class ForwardRun {
   void compose() {
     for (size_t i = 0; i < lanes_.size(); i++) {
       Lane& lane = lanes_[i];
+      const Map& map = frame_.config.maps[i];
       Group& group = frame_.group(i);
       if (group.inputs.empty()) group.inputs.push_back(frame_.pass.input(frame_.x_place(), x_, x_index_, group.slices));
       Input* w = frame_.pass.input(frame_.w_place(i), call_.w[i], lane.w_index, group.slices);
       group.inputs.push_back(w);
       Output* y = frame_.pass.output(frame_.y_place(i), lane.block, lane.y_index, group.slices);
       group.products.push_back({y, {{group.inputs[0], w, false, false}}});
+      lane.fused = !map.y.shared() && group.slices.intervals() > 0;
+      if (lane.fused) group.products.back().tail = [this, &lane, &group](int s, int t) { return tail_at(lane, group.slices, s, t); };
       if (group.slices.intervals() == 0) fill_zero(lane.block, frame_.stream);
     }
+  }
+
+  // z is stored where it differs from the bare sum, y where there is an activation.
+  Tail tail_of(const Lane& lane) const {
+    Tail tail;
+    tail.bias = lane.bias;
+    tail.kind = call_.epilogue;
+    if (!lane.bias.empty() || lane.sum.data != lane.z.data) tail.z = lane.z;
+    if (active()) tail.y = lane.y;
+    return tail;
+  }
+
+  // The tail of one panel: Y's own where it has the slice dim; else the whole once, with the last panel.
+  Tail tail_at(const Lane& lane, const Slices& slices, int s, int t) const {
+    const int dim = in_y(frame_.d);
+    if (dim < 0) return s + 1 == slices.slices && t + 1 == slices.intervals() ? tail_of(lane) : Tail{};
+    Tail tail = tail_of(lane);
+    const auto piece = slices.piece(s, t);
+    if (dim == 1 && !tail.bias.empty()) tail.bias = tail.bias.slice(1, piece.begin, piece.end);
+    if (!tail.z.empty()) tail.z = tail.z.slice(dim, piece.begin, piece.end);
+    if (!tail.y.empty()) tail.y = tail.y.slice(dim, piece.begin, piece.end);
+    return tail;
   }
 
   std::vector<Matrix> finish() {
@@ -90,12 +121,7 @@ class ForwardRun {
       const std::vector<int64_t>& cuts = frame_.y_cuts[i];
       Lane& lane = lanes_[i];
       if (in_y(frame_.d) < 0 || !y.cut()) frame_.pass.settle(y, cuts, lane.block, lane.sum);
-      Matrix bias = call_.bias[i];
-      if (!bias.empty() && y.cut() && y.dim == 1) {
-        const size_t r = static_cast<size_t>(y.axis->rank());
-        bias = bias.slice(1, cuts[r], cuts[r + 1]);
-      }
-      epilogue(lane.sum, bias, lane.z, active() ? lane.y : Matrix{}, call_.epilogue, frame_.stream);
+      if (!lane.fused) epilogue(lane.sum, tail_of(lane), frame_.stream);
       out.push_back(lane.y);
     }
     if (active())

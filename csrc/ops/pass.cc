@@ -78,17 +78,25 @@ void Pass::run(const Group& group) {
       for (int turn = 0; turn < product.out->turns(); turn++) {
         product.out->begin(s, turn);
         for (int t = 0; t < intervals; t++) {
-          if (!product.out->holds(turn, t)) continue;
-          bool add = product.out->add();
-          for (const Factor& f : product.factors) {
-            const Matrix a = f.a->at(s, t), b = f.b->at(s, t);
-            gemm(f.a_turned ? a.t() : a, f.b_turned ? b.t() : b, product.out->at(s, t), add, stream_);
-            add = true;
-            for (Input* in : group.inputs) in->pump();
-          }
+          if (product.out->holds(turn, t)) multiply(group, product, s, t);
         }
         product.out->end(s, turn);
       }
+  }
+}
+
+void Pass::multiply(const Group& group, const Product& product, int slice, int interval) {
+  bool add = product.out->add();
+  const Matrix out = product.out->at(slice, interval);
+  for (const Factor& f : product.factors) {
+    const Matrix a = f.a->at(slice, interval), b = f.b->at(slice, interval);
+    const Tail tail = product.tail && &f == &product.factors.back() ? product.tail(slice, interval) : Tail{};
+    if (tail.empty())
+      gemm(f.a_turned ? a.t() : a, f.b_turned ? b.t() : b, out, add, stream_);
+    else
+      gemm(f.a_turned ? a.t() : a, f.b_turned ? b.t() : b, out, add, tail, stream_);
+    add = true;
+    for (Input* in : group.inputs) in->pump();
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include "base/stream.h"
 #include "collectives/resident.h"
+#include "kernels/epilogue.h"
 #include "ops/grid.h"
 #include "ops/input.h"
 #include "ops/output.h"
@@ -21,6 +22,7 @@ struct Factor {
 struct Product {
   Output* out;
   std::vector<Factor> factors;
+  std::function<Tail(int slice, int interval)> tail = {};  // what the last product into this panel applies as it stores it; empty: nothing
 };
 
 // The maps that share one set of slices: all of a step, or one map where the slice dim is its own N.
@@ -61,6 +63,7 @@ class Pass {
   Matrix workspace(int64_t rows, int64_t cols, DType dtype, Order order = Order::row_major);
 
  private:
+  void multiply(const Group& group, const Product& product, int slice, int interval);
   struct Board {
     Transport* axis;
     std::vector<Matrix> panels;

@@ -53,14 +53,7 @@ def init(
         axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **parse_parallel(parallel)})
     else:
         axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
-    device = device or os.environ.get("GINGHAM_DEVICE", "cpu")
-    if device not in ("cpu", "cuda"):
-        raise MeshError(f"device={device!r}: expected 'cpu' or 'cuda'")
-    source = source or ("ring" if device == "cuda" else "window")
-    if source not in ("window", "ring") or slices < 1:
-        raise MeshError(f"source={source!r}, slices={slices}: expected 'window' or 'ring', and at least 1")
-    if device == "cuda" and (source == "window" or link):
-        raise MeshError(f"device='cuda' with source={source!r}, link={link}: GPUs move panels through rings; leave both out")
+    device, source = _device_and_source(device, source, slices, link)
     rank, world = rendezvous.world()
     if axes.size != world:
         raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
@@ -78,6 +71,18 @@ def init(
         globals()["_previous_hook"], sys.excepthook = sys.excepthook, _report_and_print
     mesh.set_current(made)
     return made
+
+
+def _device_and_source(device: str | None, source: str | None, slices: int, link: tuple[float, float] | None) -> tuple[str, str]:
+    device = device or os.environ.get("GINGHAM_DEVICE", "cpu")
+    if device not in ("cpu", "cuda"):
+        raise MeshError(f"device={device!r}: expected 'cpu' or 'cuda'")
+    source = source or ("ring" if device == "cuda" else "window")
+    if source not in ("window", "ring") or slices < 1:
+        raise MeshError(f"source={source!r}, slices={slices}: expected 'window' or 'ring', and at least 1")
+    if device == "cuda" and (source == "window" or link):
+        raise MeshError(f"device='cuda' with source={source!r}, link={link}: GPUs move panels through rings; leave both out")
+    return device, source
 
 
 def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -102,11 +107,10 @@ def _use_gpu(job: Any) -> torch.device:
     """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
     mesh.find_nccl()
-    if mesh.fake_device:
-        job.use_gpu(ordinal)
+    job.use_gpu(ordinal)
+    if mesh.fake_device:  # the tests' runtime computes on torch's CPU tensors
         return torch.device("cpu")
     torch.cuda.set_device(ordinal)
-    job.use_gpu(ordinal)
     return torch.device("cuda", ordinal)
 
 
