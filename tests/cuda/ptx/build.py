@@ -4,15 +4,20 @@ Results are kept under build/ptx by the hash of all sources, so that a second ru
 """
 
 import hashlib
+import re
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC, KEPT = ROOT / "csrc", ROOT / "build" / "ptx"
-HOST = Path(__file__).with_name("host.cc")
-KERNELS = ("accumulate", "cast", "dropout", "epilogue", "gemm", "gemm_bf16", "gemm_f16", "gemm_plain", "gemm_tf32")
+HERE = Path(__file__).resolve().parent
+KERNELS = ("accumulate", "cast", "dropout", "epilogue", "gemm", "gemm_bf16", "gemm_f16", "gemm_plain", "gemm_tf32", "gemm_sm90")
+KERNELS += ("gemm_sm90_check",)
+ARCH = {"gemm_sm90": "90a"}  # the others: 80
 CPU = (
     "kernels/accumulate.cc",
     "kernels/cast.cc",
@@ -55,29 +60,34 @@ def digest(paths: list[Path], *more: str) -> str:
     return found.hexdigest()[:16]
 
 
-def sources(csrc: Path) -> list[Path]:
-    """What a kernel's translation unit may include."""
-    return sorted(path for folder in ("kernels", "base") for path in (csrc / folder).iterdir() if path.suffix in (".h", ".cuh"))
+def included(source: Path, csrc: Path) -> list[Path]:
+    """The source and what it includes of ours, directly or not."""
+    found, open_ = {source}, [source]
+    while open_:
+        path = open_.pop()
+        for name in re.findall(r'^\s*#\s*include\s*"([^"]+)"', path.read_text(), re.MULTILINE):
+            for candidate in (path.parent / name, csrc / name):
+                if candidate.exists() and candidate not in found:
+                    found.add(candidate)
+                    open_.append(candidate)
+    return sorted(found)
 
 
-def kept(name: str, key: str, make: "callable", *suffixes: str) -> list[Path]:  # type: ignore[valid-type]
+def kept(name: str, key: str, make: Callable[[Path], list[Path]], *suffixes: str) -> list[Path]:
     """Files of this name and key, made once: written beside and renamed, so that a run that is cut short leaves none."""
     KEPT.mkdir(parents=True, exist_ok=True)
     paths = [KEPT / f"{name}-{key}{suffix}" for suffix in suffixes]
     if not all(path.exists() for path in paths):
-        scratch = KEPT / f"{name}-{key}.new"
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir()
-        made = make(scratch)
-        for path, new in zip(paths, made, strict=True):
+        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-{key}.", dir=KEPT))
+        for path, new in zip(paths, make(scratch), strict=True):
             new.replace(path)
         shutil.rmtree(scratch)
     return paths
 
 
-def kernel(name: str, csrc: Path, arch: str) -> tuple[Path, Path]:
+def kernel(source: Path, csrc: Path) -> list[Path]:
     """The object of its host code and its PTX, from one run of nvcc."""
-    source = csrc / "kernels" / f"{name}.cu"
+    name, arch = source.stem, ARCH.get(source.stem, "80")
 
     def make(scratch: Path) -> list[Path]:
         made = scratch / f"{name}.o"
@@ -85,22 +95,22 @@ def kernel(name: str, csrc: Path, arch: str) -> tuple[Path, Path]:
         command(nvcc(), *flags, "-I", csrc, "-c", source, "-o", made, "--keep", "--keep-dir", scratch)
         return [made, scratch / f"{name}.ptx"]
 
-    made = kept(name, digest([source, *sources(csrc)], arch, str(csrc)), make, ".o", ".ptx")
-    return made[0], made[1]
+    return kept(name, digest(included(source, csrc), arch), make, ".o", ".ptx")
 
 
-def cpu_object(path: Path, csrc: Path) -> Path:
+def cpu_object(source: Path, csrc: Path) -> Path:
     def make(scratch: Path) -> list[Path]:
         made = scratch / "made.o"
-        command(nvcc(), "-std=c++20", "-O1", "-Xcompiler", "-fPIC", "-DGINGHAM_CUDA", "-I", csrc, "-c", path, "-o", made)
+        command(nvcc(), "-std=c++20", "-O1", "-Xcompiler", "-fPIC", "-DGINGHAM_CUDA", "-I", csrc, "-c", source, "-o", made)
         return [made]
 
-    return kept(path.stem + "_cpu", digest([path, *sources(csrc)]), make, ".o")[0]
+    return kept(source.stem + "_cpu", digest(included(source, csrc)), make, ".o")[0]
 
 
-def build(csrc: Path = CSRC, kernels: tuple[str, ...] = KERNELS, arch: str = "80") -> Built:
-    made = {name: kernel(name, csrc, arch) for name in kernels}
-    objects = [pair[0] for pair in made.values()] + [cpu_object(csrc / name, csrc) for name in CPU] + [cpu_object(HOST, csrc)]
+def build(csrc: Path = CSRC) -> Built:
+    made = {name: kernel(csrc / "kernels" / f"{name}.cu", csrc) for name in KERNELS}
+    made["host_sm90"] = kernel(HERE / "host_sm90.cu", csrc)
+    objects = [pair[0] for pair in made.values()] + [cpu_object(csrc / name, csrc) for name in CPU] + [cpu_object(HERE / "host.cc", csrc)]
 
     def make(scratch: Path) -> list[Path]:
         command("g++", "-shared", "-o", scratch / "host.so", *objects, "-ldl", "-lpthread")

@@ -111,7 +111,11 @@ def partial(m: Machine, where: Array, count: Array) -> Array:
 
 @opcode("cp")
 def cp(m: Machine, instr: Instr) -> Step:
-    if instr.mods[0] != "async" or "bulk" in instr.mods or "mbarrier" in instr.mods:
+    if "bulk" in instr.mods:
+        from .tma import bulk
+
+        return bulk(m, instr)
+    if instr.mods[0] != "async" or "mbarrier" in instr.mods:
         raise PtxError(f"unknown opcode cp.{'.'.join(instr.mods)} in {instr}")
     own = copies_of(m)
     if "commit_group" in instr.mods:

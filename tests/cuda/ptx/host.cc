@@ -1,7 +1,11 @@
 // The CUDA runtime for rung 4: a launch hands the kernel's mangled name, its grid and its arguments to a function of the test's, which runs
 // the kernel's PTX; memory is the test's. The host code of csrc/kernels/*.cu runs as nvcc compiled it. Below: the kernels' public
 // functions under plain names.
+#include "host.h"
+
+#include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <string.h>
 
 #include <string>
 #include <unordered_map>
@@ -12,6 +16,7 @@
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
 #include "kernels/gemm.h"
+#include "kernels/gemm_sm90.cuh"
 
 namespace {
 
@@ -22,32 +27,54 @@ LaunchFn launch_fn = nullptr;
 AllocateFn allocate_fn = nullptr;
 std::string message;
 
+// What tma.py reads in place of the driver's 128 bytes.
+struct __attribute__((packed)) TensorMap {
+  uint32_t magic;
+  uint8_t width, rank, swizzle, unused;
+  uint64_t base, sizes[3], strides[2];
+  uint32_t box[3];
+};
+
 std::unordered_map<const void*, std::string>& names() {
   static std::unordered_map<const void*, std::string> map;
   return map;
 }
 
-class TestStream : public gingham::Stream {
- public:
-  gingham::Device device() const override { return gingham::Device::cuda; }
-  void* allocate(size_t bytes, gingham::Heap::Kind) const override { return allocate_fn(bytes); }
-  void free(void*) const override {}
-};
+int device = 0, capability[2] = {8, 0}, capturing = 0;
 
-template <class Fn>
-int guarded(bool tf32, Fn fn) {
-  TestStream stream;
-  stream.math = tf32 ? gingham::Math::tf32 : gingham::Math::exact;
-  try {
-    fn(stream);
-    return 0;
-  } catch (const std::exception& error) {
-    message = error.what();
-    return 1;
+CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes, const cuuint64_t* strides,
+                const cuuint32_t* box, const cuuint32_t* every, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
+                CUtensorMapFloatOOBfill fill) {
+  const bool half = type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const uint32_t width = half ? 2 : (type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 0), span = swizzle ? 16u << swizzle : 0;
+  bool fine = width && rank >= 1 && rank <= 3 && reinterpret_cast<uintptr_t>(base) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+              swizzle <= CU_TENSOR_MAP_SWIZZLE_128B && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  TensorMap packed{
+      0x544D4150, static_cast<uint8_t>(width), static_cast<uint8_t>(rank), static_cast<uint8_t>(swizzle), 0, reinterpret_cast<uint64_t>(base), {}, {},
+      {}};
+  for (uint32_t i = 0; fine && i < rank; i++) {
+    packed.sizes[i] = sizes[i];
+    packed.box[i] = box[i];
+    fine = sizes[i] > 0 && sizes[i] <= uint64_t{1} << 32 && box[i] > 0 && box[i] <= 256 && every[i] == 1;
+    if (i + 1 < rank) {
+      packed.strides[i] = strides[i];
+      fine = fine && strides[i] % 16 == 0 && strides[i] > 0 && strides[i] < uint64_t{1} << 40;
+    }
   }
+  fine = fine && box[0] * width % 16 == 0 && (!span || box[0] * width <= span);
+  if (!fine) return CUDA_ERROR_INVALID_VALUE;
+  memset(map, 0, sizeof *map);
+  memcpy(map, &packed, sizeof packed);
+  return CUDA_SUCCESS;
 }
 
 }  // namespace
+
+void* TestStream::allocate(size_t bytes, gingham::Heap::Kind) const { return allocate_fn(bytes); }
+int failed(const std::exception& error) {
+  message = error.what();
+  return 1;
+}
 
 extern "C" {
 
@@ -68,6 +95,34 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* found) {
+  *found = device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrComputeCapabilityMajor ? capability[0] : (which == cudaDevAttrComputeCapabilityMinor ? capability[1] : 0);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  memset(to, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
+  memcpy(to, from, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool known = strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = known ? reinterpret_cast<void*>(&encode) : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
 const char* cudaGetErrorString(cudaError_t) { return "the test's launch failed"; }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** args) {
@@ -79,6 +134,21 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
 void host_begin(LaunchFn launch, AllocateFn allocate) {
   launch_fn = launch;
   allocate_fn = allocate;
+}
+// The device at hand from now on.
+void host_device(int number, int major, int minor, int captured) {
+  device = number;
+  capability[0] = major;
+  capability[1] = minor;
+  capturing = captured;
+}
+const char* host_sm90_status() {
+  static std::string kept;
+  kept = gingham::cuda::sm90_status();
+  return kept.c_str();
+}
+int host_sm90_checked(int* on) {
+  return guarded(false, [&](const gingham::Stream& stream) { *on = gingham::cuda::sm90_checked(stream); });
 }
 const char* host_message() { return message.c_str(); }
 
@@ -120,8 +190,7 @@ int host_cpu_dropout(const void* x, void* y, int dtype, int dims, const int64_t*
     gingham::dropout(x, y, static_cast<gingham::DType>(dtype), local, global, offset, {7, 5, 3, p}, gingham::CpuStream{});
     return 0;
   } catch (const std::exception& error) {
-    message = error.what();
-    return 1;
+    return failed(error);
   }
 }
 

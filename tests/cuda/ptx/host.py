@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .build import CSRC, KERNELS, build
+from .build import CSRC, build
 from .floating import bf16_bits, bf16_value
 from .machine import Counts, Launch, Machine
 from .memory import Array, Memory
@@ -67,6 +67,7 @@ def parsed(path: Path) -> Module:
 def library(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
     found.host_message.restype = ctypes.c_char_p
+    found.host_sm90_status.restype = ctypes.c_char_p
     return found
 
 
@@ -100,15 +101,13 @@ class Host:
     seed: int = 0
     groups: int = 2
     csrc: Path = CSRC
-    kernels: tuple[str, ...] = KERNELS
-    arch: str = "80"
     capacity: int = 64 << 20
     launches: list[Launched] = field(default_factory=list)
     conflicts: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.capacity)
-        built = build(self.csrc, self.kernels, self.arch)
+        built = build(self.csrc)
         self.library = library(built.library)
         self.modules = [parsed(path) for path in built.ptx.values()]
         self.error: BaseException | None = None
@@ -184,6 +183,12 @@ class Host:
     def gemm(self, a: View, b: View, c: View | None, accumulate: bool = False, tail: Tail | None = None, tf32: bool = False) -> None:
         out = c.matrix if c else Matrix()
         self.call("host_gemm", *(ctypes.byref(x) for x in (a.matrix, b.matrix, out, tail or Tail())), int(accumulate), int(tf32))
+
+    def sm90(
+        self, a: View, b: View, c: View | None, accumulate: bool = False, tail: Tail | None = None, wide: int = 128, piece: int = 0
+    ) -> None:
+        matrices = [ctypes.byref(x) for x in (a.matrix, b.matrix, c.matrix if c else Matrix(), tail or Tail())]
+        self.call("host_sm90", *matrices, int(accumulate), ctypes.c_int64(piece or a.matrix.cols), wide)
 
     def run(self, name: str, *views: Any) -> None:
         """host_<name> of host.cc; matrices and tails by address."""

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .memory import FIRST_SHARED, Array, BlockMemory, Fault, Memory, pack
-from .parse import Entry, Instr, Module, PtxError, Variable
+from .parse import Address, Entry, Instr, Module, Operand, PtxError, Reg, Variable, Vec
 
 Sel = Any  # a slice of the threads, or an array of their places
 Step = Callable[[Sel], None]
@@ -29,6 +29,18 @@ LEAPS: dict[str, Callable[["Machine", Instr], Leap | None]] = {}  # None: this f
 
 NUMPY = {"pred": "?", **{f"b{n}": f"u{n // 8}" for n in (8, 16, 32, 64)}, "f16": "u2", "f32": "u4", "f64": "u8"}
 NUMPY |= {f"{kind}{n}": f"u{n // 8}" for kind in "us" for n in (8, 16, 32, 64)}
+
+WATCHING = {"wgmma"}  # opcodes that watch registers
+
+
+def registers_in(operand: Operand) -> list[Reg]:
+    if isinstance(operand, Reg):
+        return [operand]
+    if isinstance(operand, Vec):
+        return [reg for item in operand.items for reg in registers_in(item)]
+    if isinstance(operand, Address):
+        return [reg for item in (operand.base, *operand.coords) for reg in registers_in(item)]
+    return []
 
 
 def opcode(*names: str) -> Callable[[Any], Any]:
@@ -95,6 +107,7 @@ class Machine:
         self.idle_hooks: list[Callable[[], bool]] = []  # may make a thread run again; true if they did
         self.exit_hooks: list[Callable[[Sel], None]] = []
         self.attached: dict[str, Any] = {}
+        self.watchers: list[tuple[set[str], Callable[[Sel, bool], None]]] = []  # called when another instruction uses these registers
         self.regs = {name: np.zeros(self.total, NUMPY.get(kind, "u4")) for name, kind in entry.regs.items()}
         self.code: list[Any] = []
         self.build()
@@ -167,16 +180,18 @@ class Machine:
     def build(self) -> None:
         """Each instruction becomes a function of the threads that run it; segments end at leaps and before labels."""
         instrs = self.entry.instrs
-        self.leaps: list[bool] = []
-        for instr in instrs:
-            made = LEAPS[instr.opcode](self, instr) if instr.opcode in LEAPS else None
-            if made is not None:
-                self.code.append(self.guarded_leap(instr, made, len(self.code) + 1))
-            elif instr.opcode in BUILDERS:
-                self.code.append(self.guarded(instr, BUILDERS[instr.opcode](self, instr)))
-            else:
+        leaps = [LEAPS[instr.opcode](self, instr) if instr.opcode in LEAPS else None for instr in instrs]
+        self.leaps = [made is not None for made in leaps]
+        steps: list[Step | None] = []
+        for instr, made in zip(instrs, leaps, strict=True):
+            if made is None and instr.opcode not in BUILDERS:
                 raise PtxError(f"unknown opcode {instr.opcode}.{'.'.join(instr.mods)} in {instr}")
-            self.leaps.append(made is not None)
+            steps.append(None if made else BUILDERS[instr.opcode](self, instr))
+        for at, (instr, made, step) in enumerate(zip(instrs, leaps, steps, strict=True)):
+            if made is not None:
+                self.code.append(self.guarded_leap(instr, made, at + 1))
+            elif step is not None:
+                self.code.append(self.guarded(instr, self.watched(instr, step)))
         leaders = set(self.entry.labels.values())
         self.ends = [0] * len(instrs)
         end = len(instrs)
@@ -184,6 +199,21 @@ class Machine:
             if self.leaps[at] or at + 1 in leaders:
                 end = at + 1
             self.ends[at] = end
+
+    def watched(self, instr: Instr, step: Step) -> Step:
+        """With calls of those who watch its registers."""
+        names = [{reg.name for reg in registers_in(operand)} for operand in instr.operands]
+        calls = [call for watched, call in self.watchers if any(watched & found for found in names)]
+        if instr.opcode in WATCHING or not calls:
+            return step
+        writes = any(watched & names[0] for watched, _ in self.watchers)
+
+        def run(sel: Sel) -> None:
+            for call in calls:
+                call(sel, writes)
+            step(sel)
+
+        return run
 
     def guarded(self, instr: Instr, step: Step) -> Step:
         if not instr.guard:

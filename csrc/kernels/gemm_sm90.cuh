@@ -1,0 +1,31 @@
+// gemm on Hopper (sm_90a) for 16-bit operands: the tensor memory accelerator brings tiles, warpgroups multiply them from shared memory. It is
+// off until sm90_checked has compared it with the kernels of gemm_tile.cuh on the device at hand. In gemm.cu, before the choice of tiles:
+//   if (sm90_enabled(operands, stream)) return gemm_sm90(operands, store, stream);
+#pragma once
+#include <string>
+
+#include "base/stream.h"
+
+namespace gingham::cuda {
+
+struct Operands;
+struct Bf16;
+struct F16;
+template <class T>
+struct Store;
+
+// Whether the accelerator can read the operands: base and pitch multiples of 16 bytes, sizes below 2^31.
+bool sm90_takes(const Operands& operands);
+// The same, large enough to fill a tile, and checked.
+bool sm90_enabled(const Operands& operands, const Stream& stream);
+void gemm_sm90(const Operands& operands, const Store<Bf16>& store, const Stream& stream);
+void gemm_sm90(const Operands& operands, const Store<F16>& store, const Stream& stream);
+
+// Once per process and device: compute capability 9.0, then products in every order of the operands and with cut tiles by both kernels,
+// compared bit by bit (small whole numbers, whose sums are exact). Any difference, error or hang leaves it off, as does GINGHAM_SM90=0. Waits for
+// the stream. While the stream is captured into a graph it answers false, and may be asked again.
+bool sm90_checked(const Stream& stream);
+// "on", or why it is off, for the calling thread's device.
+std::string sm90_status();
+
+}  // namespace gingham::cuda

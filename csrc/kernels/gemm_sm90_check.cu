@@ -1,0 +1,179 @@
+// The start-up check of the sm_90a products against those of gemm_tile.cuh.
+#include <stdlib.h>
+#include <string.h>
+
+#include <map>
+#include <mutex>
+
+#include "kernels/gemm_sm90.cuh"
+
+#ifndef GINGHAM_SHIM
+#include "kernels/gemm_sm90_launch.cuh"
+
+namespace gingham::cuda {
+namespace {
+
+// Whole numbers from -4 to 4.
+template <class T>
+__global__ void fill_kernel(T* to, int count, uint32_t seed) {
+  const uint32_t i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= static_cast<uint32_t>(count)) return;
+  uint32_t x = (i + seed) * 0x9E3779B9u;
+  x = (x ^ x >> 16) * 0x85EBCA6Bu;
+  narrow(static_cast<float>((x >> 16) % 9) - 4.0f, to[i]);
+}
+
+__global__ void compare_kernel(const float* a, const float* b, int count, int* differ) {
+  const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i < count && !(a[i] == b[i])) *differ = 1;
+}
+
+constexpr int kRows = 200, kCols = 328, kDeep = 456;  // tiles cut on every side; more steps than stages
+constexpr int kBlock = 256;
+
+template <class T>
+void fill(T* to, int count, uint32_t seed, const Stream& stream) {
+  launch(stream, fill_kernel<T>, dim3(static_cast<unsigned>(ceil_div(count, kBlock))), kBlock, 0, to, count, seed);
+}
+
+void reference(const Operands& p, const Store<Bf16>& store, const Stream& stream) { gemm_bf16(p, store, TileSize::small, stream); }
+void reference(const Operands& p, const Store<F16>& store, const Stream& stream) { gemm_f16(p, store, TileSize::small, stream); }
+
+Operands operands_of(const void* a, const void* b, bool a_along_k, bool b_along_k) {
+  Operands p{};
+  p.a = a;
+  p.b = b;
+  p.a_along_k = a_along_k;
+  p.b_along_k = b_along_k;
+  p.lda = a_along_k ? kDeep : kRows;
+  p.ldb = b_along_k ? kDeep : kCols;
+  p.aligned = true;
+  p.m = kRows;
+  p.n = kCols;
+  p.k = p.piece = kDeep;
+  return p;
+}
+
+template <class T>
+Store<T> adding_to(float* c) {
+  Store<T> store;
+  store.c = View<float>(dense(c, kRows, kCols, DType::f32));
+  store.add = store.aligned = true;
+  return store;
+}
+
+// Device memory: flags[0] becomes 1 where the results differ, flags[1] where a wait had no end.
+template <class T>
+void compare(int* flags, const Stream& stream) {
+  constexpr int count = kRows * kCols;
+  const Scratch room_a(stream, sizeof(T) * kRows * kDeep), room_b(stream, sizeof(T) * kDeep * kCols), room_c(stream, 2 * sizeof(float) * count);
+  T *a = reinterpret_cast<T*>(room_a.data()), *b = reinterpret_cast<T*>(room_b.data());
+  float *one = reinterpret_cast<float*>(room_c.data()), *two = one + count;
+  fill(a, kRows * kDeep, 1, stream);
+  fill(b, kDeep * kCols, 2, stream);
+  for (int order = 0; order < 4; order++)
+    for (const int wide : {128, 256}) {
+      const Operands p = operands_of(a, b, order & 1, order & 2);
+      CHECK(DeviceError, sm90_takes(p), "the allocator's memory is not aligned to 16 bytes");
+      fill(one, count, 3, stream);
+      fill(two, count, 3, stream);
+      run_sm90(p, adding_to<T>(one), wide, flags + 1, stream);
+      reference(p, adding_to<T>(two), stream);
+      launch(stream, compare_kernel, dim3(static_cast<unsigned>(ceil_div(count, kBlock))), kBlock, 0, static_cast<const float*>(one),
+             static_cast<const float*>(two), count, flags);
+    }
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int value = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&value, which, device));
+  return value;
+}
+
+// Empty where all is well.
+std::string examine(int device, const Stream& stream) {
+  const char* wish = getenv("GINGHAM_SM90");
+  if (wish && strcmp(wish, "0") == 0) return "GINGHAM_SM90=0";
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device), minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return concat("the device has compute capability ", major, ".", minor, ", not 9.0");
+  if (!encode_tiled()) return "the driver has no cuTensorMapEncodeTiled";
+  const Scratch room(stream, 2 * sizeof(int));
+  int* flags = reinterpret_cast<int*>(room.data());
+  int found[2] = {0, 0};
+  CUDA_CHECK(cudaMemsetAsync(flags, 0, sizeof found, native(stream)));
+  compare<Bf16>(flags, stream);
+  compare<F16>(flags, stream);
+  CUDA_CHECK(cudaMemcpyAsync(found, flags, sizeof found, cudaMemcpyDeviceToHost, native(stream)));
+  CUDA_CHECK(cudaStreamSynchronize(native(stream)));
+  if (found[1]) return "a wait of the check had no end";
+  if (found[0]) return "its results differ from those of the sm_80 kernels";
+  return "";
+}
+
+struct Verdict {
+  bool on = false;
+  std::string why = "not checked yet: it is when the first product needs it";
+};
+
+std::mutex mutex;
+std::map<int, Verdict>& verdicts() {
+  static std::map<int, Verdict> found;
+  return found;
+}
+
+int current_device() {
+  int device = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  return device;
+}
+
+}  // namespace
+
+EncodeTiled encode_tiled() {
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  }();
+  return found;
+}
+
+bool sm90_checked(const Stream& stream) {
+  const std::lock_guard lock(mutex);
+  const int device = current_device();
+  const auto known = verdicts().find(device);
+  if (known != verdicts().end()) return known->second.on;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  CUDA_CHECK(cudaStreamIsCapturing(native(stream), &status));
+  if (status != cudaStreamCaptureStatusNone) return false;
+  Verdict verdict;
+  try {
+    verdict.why = examine(device, stream);
+    verdict.on = verdict.why.empty();
+    if (verdict.on) verdict.why = "on";
+  } catch (const std::exception& error) {
+    verdict.why = error.what();
+    cudaGetLastError();
+  }
+  return (verdicts()[device] = verdict).on;
+}
+
+std::string sm90_status() {
+  const std::lock_guard lock(mutex);
+  const auto known = verdicts().find(current_device());
+  if (known != verdicts().end()) return known->second.on ? "on" : "off: " + known->second.why;
+  return "off: " + Verdict{}.why;
+}
+
+}  // namespace gingham::cuda
+
+#else
+
+namespace gingham::cuda {
+
+bool sm90_checked(const Stream&) { return false; }
+std::string sm90_status() { return "off: not available in the host shim"; }
+
+}  // namespace gingham::cuda
+#endif
