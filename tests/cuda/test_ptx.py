@@ -1,48 +1,25 @@
 """Rung 4: the PTX nvcc writes for csrc/kernels, run by the interpreter of cuda/ptx and compared with float64. The kernels' own host code
-chooses tiles and arguments. Not seen here: speed, ptxas, the order in which threads see plain stores. A table of the errors is printed at the end.
+chooses tiles and arguments. Not seen here: speed, ptxas, the order in which threads see plain stores. A table of the errors is printed at
+the end.
 """
 
+import ctypes
 import math
-import shutil
 import time
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from cuda.ptx.host import Host, View
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+from cuda import nvcc
+from cuda.ptx.host import Host, View
+from cuda.ptx.report import Report
+
+pytestmark = pytest.mark.skipif(nvcc.toolkit() is None, reason="needs nvcc")
 
 TIMINGS = ["early", "late"]
 # relative to the largest element; tf32 keeps 10 bits of each factor
 LIMITS = {"bf16": 1e-6, "f16": 1e-6, "f32": 2e-6, "tf32": 1e-3, "f64": 1e-14}
 STEP = {"bf16": 2.0**-8, "f16": 2.0**-11, "f32": 2.0**-22, "f64": 2.0**-48}  # of results rounded to the layer's type
-
-
-@pytest.fixture(scope="module")
-def table(request: pytest.FixtureRequest) -> Iterator[list[tuple[str, float, float]]]:
-    rows: list[tuple[str, float, float]] = []
-    yield rows
-    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
-        print()
-        for name, error, seconds in rows:
-            print(f"  {name:<64} error {error:8.1e}  {seconds:6.2f} s")
-
-
-@pytest.fixture(autouse=True)
-def seconds() -> Iterator[None]:
-    global began
-    began = time.perf_counter()
-    yield
-
-
-began = 0.0
-
-
-def record(table: list[tuple[str, float, float]], name: str, got: np.ndarray, expected: np.ndarray, limit: float) -> None:
-    error = float(np.abs(got - expected).max() / max(np.abs(expected).max(), 1e-300))
-    table.append((name, error, time.perf_counter() - began))
-    assert error <= limit, f"{name}: {error:.1e} > {limit:.1e}"
 
 
 def normal(rows: int, cols: int, seed: int = 0) -> np.ndarray:
@@ -65,7 +42,7 @@ def slope(kind: str, z: np.ndarray) -> np.ndarray:
 
 
 def check_gemm(
-    table: list,
+    report: Report,
     shape: tuple[int, int, int],
     dtype: str,
     orders: str,
@@ -86,26 +63,26 @@ def check_gemm(
     before = host.read(c) if accumulate else 0
     host.gemm(a, b, c, accumulate, tf32=tf32)
     name = f"gemm {m}x{n}x{k} {dtype} {orders} {timing}{' +=' if accumulate else ''}{f' pad {pad}' if pad else ''}"
-    record(table, name, host.read(c), before + host.read(a) @ host.read(b), LIMITS[dtype])
+    report.check(name, host.read(c), before + host.read(a) @ host.read(b), LIMITS[dtype])
     return host
 
 
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("orders", ["rrr", "rcr", "crr", "ccr"])
-def test_gemm_bf16_in_every_order(table: list, orders: str, timing: str) -> None:
-    check_gemm(table, (136, 128, 90), "bf16", orders, timing, accumulate=True)
-    check_gemm(table, (136, 128, 88), "bf16", orders, timing, accumulate=False)
+def test_gemm_bf16_in_every_order(report: Report, orders: str, timing: str) -> None:
+    check_gemm(report, (136, 128, 90), "bf16", orders, timing, accumulate=True)
+    check_gemm(report, (136, 128, 88), "bf16", orders, timing, accumulate=False)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "tf32", "f32", "f64"])
-def test_gemm_of_every_type(table: list, dtype: str) -> None:
-    check_gemm(table, (72, 56, 90), dtype, "rcr", "late", accumulate=True)
-    check_gemm(table, (72, 56, 90), dtype, "crc", "early", accumulate=False, pad=3, offset=1)
+def test_gemm_of_every_type(report: Report, dtype: str) -> None:
+    check_gemm(report, (72, 56, 90), dtype, "rcr", "late", accumulate=True)
+    check_gemm(report, (72, 56, 90), dtype, "crc", "early", accumulate=False, pad=3, offset=1)
 
 
-def test_gemm_256_bf16_takes_seconds(table: list) -> None:
+def test_gemm_256_bf16_takes_seconds(report: Report) -> None:
     start = time.perf_counter()
-    check_gemm(table, (256, 256, 256), "bf16", "rrr", "late", accumulate=False)
+    check_gemm(report, (256, 256, 256), "bf16", "rrr", "late", accumulate=False)
     assert time.perf_counter() - start < 10
 
 
@@ -113,29 +90,29 @@ def test_gemm_256_bf16_takes_seconds(table: list) -> None:
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("dtype", ["bf16", "f16", "tf32", "f32", "f64"])
 @pytest.mark.parametrize("shape", [(136, 128, 90), (1, 70, 33), (65, 1, 64), (130, 66, 192), (64, 64, 1)])
-def test_gemm_matrix(table: list, shape: tuple[int, int, int], dtype: str, timing: str) -> None:
+def test_gemm_matrix(report: Report, shape: tuple[int, int, int], dtype: str, timing: str) -> None:
     for orders in ("rrr", "rcr", "crr", "ccr", "rrc", "rcc", "crc", "ccc"):
-        check_gemm(table, shape, dtype, orders, timing, accumulate=True, pad=(0, 8)[orders[0] == "r"])
-    check_gemm(table, shape, dtype, "rrr", timing, accumulate=False, pad=1, offset=3, groups=4)
+        check_gemm(report, shape, dtype, orders, timing, accumulate=True, pad=(0, 8)[orders[0] == "r"])
+    check_gemm(report, shape, dtype, "rrr", timing, accumulate=False, pad=1, offset=3, groups=4)
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("timing", TIMINGS)
 @pytest.mark.parametrize("dtype", ["bf16", "tf32"])
-def test_gemm_large_tiles(table: list, dtype: str, timing: str) -> None:
+def test_gemm_large_tiles(report: Report, dtype: str, timing: str) -> None:
     """Half of the multiprocessors have a tile; shallow, so that it takes seconds."""
     for orders in ("rr", "rc", "cr", "cc"):
-        host = check_gemm(table, (1040, 2056, 72), dtype, orders + "r", timing, accumulate=False)
+        host = check_gemm(report, (1040, 2056, 72), dtype, orders + "r", timing, accumulate=False)
         assert host.launches[0].block[0] == 256
 
 
-def test_gemm_in_pieces_of_k(table: list) -> None:
-    host = check_gemm(table, (40, 24, 1100), "bf16", "rcr", "late", accumulate=True)
+def test_gemm_in_pieces_of_k(report: Report) -> None:
+    host = check_gemm(report, (40, 24, 1100), "bf16", "rcr", "late", accumulate=True)
     assert [launched.grid[2] for launched in host.launches] == [2, 1]
 
 
 @pytest.mark.parametrize("kind", ["gelu", "silu"])
-def test_gemm_with_its_tail(table: list, kind: str) -> None:
+def test_gemm_with_its_tail(report: Report, kind: str) -> None:
     host = Host(seed=3)
     m, n, k = 72, 80, 64
     a, b = host.matrix(normal(m, k, 1), "bf16"), host.matrix(normal(k, n, 2), "bf16", column_major=True)
@@ -143,9 +120,8 @@ def test_gemm_with_its_tail(table: list, kind: str) -> None:
     z, y = host.empty(m, n, "bf16"), host.empty(m, n, "bf16")
     host.gemm(a, b, None, tail=host.tail(kind, bias=bias, residual=residual, z=z, y=y))
     linear = host.read(a) @ host.read(b) + host.read(bias)
-    record(table, f"gemm's tail, Z with bias ({kind})", host.read(z), linear, STEP["bf16"])
-    record(
-        table,
+    report.check(f"gemm's tail, Z with bias ({kind})", host.read(z), linear, STEP["bf16"])
+    report.check(
         f"gemm's tail, Y = {kind}(Z) + residual",
         host.read(y),
         (gelu if kind == "gelu" else silu)(linear) + host.read(residual),
@@ -154,7 +130,7 @@ def test_gemm_with_its_tail(table: list, kind: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-def test_epilogue_and_its_gradient(table: list, dtype: str) -> None:
+def test_epilogue_and_its_gradient(report: Report, dtype: str) -> None:
     for kind, function in (("gelu", gelu), ("silu", silu)):
         host = Host(seed=1)
         m, n = 37, 44
@@ -163,11 +139,11 @@ def test_epilogue_and_its_gradient(table: list, dtype: str) -> None:
         z, y, dz = (host.empty(m, n, dtype) for _ in range(3))
         host.run("epilogue", c, host.tail(kind, bias=bias, z=z, y=y))
         linear = host.read(c) + host.read(bias)
-        record(table, f"epilogue {dtype} {kind}: Z", host.read(z), linear, STEP[dtype])
-        record(table, f"epilogue {dtype} {kind}: Y", host.read(y), function(linear), STEP[dtype])
+        report.check(f"epilogue {dtype} {kind}: Z", host.read(z), linear, STEP[dtype])
+        report.check(f"epilogue {dtype} {kind}: Y", host.read(y), function(linear), STEP[dtype])
         dy = host.matrix(normal(m, n, 5), dtype)
         host.run("activation_backward", dy, z, dz, {"gelu": 1, "silu": 2}[kind])
-        record(table, f"activation_backward {dtype} {kind}", host.read(dz), host.read(dy) * slope(kind, host.read(z)), 2 * STEP[dtype])
+        report.check(f"activation_backward {dtype} {kind}", host.read(dz), host.read(dy) * slope(kind, host.read(z)), 2 * STEP[dtype])
 
 
 def rounded(host: Host, values: np.ndarray, dtype: str) -> np.ndarray:
@@ -176,14 +152,13 @@ def rounded(host: Host, values: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("orders", [("r", "r"), ("r", "c"), ("c", "r")])
 @pytest.mark.parametrize("pair", [("bf16", "f32"), ("f32", "bf16"), ("f16", "f32"), ("f32", "f16"), ("f32", "f32"), ("bf16", "bf16")])
-def test_cast(table: list, pair: tuple[str, str], orders: tuple[str, str]) -> None:
+def test_cast(report: Report, pair: tuple[str, str], orders: tuple[str, str]) -> None:
     host = Host(seed=2)
     for rows, cols, pad in ((70, 33, 0), (64, 96, 3)):
         source = host.matrix(normal(rows, cols), pair[0], orders[0] == "c", pad)
         target = host.empty(rows, cols, pair[1], orders[1] == "c", pad)
         host.run("cast", source, target)
-        record(
-            table,
+        report.check(
             f"cast {'->'.join(pair)} {rows}x{cols} {''.join(orders)}",
             host.read(target),
             rounded(host, host.read(source), pair[1]),
@@ -192,66 +167,63 @@ def test_cast(table: list, pair: tuple[str, str], orders: tuple[str, str]) -> No
 
 
 @pytest.mark.parametrize("dtype", ["bytes1", "bytes2", "bytes4", "bytes8"])
-def test_copies_and_zeros_of_bytes(table: list, dtype: str) -> None:
+def test_copies_and_zeros_of_bytes(report: Report, dtype: str) -> None:
     host = Host(seed=2)
     values = np.random.default_rng(1).integers(1, 255, (65, 39))
     source, target = host.matrix(values, dtype), host.empty(65, 39, dtype, column_major=True, pad=1)
     host.run("cast", source, target)
-    record(table, f"copy {dtype}", host.read(target).astype(float), values.astype(float), 0)
+    report.check(f"copy {dtype}", host.read(target).astype(float), values.astype(float), 0)
     host.run("fill_zero", target)
     assert not host.read(target).any()
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64"])
-def test_accumulate(table: list, dtype: str) -> None:
+def test_accumulate(report: Report, dtype: str) -> None:
     host = Host(seed=2)
     for rows, cols, pad in ((33, 65, 0), (32, 64, 4), (5, 7, 1)):
         a, b = host.matrix(normal(rows, cols, 1), dtype, pad=pad), host.matrix(normal(rows, cols, 2), dtype)
         expected = host.read(a) + host.read(b)
         host.run("accumulate", a, b)
-        record(table, f"accumulate {dtype} {rows}x{cols}", host.read(b), rounded(host, expected, dtype), 0)
+        report.check(f"accumulate {dtype} {rows}x{cols}", host.read(b), rounded(host, expected, dtype), 0)
 
 
 @pytest.mark.parametrize("column_major", [False, True])
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-def test_column_sums(table: list, dtype: str, column_major: bool) -> None:
+def test_column_sums(report: Report, dtype: str, column_major: bool) -> None:
     host = Host(seed=4)
     a = host.matrix(normal(300, 70) + 1, dtype, column_major)
     out = host.matrix(normal(1, 70, 5), "f64" if dtype == "f64" else "f32")
     expected = host.read(a).sum(0) + host.read(out)[0]
     host.run("column_sums", a, out, 1)
-    record(table, f"column sums {dtype} {'c' if column_major else 'r'}", host.read(out)[0], expected, 1e-14 if dtype == "f64" else 1e-6)
+    report.check(f"column sums {dtype} {'c' if column_major else 'r'}", host.read(out)[0], expected, 1e-14 if dtype == "f64" else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-def test_dropout_draws_the_same_bits_as_the_cpu(table: list, dtype: str) -> None:
+def test_dropout_draws_the_same_bits_as_the_cpu(report: Report, dtype: str) -> None:
     host = Host(seed=4)
     sizes = [3, 5, 30, 4, 6, 40, 1, 1, 7]  # local, global, offset
     x: View = host.matrix(normal(15, 30), dtype)
     y: View = host.empty(15, 30, dtype)
     expected = np.zeros_like(host.memory.read(x.address))
-    table_ = np.array(sizes, np.int64)
+    sizes_ = np.array(sizes, np.int64)
     given = host.memory.read(x.address)
-    assert host.library.host_cpu_dropout(*(pointer(v) for v in (given, expected)), x.matrix.dtype, 3, pointer(table_), double(0.3)) == 0
-    host.call("host_dropout", pointer_of(x), pointer_of(y), x.matrix.dtype, 3, pointer(table_), double(0.3))
+    assert (
+        host.library.host_cpu_dropout(*(pointer(v) for v in (given, expected)), x.matrix.dtype, 3, pointer(sizes_), ctypes.c_double(0.3))
+        == 0
+    )
+    host.call(
+        "host_dropout",
+        ctypes.c_void_p(x.matrix.data),
+        ctypes.c_void_p(y.matrix.data),
+        x.matrix.dtype,
+        3,
+        pointer(sizes_),
+        ctypes.c_double(0.3),
+    )
     got = host.memory.read(y.address)
     assert got.tobytes() == expected.tobytes()
-    table.append((f"dropout {dtype}, bits", 0.0, time.perf_counter() - began))
+    report.add(f"dropout {dtype}, bits", 0.0)
 
 
-def pointer(values: np.ndarray) -> object:
-    import ctypes
-
+def pointer(values: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(values.ctypes.data)
-
-
-def pointer_of(view: View) -> object:
-    import ctypes
-
-    return ctypes.c_void_p(view.matrix.data)
-
-
-def double(value: float) -> object:
-    import ctypes
-
-    return ctypes.c_double(value)

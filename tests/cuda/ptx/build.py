@@ -9,29 +9,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from cuda.nvcc import CompileError, toolkit
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC, KEPT = ROOT / "csrc", ROOT / "build" / "ptx"
 HERE = Path(__file__).resolve().parent
-KERNELS = ("accumulate", "cast", "dropout", "epilogue", "gemm", "gemm_bf16", "gemm_f16", "gemm_plain", "gemm_tf32", "gemm_sm90")
-KERNELS += ("gemm_sm90_check",)
 ARCH = {"gemm_sm90": "90a"}  # the others: 80
-CPU = (
-    "kernels/accumulate.cc",
-    "kernels/cast.cc",
-    "kernels/dropout.cc",
-    "kernels/epilogue.cc",
-    "kernels/gemm.cc",
-    "kernels/blas.cc",
-    "base/heap.cc",
-    "base/segment.cc",
-)
-
-
-class CompileError(Exception):
-    pass
+BASE = ("heap", "segment", "wait")
 
 
 @dataclass(frozen=True)
@@ -40,11 +28,11 @@ class Built:
     ptx: dict[str, Path]
 
 
-def nvcc() -> str:
-    found = shutil.which("nvcc")
+def nvcc() -> Path:
+    found = toolkit()
     if found is None:
         raise FileNotFoundError("nvcc is not installed")
-    return found
+    return found.nvcc
 
 
 def command(*words: str | Path, cwd: Path | None = None) -> None:
@@ -108,9 +96,11 @@ def cpu_object(source: Path, csrc: Path) -> Path:
 
 
 def build(csrc: Path = CSRC) -> Built:
-    made = {name: kernel(csrc / "kernels" / f"{name}.cu", csrc) for name in KERNELS}
-    made["host_sm90"] = kernel(HERE / "host_sm90.cu", csrc)
-    objects = [pair[0] for pair in made.values()] + [cpu_object(csrc / name, csrc) for name in CPU] + [cpu_object(HERE / "host.cc", csrc)]
+    kernels = [*sorted((csrc / "kernels").glob("*.cu")), HERE / "host_sm90.cu"]
+    others = [*sorted((csrc / "kernels").glob("*.cc")), *(csrc / "base" / f"{name}.cc" for name in BASE), HERE / "host.cc"]
+    with ThreadPoolExecutor(2) as pool:
+        made = dict(zip([source.stem for source in kernels], pool.map(lambda source: kernel(source, csrc), kernels), strict=True))
+        objects = [pair[0] for pair in made.values()] + list(pool.map(lambda source: cpu_object(source, csrc), others))
 
     def make(scratch: Path) -> list[Path]:
         command("g++", "-shared", "-o", scratch / "host.so", *objects, "-ldl", "-lpthread")

@@ -1,8 +1,8 @@
 """Floating point instructions (PTX ISA, sections 9.7.3 to 9.7.5), and the opcodes that integers share: add, sub, mul, mad, div, rem, min,
 max, abs, neg.
 
-f32 sums and products are numpy's, rounded to nearest even. fma rounds once for f64; for f32 it is summed in f64 and rounded, which differs from
-one rounding in one of 2^29 cases. The .approx functions are correctly rounded here: better than the hardware's.
+f32 sums and products are numpy's, rounded to nearest even. fma rounds once for f64; for f32 it is summed in f64 and then rounded, which
+differs from one rounding in one of 2^29 cases. The .approx functions are correctly rounded here: better than the hardware's.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,7 @@ def bf16_bits(value: Any, mode: str = "rn") -> Array:
     """float32 -> the bits of the nearest bf16, ties to even, or towards zero; every NaN becomes 0x7fff."""
     value = np.asarray(value, np.float32)
     bits = value.view(np.uint32)
-    if mode == "rn":
-        up = bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1)))
-    else:
-        up = bits
+    up = bits + (np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) if mode == "rn" else bits
     return np.where(np.isnan(value), np.uint32(0x7FFF), up >> np.uint32(16)).astype(np.uint16)
 
 
@@ -136,10 +133,7 @@ def rounded(instr: Instr, kind: str, function: Callable[..., Any]) -> Callable[.
     def run(*args: Any) -> Any:
         if ftz:
             args = tuple(flushed(arg) for arg in args)
-        if mode != "rn":
-            out = directed(function(*[np.asarray(arg, np.float64) for arg in args]), mode)
-        else:
-            out = function(*args)
+        out = function(*args) if mode == "rn" else directed(function(*[np.asarray(arg, np.float64) for arg in args]), mode)
         if nan:
             for arg in args:
                 out = np.where(np.isnan(arg), np.float32(np.nan), out).astype(np.asarray(out).dtype)

@@ -90,6 +90,27 @@ class Counts:
     opcodes: dict[str, int] = field(default_factory=dict)
 
 
+class Registers(dict[str, Array]):
+    """Made when they are first met; before they are written they hold a pattern that is NaN in every width."""
+
+    def __init__(self, kinds: dict[str, str], threads: int) -> None:
+        super().__init__()
+        self.kinds, self.threads = kinds, threads
+
+    def __missing__(self, name: str) -> Array:
+        values = np.empty(self.threads, NUMPY.get(self.kinds[name], "u4"))
+        self.fill(values)
+        self[name] = values
+        return values
+
+    def fill(self, values: Array) -> None:
+        values[:] = True if values.dtype.kind == "b" else np.array(0x7FF7DEAD7FF7DEAD & ((1 << 8 * values.itemsize) - 1), values.dtype)
+
+    def poison(self) -> None:
+        for values in self.values():
+            self.fill(values)
+
+
 class Machine:
     def __init__(self, module: Module, entry: Entry, memory: Memory, launch: Launch) -> None:
         self.module, self.entry, self.memory, self.launch = module, entry, memory, launch
@@ -108,7 +129,7 @@ class Machine:
         self.exit_hooks: list[Callable[[Sel], None]] = []
         self.attached: dict[str, Any] = {}
         self.watchers: list[tuple[set[str], Callable[[Sel, bool], None]]] = []  # called when another instruction uses these registers
-        self.regs = {name: np.zeros(self.total, NUMPY.get(kind, "u4")) for name, kind in entry.regs.items()}
+        self.regs = Registers(entry.regs, self.total)
         self.code: list[Any] = []
         self.build()
 
@@ -182,16 +203,13 @@ class Machine:
         instrs = self.entry.instrs
         leaps = [LEAPS[instr.opcode](self, instr) if instr.opcode in LEAPS else None for instr in instrs]
         self.leaps = [made is not None for made in leaps]
-        steps: list[Step | None] = []
-        for instr, made in zip(instrs, leaps, strict=True):
+        for at, (instr, made) in enumerate(zip(instrs, leaps, strict=True)):
             if made is None and instr.opcode not in BUILDERS:
                 raise PtxError(f"unknown opcode {instr.opcode}.{'.'.join(instr.mods)} in {instr}")
-            steps.append(None if made else BUILDERS[instr.opcode](self, instr))
-        for at, (instr, made, step) in enumerate(zip(instrs, leaps, steps, strict=True)):
-            if made is not None:
-                self.code.append(self.guarded_leap(instr, made, at + 1))
-            elif step is not None:
-                self.code.append(self.guarded(instr, self.watched(instr, step)))
+            self.code.append(self.guarded_leap(instr, made, at + 1) if made else self.unbuilt(instr, at))
+        for at, instr in enumerate(instrs):
+            if instr.opcode in WATCHING:
+                self.code[at] = self.guarded(instr, BUILDERS[instr.opcode](self, instr))
         leaders = set(self.entry.labels.values())
         self.ends = [0] * len(instrs)
         end = len(instrs)
@@ -199,6 +217,15 @@ class Machine:
             if self.leaps[at] or at + 1 in leaders:
                 end = at + 1
             self.ends[at] = end
+
+    def unbuilt(self, instr: Instr, at: int) -> Step:
+        """Most instructions of a kernel are never met: each is built when it first is."""
+
+        def run(sel: Sel) -> None:
+            self.code[at] = self.guarded(instr, self.watched(instr, BUILDERS[instr.opcode](self, instr)))
+            self.code[at](sel)
+
+        return run
 
     def watched(self, instr: Instr, step: Step) -> Step:
         """With calls of those who watch its registers."""
@@ -269,10 +296,7 @@ class Machine:
         self.pc[:] = 0
         self.shared.poison()
         self.local.poison()
-        for values in self.regs.values():
-            values[:] = (
-                0x5A if values.dtype.itemsize == 1 else np.array(0x7FF7DEAD7FF7DEAD & ((1 << 8 * values.itemsize) - 1), values.dtype)
-            )
+        self.regs.poison()
         for hook in self.reset_hooks:
             hook()
 
@@ -287,7 +311,7 @@ class Machine:
                     group = int(self.random.choice(able))
                 elif (self.state >= ENDED).all():
                     return
-                elif not any([hook() for hook in self.idle_hooks]):
+                elif not any(hook() for hook in self.idle_hooks):
                     self.deadlock()
                 continue
             places += bounds.start

@@ -1,7 +1,7 @@
 """mbarrier objects in shared memory (PTX ISA, section 9.7.13.15).
 
-A phase ends when as many arrivals as the barrier was made for have come and the bytes it expects have landed. A thread in try_wait sleeps until the
-phase of its parity has ended; now and then it is told false although it might have slept on, which code must expect.
+A phase ends when as many arrivals as the barrier was made for have come and the bytes it expects have landed. A thread in try_wait sleeps
+until the phase of its parity has ended; now and then it is told false although it might have slept on, which code must expect.
 """
 
 from dataclasses import dataclass

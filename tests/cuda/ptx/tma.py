@@ -150,7 +150,9 @@ def load_tensor(m: Machine, instr: Instr) -> Step:
             own.shared_addresses(tensor, to_)
             bars.find(place, i)
 
-            def land(tensor: TensorMap = tensor, block: int = block, to_: int = to_, start: tuple[int, ...] = start, place: int = place) -> None:
+            def land(
+                tensor: TensorMap = tensor, block: int = block, to_: int = to_, start: tuple[int, ...] = start, place: int = place
+            ) -> None:
                 own.move(tensor, block, to_, start, store=False)
                 bars.change(place, 0, -tensor.bytes)
 
@@ -172,7 +174,9 @@ def store_tensor(m: Machine, instr: Instr) -> Step:
         for i, thread in enumerate(threads):
             tensor, start = own.tensor(int(maps[i])), tuple(int(s[i]) for s in starts)
 
-            def land(tensor: TensorMap = tensor, block: int = int(m.block_of[thread]), to: int = int(here[i]), start: tuple[int, ...] = start) -> None:
+            def land(
+                tensor: TensorMap = tensor, block: int = int(m.block_of[thread]), to: int = int(here[i]), start: tuple[int, ...] = start
+            ) -> None:
                 own.move(tensor, block, to, start, store=True)
 
             groups.issue(int(thread), land)

@@ -1,7 +1,8 @@
 """What the lanes of a warp do together (PTX ISA, sections 9.7.9.5 shfl, 9.7.13.9 vote, 9.7.13.12 redux, 9.7.13.14 elect, 9.7.15.4 mma,
 9.7.15.4.15 ldmatrix, 9.7.15.4.16 stmatrix).
 
-A lane that is named but comes later is waited for (Diverged). Fragments are those of the manual's figures: with g = lane / 4 and t = lane % 4.
+A lane that is named but comes later is waited for (Diverged). Fragments are those of the manual's figures, with g = lane / 4 and
+t = lane % 4.
 """
 
 from collections.abc import Callable

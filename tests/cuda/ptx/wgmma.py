@@ -1,11 +1,13 @@
 """wgmma (PTX ISA, section 9.7.16): products of a warpgroup (4 warps) that read their operands from shared memory by themselves.
 
 They are computed at the issue (timing late: what TMA has not brought yet is missing) or when wait_group names them (timing early: what
-TMA has brought too soon is there). Accumulators may not be touched in between, and whatever else writes them calls for wgmma.fence: both are checked.
-Matrix descriptors are those of section 9.7.16.5.1.2, with these places of element (row, k), before the swizzle, row standing for a row of A or a
-column of B, for 16-bit elements and a swizzle of S bytes:
-    K-major   (row % 8) S + (row / 8) stride + 2 k                      without swizzle (row % 8) 16 + (row / 8) stride + (k / 8) leading + 2 (k % 8)
-    MN-major  2 (row % (S/2)) + (row / (S/2)) leading + (k % 8) S + (k / 8) stride      without: 2 (row % 8) + (row / 8) stride + 16 (k % 8) + (k / 8) leading
+TMA has brought too soon is there). Accumulators may not be touched in between, and whatever else writes them calls for wgmma.fence: both
+are checked. Matrix descriptors are those of section 9.7.16.5.1.2, with these places of element (row, k), before the swizzle, row standing
+for a row of A or a column of B, for 16-bit elements and a swizzle of S bytes:
+    K-major             (row % 8) S + (row / 8) stride + 2 k
+      without swizzle   (row % 8) 16 + (row / 8) stride + (k / 8) leading + 2 (k % 8)
+    MN-major            2 (row % (S/2)) + (row / (S/2)) leading + (k % 8) S + (k / 8) stride
+      without swizzle   2 (row % 8) + (row / 8) stride + 16 (k % 8) + (k / 8) leading
 """
 
 import re
@@ -180,7 +182,7 @@ def form_of(instr: Instr) -> Form:
 
 
 def product(m: Machine, instr: Instr) -> Step:
-    """d = a b + d, or a b where the predicate scale-d is false. d of 64 x n: warp w holds rows 16 w .. 16 w + 15, by 8 columns as mma does."""
+    """d = a b + d, or a b where the predicate scale-d is false. d is 64 x n: warp w holds 16 rows from 16 w on, like mma."""
     own, form = warpgroups_of(m), form_of(instr)
     d = items(instr.operands[0])
     if len(d) != form.n // 2:

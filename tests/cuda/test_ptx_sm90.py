@@ -1,0 +1,133 @@
+"""Rung 4 of the Hopper gemm: TMA, mbarriers and warpgroup products as cuda/ptx models them, against float64, and its start-up check."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from cuda import nvcc
+from cuda.ptx.host import Host, View
+from cuda.ptx.report import Report
+
+pytestmark = pytest.mark.skipif(nvcc.toolkit() is None, reason="needs nvcc")
+
+ORDERS = ["rr", "rc", "cr", "cc"]
+LIMIT = 1e-6
+
+
+def normal(rows: int, cols: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((rows, cols))
+
+
+def check(
+    report: Report,
+    shape: tuple[int, int, int],
+    dtype: str,
+    orders: str,
+    timing: str,
+    wide: int,
+    accumulate: bool = False,
+    pad: int = 0,
+    groups: int = 3,
+) -> None:
+    m, n, k = shape
+    host = Host(timing=timing, seed=m + n + k, groups=groups)
+    a, b = host.matrix(normal(m, k, 1), dtype, orders[0] == "c", pad), host.matrix(normal(k, n, 2), dtype, orders[1] == "c", pad)
+    c = host.matrix(normal(m, n, 3), "f32", pad=pad) if accumulate else host.empty(m, n, "f32", pad=pad)
+    before = host.read(c) if accumulate else 0
+    host.sm90(a, b, c, accumulate, wide=wide)
+    name = f"sm_90a {m}x{n}x{k} {dtype} {orders} {timing} wide {wide}{' +=' if accumulate else ''}{f' pad {pad}' if pad else ''}"
+    report.check(name, host.read(c), before + host.read(a) @ host.read(b), LIMIT)
+
+
+@pytest.mark.parametrize("orders", ORDERS)
+def test_every_order_with_cut_tiles(report: Report, orders: str) -> None:
+    check(report, (136, 264, 200), "bf16", orders, "late", 256, accumulate=True)
+    check(report, (136, 264, 200), "f16", orders, "early", 128)
+
+
+def test_more_steps_than_stages(report: Report) -> None:
+    check(report, (64, 128, 1000), "bf16", "rc", "late", 128)
+    check(report, (64, 128, 1000), "bf16", "cr", "early", 256)
+
+
+def test_columns_that_no_word_of_16_bytes_divides(report: Report) -> None:
+    check(report, (136, 90, 72), "bf16", "rc", "late", 128, accumulate=True, pad=8)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("wide", [128, 256])
+@pytest.mark.parametrize("timing", ["early", "late"])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+@pytest.mark.parametrize("shape", [(136, 128, 90), (1, 70, 33), (65, 1, 64), (130, 66, 192), (256, 520, 712)])
+def test_matrix(report: Report, shape: tuple[int, int, int], dtype: str, timing: str, wide: int) -> None:
+    m, n, k = shape
+    for orders in ORDERS:
+        lengths = [m if orders[0] == "c" else k, k if orders[1] == "c" else n]
+        pad = (
+            next(pad for pad in range(64) if all((length + pad) % 8 == 0 for length in lengths))
+            if lengths[0] % 8 == lengths[1] % 8
+            else None
+        )
+        if pad is None:  # one padding cannot align both
+            continue
+        check(report, shape, dtype, orders, timing, wide, accumulate=True, pad=pad)
+
+
+def test_pieces_of_k_and_the_tail(report: Report) -> None:
+    host = Host(timing="late", seed=5)
+    m, n, k = 72, 136, 200
+    a, b = host.matrix(normal(m, k, 1), "bf16"), host.matrix(normal(k, n, 2), "bf16")
+    pieces = host.empty(2 * m, n, "f32")
+    host.sm90(a, b, pieces, piece=128)
+    for i, (begin, end) in enumerate([(0, 128), (128, 200)]):
+        part = host.read(a)[:, begin:end] @ host.read(b)[begin:end]
+        report.check(f"sm_90a, piece {i} of k", host.read(pieces)[i * m : (i + 1) * m], part, LIMIT)
+    bias, z, y = host.matrix(normal(1, n, 3), "bf16"), host.empty(m, n, "bf16"), host.empty(m, n, "bf16")
+    host.sm90(a, b, None, tail=host.tail("silu", bias=bias, z=z, y=y))
+    linear = host.read(a) @ host.read(b) + host.read(bias)
+    report.check("sm_90a's tail, Z with bias", host.read(z), linear, 2.0**-8)
+    report.check("sm_90a's tail, Y = silu(Z)", host.read(y), linear / (1 + np.exp(-linear)), 2.0**-8)
+
+
+def takes(host: Host, a: View, b: View) -> bool:
+    return bool(host.library.host_sm90_takes(ctypes.byref(a.matrix), ctypes.byref(b.matrix)))
+
+
+def test_refuses_what_the_accelerator_cannot_read() -> None:
+    host = Host()
+    fine = host.matrix(normal(64, 64, 1), "bf16")
+    assert takes(host, fine, fine)
+    assert not takes(host, host.matrix(normal(64, 60, 1), "bf16"), host.matrix(normal(60, 64, 1), "bf16"))
+    assert not takes(host, host.matrix(normal(64, 64, 1), "bf16", offset=1), fine)
+    assert not takes(host, fine, host.matrix(normal(64, 64, 1), "bf16", pad=4))
+    assert takes(host, fine, host.matrix(normal(64, 64, 1), "bf16", pad=8, offset=8))
+    assert takes(host, host.matrix(normal(1, 60, 1), "bf16"), host.matrix(normal(60, 64, 1), "bf16"))
+
+
+def checked(host: Host, number: int, capability: tuple[int, int], capturing: bool = False) -> tuple[bool, str]:
+    host.library.host_device(number, *capability, int(capturing))
+    on = ctypes.c_int(-1)
+    host.call("host_sm90_checked", ctypes.byref(on))
+    status = host.library.host_sm90_status().decode()
+    host.library.host_device(0, 8, 0, 0)
+    return bool(on.value), status
+
+
+def test_the_check_is_off_elsewhere_and_waits_for_the_end_of_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = Host()
+    assert checked(host, 10, (8, 0)) == (False, "off: the device has compute capability 8.0, not 9.0")
+    assert checked(host, 11, (12, 0)) == (False, "off: the device has compute capability 12.0, not 9.0")
+    on, status = checked(host, 12, (9, 0), capturing=True)
+    assert not on and "not checked yet" in status
+    monkeypatch.setenv("GINGHAM_SM90", "0")
+    assert checked(host, 12, (9, 0)) == (False, "off: GINGHAM_SM90=0")
+    assert not host.launches
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_the_check_passes(report: Report, timing: str) -> None:
+    host = Host(timing=timing, seed=2)
+    assert checked(host, 20 + len(timing), (9, 0)) == (True, "on")
+    report.add(f"sm_90a's start-up check, {timing}, {len(host.launches)} launches", 0.0)
