@@ -52,8 +52,12 @@ __global__ void __launch_bounds__(kSweepThreads) dropout_kernel(const T* x, T* y
       for (int k = 0; k < 4; k++) out.at[k] = scaled(in.at[k], words.at[k] >= draw.threshold, keep);
       store_pack<4>(to, out);
     } else {
-      for (int k = 0; k < 4; k++)
-        if (at + k >= 0 && at + k < runs.length) to[k] = scaled(from[k], words.at[k] >= draw.threshold, keep);
+      const int begin = at < 0 ? static_cast<int>(-at) : 0, end = runs.length - at < 4 ? static_cast<int>(runs.length - at) : 4;
+#pragma unroll 1  // unrolled, these stores would be merged with those above and none would be whole
+      for (int k = begin; k < end; k++) {
+        const uint32_t word = k < 2 ? (k == 0 ? words.at[0] : words.at[1]) : (k == 2 ? words.at[2] : words.at[3]);
+        to[k] = scaled(from[k], word >= draw.threshold, keep);
+      }
     }
   }
 }

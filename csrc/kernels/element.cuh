@@ -77,12 +77,32 @@ struct Pack {
 
 template <int W, class T>
 __device__ inline Pack<T, W> load_pack(const T* from) {
-  return bits_as<Pack<T, W>>(*reinterpret_cast<const Words<sizeof(T) * W>*>(from));
+  using Storage = Words<sizeof(T) * W>;
+  Storage words;
+  if constexpr (sizeof(Storage) >= 16) {
+#pragma unroll
+    for (size_t i = 0; i < sizeof(Storage) / 16; i++) words.at[i] = reinterpret_cast<const uint4*>(from)[i];
+  } else {
+    words = *reinterpret_cast<const Storage*>(from);
+  }
+  return bits_as<Pack<T, W>>(words);
 }
 
 template <int W, class T>
 __device__ inline void store_pack(T* to, const Pack<T, W>& pack) {
-  *reinterpret_cast<Words<sizeof(T) * W>*>(to) = bits_as<Words<sizeof(T) * W>>(pack);
+  using Storage = Words<sizeof(T) * W>;
+  const Storage words = bits_as<Storage>(pack);
+  if constexpr (sizeof(Storage) >= 16) {
+#pragma unroll
+    for (size_t i = 0; i < sizeof(Storage) / 16; i++) store_words(reinterpret_cast<uint4*>(to) + i, words.at[i]);
+  } else if constexpr (sizeof(Storage) == 8) {
+    if constexpr (W > 1)
+      store_words(reinterpret_cast<uint2*>(to), words.at);
+    else
+      *to = pack.at[0];
+  } else {
+    *reinterpret_cast<Storage*>(to) = words;
+  }
 }
 
 }  // namespace gingham::cuda

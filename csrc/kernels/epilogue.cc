@@ -95,17 +95,6 @@ void multiply_slope(Epilogue kind, const T* z, T* grad, size_t n) {
   if (kind == Epilogue::silu) silu_slope(z, grad, n);
 }
 
-// One row in T, whatever the storage.
-template <class T>
-void load_row(const Matrix& m, int64_t i, T* row, const Stream& stream) {
-  cast(m.slice(0, i, i + 1), dense(row, 1, m.cols, accumulator(m.dtype)), stream);
-}
-
-template <class T>
-void store_row(const T* row, const Matrix& m, int64_t i, const Stream& stream) {
-  cast(dense(const_cast<T*>(row), 1, m.cols, accumulator(m.dtype)), m.slice(0, i, i + 1), stream);
-}
-
 }  // namespace
 
 void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix& y, Epilogue kind, const Stream& stream) {

@@ -29,8 +29,10 @@ Operands operands_of(const Matrix& a, const Matrix& b) {
   p.b = b.data;
   p.a_along_k = a.col_stride == 1;
   p.b_along_k = b.row_stride == 1 && b.col_stride != 1;
-  p.lda = p.a_along_k ? a.row_stride : a.col_stride;
-  p.ldb = p.b_along_k ? b.col_stride : b.row_stride;
+  const int64_t lda = p.a_along_k ? a.row_stride : a.col_stride, ldb = p.b_along_k ? b.col_stride : b.row_stride;
+  CHECK(ShapeError, lda <= INT32_MAX && ldb <= INT32_MAX, "gemm of lines ", std::max(lda, ldb), " elements apart, at most ", INT32_MAX);
+  p.lda = static_cast<int>(lda);
+  p.ldb = static_cast<int>(ldb);
   const int width = 16 / static_cast<int>(size_of(a.dtype));
   const Matrix a_lines = p.a_along_k ? a : a.t(), b_lines = p.b_along_k ? b.t() : b;
   p.aligned = movable({&a_lines, &b_lines}, width);

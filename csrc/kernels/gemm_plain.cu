@@ -16,17 +16,18 @@ struct Plain {
   static constexpr int panel = kDepth * pitch, stage = 2 * panel;
 };
 
-// Element (e, k) of an operand, e a row of A or a column of B, stands at from + e * line or k * line away from it.
+// Element (e, k) of an operand, e a row of A or a column of B, stands at from + e * line or k * line away from it. Along k a warp takes 8
+// elements of 4 lines: whole sectors of memory, and every bank of shared memory once.
 template <class T>
-__device__ inline void load_panel(T* panel, const T* from, int64_t line, bool along_k, int64_t edge_left, int64_t k_left) {
+__device__ inline void load_panel(T* panel, const T* from, int line, bool along_k, int edge_left, int k_left) {
   constexpr int edge = Plain<T>::edge;
+  const int t = static_cast<int>(threadIdx.x);
 #pragma unroll
   for (int i = 0; i < edge * kDepth / kThreads; i++) {
-    const int index = static_cast<int>(threadIdx.x) + i * kThreads;
-    // along k a warp takes 8 elements of 4 lines: whole sectors of memory, and every bank of shared memory once
+    const int index = t + i * kThreads;
     const int e = along_k ? index / 8 % edge : index % edge, k = along_k ? index % 8 + index / (8 * edge) * 8 : index / edge;
     const bool exists = e < edge_left && k < k_left;
-    const T* source = from + (along_k ? e * line + k : k * line + e);
+    const T* source = from + (along_k ? static_cast<int64_t>(e) * line + k : static_cast<int64_t>(k) * line + e);
     cp_async<sizeof(T)>(panel + k * Plain<T>::pitch + e, exists ? source : from, exists ? static_cast<int>(sizeof(T)) : 0);
   }
 }
@@ -53,13 +54,15 @@ __global__ void __launch_bounds__(kThreads, 2) plain_kernel(Operands p, Store<T>
   const int steps = static_cast<int>((k_end - k_begin + kDepth - 1) / kDepth);
   const T* a = static_cast<const T*>(p.a) + (p.a_along_k ? tile.row * p.lda + k_begin : k_begin * p.lda + tile.row);
   const T* b = static_cast<const T*>(p.b) + (p.b_along_k ? tile.col * p.ldb + k_begin : k_begin * p.ldb + tile.col);
-  const int64_t a_step = p.a_along_k ? kDepth : kDepth * p.lda, b_step = p.b_along_k ? kDepth : kDepth * p.ldb;
+  const int rows = left_of(p.m - tile.row, edge), cols = left_of(p.n - tile.col, edge);
   const auto fetch = [&](int step) {
     if (step < steps) {
       T* stage = memory + step % 2 * Plain<T>::stage;
-      const int64_t left = k_end - k_begin - static_cast<int64_t>(step) * kDepth;
-      load_panel(stage, a + step * a_step, p.lda, p.a_along_k, p.m - tile.row, left);
-      load_panel(stage + Plain<T>::panel, b + step * b_step, p.ldb, p.b_along_k, p.n - tile.col, left);
+      const int left = left_of(k_end - k_begin - static_cast<int64_t>(step) * kDepth, kDepth);
+      load_panel(stage, a, p.lda, p.a_along_k, rows, left);
+      load_panel(stage + Plain<T>::panel, b, p.ldb, p.b_along_k, cols, left);
+      a += p.a_along_k ? kDepth : static_cast<int64_t>(kDepth) * p.lda;
+      b += p.b_along_k ? kDepth : static_cast<int64_t>(kDepth) * p.ldb;
     }
     cp_async_commit();
   };
@@ -71,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_kernel(Operands p, Store<T>
     block_barrier();
     fetch(step + 1);
     const T* stage = memory + step % 2 * Plain<T>::stage;
-#pragma unroll
+#pragma unroll 8
     for (int k = 0; k < kDepth; k++) {
       T fa[2 * group], fb[2 * group];
       load_groups(fa, stage + k * Plain<T>::pitch, y);

@@ -7,7 +7,7 @@ namespace gingham::cuda {
 // A's lines are its rows where K is contiguous, else its columns; B's likewise. Block z sums k in [z piece, (z + 1) piece).
 struct Operands {
   const void *a, *b;
-  int64_t lda, ldb;
+  int lda, ldb;                        // elements from line to line
   bool a_along_k, b_along_k, aligned;  // aligned: 16-byte copies may be used
   int64_t m, n, k, piece;
 };
@@ -59,6 +59,9 @@ __device__ inline TileAt tile_at(int64_t m, int64_t n, int high, int wide) {
   const int64_t first = blockIdx.x / group * 8, in = blockIdx.x % group, height = down - first < 8 ? down - first : 8;
   return {(first + in % height) * high, in / height * wide};
 }
+
+// What is left of an operand from here on, as far as a tile of `most` goes.
+__device__ inline int left_of(int64_t count, int most) { return count < most ? static_cast<int>(count) : most; }
 
 enum class TileSize { small, large };
 

@@ -47,14 +47,16 @@ struct Panel {
     return (line * chunks + (chunk ^ twist)) * 16;
   }
 
-  // From `from` on there are lines_left lines of length_left elements.
-  __device__ static void load(char* shared, const T* from, int64_t ld, int64_t lines_left, int64_t length_left) {
+  // From `from` on there are lines_left lines of length_left elements. A thread's chunks stand in one column, `step` lines apart.
+  __device__ static void load(char* shared, const T* from, int ld, int lines_left, int length_left) {
+    constexpr int step = threads / chunks;
+    const int first = static_cast<int>(threadIdx.x) / chunks, chunk = static_cast<int>(threadIdx.x) % chunks;
+    const int left = length_left - chunk * elements, valid = left <= 0 ? 0 : (left < elements ? left : elements);
+    const T* line = from + static_cast<int64_t>(first) * ld + chunk * elements;
 #pragma unroll
-    for (int i = 0; i < lines * chunks / threads; i++) {
-      const int index = static_cast<int>(threadIdx.x) + i * threads, line = index / chunks, chunk = index % chunks;
-      const int64_t left = line < lines_left ? length_left - chunk * elements : 0;
-      const int valid = left <= 0 ? 0 : (left < elements ? static_cast<int>(left) : elements);
-      copy_chunk<T, aligned>(shared + at(line, chunk), valid ? from + line * ld + chunk * elements : from, valid);
+    for (int i = 0; i < lines / step; i++) {
+      const bool exists = valid > 0 && first + i * step < lines_left;
+      copy_chunk<T, aligned>(shared + at(first + i * step, chunk), exists ? line + static_cast<int64_t>(i * step) * ld : from, exists ? valid : 0);
     }
   }
 };
@@ -176,13 +178,15 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) tile_kernel(Ope
   const int steps = static_cast<int>((k_end - k_begin + PA::depth - 1) / PA::depth);
   const T* a = static_cast<const T*>(p.a) + (a_along_k ? tile.row * p.lda + k_begin : k_begin * p.lda + tile.row);
   const T* b = static_cast<const T*>(p.b) + (b_along_k ? tile.col * p.ldb + k_begin : k_begin * p.ldb + tile.col);
-  const int64_t a_step = a_along_k ? PA::depth : PA::depth * p.lda, b_step = b_along_k ? PB::depth : PB::depth * p.ldb;
+  const int rows = left_of(p.m - tile.row, Shape::m), cols = left_of(p.n - tile.col, Shape::n);
   const auto fetch = [&](int step) {
     if (step < steps) {
       char* stage = memory + step % Shape::stages * (PA::bytes + PB::bytes);
-      const int64_t left = k_end - k_begin - static_cast<int64_t>(step) * PA::depth;
-      PA::load(stage, a + step * a_step, p.lda, a_along_k ? p.m - tile.row : left, a_along_k ? left : p.m - tile.row);
-      PB::load(stage + PA::bytes, b + step * b_step, p.ldb, b_along_k ? p.n - tile.col : left, b_along_k ? left : p.n - tile.col);
+      const int left = left_of(k_end - k_begin - static_cast<int64_t>(step) * PA::depth, PA::depth);
+      PA::load(stage, a, p.lda, a_along_k ? rows : left, a_along_k ? left : rows);
+      PB::load(stage + PA::bytes, b, p.ldb, b_along_k ? cols : left, b_along_k ? left : cols);
+      a += a_along_k ? PA::depth : static_cast<int64_t>(PA::depth) * p.lda;
+      b += b_along_k ? PB::depth : static_cast<int64_t>(PB::depth) * p.ldb;
     }
     cp_async_commit();  // empty ones too: the wait below counts groups
   };
@@ -230,6 +234,6 @@ void run_tiles(const Operands& p, const Store<T>& store, TileSize size, const St
 // Large: 8 warps of 64x64, 144 KiB of 3 stages, one block a multiprocessor; small: 4 warps of 32x32, 48 KiB, four blocks.
 using LargeTile16 = Tile<128, 256, 64, 64, 3, 1>;
 using LargeTile32 = Tile<128, 128, 64, 32, 3, 1>;
-using SmallTile = Tile<64, 64, 32, 32, 3, 3>;
+using SmallTile = Tile<64, 64, 32, 32, 3, 4>;
 
 }  // namespace gingham::cuda

@@ -147,8 +147,8 @@ void tile(const Kind& kind, Size s, Run run, bool a_along_k, bool b_along_k) {
   cuda::Operands p{};
   p.a = a.view().data;
   p.b = b.view().data;
-  p.lda = a_along_k ? a.view().row_stride : a.view().col_stride;
-  p.ldb = b_along_k ? b.view().col_stride : b.view().row_stride;
+  p.lda = static_cast<int>(a_along_k ? a.view().row_stride : a.view().col_stride);
+  p.ldb = static_cast<int>(b_along_k ? b.view().col_stride : b.view().row_stride);
   p.a_along_k = a_along_k;
   p.b_along_k = b_along_k;
   p.aligned = true;

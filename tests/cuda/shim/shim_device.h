@@ -85,6 +85,9 @@ inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
   shim::meet_warp(load_matrices<true>, "ldmatrix.trans", row, out);
 }
 
+inline void store_words(uint4* to, uint4 v) { *to = v; }
+inline void store_words(uint2* to, uint2 v) { *to = v; }
+
 inline float widen(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float out;
