@@ -20,6 +20,7 @@ struct Options {
   Device device = Device::cpu;
   Carrier carrier = Carrier::nccl;  // between GPUs; copy wants threads
   DType dtype = DType::f32;
+  std::function<void(Job&)> after;  // called when a round has been queued, before it is waited for
   int size() const { return ranks > 0 ? ranks : grid[0] * grid[1] * grid[2]; }
 };
 

@@ -169,6 +169,7 @@ Row run_rank(Job& job, const Options& o) {
       o, [] {},
       [&] {
         once();
+        if (o.after) o.after(job);
         settle(job);
       },
       [&] {

@@ -2,13 +2,19 @@
 // memory is host memory. Made for the host side of the real backend, against the toolkit's real headers. Environment:
 //   FAKE_CUDA_DEVICES  number of devices (8)            FAKE_CUDA_JITTER  up to so many microseconds of sleep before each piece of work
 //   FAKE_CUDA_SEED     of the jitter
+// Each stream also keeps a vector clock: what of the other streams' work it has waited for, known when the work is queued and so the same
+// in every run. fake_unjoined() counts the streams with work that a stream has not waited for (what would break a graph capture and let
+// memory be used again too early), fake_host_waits() the calls that made the host wait, fake_legacy_uses() those of the default stream.
 // Freed memory is poisoned with NaN bit patterns when the stream gets there, new memory too: what is read too early shows.
 #include <cuda_runtime_api.h>
 #include <string.h>
 
+#include <algorithm>
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 
 #include "fake.h"
 
@@ -21,6 +27,7 @@ int number(const char* name, int otherwise) {
 }
 
 std::atomic<unsigned> lives{0};
+std::atomic<uint64_t> legacy_uses{0};
 
 }  // namespace
 
@@ -32,6 +39,8 @@ Jitter::Jitter() : limit_(number("FAKE_CUDA_JITTER", 0)), engine_(static_cast<un
 void Jitter::pause() {
   if (limit_ > 0 && engine_() % 4 == 0) nap(static_cast<int>(engine_() % static_cast<unsigned>(limit_)));
 }
+
+class Stream;
 
 // A point that a stream reaches.
 class Ticket {
@@ -54,12 +63,22 @@ class Ticket {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool done_ = false;
+
+ public:
+  std::map<const Stream*, uint64_t> clock;  // of the stream where the event was recorded
 };
 
 class Stream {
  public:
-  Stream() : thread_([this] { run(); }) {}
+  Stream() : thread_([this] { run(); }) {
+    const std::lock_guard lock(all_mutex);
+    all.insert(this);
+  }
   ~Stream() {
+    {
+      const std::lock_guard lock(all_mutex);
+      all.erase(this);
+    }
     {
       const std::lock_guard lock(mutex_);
       ended_ = true;
@@ -69,13 +88,35 @@ class Stream {
   }
   void add(std::function<void()> work) {
     const std::lock_guard lock(mutex_);
-    queue_.push_back(std::move(work));
-    changed_.notify_all();
+    clock_[this]++;
+    push(std::move(work));
   }
   std::shared_ptr<Ticket> ticket() {
     auto ticket = std::make_shared<Ticket>();
-    add([ticket] { ticket->punch(); });
+    const std::lock_guard lock(mutex_);
+    ticket->clock = clock_;
+    push([ticket] { ticket->punch(); });
     return ticket;
+  }
+  void wait_for(const std::shared_ptr<Ticket>& ticket) {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [stream, work] : ticket->clock) clock_[stream] = std::max(clock_[stream], work);
+    push([ticket] { ticket->wait(); });
+  }
+  std::map<const Stream*, uint64_t> clock() {
+    const std::lock_guard lock(mutex_);
+    return clock_;
+  }
+  int unjoined() {
+    const auto known = clock();
+    const std::lock_guard lock(all_mutex);
+    int count = 0;
+    for (Stream* other : all) {
+      const auto theirs = other->clock();
+      const auto own = theirs.find(other), seen = known.find(other);
+      count += own != theirs.end() && (seen == known.end() || seen->second < own->second);
+    }
+    return count;
   }
 
  private:
@@ -96,6 +137,13 @@ class Stream {
   }
   std::mutex mutex_;
   std::condition_variable changed_;
+  void push(std::function<void()> work) {
+    queue_.push_back(std::move(work));
+    changed_.notify_all();
+  }
+  static inline std::mutex all_mutex;
+  static inline std::set<Stream*> all;
+  std::map<const Stream*, uint64_t> clock_;
   std::deque<std::function<void()>> queue_;
   bool ended_ = false;
   std::thread thread_;
@@ -114,6 +162,7 @@ namespace {
 
 Stream& stream_of(cudaStream_t handle) {
   static Stream& legacy = *new Stream;  // never joined: the process may end from any thread
+  legacy_uses += handle == nullptr;
   return handle ? *reinterpret_cast<Stream*>(handle) : legacy;
 }
 Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
@@ -140,6 +189,8 @@ extern "C" {
 void fake_enqueue(cudaStream_t stream, void (*work)(void*), void* data) {
   fake::enqueue(stream, [work, data] { work(data); });
 }
+int fake_unjoined(cudaStream_t stream) { return stream_of(stream).unjoined(); }
+unsigned long long fake_legacy_uses() { return fake::legacy_uses.load(); }
 unsigned long long fake_host_waits() { return fake::host_waits.load(); }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -203,7 +254,7 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (auto ticket = event_of(event).get()) fake::enqueue(stream, [ticket] { ticket->wait(); });
+  if (auto ticket = event_of(event).get()) stream_of(stream).wait_for(ticket);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

@@ -3,6 +3,7 @@
 //   FAKE_NCCL_BUFFERED=1      a send ends when its data fits into the mailbox; otherwise only when it has been received (rendezvous)
 //   FAKE_NCCL_ONE_AT_A_TIME=1 a device runs one group to its end before it starts another, of whichever communicator
 //   FAKE_NCCL_FAIL=rank,n     the n-th group of that rank reports ncclRemoteError and never ends until it is aborted
+//   FAKE_NCCL_HANG=rank,n     the same without a report
 // A receive whose size differs from its send's is an asynchronous error, where the real one would hang or corrupt memory.
 #include "mailbox.h"
 
@@ -19,18 +20,20 @@ thread_local std::vector<std::pair<Comm*, Group>> pending;
 
 std::atomic<uint64_t> received{0};
 
-bool failing(Comm& comm) {
+// Whether the variable names this rank and its group.
+bool chosen(const char* name, const Comm& comm, int number) {
   int rank = -1, group = -1;
-  const char* text = getenv("FAKE_NCCL_FAIL");
-  if (!text || sscanf(text, "%d,%d", &rank, &group) != 2) return false;
-  return comm.device->rank == rank && static_cast<int>(comm.device->groups++) == group;
+  const char* text = getenv(name);
+  return text && sscanf(text, "%d,%d", &rank, &group) == 2 && comm.device->rank == rank && number == group;
 }
 
 void run(Comm& comm, Group& group) {
   std::unique_lock<std::mutex> alone;
   if (flag("FAKE_NCCL_ONE_AT_A_TIME")) alone = std::unique_lock(comm.device->mutex);
-  const bool buffered = flag("FAKE_NCCL_BUFFERED"), broken = failing(comm);
-  if (broken) comm.error = ncclRemoteError;
+  const int number = static_cast<int>(comm.device->groups++);
+  const bool fails = chosen("FAKE_NCCL_FAIL", comm, number), broken = fails || chosen("FAKE_NCCL_HANG", comm, number);
+  const bool buffered = flag("FAKE_NCCL_BUFFERED");
+  if (fails) comm.error = ncclRemoteError;
   Jitter jitter;
   for (int idle = 0; !comm.aborted.load();) {
     bool moved = false, left = broken;

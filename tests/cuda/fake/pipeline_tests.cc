@@ -1,0 +1,195 @@
+// Rung 5: the CUDA backend's host side (streams, events, groups of messages) on fake devices, by the microbenchmark's cases with exact
+// integer data. Ranks are processes over the fake NCCL or threads over device copies.
+//   pipeline_tests            runs all and prints one line a test; exit 1 when one fails.   pipeline_tests NAME   runs one
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <functional>
+
+#include "cases.h"
+
+extern "C" {
+int fake_unjoined(void* stream);
+unsigned long long fake_host_waits();
+unsigned long long fake_legacy_uses();
+unsigned long long fake_nccl_received();
+}
+
+namespace gingham {
+namespace {
+
+struct Failure : Error {
+  using Error::Error;
+};
+#define EXPECT(cond, ...) CHECK(Failure, cond, "line ", __LINE__, ": " #cond " ", __VA_ARGS__)
+
+const char* kCases[] = {"matmul", "dx", "dw", "backward"};
+const char* kCollectives[] = {"all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
+
+Options options(Carrier carrier, std::array<int, 3> grid) {
+  Options o;
+  o.device = Device::cuda;
+  o.source = Source::ring;
+  o.carrier = carrier;
+  o.as = carrier == Carrier::copy ? As::threads : As::processes;
+  o.grid = grid;
+  o.m = 37;
+  o.k = 41;
+  o.n = 53;
+  o.rounds = 2;
+  o.warmup = 1;
+  o.check = true;
+  return o;
+}
+
+void expect_right(const Options& o) {
+  const Measured m = o.ranks ? run_collective(o) : run_matmul(o);
+  EXPECT(m.wrong == 0, o.name, " grid ", o.grid[0], o.grid[1], o.grid[2], " slices ", o.slices);
+  EXPECT(m.bytes == m.formula, o.name, " moved ", m.bytes, " bytes, formula ", m.formula);
+}
+
+void every_product(Carrier carrier, const std::vector<std::array<int, 3>>& grids) {
+  for (const auto& grid : grids)
+    for (const char* name : kCases)
+      for (int slices : {1, 3})
+        for (bool swapped : {false, true}) {
+          Options o = options(carrier, grid);
+          o.name = name;
+          o.slices = slices;
+          o.swapped = swapped;
+          expect_right(o);
+        }
+}
+
+void every_collective(Carrier carrier) {
+  for (int ranks : {2, 4})
+    for (const char* name : kCollectives)
+      for (int64_t n : {1, 53, 5000}) {
+        Options o = options(carrier, {1, 1, 1});
+        o.name = name;
+        o.ranks = ranks;
+        o.n = n;
+        expect_right(o);
+      }
+}
+
+// 2d, 2.5d or 3d, 1d and an uneven grid.
+const std::vector<std::array<int, 3>> kGrids{{2, 2, 1}, {2, 2, 2}, {1, 4, 1}, {1, 2, 1}, {4, 1, 2}};
+
+void set(const char* name, const char* value) {
+  if (value)
+    setenv(name, value, 1);
+  else
+    unsetenv(name);
+}
+
+class With {
+ public:
+  With(const char* name, const char* value) : name_(name) { set(name, value); }
+  ~With() { set(name_, nullptr); }
+
+ private:
+  const char* name_;
+};
+
+void products_over_nccl() { every_product(Carrier::nccl, kGrids); }
+void products_over_copies() { every_product(Carrier::copy, {{2, 2, 1}, {2, 2, 2}, {1, 2, 1}}); }
+void collectives() {
+  every_collective(Carrier::nccl);
+  every_collective(Carrier::copy);
+}
+void one_communicator_at_a_time() {
+  const With alone("FAKE_NCCL_ONE_AT_A_TIME", "1"), jitter("FAKE_CUDA_JITTER", "200");
+  every_product(Carrier::nccl, {{2, 2, 1}, {2, 2, 2}});
+  every_collective(Carrier::nccl);
+}
+void with_buffering() {
+  const With buffered("FAKE_NCCL_BUFFERED", "1"), jitter("FAKE_CUDA_JITTER", "200");
+  every_product(Carrier::nccl, {{2, 2, 2}});
+}
+void with_jitter() {
+  for (const char* seed : {"1", "2", "3"}) {
+    const With jitter("FAKE_CUDA_JITTER", "500"), seeded("FAKE_CUDA_SEED", seed);
+    every_product(Carrier::copy, {{2, 2, 1}});
+    every_product(Carrier::nccl, {{2, 2, 2}});
+  }
+}
+
+// What a graph capture asks of a step: all streams come back to the caller's, the host waits for none, none is the default stream.
+void a_step_could_be_captured() {
+  for (const char* name : kCases)
+    for (int slices : {1, 3}) {
+      Options o = options(Carrier::nccl, {2, 2, 2});
+      o.name = name;
+      o.slices = slices;
+      unsigned long long waited = 0;
+      int rounds = 0;
+      o.after = [&](Job& job) {
+        const int left = fake_unjoined(job.stream().native());
+        EXPECT(left == 0, left, " streams not joined after ", o.name);
+        const unsigned long long now = fake_host_waits();
+        // between two rounds the benchmark itself waits once
+        EXPECT(rounds++ == 0 || now == waited + 1, "the host waited ", now - waited, " times");
+        EXPECT(fake_legacy_uses() == 0, "default stream used");
+        waited = now;
+      };
+      expect_right(o);
+    }
+}
+
+// What NCCL moved is what the transport counted, and THEORY's formula: forward and backward, summed over the ranks.
+void bytes_are_nccls() {
+  auto* received = static_cast<std::atomic<uint64_t>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  for (const char* name : kCases) {
+    *received = 0;
+    Options o = options(Carrier::nccl, {2, 2, 2});
+    o.name = name;
+    o.rounds = 1;
+    o.warmup = 0;
+    o.after = [&](Job& job) {
+      job.gpu()->synchronize();
+      *received += fake_nccl_received();
+    };
+    const Measured m = run_matmul(o);
+    EXPECT(static_cast<double>(received->load()) == m.formula && m.bytes == m.formula, name, ": NCCL moved ", received->load(), " bytes, counted ",
+           m.bytes, ", formula ", m.formula);
+  }
+  munmap(received, 4096);
+}
+
+struct Test {
+  const char* name;
+  void (*run)();
+};
+const Test kTests[] = {{"products over nccl", products_over_nccl},
+                       {"products over copies", products_over_copies},
+                       {"collectives", collectives},
+                       {"one communicator at a time", one_communicator_at_a_time},
+                       {"with buffering", with_buffering},
+                       {"with jitter", with_jitter},
+                       {"a step could be captured", a_step_could_be_captured},
+                       {"bytes are nccl's", bytes_are_nccls}};
+
+}  // namespace
+}  // namespace gingham
+
+int main(int argc, char** argv) {
+  int passed = 0, failed = 0;
+  for (const auto& test : gingham::kTests) {
+    if (argc > 1 && strcmp(argv[1], test.name) != 0) continue;
+    try {
+      test.run();
+      printf("ok   %s\n", test.name);
+      passed++;
+    } catch (const std::exception& error) {
+      printf("FAIL %s: %s\n", test.name, error.what());
+      failed++;
+    }
+    fflush(stdout);
+  }
+  printf("%d passed, %d failed\n", passed, failed);
+  return failed || !passed;
+}
