@@ -66,7 +66,7 @@ def build(sanitizer: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_ninja(folder, sanitizer, tools.include)
     jobs = os.environ.get("GINGHAM_JOBS", "2")
-    done = subprocess.run([ninja(), "-C", str(folder), "-j", jobs], capture_output=True, text=True)
+    done = subprocess.run([ninja(), "--quiet", "-C", str(folder), "-j", jobs], capture_output=True, text=True)
     if done.returncode != 0:
         raise nvcc.CompileError(done.stdout[-8000:] + done.stderr[-2000:])
     return folder / "kernel_tests"

@@ -1,0 +1,205 @@
+// What layers need besides products: quantise, layer_norm, cross_entropy, embedding, on the device and on the host, against float64.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernel_tests.h"
+#include "kernels/accumulate.h"
+#include "kernels/cast.h"
+#include "kernels/cross_entropy.h"
+#include "kernels/embedding.h"
+#include "kernels/layer_norm.h"
+#include "kernels/quantise.h"
+
+namespace gingham::tests {
+namespace {
+
+const DType kReal[] = {DType::f32, DType::f64, DType::bf16, DType::f16};
+
+double rounding(DType dtype) {
+  const double all[] = {5e-7, 1e-14, 4e-3, 5e-4};
+  return all[static_cast<int>(dtype)];
+}
+
+struct Size {
+  int64_t rows, cols;
+};
+const Size kSizes[] = {{5, 64}, {7, 37}, {3, 600}, {1, 1}, {300, 24}};
+const Layout kLayouts[] = {{false, 0, 0}, {false, 8, 8}, {false, 3, 1}};
+
+// Both devices in turn, with a suffix for the table.
+void on_both(const std::function<void(const Stream&, const std::string&)>& body) {
+  body(DeviceStream(), "");
+  body(HostStream(), " (cpu)");
+}
+
+void quantised() {
+  std::mt19937 random(2);
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
+    for (const Size& s : {Size{3, 128}, Size{5, 300}, Size{1, 1}, Size{2, 131}})
+      for (const Layout& layout : kLayouts)
+        for (const Code code : {Code::int8, Code::e4m3}) {
+          const int64_t blocks = (s.cols + kQuantiseBlock - 1) / kQuantiseBlock;
+          const Buffer x(s.rows, s.cols, dtype, layout, random);
+          if (s.rows > 1)
+            for (int64_t j = 0; j < s.cols; j++) store(x.view(), 1, j, 0);
+          const Buffer codes(s.rows, s.cols, DType::bytes1, layout, random), scales(s.rows, blocks, DType::f32, {}, random);
+          const Buffer codes_cpu = codes.copy(), scales_cpu = scales.copy(), back = x.copy(), back_cpu = x.copy();
+          quantise(x.view(), codes.view(), scales.view(), code, DeviceStream());
+          quantise(x.view(), codes_cpu.view(), scales_cpu.view(), code, HostStream());
+          dequantise(codes.view(), scales.view(), back.view(), code, DeviceStream());
+          dequantise(codes_cpu.view(), scales_cpu.view(), back_cpu.view(), code, HostStream());
+          const std::string name = code == Code::int8 ? "quantise int8" : "quantise e4m3", shape = shape_of({s.rows, s.cols});
+          report(name + " codes", name_of(dtype), shape, error_of(codes.values(), codes_cpu.values()), 0);
+          report(name + " scales", name_of(dtype), shape, error_of(scales.values(), scales_cpu.values()), 0);
+          report(name + " back, to cpu", name_of(dtype), shape, error_of(back.values(), back_cpu.values()), 0);
+          report(name + " back", name_of(dtype), shape, error_of(back.values(), x.values()), code == Code::int8 ? 1e-2 : 4e-2);
+          const std::vector<double> want = x.values(), got = back.values();
+          for (size_t i = 0; i < want.size(); i++) {
+            const double scale = load(scales.view(), static_cast<int64_t>(i) / s.cols, static_cast<int64_t>(i) % s.cols / kQuantiseBlock);
+            const double bound = (code == Code::int8 ? 0.501 * scale : std::fabs(want[i]) / 15.9 + scale * 0.001) + 0.004 * std::fabs(want[i]);
+            expect(std::fabs(got[i] - want[i]) <= bound, name + ": an element came back wrong");
+          }
+          expect(codes.same_padding(codes_cpu) && back.same_padding(x), "quantise wrote beside its output");
+        }
+  for (int bits = 0; bits < 256; bits++)
+    if ((bits & 0x7f) != 0x7f)
+      expect(encode(Code::e4m3, decode(Code::e4m3, static_cast<uint8_t>(bits))) == bits, "e4m3 code " + std::to_string(bits));
+}
+
+// Columns cut in two, as over two ranks.
+void layer_norms() {
+  std::mt19937 random(3);
+  for (const DType dtype : kReal)
+    for (const Size& s : kSizes)
+      for (const double offset : {0.0, 100.0})
+        on_both([&](const Stream& stream, const std::string& where) {
+          const Layout layout = kLayouts[s.rows % 3];
+          const Buffer x(s.rows, s.cols, dtype, layout, random), dy(s.rows, s.cols, dtype, layout, random), y = x.copy(), dx = x.copy();
+          for (int64_t i = 0; i < s.rows; i++)
+            for (int64_t j = 0; j < s.cols; j++) store(x.view(), i, j, load(x.view(), i, j) + offset);
+          const Buffer gamma(1, s.cols, dtype, {}, random), beta(1, s.cols, dtype, {}, random), dgamma(1, s.cols, accumulator(dtype), {}, random);
+          const int64_t half = s.cols / 2;
+          const Buffer left(s.rows, 2, DType::f64, {}, random), right(s.rows, 2, DType::f64, {}, random);
+          row_statistics(x.view().slice(1, 0, half), left.view(), stream);
+          row_statistics(x.view().slice(1, half, s.cols), right.view(), stream);
+          merge_statistics(left.view(), half, right.view(), s.cols - half, stream);
+          const Norm norm{right.view(), s.cols, 1e-5, gamma.view(), beta.view()};
+          layer_norm(x.view(), norm, y.view(), stream);
+          const Buffer pieces(s.rows, 2, DType::f64, {}, random);
+          layer_norm_pieces(dy.view(), x.view(), norm, pieces.view(), stream);
+          layer_norm_backward(dy.view(), x.view(), norm, pieces.view(), dx.view(), stream);
+          layer_norm_weights(dy.view(), x.view(), norm, dgamma.view(), false, stream);
+          std::vector<double> in = x.values(), grad = dy.values(), want_y = in, want_dx = in, want_dgamma(static_cast<size_t>(s.cols), 0.0);
+          std::vector<double> statistics;
+          const size_t n = static_cast<size_t>(s.cols);
+          for (size_t i = 0; i < static_cast<size_t>(s.rows); i++) {
+            double mean = 0, m2 = 0, g_sum = 0, gx_sum = 0;
+            for (size_t j = 0; j < n; j++) mean += in[i * n + j] / static_cast<double>(n);
+            for (size_t j = 0; j < n; j++) m2 += (in[i * n + j] - mean) * (in[i * n + j] - mean);
+            const double rstd = 1 / std::sqrt(m2 / static_cast<double>(n) + 1e-5);
+            statistics.insert(statistics.end(), {mean, m2});
+            const auto g = [&](size_t j) { return grad[i * n + j] * load(gamma.view(), 0, static_cast<int64_t>(j)); };
+            const auto xhat = [&](size_t j) { return (in[i * n + j] - mean) * rstd; };
+            for (size_t j = 0; j < n; j++) {
+              g_sum += g(j);
+              gx_sum += g(j) * xhat(j);
+              want_dgamma[j] += grad[i * n + j] * xhat(j);
+              want_y[i * n + j] = xhat(j) * load(gamma.view(), 0, static_cast<int64_t>(j)) + load(beta.view(), 0, static_cast<int64_t>(j));
+            }
+            for (size_t j = 0; j < n; j++) want_dx[i * n + j] = rstd * (g(j) - (g_sum + xhat(j) * gx_sum) / static_cast<double>(n));
+          }
+          const std::string shape = shape_of({s.rows, s.cols}), type = name_of(dtype);
+          // A lone column normalises to nothing: its gradient is all rounding.
+          const double bound = rounding(dtype) * (s.cols == 1 ? 1e6 : (dtype == DType::f64 ? 100 : 4));
+          report("row_statistics" + where, type, shape, error_of(right.values(), statistics), dtype == DType::f64 ? 1e-12 : 1e-6);
+          report("layer_norm" + where, type, shape, error_of(y.values(), want_y), bound);
+          report("layer_norm_backward" + where, type, shape, error_of(dx.values(), want_dx), bound);
+          report("layer_norm_weights" + where, type, shape, error_of(dgamma.values(), want_dgamma),
+                 dtype == DType::f64 ? 1e-12 : (s.cols == 1 ? 1 : 5e-6));
+          expect(y.same_padding(dx) && y.view().rows == s.rows, "layer_norm wrote beside its output");
+        });
+}
+
+void cross_entropies() {
+  std::mt19937 random(4);
+  for (const DType dtype : kReal)
+    for (const Size& s : kSizes)
+      for (const double smoothing : {0.0, 0.1})
+        on_both([&](const Stream& stream, const std::string& where) {
+          const Layout layout = kLayouts[s.cols % 3];
+          const Buffer logits(s.rows, s.cols, dtype, layout, random), gradient = logits.copy();
+          for (int64_t i = 0; i < s.rows; i++)
+            for (int64_t j = 0; j < s.cols; j++) store(logits.view(), i, j, 8 * load(logits.view(), i, j) + 50);
+          std::vector<int64_t> ids;
+          for (int64_t i = 0; i < s.rows; i++) ids.push_back(i % 4 == 3 ? -100 : static_cast<int64_t>(random() % static_cast<unsigned>(s.cols)));
+          const int64_t half = s.cols / 2;
+          const Buffer maxima(s.rows, 1, DType::f64, {}, random), other = maxima.copy(), pieces(s.rows, 3, DType::f64, {}, random),
+                                                                  more = pieces.copy();
+          Targets here{ids.data(), -100, 0, s.cols, smoothing}, there = here;
+          there.first = half;
+          const Matrix l = logits.view().slice(1, 0, half), r = logits.view().slice(1, half, s.cols);
+          row_maxima(l, maxima.view(), stream);
+          row_maxima(r, other.view(), stream);
+          for (int64_t i = 0; i < s.rows; i++) store(maxima.view(), i, 0, std::max(load(maxima.view(), i, 0), load(other.view(), i, 0)));
+          softmax_pieces(l, maxima.view(), here, pieces.view(), stream);
+          softmax_pieces(r, maxima.view(), there, more.view(), stream);
+          accumulate(more.view(), pieces.view(), stream);
+          const Buffer loss(s.rows, 1, DType::f64, {}, random);
+          losses(pieces.view(), here, loss.view(), stream);
+          const double scale = 0.25;
+          softmax_gradient(l, maxima.view(), pieces.view(), here, &scale, gradient.view().slice(1, 0, half), stream);
+          softmax_gradient(r, maxima.view(), pieces.view(), there, &scale, gradient.view().slice(1, half, s.cols), stream);
+          std::vector<double> x = logits.values(), want_loss, want_gradient(x.size(), 0.0);
+          const size_t n = static_cast<size_t>(s.cols);
+          for (size_t i = 0; i < ids.size(); i++) {
+            double sum = 0, value = 0;
+            for (size_t j = 0; j < n; j++) sum += std::exp(x[i * n + j] - 50);
+            for (size_t j = 0; j < n; j++) {
+              const double q = (static_cast<int64_t>(j) == ids[i] ? 1 - smoothing : 0) + smoothing / static_cast<double>(n);
+              value -= q * (x[i * n + j] - 50 - std::log(sum));
+              want_gradient[i * n + j] = ids[i] == -100 ? 0 : scale * (std::exp(x[i * n + j] - 50) / sum - q);
+            }
+            want_loss.push_back(ids[i] == -100 ? 0 : value);
+          }
+          const std::string shape = shape_of({s.rows, s.cols}), type = name_of(dtype);
+          std::vector<double> got_loss = loss.values();
+          for (size_t i = 0; i < want_loss.size(); i++) got_loss[i]++, want_loss[i]++;  // a lone column's loss is nothing but rounding
+          report("cross_entropy" + where, type, shape, error_of(got_loss, want_loss), dtype == DType::f64 ? 1e-12 : 2e-6);
+          report("softmax_gradient" + where, type, shape, error_of(gradient.values(), want_gradient), 4 * rounding(dtype) + 1e-12);
+        });
+}
+
+void embeddings() {
+  std::mt19937 random(5);
+  for (const DType dtype : kReal)
+    for (const Size& s : kSizes)
+      on_both([&](const Stream& stream, const std::string& where) {
+        const int64_t vocabulary = 9, first = 20;
+        const Layout layout = kLayouts[s.cols % 3];
+        const Buffer table(vocabulary, s.cols, dtype, layout, random), out(s.rows, s.cols, dtype, layout, random);
+        const Buffer before(vocabulary, s.cols, accumulator(dtype), layout, random), gradient = before.copy();
+        std::vector<int64_t> ids;
+        for (int64_t i = 0; i < s.rows; i++) ids.push_back(18 + static_cast<int64_t>(random() % (s.rows > 100 ? 13 : 5)));
+        const Buffer dy = out.copy();
+        gather_rows(table.view(), ids.data(), first, out.view(), stream);
+        scatter_add_rows(dy.view(), ids.data(), first, gradient.view(), stream);
+        std::vector<double> want(static_cast<size_t>(s.rows * s.cols), 0.0), sums = before.values();
+        for (int64_t i = 0; i < s.rows; i++)
+          for (int64_t j = 0; j < s.cols; j++) {
+            const int64_t id = ids[static_cast<size_t>(i)] - first;
+            if (id < 0 || id >= vocabulary) continue;
+            want[static_cast<size_t>(i * s.cols + j)] = load(table.view(), id, j);
+            sums[static_cast<size_t>(id * s.cols + j)] += load(dy.view(), i, j);
+          }
+        report("gather_rows" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(out.values(), want), 0);
+        report("scatter_add_rows" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(gradient.values(), sums),
+               dtype == DType::f64 ? 1e-14 : 1e-6);
+        expect(out.same_padding(dy) && gradient.same_padding(before), "embedding wrote beside its output");
+      });
+}
+
+const Register all[] = {{"quantise", quantised}, {"layer_norm", layer_norms}, {"cross_entropy", cross_entropies}, {"embedding", embeddings}};
+
+}  // namespace
+}  // namespace gingham::tests

@@ -1,0 +1,68 @@
+"""Rung 2: the machine code of every kernel instance, against pins. It shows what the compiler made, not how fast it runs."""
+
+import functools
+from typing import Any
+
+import pytest
+
+from cuda import nvcc, sass
+
+pytestmark = [
+    pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc"),
+    pytest.mark.skipif(sass.cuobjdump() is None, reason="no cuobjdump: pip install -r tests/cuda/requirements.txt"),
+    pytest.mark.timeout(900),
+]
+measured = functools.cache(sass.measure_all)
+
+
+def instances(arch: str) -> dict[str, Any]:
+    rows: dict[str, Any] = measured()[arch]
+    return rows
+
+
+@pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
+def test_no_stack_and_no_spills(arch: str) -> None:
+    wrong = {name: row for name, row in instances(arch).items() if row["stack"] or row["spills"]}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
+def test_tensor_cores_and_asynchronous_copies_are_used(arch: str) -> None:
+    tiles = {name: row for name, row in instances(arch).items() if name.startswith("tile_kernel")}
+    assert len(tiles) == 36, sorted(tiles)
+    for name, row in tiles.items():
+        m, n, warp_m, warp_n, _, _ = sass.tile_of(name) or [0] * 6
+        steps = 4  # of k in a line of 128 bytes: 16 elements of 16 bits or 8 of 32
+        assert row["HMMA"] == steps * (warp_m // 16) * (warp_n // 8), (name, row)
+        if name.endswith("true>"):
+            threads, _ = sass.block_of(name) or (0, 0)
+            # 16-byte copies of a stage, once in each of the prologue's two stages and once in the loop
+            assert row["LDGSTS"] == 3 * (m + n) * 128 // 16 // threads, (name, row)
+            assert row["STG.128"] > 0 and row["LDS.128"] > 0, (name, row)
+
+
+@pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
+def test_memory_kernels_move_16_bytes_at_a_time(arch: str) -> None:
+    wide = {
+        name: row for name, row in instances(arch).items() if name.startswith("sweep_kernel<") and not name.startswith("sweep_kernel<1,")
+    }
+    assert wide
+    narrow = {name: row for name, row in wide.items() if row["STG.128"] == 0 or ("Zero" not in name and row["LDG.128"] == 0)}
+    assert not narrow, narrow
+
+
+@pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
+def test_the_pins_hold(arch: str) -> None:
+    """Pins belong to one nvcc; another may choose other registers, and is held to the rules above only."""
+    pinned = sass.budget()
+    if pinned["nvcc"] != measured()["nvcc"]:
+        pytest.skip(f"pinned with nvcc {pinned['nvcc']}, this is {measured()['nvcc']}")
+    found = instances(arch)
+    assert found.keys() == pinned[arch].keys(), found.keys() ^ pinned[arch].keys()
+    changed = {name: (pinned[arch][name], row) for name, row in found.items() if row != pinned[arch][name]}
+    assert not changed, f"if wanted: PYTHONPATH=tests python -m cuda.sass --write\n{changed}"
+
+
+def test_the_documentation_shows_the_pins() -> None:
+    text = sass.DOCS.read_text()
+    assert text.split(sass.BEGIN)[1].split(sass.END)[0].strip() == sass.table(sass.budget()).strip()
