@@ -1,0 +1,108 @@
+"""Rung 5: the real host side of the CUDA backend (binding, step, streams, events, NCCL groups, watch) on fake devices.
+
+Nothing here was tested on a GPU: the runtime and NCCL are tests/cuda/fake, kernels are the CPU's or the simulated .cu files.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cuda import fake_build, nvcc
+
+pytestmark = [
+    pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
+    pytest.mark.timeout(1800),
+]
+FAULTS = Path(__file__).parent / "fake" / "faults.py"
+
+
+@pytest.fixture(scope="module")
+def package() -> Path:
+    return fake_build.build("cpu", binding=True)
+
+
+def run(command: list[str], environment: dict[str, str], limit: float = 600) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit, cwd=nvcc.ROOT)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def test_products_and_collectives(package: Path) -> None:
+    """2, 4 and 8 devices, every product, 1 and 3 slices, NCCL and copies; rendezvous, buffered, one communicator at a time, jitter."""
+    print(run([str(package / "pipeline_tests")], fake_build.environment(package)))
+
+
+def test_simulated_kernels_in_the_pipeline() -> None:
+    """The .cu files' own code, launched by the real step."""
+    folder = fake_build.build("simulated")
+    for name in ("collectives", "a step could be captured"):
+        print(run([str(folder / "pipeline_tests"), name], fake_build.environment(folder)))
+
+
+@pytest.mark.matrix
+def test_simulated_kernels_on_every_grid() -> None:
+    folder = fake_build.build("simulated")
+    for name in ("products over nccl", "products over copies"):
+        print(run([str(folder / "pipeline_tests"), name], fake_build.environment(folder)))
+
+
+def test_thread_sanitizer() -> None:
+    """Ranks as threads: a missing event between streams is a data race, which ThreadSanitizer names."""
+    folder = fake_build.build("cpu", "thread")
+    environment = fake_build.environment(folder, FAKE_CUDA_JITTER="100")
+    print(run([str(folder / "pipeline_tests"), "products over copies"], environment | {"TSAN_OPTIONS": "halt_on_error=1"}))
+
+
+PYTHON_TESTS = {
+    "layers": ["tests/python/nn/test_layers.py", "tests/python/nn/test_loss.py"],
+    "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
+    "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
+    "model": ["tests/python/test_gpt.py"],
+}
+MORE_PYTHON_TESTS = {
+    "products": PYTHON_TESTS["products"],
+    "bytes": PYTHON_TESTS["bytes"],
+    "nn": ["tests/python/nn"],
+}
+
+
+def python_tests(package: Path, names: list[str], marks: str) -> str:
+    """These tests on the fake GPUs. Left out: those that ask for shared windows, which a GPU mesh refuses."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, "-k", "not window and not in_fp32", *names]
+    return run(command, fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1"))
+
+
+@pytest.mark.parametrize("name", PYTHON_TESTS)
+def test_python_on_fake_devices(package: Path, name: str) -> None:
+    """Equal to torch in float64, forward and backward, in every mode; bytes equal to the formulas; the same tests as on the CPU."""
+    out = python_tests(package, PYTHON_TESTS[name], "not matrix")
+    assert " passed" in out and "skipped" not in out, out
+    print(out.splitlines()[-1])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", MORE_PYTHON_TESTS)
+def test_python_matrix_on_fake_devices(package: Path, name: str) -> None:
+    print(python_tests(package, MORE_PYTHON_TESTS[name], "matrix or not matrix").splitlines()[-1])
+
+
+@pytest.mark.parametrize("fault", ["killed", "nccl error", "nccl hangs", "raises", "leaves"])
+def test_faults_are_named(package: Path, fault: str) -> None:
+    """Every surviving rank raises a typed error soon; an NCCL error or hang names a rank, a killed one is named exactly."""
+    extra = {"nccl error": {"FAKE_NCCL_FAIL": "1,7"}, "nccl hangs": {"FAKE_NCCL_HANG": "1,7"}}.get(fault, {})
+    began = time.monotonic()
+    out = run([sys.executable, str(FAULTS), fault], fake_build.package_environment(package, **extra), limit=120)
+    seen = json.loads(out.splitlines()[-1])
+    print(f"{fault}: {time.monotonic() - began:.1f} s, {seen}")
+    expected = {"killed": "PeerDied", "nccl error": "PeerDied", "nccl hangs": "PeerStalled", "raises": "PeerDied", "leaves": "PeerDied"}[
+        fault
+    ]
+    others = [other for other in seen if other is not None]
+    assert len(others) >= 3 and all(kind == expected for kind, _, _ in others), seen
+    if fault in ("killed", "raises", "leaves"):
+        assert all(rank == 2 for _, rank, _ in others), seen
+    assert all(seconds < 8 for _, _, seconds in others), seen
