@@ -1,9 +1,10 @@
-// Chooses the kernel: tensor cores for 16-bit types and, where the stream allows tf32, for fp32; the plain kernel else. Few tiles and a long
+// Chooses the kernel: Hopper's own for 16-bit types where it is on; tensor cores as of sm_80 for them and, where the stream allows tf32, for fp32; the plain kernel else. Few tiles and a long
 // K: pieces of K are summed apart, each into its own matrix of workspace, and added in order, so that every run gives the same bits.
 #include <algorithm>
 
 #include "kernels/cast.h"
 #include "kernels/gemm.h"
+#include "kernels/gemm_sm90.cuh"
 #include "kernels/gemm_store.cuh"
 
 namespace gingham::cuda {
@@ -100,6 +101,8 @@ constexpr int64_t kLeastPiece = 512, kMostPieces = 16;
 template <class T>
 void choose(const Job& job, bool add, const Stream& stream) {
   Operands p = operands_of(job.a, job.b);
+  if constexpr (sizeof(T) == 2)
+    if (sm90_enabled(p, stream)) return gemm_sm90(p, store_of<T>(job, add), stream);
   const bool tensor = sizeof(T) == 2 || stream.math == Math::tf32;
   const TileSize size = ceil_div(p.m, 128) * ceil_div(p.n, sizeof(T) == 2 ? 256 : 128) >= kMultiprocessors / 2 ? TileSize::large : TileSize::small;
   const int64_t edge = tensor || sizeof(T) == 8 ? 64 : 128, tiles = ceil_div(p.m, edge) * ceil_div(p.n, edge);

@@ -33,6 +33,13 @@ COUNTS = {
 }
 # registers, shared memory and threads of a multiprocessor; a block takes 1 KiB of shared memory more than it asked for
 LIMITS = {"sm_80": {"shared": 164 * 1024, "threads": 2048}, "sm_90a": {"shared": 228 * 1024, "threads": 2048}}
+# The table's rows: one dtype of those that differ in nothing else, vector widths and aligned tiles.
+SHOWN = re.compile(
+    r"tile_kernel<(Bf16|float), .*true>$|plain_kernel|dropout_kernel<(Bf16|float)>|(quantise|dequantise)_kernel<Bf16>"
+    r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|SoftmaxGradient|AddChain)<Bf16>)>"
+    r"|sweep_kernel<4, (Sum<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
+    r"|slab_kernel<8, (Column|GammaGradient)<Bf16>>|(statistics|layer_norm|pieces|backward|maxima|softmax)_kernel<8, Bf16>"
+)
 Row = dict[str, Any]
 
 
@@ -67,8 +74,8 @@ def measure(source: Path, arch: str) -> dict[str, Row]:
     assert tool is not None
     sass = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
     code = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.DOTALL))
-    pattern = r"Compiling entry function '(\S+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
-    found = re.findall(pattern, report, re.DOTALL)
+    spills = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    found = re.findall(rf"Compiling entry function '(\S+)'.*?{spills}.*?Used (\d+) registers", report, re.DOTALL)
     names = readable([entry[0] for entry in found])
     rows = {}
     for symbol, stack, stores, loads, registers in found:
@@ -94,9 +101,10 @@ def block_of(name: str) -> tuple[int, int] | None:
     if name.startswith("plain_kernel"):
         element = 8 if "double" in name else 4
         return 256, 2 * 2 * 16 * (2 * 16 * 16 // element + 16 // element) * element
-    if name.startswith(("sweep_kernel", "slab", "line_kernel", "dropout_kernel", "transpose_kernel")):
-        return 256, 16384 if name.startswith("slab_kernel") else 0
-    return None
+    wide = re.match(r"slab_kernel<(\d+),", name)
+    if wide:
+        return 256, 8 * 8 * 32 * int(wide[1])
+    return None if "sm90" in name or "hopper" in name else (256, 0)
 
 
 def occupancy(name: str, registers: int, arch: str) -> int | None:
@@ -132,16 +140,15 @@ def budget() -> dict[str, Any]:
 def table(pinned: dict[str, Any]) -> str:
     """The instances that do the work: vector widths and aligned tiles; the fallbacks for odd views are in sass_budget.json."""
     lines = [
-        f"nvcc {pinned['nvcc']}; registers and resident threads (of 2048) for sm_80 / sm_90a, instructions for sm_90a. No instance has a stack or a spill.",
+        f"nvcc {pinned['nvcc']}; registers and resident threads (of 2048) for sm_80 / sm_90a, instructions for sm_90a.",
+        "No instance has a stack or a spill.",
         "",
         "| kernel | registers | occupancy | HMMA | LDGSTS | LDSM | 16-byte LDG / STG / LDS / STS |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, new in pinned["sm_90a"].items():
         old = pinned["sm_80"].get(name)
-        if old is None or re.match(r"sweep_kernel<1,|slab_kernel<\w+, 1>", name) or (tile_of(name) and name.endswith("false>")):
-            continue
-        if "gemm_f16" in new["source"] or block_of(name) is None:
+        if old is None or block_of(name) is None or not SHOWN.match(name):
             continue
         occupied = [occupancy(name, row["registers"], arch) for row, arch in ((old, "sm_80"), (new, "sm_90a"))]
         wide = " / ".join(str(new[key]) for key in ("LDG.128", "STG.128", "LDS.128", "STS.128"))

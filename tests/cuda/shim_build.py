@@ -21,6 +21,15 @@ SANITIZERS = {
 SCHEDULER = {"address": ["-DGINGHAM_SHIM_ASAN"], "thread": ["-DGINGHAM_SHIM_TSAN"]}
 
 
+BASE = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -DGINGHAM_SHIM -DGINGHAM_CUDA"
+ENVIRONMENT = {
+    "GINGHAM_BLAS": "plain",
+    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1",
+}
+
+
 def ninja() -> str:
     beside = Path(sys.executable).with_name("ninja")
     return str(beside) if beside.exists() else shutil.which("ninja") or "ninja"
@@ -28,18 +37,16 @@ def ninja() -> str:
 
 def sources() -> tuple[list[Path], list[Path]]:
     """Instrumented ones, and the shim's own."""
-    kernels = [path for path in nvcc.kernels() if "sm90" not in path.stem]
     csrc = [*(ROOT / "csrc" / "kernels").glob("*.cc"), *(ROOT / "csrc" / "base" / name for name in ("heap.cc", "segment.cc"))]
-    return [*kernels, *csrc, *(ROOT / "tests" / "cuda").glob("*.cc")], list((ROOT / "tests" / "cuda" / "shim").glob("*.cc"))
+    return [*nvcc.kernels(), *csrc, *(ROOT / "tests" / "cuda").glob("*.cc")], list((ROOT / "tests" / "cuda" / "shim").glob("*.cc"))
 
 
 def write_ninja(folder: Path, sanitizer: str, include: Path) -> None:
     flags = " ".join(SANITIZERS[sanitizer])
-    base = "-std=c++20 -Wall -Wextra -Werror -Wno-unknown-pragmas -DGINGHAM_SHIM -DGINGHAM_CUDA"
     paths = f"-I{ROOT}/tests/cuda/shim -I{ROOT}/tests/cuda -I{ROOT}/csrc -isystem {include}"
     lines = [
         "rule cc",
-        f"  command = nice g++ -x c++ {base} $flags {paths} -MMD -MF $out.d -c $in -o $out",
+        f"  command = nice g++ -x c++ {BASE} $flags {paths} -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",

@@ -15,16 +15,10 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the shim needs the toolkit's headers"),
     pytest.mark.timeout(1800),
 ]
-ENVIRONMENT = {
-    "GINGHAM_BLAS": "plain",
-    "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-    "UBSAN_OPTIONS": "print_stacktrace=1",
-    "TSAN_OPTIONS": "halt_on_error=1",
-}
 
 
 def run(program: Path, *arguments: str) -> str:
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, env=os.environ | ENVIRONMENT)
+    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, env=os.environ | shim_build.ENVIRONMENT)
     print(done.stdout)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
     return done.stdout
