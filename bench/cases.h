@@ -20,6 +20,8 @@ struct Options {
   Device device = Device::cpu;
   Carrier carrier = Carrier::nccl;  // between GPUs; copy wants threads
   DType dtype = DType::f32;
+  bool tf32 = false;
+  std::string library = "gingham";  // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
   std::function<void(Job&)> after;  // called when a round has been queued, before it is waited for
   int size() const { return ranks > 0 ? ranks : grid[0] * grid[1] * grid[2]; }
 };
@@ -47,6 +49,7 @@ double median_of_rounds(const Options& options, const std::function<void()>& pre
 Measured over_ranks(const std::vector<Row>& rows);
 
 Measured run_matmul(const Options& options);      // name: matmul | dx | dw | backward
+Measured run_kernel(const Options& options);      // name: gemm (one rank's product) | kernels (each beside its CPU twin)
 Measured run_collective(const Options& options);  // name: all_gather | reduce_scatter | all_reduce | broadcast | reduce
 
 }  // namespace gingham

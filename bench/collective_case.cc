@@ -8,6 +8,9 @@
 #include "collectives/reduce.h"
 #include "collectives/reduce_scatter.h"
 #include "collectives/resident.h"
+#ifdef GINGHAM_CUDA
+#include "transport/nccl.h"
+#endif
 
 namespace gingham {
 namespace {
@@ -52,6 +55,7 @@ class Collective {
     part_.fill(job_.rank(), begin());
   }
   void once() {
+    if (o_.library == "nccl") return by_nccl();
     Call call;
     call.set_name(o_.name);
     call.n = o_.n;
@@ -89,6 +93,23 @@ class Collective {
     for (int r = 0; r < n; r++) out.push_back(r);
     return out;
   }
+  // NCCL's own collective; n must divide by the ranks.
+  void by_nccl() {
+#ifdef GINGHAM_CUDA
+    const auto* axis = dynamic_cast<const Nccl*>(axis_.get());
+    CHECK(Error, axis && o_.n % o_.size() == 0 && o_.dtype == DType::f32, "library nccl wants --device cuda, float32 and n divisible by the ranks");
+    const size_t count = static_cast<size_t>(part_.view.cols);
+    const cudaStream_t stream = native(job_.stream());
+    if (o_.name == "all_gather") NCCL_CHECK(nccl().AllGather(part_.view.data, whole_.view.data, count, ncclFloat32, axis->communicator(), stream));
+    if (o_.name == "reduce_scatter")
+      NCCL_CHECK(nccl().ReduceScatter(whole_.view.data, part_.view.data, count, ncclFloat32, ncclSum, axis->communicator(), stream));
+    if (o_.name == "all_reduce")
+      NCCL_CHECK(nccl().AllReduce(whole_.view.data, whole_.view.data, count * static_cast<size_t>(o_.size()), ncclFloat32, ncclSum,
+                                  axis->communicator(), stream));
+#else
+    throw Error("library nccl: this microbenchmark was built without CUDA");
+#endif
+  }
   int64_t begin() const { return cuts_[static_cast<size_t>(job_.rank())]; }
   int64_t end() const { return cuts_[static_cast<size_t>(job_.rank()) + 1]; }
 
@@ -108,6 +129,7 @@ Row run_rank(Job& job, const Options& o) {
       o, [&] { collective.prepare(); },
       [&] {
         collective.once();
+        if (o.after) o.after(job);
         settle(job);
       },
       [&] { traffic = collective.axis().traffic(true); });

@@ -116,7 +116,7 @@ void define_job(py::module_& m) {
       .def_property_readonly("size", &Job::size)
       .def(
           "ready", [](Job& job) { job.attach(GINGHAM_VERSION); }, nogil)
-      .def("use_gpu", &use_gpu, py::arg("ordinal"))
+      .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)
       .def("empty", [](const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape,

@@ -181,12 +181,13 @@ OnCallersStream::~OnCallersStream() {
   }
 }
 
-void use_gpu(Job& job, int ordinal) {
+void use_gpu(Job& job, int ordinal, bool tf32) {
   const DLPackExchangeAPI* api = maker();
   {
     py::gil_scoped_release nogil;
     job.use_gpu(ordinal, Carrier::nccl);
   }
+  job.gpu()->stream().math = tf32 ? Math::tf32 : Math::exact;
   if (!kFakeDevice) job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api));
 }
 

@@ -41,8 +41,8 @@ class OnCallersStream {
   Job* job_;
 };
 
-// Moves this rank to a GPU: workspace comes from torch's allocator.
-void use_gpu(Job& job, int ordinal);
+// Moves this rank to a GPU: workspace comes from torch's allocator. tf32: fp32 products may be rounded for the tensor cores.
+void use_gpu(Job& job, int ordinal, bool tf32);
 
 // A new tensor in the job's shared heap, or on its GPU from torch's allocator; `like` names the dtype as torch does ("float32").
 struct Made {

@@ -35,7 +35,8 @@ def init(
 
     mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
     depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)).
-    device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL.
+    device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
+    are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
     source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel;
     link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled.
     Creates torch.distributed's default process group (Gloo) where there is none. Raises MeshError before any of that
@@ -107,7 +108,7 @@ def _use_gpu(job: Any) -> torch.device:
     """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
     mesh.find_nccl()
-    job.use_gpu(ordinal)
+    job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
     if mesh.fake_device:  # the tests' runtime computes on torch's CPU tensors
         return torch.device("cpu")
     torch.cuda.set_device(ordinal)

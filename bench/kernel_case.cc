@@ -1,0 +1,167 @@
+// The kernels of one device alone, on one rank. gemm: a product timed against its flops, and with library "cublaslt" the yardstick's.
+// kernels: every kernel on the device beside its CPU twin on the same numbers: the largest difference, in units of the twin's largest value.
+#include <stdio.h>
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "cases.h"
+#include "kernels/accumulate.h"
+#include "kernels/cast.h"
+#include "kernels/dropout.h"
+#include "kernels/epilogue.h"
+#include "kernels/gemm.h"
+#include "yardstick.h"
+
+namespace gingham {
+namespace {
+
+float number_at(int64_t i, int64_t seed) { return static_cast<float>((i * 2654435761u + seed * 40503u) % 2048u) / 1024.f - 1.f; }
+
+void store(const Matrix& m, int64_t i, float value) {
+  switch (m.dtype) {
+    case DType::f64:
+      static_cast<double*>(m.data)[i] = value;
+      break;
+    case DType::f32:
+      static_cast<float*>(m.data)[i] = value;
+      break;
+    case DType::bf16:
+      static_cast<uint16_t*>(m.data)[i] = narrow_bf16(value);
+      break;
+    default:
+      static_cast<uint16_t*>(m.data)[i] = narrow_f16(value);
+  }
+}
+
+double load(const Matrix& m, int64_t i) {
+  switch (m.dtype) {
+    case DType::f64:
+      return static_cast<double*>(m.data)[i];
+    case DType::f32:
+      return static_cast<float*>(m.data)[i];
+    case DType::bf16:
+      return widen_bf16(static_cast<uint16_t*>(m.data)[i]);
+    default:
+      return widen_f16(static_cast<uint16_t*>(m.data)[i]);
+  }
+}
+
+Room filled(Job& job, int64_t rows, int64_t cols, DType dtype, int64_t seed) {
+  Room room(job, rows, cols, dtype);
+  for (int64_t i = 0; i < rows * cols; i++) store(room.host(), i, number_at(i, seed));
+  room.upload();
+  return room;
+}
+
+// max |device - twin| / max |twin|, with the twin's result in `expected`.
+double difference(const Room& got, const Room& expected) {
+  got.download();
+  double worst = 0, largest = 1e-30;
+  for (int64_t i = 0; i < got.host().count(); i++) {
+    const double want = load(expected.host(), i), have = load(got.host(), i);
+    largest = std::max(largest, std::abs(want));
+    const double off = std::abs(want - have);
+    worst = std::isnan(off) ? HUGE_VAL : std::max(worst, off);
+  }
+  return worst / largest;
+}
+
+Row run_gemm(Job& job, const Options& o) {
+  enter(job, o);
+  if (job.gpu()) job.gpu()->stream().math = o.tf32 ? Math::tf32 : Math::exact;
+  const DType sum = accumulator(o.dtype);
+  const bool yardstick = o.library == "cublaslt";
+  const Room a = filled(job, o.m, o.k, o.dtype, 1), b = filled(job, o.k, o.n, o.dtype, 2);
+  const Room c(job, o.m, o.n, yardstick ? o.dtype : sum);
+  CublasLt* lt = nullptr;
+  std::unique_ptr<CublasLt> held;
+  if (yardstick) lt = (held = std::make_unique<CublasLt>()).get();
+  const auto once = [&] {
+    if (lt)
+      lt->gemm(a.view(), b.view(), c.view(), job.stream());
+    else
+      gemm(a.view(), b.view(), c.view(), false, job.stream());
+    settle(job);
+  };
+  const double seconds = median_of_rounds(o, [] {}, once, [] {});
+  double wrong = -1;
+  if (o.check) {
+    const Room expected(job, o.m, o.n, sum);
+    gemm(a.host(), b.host(), expected.host(), false, job.host_stream());
+    const double unit = size_of(o.dtype) == 2 || o.tf32 ? 1e-2 : o.dtype == DType::f64 ? 1e-12 : 1e-4;
+    wrong = difference(c, expected) < unit ? 0 : 1;
+  }
+  return {seconds, 0, 0, wrong};
+}
+
+struct Check {
+  const char* name;
+  double bound;
+  std::function<double()> run;
+};
+
+std::vector<Check> checks_of(Job& job) {
+  const int64_t rows = 131, cols = 197;
+  const auto pair = [&job, rows, cols](DType from, DType to, auto kernel) {
+    const Room a = filled(job, rows, cols, from, 3);
+    const Room device = filled(job, rows, cols, to, 4), twin = filled(job, rows, cols, to, 4);
+    kernel(a.view(), device.view(), job.stream());
+    kernel(a.host(), twin.host(), job.host_stream());
+    return difference(device, twin);
+  };
+  const auto plain_cast = [](const Matrix& a, const Matrix& b, const Stream& s) { cast(a, b, s); };
+  const auto drop = [rows, cols](const Matrix& a, const Matrix& b, const Stream& s) {
+    dropout(a.data, b.data, a.dtype, {rows, cols}, {2 * rows, 2 * cols}, {rows, 3}, {1, 2, 3, 0.3}, s);
+  };
+  std::vector<Check> out{
+      {"cast f32 bf16", 0, [=] { return pair(DType::f32, DType::bf16, plain_cast); }},
+      {"cast f16 f32", 0, [=] { return pair(DType::f16, DType::f32, plain_cast); }},
+      {"accumulate f32", 0, [=] { return pair(DType::f32, DType::f32, [](auto& a, auto& b, auto& s) { accumulate(a, b, s); }); }},
+      {"accumulate f64", 0, [=] { return pair(DType::f64, DType::f64, [](auto& a, auto& b, auto& s) { accumulate(a, b, s); }); }},
+      {"dropout f32", 0, [=] { return pair(DType::f32, DType::f32, drop); }},
+      {"dropout bf16", 0, [=] { return pair(DType::bf16, DType::bf16, drop); }},
+      {"column_sums f32", 1e-5,
+       [=] { return pair(DType::f32, DType::f32, [](auto& a, auto& b, auto& s) { column_sums(a, b.slice(0, 0, 1), false, s); }); }},
+      {"gelu f32", 1e-5, [=] { return pair(DType::f32, DType::f32, [](auto& a, auto& b, auto& s) { epilogue(a, {}, b, b, Epilogue::gelu, s); }); }},
+      {"gelu gradient f32", 1e-5, [=] { return pair(DType::f32, DType::f32, [](auto& a, auto& b, auto& s) { gelu_backward(a, a, b, s); }); }}};
+  for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    for (bool left : {false, true})
+      for (bool right : {false, true})
+        out.push_back({"gemm", dtype == DType::f64 ? 1e-13 : 1e-5, [=, &job] {
+                         const Room a = filled(job, left ? 90 : 136, left ? 136 : 90, dtype, 5);
+                         const Room b = filled(job, right ? 128 : 90, right ? 90 : 128, dtype, 6);
+                         const Room device(job, 136, 128, accumulator(dtype)), twin(job, 136, 128, accumulator(dtype));
+                         const auto product = [&](const Matrix& x, const Matrix& y, const Matrix& c, const Stream& s) {
+                           gemm(left ? x.t() : x, right ? y.t() : y, c, false, s);
+                         };
+                         product(a.view(), b.view(), device.view(), job.stream());
+                         product(a.host(), b.host(), twin.host(), job.host_stream());
+                         return difference(device, twin);
+                       }});
+  return out;
+}
+
+Row run_kernels(Job& job, const Options& o) {
+  enter(job, o);
+  double wrong = 0;
+  for (const Check& check : checks_of(job)) {
+    const double off = check.run();
+    printf("#   %-20s largest difference %.2e of %.2e allowed%s\n", check.name, off, check.bound, off <= check.bound ? "" : "   WRONG");
+    wrong += off > check.bound;
+  }
+  fflush(stdout);
+  return {1, 0, 0, wrong};
+}
+
+}  // namespace
+
+Measured run_kernel(const Options& o) {
+  const std::vector<Row> rows = run_ranks(1, o.as, [&](Job& job) { return o.name == "gemm" ? run_gemm(job, o) : run_kernels(job, o); });
+  Measured out = over_ranks(rows);
+  out.flops = o.name == "gemm" ? 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) : 0;
+  return out;
+}
+
+}  // namespace gingham

@@ -1,0 +1,181 @@
+"""Faults of the host side (streams, events, groups), put into a copy of the sources one at a time; rung 5 must find each.
+
+    PYTHONPATH=tests python -m cuda.host_faults [NAME ...]     prints the table
+
+The copy is built over the fake runtime with the CPU's kernels, once; a fault compiles one file anew. `checks` are tests of pipeline_tests.
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from cuda import fake_build, nvcc
+from cuda.mutation import Mutation, Outcome
+from cuda.mutations import table
+
+FOLDER = nvcc.ROOT / "build" / "mutations" / "host"
+SECONDS = 40  # a correct run of one check takes 1 to 6
+PARTS = ("csrc", "bench", "cmake", "CMakeLists.txt", "tests/csrc", "tests/cuda/fake")
+
+QUEUED, COPY, INPUT, OUTPUT = "transport/queued.cc", "transport/copy.cc", "ops/input.cc", "ops/output.cc"
+RELAY, NCCL = "collectives/resident.h", "transport/nccl.cc"
+NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES = (
+    "products over nccl",
+    "with jitter",
+    "products over copies",
+    "a step could be captured",
+    "bytes are nccl's",
+)
+
+
+def host(name: str, kind: str, file: str, old: str, new: str, *checks: str) -> Mutation:
+    return Mutation(name, kind, file, old, new, 5, "", checks)
+
+
+FAULTS = [
+    host("a group does not wait for the kernels before", "event", QUEUED, "  order_.entry.hold_back(line.stream);\n", "", JITTER),
+    host(
+        "kernels do not wait for what arrives",
+        "event",
+        QUEUED,
+        "  await_group(line, lanes_[static_cast<size_t>(lane)].received);\n",
+        "  (void)line;\n",
+        JITTER,
+        CAPTURE,
+    ),
+    host(
+        "a buffer is used again before it was sent",
+        "event",
+        QUEUED,
+        "  if (sends.size() > left) await_group(line, sends[sends.size() - 1 - left]);\n",
+        "  (void)line, (void)sends, (void)left;\n",
+        CAPTURE,
+        JITTER,
+    ),
+    host(
+        "a send does not wait for its receive", "group", QUEUED, "  if (waiting > left) flush(line);\n", "  flush(line);\n", NCCL_PRODUCTS
+    ),
+    host(
+        "communicators in no order",
+        "order",
+        QUEUED,
+        "  if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream);\n",
+        "",
+        "one communicator at a time",
+    ),
+    host("bytes received are not counted", "count", QUEUED, "  count_received(bytes);\n", "", BYTES),
+    host(
+        "a copy does not wait for its sender",
+        "event",
+        COPY,
+        "  CUDA_CHECK(cudaStreamWaitEvent(stream, event_of(slot.ready), 0));\n",
+        "",
+        JITTER,
+    ),
+    host(
+        "a sender does not wait until it is taken",
+        "event",
+        COPY,
+        "  CUDA_CHECK(cudaStreamWaitEvent(native(compute()), event_of(channel.slots[(wanted - 1) % kSlots].taken), 0));\n",
+        "",
+        JITTER,
+    ),
+    host(
+        "a slice overwrites one still being forwarded",
+        "ring",
+        INPUT,
+        "    if (slice >= 2) axis_.drain(axis_.next(), lane_, static_cast<uint32_t>(axis_.size() - 1));\n",
+        "",
+        JITTER,
+    ),
+    host("a slice is used before it is here", "ring", INPUT, "    axis_.arrived(lane_);\n", "", JITTER),
+    host("the last slice is not drained", "ring", INPUT, "    if (slice + 1 == slices()) axis_.drain(axis_.next(), lane_);\n", "", CAPTURE),
+    host(
+        "a share goes to the wrong place",
+        "ring",
+        INPUT,
+        "for (int r = 0; r < rank; r++) data +=",
+        "for (int r = 0; r <= rank; r++) data +=",
+        NCCL_PRODUCTS,
+    ),
+    host("a partial sum is added before it is here", "ring", OUTPUT, "    if (turn_ > 0) axis_.arrived(lane_);\n", "", JITTER),
+    host(
+        "the ring of sums is left early",
+        "ring",
+        OUTPUT,
+        "    if (!last()) return relay_.send(share_bytes(slice));\n    if (slice + 1 == cut_.slices().slices) relay_.drain();\n  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch",
+        "    if (!last()) return relay_.send(share_bytes(slice));\n  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch",
+        CAPTURE,
+    ),
+    host("a relay's buffers in the wrong turn", "ring", RELAY, "sent_ - sent_from_[turn_]);", "sent_ - sent_from_[turn_] + 1);", JITTER),
+    host(
+        "messages one byte short",
+        "group",
+        NCCL,
+        "nccl().Send(m.data, m.bytes, ncclInt8",
+        "nccl().Send(m.data, m.bytes - 1, ncclInt8",
+        NCCL_PRODUCTS,
+    ),
+    host("receives before the group begins", "group", NCCL, "  NCCL_CHECK(nccl().GroupStart());\n", "", NCCL_PRODUCTS),
+]
+
+
+def copied() -> None:
+    """The sources in a folder of their own; only what differs is written, so that a build there compiles what changed and no less."""
+    for part in PARTS:
+        found = nvcc.ROOT / part
+        for source in (
+            [found] if found.is_file() else [path for path in found.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+        ):
+            target = FOLDER / source.relative_to(nvcc.ROOT)
+            if target.exists() and target.read_bytes() == source.read_bytes():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+
+def ask(checks: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether one of the tests failed, and what it said."""
+    build = fake_build.build("cpu", source=FOLDER, folder=FOLDER / "build")
+    environment = fake_build.environment(build, FAKE_CUDA_JITTER="300")
+    for check in checks:
+        try:
+            done = subprocess.run([str(build / "pipeline_tests"), check], capture_output=True, text=True, env=environment, timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            return True, f"{check}: no end within {SECONDS} s"
+        if done.returncode:
+            failures = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("FAIL")]
+            return True, failures[0] if failures else f"{check}: exit {done.returncode}"
+    return False, "not found"
+
+
+def run(mutation: Mutation) -> Outcome:
+    began = time.perf_counter()
+    copied()
+    path = FOLDER / "csrc" / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.file} contains {text.count(mutation.old)} times {mutation.old!r}, which must be once")
+    try:
+        path.write_text(text.replace(mutation.old, mutation.new))
+        caught, said = ask(mutation.checks)
+    finally:
+        path.write_text(text)
+    return Outcome(mutation, caught, said, time.perf_counter() - began)
+
+
+def unchanged() -> tuple[bool, str]:
+    """The same tests on the sources as they are: nothing may be found."""
+    copied()
+    return ask(tuple(dict.fromkeys(check for fault in FAULTS for check in fault.checks)))
+
+
+def main(names: list[str]) -> int:
+    outcomes = [run(mutation) for mutation in FAULTS if not names or mutation.name in names]
+    print(table(outcomes))
+    return sum(not outcome.caught for outcome in outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
