@@ -3,10 +3,11 @@
     PYTHONPATH=tests python -m cuda.mutations [NAME ...]     prints the table
 
 Rung 3 compiles the unit (csrc/kernels/<unit>.cu) for the host shim and runs `checks` as --only of its test program; rung 4 runs the checks of
-cuda/ptx/check.py. Other rungs may be added to RUNGS.
+cuda/ptx/check.py. Faults of the host side, rung 5, are in host_faults.py.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,21 +22,20 @@ from cuda.mutation import Mutation, Outcome
 
 FOLDER = nvcc.ROOT / "build" / "mutations"
 SECONDS = 240
+CAUGHT = 3  # as check.py ends
 
 
-def copied(mutation: Mutation | None) -> Path:
+def copied(mutation: Mutation, changed: bool) -> Path:
     """csrc/base and csrc/kernels in a folder of their own, with the change made."""
-    folder = FOLDER / (mutation.name.replace(" ", "-") if mutation else "none")
+    folder = FOLDER / (re.sub(r"\W+", "-", mutation.name) if changed else f"none-{mutation.rung}-{mutation.unit}")
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("base", "kernels"):
         shutil.copytree(nvcc.CSRC / part, folder / part)
-    if mutation:
-        path = folder / mutation.file
-        text = path.read_text()
-        if text.count(mutation.old) != 1:
-            raise ValueError(
-                f"{mutation.name}: {mutation.file} contains {text.count(mutation.old)} times {mutation.old!r}, which must be once"
-            )
+    path = folder / mutation.file
+    text = path.read_text()
+    if text.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.file} contains {text.count(mutation.old)} times {mutation.old!r}, which must be once")
+    if changed:
         path.write_text(text.replace(mutation.old, mutation.new))
     return folder
 
@@ -48,9 +48,6 @@ def finish(command: list[str], **more: str) -> tuple[int, str]:
         return CAUGHT, f"no end within {SECONDS} s"
     lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     return done.returncode, lines[-1] if lines else ""
-
-
-CAUGHT = 3  # as check.py ends
 
 
 def interpreter(csrc: Path, unit: str, checks: tuple[str, ...]) -> tuple[int, str]:
@@ -67,9 +64,8 @@ def shim(csrc: Path, unit: str, checks: tuple[str, ...]) -> tuple[int, str]:
     folders = [nvcc.ROOT / "tests" / "cuda" / "shim", nvcc.ROOT / "tests" / "cuda", csrc]
     paths = [flag for folder in folders for flag in ("-I", str(folder))] + ["-isystem", str(tools.include)]
     source = csrc / "kernels" / f"{unit}.cu"
-    compiled = finish(
-        ["g++", "-x", "c++", "-std=c++20", "-O1", "-w", "-DGINGHAM_SHIM", "-DGINGHAM_CUDA", *paths, "-c", str(source), "-o", str(made)]
-    )
+    flags = ["-std=c++20", "-O1", "-w", "-DGINGHAM_SHIM", "-DGINGHAM_CUDA"]
+    compiled = finish(["g++", "-x", "c++", *flags, *paths, "-c", str(source), "-o", str(made)])
     if compiled[0]:
         return 1, f"does not compile: {compiled[1]}"
     objects = [str(path) for path in sorted(program.parent.glob("*.o")) if not path.name.endswith(f"_{unit}.cu.o")]
@@ -87,10 +83,9 @@ RUNGS: dict[int, Callable[[Path, str, tuple[str, ...]], tuple[int, str]]] = {3: 
 
 
 def run(mutation: Mutation, changed: bool = True) -> Outcome:
-    """Whether the rung finds the fault; without the change, whether it finds none."""
+    """Whether the rung finds the fault; without the change, whether it finds one where there is none."""
     began = time.perf_counter()
-    csrc = copied(mutation if changed else None)
-    code, said = RUNGS[mutation.rung](csrc, mutation.unit, mutation.checks)
+    code, said = RUNGS[mutation.rung](copied(mutation, changed), mutation.unit, mutation.checks)
     if code not in (0, CAUGHT):
         said = f"could not be asked: {said}"
     return Outcome(mutation, code == CAUGHT, said, time.perf_counter() - began)

@@ -95,12 +95,17 @@ def cpu_object(source: Path, csrc: Path) -> Path:
     return kept(source.stem + "_cpu", digest(included(source, csrc)), make, ".o")[0]
 
 
-def build(csrc: Path = CSRC) -> Built:
-    kernels = [*sorted((csrc / "kernels").glob("*.cu")), HERE / "host_sm90.cu"]
-    others = [*sorted((csrc / "kernels").glob("*.cc")), *(csrc / "base" / f"{name}.cc" for name in BASE), HERE / "host.cc"]
+def build(csrc: Path = CSRC, unit: str = "") -> Built:
+    """With a unit, only csrc/kernels/<unit>.cu is taken from csrc, the rest from the checkout: what a mutation of a header needs."""
+
+    def home(source: Path) -> Path:
+        return CSRC if unit and source.stem != unit else csrc
+
+    kernels = [home(source) / "kernels" / source.name for source in sorted((csrc / "kernels").glob("*.cu"))] + [HERE / "host_sm90.cu"]
+    others = [*sorted((CSRC / "kernels").glob("*.cc")), *(CSRC / "base" / f"{name}.cc" for name in BASE), HERE / "host.cc"]
     with ThreadPoolExecutor(2) as pool:
-        made = dict(zip([source.stem for source in kernels], pool.map(lambda source: kernel(source, csrc), kernels), strict=True))
-        objects = [pair[0] for pair in made.values()] + list(pool.map(lambda source: cpu_object(source, csrc), others))
+        made = dict(zip([source.stem for source in kernels], pool.map(lambda source: kernel(source, home(source)), kernels), strict=True))
+        objects = [pair[0] for pair in made.values()] + list(pool.map(lambda source: cpu_object(source, CSRC), others))
 
     def make(scratch: Path) -> list[Path]:
         command("g++", "-shared", "-o", scratch / "host.so", *objects, "-ldl", "-lpthread")

@@ -113,7 +113,11 @@ class Checks:
 
     def epilogue(self) -> None:
         for host in self.hosts():
-            c, bias, residual = host.matrix(normal(37, 44, 1), "f32"), host.matrix(normal(1, 44, 2), "bf16"), host.matrix(normal(37, 44, 3), "bf16")
+            c, bias, residual = (
+                host.matrix(normal(37, 44, 1), "f32"),
+                host.matrix(normal(1, 44, 2), "bf16"),
+                host.matrix(normal(37, 44, 3), "bf16"),
+            )
             z, y = host.empty(37, 44, "bf16"), host.empty(37, 44, "bf16")
             host.run("epilogue", c, host.tail("silu", bias=bias, residual=residual, z=z, y=y))
             linear = host.read(c) + host.read(bias)

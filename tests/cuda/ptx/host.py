@@ -101,13 +101,14 @@ class Host:
     seed: int = 0
     groups: int = 2
     csrc: Path = CSRC
+    unit: str = ""
     capacity: int = 64 << 20
     launches: list[Launched] = field(default_factory=list)
     conflicts: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.capacity)
-        built = build(self.csrc)
+        built = build(self.csrc, self.unit)
         self.library = library(built.library)
         self.modules = [parsed(path) for path in built.ptx.values()]
         self.error: BaseException | None = None

@@ -55,6 +55,8 @@ def places(descriptor: int, rows: int, form: Form, mn_major: bool) -> Array:
     span = SPANS[descriptor >> 62 & 3]
     if descriptor >> 49 & 7:
         raise Fault("a base offset in a matrix descriptor")
+    if span and start % PATTERN[span] >= span:
+        raise Fault(f"a matrix at {start:#x} begins within the pattern of its swizzle, and has no base offset")
     width = 4 if form.kind == "tf32" else 2
     per = 16 // width
     row, k = np.arange(rows)[:, None], np.arange(form.k)[None]
