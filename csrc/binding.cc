@@ -6,6 +6,9 @@
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
+#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
+#include "kernels/gemm_sm90.cuh"
+#endif
 
 namespace gingham {
 namespace {
@@ -79,6 +82,15 @@ py::dict traffic_of(Axis& axis, bool reset) {
   out["bytes_received"] = t.bytes_received;
   out["messages"] = t.messages;
   return out;
+}
+
+// Whether the kernel for sm_90a is on, or why not.
+std::string hopper_status() {
+#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
+  return cuda::sm90_status();
+#else
+  return "not built";
+#endif
 }
 
 py::dict report_of() {
@@ -165,6 +177,7 @@ void define_functions(py::module_& m) {
         py::arg("offsets"), py::arg("job") = std::shared_ptr<Job>());
   m.def("version", [] { return GINGHAM_VERSION; });
   m.def("device_report", &report_of);
+  m.def("hopper_status", &hopper_status);
   m.def("set_nccl_path", &set_nccl_path, py::arg("library"));
 #ifdef GINGHAM_FAKE_CUDA
   m.attr("fake_device") = true;

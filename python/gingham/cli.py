@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 MODES = ("1d", "2d", "2.5d", "3d")
 LATER = ("plan", "trace", "ckpt")
@@ -79,6 +80,37 @@ def bench(arguments: list[str]) -> int:
     return subprocess.run([str(binary), *arguments], check=False, env=environment).returncode
 
 
+def cuda_rows(mesh: Any) -> list[tuple[str, str]]:
+    """What was built for GPUs, what this machine has, and how far it was ever verified."""
+    mesh.find_nccl()
+    report = mesh.device_report()
+    if not report["built"]:
+        return [("CUDA", f"not built: {report['missing']}")]
+    driver = f"driver for CUDA {_cuda(report['driver'])}" if report["driver"] else "no driver"
+    found = "; ".join(report["devices"]) or f"none: {report['missing']}"
+    nccl = f"{_nccl(report['nccl_version'])} from {report['nccl_from']}" if report["nccl"] else report["nccl_from"]
+    return [
+        ("CUDA", f"built, runtime {_cuda(report['runtime'])} inside; {driver}"),
+        ("GPUs", found),
+        ("NCCL", nccl),
+        (
+            "Hopper gemm",
+            mesh.hopper_status()
+            if report["devices"]
+            else "compiled only: off until it has been compared with the sm_80 kernel on a device",
+        ),
+        ("verified", "by models of the device and of NCCL only: never run on a GPU (docs/cuda.md); bench/gpu.sh does"),
+    ]
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _nccl(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
 def doctor() -> int:
     import torch
 
@@ -88,13 +120,12 @@ def doctor() -> int:
         ("DLPack C exchange API", "found" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "missing: torch >= 2.10 is needed"),
         ("cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
         ("microbench", "built" if (Path(__file__).parent / "bin" / "microbench").exists() else "not built"),
-        ("CUDA", "not built: this release computes on the CPU only"),
     ]
     good = True
     try:
         from . import mesh
 
-        rows += [("gingham", mesh.version()), ("BLAS", getattr(mesh, "blas", lambda: "unknown")())]
+        rows += [("gingham", mesh.version()), ("BLAS", mesh.blas()), *cuda_rows(mesh)]
     except Exception as error:
         good = False
         rows.append(("gingham", f"cannot be used: {type(error).__name__}: {error}"))

@@ -29,6 +29,7 @@ Job, ShapeError, MeshError, PeerDied, PeerStalled = _C.Job, _C.ShapeError, _C.Me
 version = _C.version
 set_num_threads = _C.set_num_threads
 device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
+blas, hopper_status = _C.blas, _C.hopper_status
 
 
 @dataclass(frozen=True)

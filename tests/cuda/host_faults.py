@@ -8,7 +8,6 @@ The copy is built over the fake runtime with the CPU's kernels, once; a fault co
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 from cuda import fake_build, nvcc
 from cuda.mutation import Mutation, Outcome
@@ -32,6 +31,8 @@ NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES = (
 def host(name: str, kind: str, file: str, old: str, new: str, *checks: str) -> Mutation:
     return Mutation(name, kind, file, old, new, 5, "", checks)
 
+
+END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
 FAULTS = [
     host("a group does not wait for the kernels before", "event", QUEUED, "  order_.entry.hold_back(line.stream);\n", "", JITTER),
@@ -104,9 +105,9 @@ FAULTS = [
         "the ring of sums is left early",
         "ring",
         OUTPUT,
-        "    if (!last()) return relay_.send(share_bytes(slice));\n    if (slice + 1 == cut_.slices().slices) relay_.drain();\n  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch",
-        "    if (!last()) return relay_.send(share_bytes(slice));\n  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch",
-        CAPTURE,
+        "    if (slice + 1 == cut_.slices().slices) relay_.drain();\n" + END_OF_QUEUED_RING,
+        END_OF_QUEUED_RING,
+        JITTER,
     ),
     host("a relay's buffers in the wrong turn", "ring", RELAY, "sent_ - sent_from_[turn_]);", "sent_ - sent_from_[turn_] + 1);", JITTER),
     host(
