@@ -3,6 +3,9 @@
 from cuda.mutation import Mutation
 
 TILE, DEVICE, STORE, PLAIN = "kernels/gemm_tile.cuh", "kernels/device.cuh", "kernels/gemm_store.cuh", "kernels/gemm_plain.cu"
+CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/column_slabs.cuh", "kernels/tail.cuh"
+ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
+LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
 SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
 
 
@@ -10,34 +13,58 @@ def gemm(name: str, file: str, old: str, new: str, *checks: str, rung: int = 4) 
     return Mutation(name, "gemm", file, old, new, rung, "gemm_bf16", checks or (("gemm",) if rung == 4 else ("gemm tiles",)))
 
 
+def other(name: str, kind: str, unit: str, file: str, old: str, new: str, check: str = "") -> Mutation:
+    return Mutation(name, kind, file, old, new, 4, unit, (check or unit,))
+
+
 def sm90(name: str, old: str, new: str, file: str = SM90) -> Mutation:
     return Mutation(name, "sm90", file, old, new, 4, "gemm_sm90", ("sm90",))
 
 
-MAIN_LOOP = "    cp_async_wait<Shape::stages - 2>();\n    block_barrier();  // this stage has come for all, and all are done with the one fetched into next\n"
+MMA_B = '"r"(b0), "r"(b1));'
+LOOP = "  for (int n = 0; n < N; n++) {"
+BEFORE_F16 = "\n}\n\n__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16)"
 
 FAULTS = [
-    gemm("dropped barrier of the main loop", TILE, MAIN_LOOP, MAIN_LOOP.split("\n")[0] + "\n"),
+    gemm("dropped barrier of the main loop", TILE, "    block_barrier();  // this stage", "    // this stage"),
     gemm("wait for one group too few", TILE, "cp_async_wait<Shape::stages - 2>();", "cp_async_wait<Shape::stages - 1>();"),
     gemm("missing commit", TILE, "    cp_async_commit();  // empty ones too: the wait below counts groups\n", ""),
-    gemm("swizzle of the store, not of the load", TILE, "(shared + at(first + i * step, chunk),", "(shared + ((first + i * step) * chunks + chunk) * 16,"),
+    gemm(
+        "swizzle of the store, not of the load",
+        TILE,
+        "(shared + at(first + i * step, chunk),",
+        "(shared + ((first + i * step) * chunks + chunk) * 16,",
+    ),
     gemm("missing bounds check of lines", TILE, "valid > 0 && first + i * step < lines_left;", "valid > 0;"),
     gemm("missing bounds check along lines", TILE, "const int left = length_left - chunk * elements,", "const int left = elements,"),
-    gemm("dropped barrier before the slabs", TILE, "  cp_async_wait<0>();\n  block_barrier();\n  store_sums", "  cp_async_wait<0>();\n  store_sums"),
+    gemm(
+        "dropped barrier before the slabs",
+        TILE,
+        "  cp_async_wait<0>();\n  block_barrier();\n  store_sums",
+        "  cp_async_wait<0>();\n  store_sums",
+    ),
     gemm("wrong fragment of B", TILE, "fb[j / 2][j % 2 * 2], fb", "fb[j / 2][0], fb"),
     gemm("rows of the sums swapped", TILE, "(at + 8 * pitch), make_float2(sum[i][j][2]", "(at + 4 * pitch), make_float2(sum[i][j][2]"),
-    gemm("swapped operands of mma", DEVICE, '"r"(a[3]), "r"(b0), "r"(b1));\n}\n\n__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16)',
-         '"r"(a[3]), "r"(b1), "r"(b0));\n}\n\n__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16)'),
+    gemm(
+        "swapped operands of mma",
+        DEVICE,
+        MMA_B + BEFORE_F16,
+        MMA_B.replace("b0", "b2").replace("b1", "b0").replace("b2", "b1") + BEFORE_F16,
+    ),
     gemm("missing .trans of ldmatrix", DEVICE, "ldmatrix.sync.aligned.m8n8.x4.trans.shared", "ldmatrix.sync.aligned.m8n8.x4.shared"),
     gemm("copies without zero fill", DEVICE, "[%0], [%1], 16, %2;", "[%0], [%1], 16;"),
-    gemm("wrong group count in the PTX", DEVICE, '"cp.async.wait_group %0;" ::"n"(pending)', '"cp.async.wait_group %0;" ::"n"(pending + 1)'),
+    gemm(
+        "wrong group count in the PTX", DEVICE, '"cp.async.wait_group %0;" ::"n"(pending)', '"cp.async.wait_group %0;" ::"n"(pending + 1)'
+    ),
     gemm("beta ignored", STORE, "      if (add) {", "      if (false) {"),
     gemm("pieces of K on top of each other", STORE, "out.data += blockIdx.z * piece_stride;", "out.data += 0;", "pieces"),
     gemm("last column stored twice as wide", STORE, "if (aligned && j + W <= n) {", "if (aligned && j < n) {", "narrow"),
     gemm("warps of a slab do not wait", TILE, "    warp_barrier();\n#pragma unroll 1", "#pragma unroll 1", rung=3),
     gemm("shim: wait for one group too few", TILE, "cp_async_wait<Shape::stages - 2>();", "cp_async_wait<Shape::stages - 1>();", rung=3),
-    Mutation("plain: dropped barrier", "gemm", PLAIN, "    cp_async_wait<0>();\n    block_barrier();\n", "    cp_async_wait<0>();\n", 4, "gemm_plain", ("plain",)),
-    Mutation("plain: k beyond the end", "gemm", PLAIN, "e < edge_left && k < k_left", "e < edge_left", 4, "gemm_plain", ("plain",)),
+    other(
+        "plain: dropped barrier", "gemm", "gemm_plain", PLAIN, "cp_async_wait<0>();\n    block_barrier();", "cp_async_wait<0>();", "plain"
+    ),
+    other("plain: k beyond the end", "gemm", "gemm_plain", PLAIN, "e < edge_left && k < k_left", "e < edge_left", "plain"),
     sm90("bytes not announced", "mbarrier_arrive_expect(full + 8 * s, R::stage);", "mbarrier_arrive(full + 8 * s);"),
     sm90("too few bytes announced", "mbarrier_arrive_expect(full + 8 * s, R::stage);", "mbarrier_arrive_expect(full + 8 * s, R::a_bytes);"),
     sm90("wrong parity of an empty stage", "(step / R::stages & 1) ^ 1", "step / R::stages & 1"),
@@ -48,23 +75,43 @@ FAULTS = [
     sm90("no wait for the last products", "  wgmma_wait<0>();\n", ""),
     sm90("missing commit of products", "    wgmma_commit();\n", ""),
     sm90("missing wgmma.fence", "    wgmma_fence();\n", ""),
-    sm90("stage released while it is read", "mbarrier_arrive(empty + 8 * ((step - 1) % R::stages))", "mbarrier_arrive(empty + 8 * (step % R::stages))"),
+    sm90(
+        "stage released while it is read",
+        "mbarrier_arrive(empty + 8 * ((step - 1) % R::stages))",
+        "mbarrier_arrive(empty + 8 * (step % R::stages))",
+    ),
     sm90("one warp does not release its stages", "if (step > 0 && lane == 0)", "if (step > 0 && lane == 0 && warp)"),
-    sm90("wrong descriptor stride", "matrix_descriptor(panel + step * 32, 16, 8 * kLine)", "matrix_descriptor(panel + step * 32, 16, 4 * kLine)"),
+    sm90(
+        "wrong descriptor stride",
+        "matrix_descriptor(panel + step * 32, 16, 8 * kLine)",
+        "matrix_descriptor(panel + step * 32, 16, 4 * kLine)",
+    ),
     sm90("wrong leading offset across k", "step * 16 * kLine, kBox, 8 * kLine)", "step * 16 * kLine, kBox / 2, 8 * kLine)"),
     sm90("wrong step along k", "matrix_descriptor(panel + step * 32,", "matrix_descriptor(panel + step * 16,"),
     sm90("swizzle of the descriptor", "uint64_t{1} << 62", "uint64_t{2} << 62", WGMMA),
     sm90("wrong trans bit of A", "wgmma<!a_along_k, !b_along_k>", "wgmma<a_along_k, !b_along_k>"),
     sm90("box without its second half", "box < edge / 64; box++", "box < edge / 128; box++"),
-    sm90("slabs before all are done with the stages", '  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");', "  (void)kConsumers;"),
+    sm90(
+        "slabs before all are done with the stages",
+        '  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");',
+        "  (void)kConsumers;",
+    ),
     sm90("rows of the second consumer", "tile.row + consumer * 64 + warp * 16", "tile.row + warp * 16"),
     sm90("stages not aligned to the swizzle", "+ 1023) & ~1023u;", "+ 127) & ~127u;"),
-    Mutation("transpose: dropped barrier", "cast", "kernels/cast.cu", "  block_barrier();\n", "", 4, "cast", ("cast",)),
-    Mutation("transpose: another pitch", "cast", "kernels/cast.cu", "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)", 4, "cast", ("cast",)),
-    Mutation("cast: rounds to zero", "cast", DEVICE, "cvt.rn.bf16.f32 %0, %1;", "cvt.rz.bf16.f32 %0, %1;", 4, "cast", ("cast",)),
-    Mutation("cast: end of a row left out", "cast", "kernels/sweep.cuh", "rest < cols; rest++", "rest < cols - 1; rest++", 4, "cast", ("cast",)),
-    Mutation("column sums: dropped barrier", "sums", "kernels/column_slabs.cuh", "  block_barrier();\n", "", 4, "accumulate", ("column_sums",)),
-    Mutation("ring step loses what arrives", "accumulate", "kernels/accumulate.cu", "sum.at[k] = x.at[k] + y.at[k];", "sum.at[k] = x.at[k];", 4, "accumulate", ("accumulate",)),
-    Mutation("dropout: counter of the next element", "dropout", "kernels/dropout.cu", "philox(index / 4 + static_cast<uint64_t>(q)", "philox(index / 4 + 1 + static_cast<uint64_t>(q)", 4, "dropout", ("dropout",)),
-    Mutation("epilogue: residual before the activation", "epilogue", "kernels/tail.cuh", "sum.at[k] += widen(more.at[k]);", "sum.at[k] *= widen(more.at[k]);", 4, "epilogue", ("epilogue",)),
-]  # fmt: skip
+    other("transpose: dropped barrier", "cast", "cast", CAST, "  block_barrier();\n", ""),
+    other("transpose: another pitch", "cast", "cast", CAST, "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)"),
+    other("cast: rounds to zero", "cast", "cast", DEVICE, "cvt.rn.bf16.f32 %0, %1;", "cvt.rz.bf16.f32 %0, %1;"),
+    other("cast: end of a row left out", "cast", "cast", SWEEP, "rest < cols; rest++", "rest < cols - 1; rest++"),
+    other("column sums: dropped barrier", "sums", "accumulate", SLABS, "  block_barrier();\n", "", "column_sums"),
+    other("ring step loses what arrives", "accumulate", "accumulate", ACCUMULATE, "x.at[k] + y.at[k];", "x.at[k];"),
+    other("dropout: the next counter", "dropout", "dropout", "kernels/dropout.cu", "philox(index / 4 +", "philox(index / 4 + 1 +"),
+    other("epilogue: residual multiplied", "epilogue", "epilogue", TAIL, "] += widen(more.at[k]);", "] *= widen(more.at[k]);"),
+    other("layer norm: eps ignored", "norm", "layer_norm", NORM, "/ n.count + n.eps)", "/ n.count)"),
+    other("layer norm: sums read too early", "norm", "layer_norm", REDUCE, "  block_barrier();\n  for (int n = 0; n < N; n++) {", LOOP),
+    other("layer norm: sums written too early", "norm", "layer_norm", REDUCE, "  block_barrier();  // what was joined last", "  // what"),
+    other("layer norm: M2 of one rank only", "norm", "layer_norm", NORM, "*into.to(i, 1) += *other.to(i, 1) + d", "*into.to(i, 1) += d"),
+    other("softmax: lanes of a warp left out", "loss", "cross_entropy", REDUCE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
+    other("softmax: target of the group's first", "loss", "cross_entropy", LOSS, "id - targets.first - j;", "id - targets.first;"),
+    other("embedding: ids of other ranks", "embedding", "embedding", EMBED, "at >= 0 && at < rows ?", "at < rows ?"),
+    other("quantise: largest of half a block", "quantise", "quantise", QUANTISE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
+]

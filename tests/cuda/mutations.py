@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m cuda.mutations [NAME ...]     prints the table
 
-Rung 3 compiles the unit (csrc/kernels/<unit>.cu) for the host shim and runs `checks` as --only of its test program; rung 4 runs the checks of
-cuda/ptx/check.py. Faults of the host side, rung 5, are in host_faults.py.
+Rung 3 compiles the unit (csrc/kernels/<unit>.cu) for the host shim and runs `checks` as --only of its test program; rung 4 runs the checks
+of cuda/ptx/check.py. Faults of the host side, rung 5, are in host_faults.py.
 """
 
 import os
@@ -94,10 +94,8 @@ def run(mutation: Mutation, changed: bool = True) -> Outcome:
 def table(outcomes: list[Outcome]) -> str:
     lines = [f"{'mutation':<44} {'class':<12} rung caught seconds  how"]
     for o in outcomes:
-        said = o.said.partition(" by block")[0]
-        lines.append(
-            f"{o.mutation.name:<44} {o.mutation.kind:<12} {o.mutation.rung:>4} {'yes' if o.caught else 'NO':>6} {o.seconds:7.1f}  {said[:90]}"
-        )
+        said, m = o.said.partition(" by block")[0], o.mutation
+        lines.append(f"{m.name:<44} {m.kind:<12} {m.rung:>4} {'yes' if o.caught else 'NO':>6} {o.seconds:7.1f}  {said[:90]}")
     return "\n".join(lines)
 
 

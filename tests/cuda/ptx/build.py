@@ -102,7 +102,12 @@ def build(csrc: Path = CSRC, unit: str = "") -> Built:
         return CSRC if unit and source.stem != unit else csrc
 
     kernels = [home(source) / "kernels" / source.name for source in sorted((csrc / "kernels").glob("*.cu"))] + [HERE / "host_sm90.cu"]
-    others = [*sorted((CSRC / "kernels").glob("*.cc")), *(CSRC / "base" / f"{name}.cc" for name in BASE), HERE / "host.cc"]
+    others = [
+        *sorted((CSRC / "kernels").glob("*.cc")),
+        *(CSRC / "base" / f"{name}.cc" for name in BASE),
+        HERE / "host.cc",
+        HERE / "host_layers.cc",
+    ]
     with ThreadPoolExecutor(2) as pool:
         made = dict(zip([source.stem for source in kernels], pool.map(lambda source: kernel(source, home(source)), kernels), strict=True))
         objects = [pair[0] for pair in made.values()] + list(pool.map(lambda source: cpu_object(source, CSRC), others))

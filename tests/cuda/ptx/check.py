@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python -m cuda.ptx.check CSRC UNIT CHECK ...
 
-compiles CSRC/kernels/UNIT.cu, takes the rest from the checkout, and ends with 0 where all is well, with CAUGHT where a result is wrong or the
-interpreter refused to go on. Anything else means that the question could not be asked (the change does not compile, say).
+compiles CSRC/kernels/UNIT.cu, takes the rest from the checkout, and ends with 0 where all is well, with CAUGHT where a result is wrong or
+the interpreter refused to go on. Anything else means that the question could not be asked (the change does not compile, say).
 """
 
 import ctypes
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from . import layers
 from .host import Host
 from .machine import Fault
 from .memory import Array
@@ -135,6 +136,23 @@ class Checks:
             host.call("host_dropout", ctypes.c_void_p(x.address), ctypes.c_void_p(y.address), *shared)
             if host.memory.read(y.address).tobytes() != expected.tobytes():
                 raise Wrong("dropout draws other bits than the CPU")
+
+    def pairs(self, make: Callable[[Host], Iterator[layers.Pair]], limit: float = 1e-6) -> None:
+        for host in self.hosts():
+            for name, got, expected in make(host):
+                close(name, got, expected, limit)
+
+    def layer_norm(self) -> None:
+        self.pairs(lambda host: layers.layer_norm(host, 5, 270, "f32"), 1e-5)
+
+    def cross_entropy(self) -> None:
+        self.pairs(lambda host: layers.cross_entropy(host, 4, 300, "f32", 0.1))
+
+    def embedding(self) -> None:
+        self.pairs(lambda host: layers.embedding(host, 20, 33, 70, "f32"))
+
+    def quantise(self) -> None:
+        self.pairs(lambda host: layers.quantise(host, 3, 200, "f32", "e4m3"), 1 / 16)
 
 
 def main(csrc: str, unit: str, *names: str) -> int:

@@ -191,6 +191,10 @@ class Host:
         matrices = [ctypes.byref(x) for x in (a.matrix, b.matrix, c.matrix if c else Matrix(), tail or Tail())]
         self.call("host_sm90", *matrices, int(accumulate), ctypes.c_int64(piece or a.matrix.cols), wide)
 
+    def integers(self, values: Array) -> ctypes.c_void_p:
+        """The address of a copy as int64."""
+        return ctypes.c_void_p(self.memory.array(np.asarray(values, np.int64)))
+
     def run(self, name: str, *views: Any) -> None:
         """host_<name> of host.cc; matrices and tails by address."""
         self.call(

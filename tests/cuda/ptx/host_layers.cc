@@ -1,0 +1,53 @@
+// The kernels of layers under plain names, as host.cc does for the others.
+#include "host.h"
+#include "kernels/cross_entropy.h"
+#include "kernels/embedding.h"
+#include "kernels/layer_norm.h"
+#include "kernels/quantise.h"
+
+using namespace gingham;
+
+extern "C" {
+
+// Two ranks' columns of one layer norm, halves of x: statistics apart, merged, and everything after with the merged ones.
+int host_layer_norm(const Matrix* x, const Matrix* dy, const Matrix* gamma, const Matrix* beta, const Matrix* statistics, const Matrix* others,
+                    const Matrix* y, const Matrix* pieces, const Matrix* dx, const Matrix* dgamma, double eps) {
+  return guarded(false, [&](const Stream& stream) {
+    const int64_t half = x->cols / 2;
+    cuda::row_statistics(x->slice(1, 0, half), *statistics, stream);
+    cuda::row_statistics(x->slice(1, half, x->cols), *others, stream);
+    cuda::merge_statistics(*others, x->cols - half, *statistics, half, stream);
+    const Norm norm{*statistics, x->cols, eps, *gamma, *beta};
+    cuda::layer_norm(*x, norm, *y, stream);
+    cuda::layer_norm_pieces(*dy, *x, norm, *pieces, stream);
+    cuda::layer_norm_backward(*dy, *x, norm, *pieces, *dx, stream);
+    cuda::layer_norm_weights(*dy, *x, norm, *dgamma, false, stream);
+  });
+}
+
+int host_cross_entropy(const Matrix* logits, const int64_t* ids, double smoothing, const Matrix* maxima, const Matrix* pieces, const Matrix* out,
+                       const double* scale, const Matrix* gradient) {
+  return guarded(false, [&](const Stream& stream) {
+    const Targets targets{ids, -100, 0, logits->cols, smoothing};
+    cuda::row_maxima(*logits, *maxima, stream);
+    cuda::softmax_pieces(*logits, *maxima, targets, *pieces, stream);
+    cuda::losses(*pieces, targets, *out, stream);
+    cuda::softmax_gradient(*logits, *maxima, *pieces, targets, scale, *gradient, stream);
+  });
+}
+
+int host_embedding(const Matrix* table, const int64_t* ids, int64_t first, const Matrix* out, const Matrix* gradient) {
+  return guarded(false, [&](const Stream& stream) {
+    cuda::gather_rows(*table, ids, first, *out, stream);
+    cuda::scatter_add_rows(*out, ids, first, *gradient, stream);
+  });
+}
+
+int host_quantise(const Matrix* x, const Matrix* codes, const Matrix* scales, const Matrix* back, int code) {
+  return guarded(false, [&](const Stream& stream) {
+    cuda::quantise(*x, *codes, *scales, static_cast<Code>(code), stream);
+    cuda::dequantise(*codes, *scales, *back, static_cast<Code>(code), stream);
+  });
+}
+
+}  // extern "C"

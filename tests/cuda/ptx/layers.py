@@ -1,0 +1,98 @@
+"""Layer norm, cross-entropy, embedding and quantisation on a Host, each result beside its float64 twin."""
+
+import ctypes
+from collections.abc import Iterator
+
+import numpy as np
+
+from .host import Host
+from .memory import Array
+
+Pair = tuple[str, Array, Array]  # name, got, expected
+
+
+def normal(rows: int, cols: int, seed: int) -> Array:
+    return np.random.default_rng(seed).standard_normal((rows, cols))
+
+
+def layer_norm(host: Host, rows: int, cols: int, dtype: str) -> Iterator[Pair]:
+    """The columns as two ranks would hold them; a mean far from zero."""
+    eps, wide = 0.1, "f64" if dtype == "f64" else "f32"
+    x, dy = host.matrix(normal(rows, cols, 1) * 0.5 + 3, dtype), host.matrix(normal(rows, cols, 2), dtype)
+    gamma, beta = host.matrix(normal(1, cols, 3), dtype), host.matrix(normal(1, cols, 4), dtype)
+    statistics, others, pieces = (host.empty(rows, 2, "f64") for _ in range(3))
+    y, dx, dgamma = host.empty(rows, cols, dtype), host.empty(rows, cols, dtype), host.empty(1, cols, wide)
+    host.run("layer_norm", x, dy, gamma, beta, statistics, others, y, pieces, dx, dgamma, ctypes.c_double(eps))
+    values, grad, g = host.read(x), host.read(dy), host.read(dy) * host.read(gamma)
+    mean = values.mean(1, keepdims=True)
+    rstd = 1 / np.sqrt(values.var(1, keepdims=True) + eps)
+    xhat = (values - mean) * rstd
+    yield "statistics", host.read(statistics), np.hstack([mean, values.var(1, keepdims=True) * cols])
+    yield "y", host.read(y), xhat * host.read(gamma) + host.read(beta)
+    yield "pieces", host.read(pieces), np.stack([g.sum(1), (g * xhat).sum(1)], axis=1)
+    yield "dx", host.read(dx), rstd * (g - g.mean(1, keepdims=True) - xhat * (g * xhat).mean(1, keepdims=True))
+    yield "dgamma", host.read(dgamma), (grad * xhat).sum(0, keepdims=True)
+
+
+def cross_entropy(host: Host, rows: int, cols: int, dtype: str, smoothing: float) -> Iterator[Pair]:
+    logits = host.matrix(normal(rows, cols, 1) * 3, dtype)
+    ids = np.random.default_rng(2).integers(0, cols, rows)
+    ids[rows // 2] = -100
+    maxima, pieces, out = host.empty(rows, 1, "f64"), host.empty(rows, 3, "f64"), host.empty(rows, 1, "f64")
+    gradient, scale = host.empty(rows, cols, dtype), host.matrix(np.full((1, 1), 0.25), "f64")
+    host.call(
+        "host_cross_entropy",
+        ctypes.byref(logits.matrix),
+        host.integers(ids),
+        ctypes.c_double(smoothing),
+        *(ctypes.byref(view.matrix) for view in (maxima, pieces, out)),
+        ctypes.c_void_p(scale.address),
+        ctypes.byref(gradient.matrix),
+    )
+    x = host.read(logits)
+    shifted = x - x.max(1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
+    wanted = np.full(x.shape, smoothing / cols)
+    wanted[np.arange(rows), np.maximum(ids, 0)] += 1 - smoothing
+    counts = (ids >= 0)[:, None]
+    yield "maxima", host.read(maxima), x.max(1, keepdims=True)
+    yield "losses", host.read(out), -(wanted * log_p).sum(1, keepdims=True) * counts
+    yield "gradient", host.read(gradient), 0.25 * (np.exp(log_p) - wanted) * counts
+
+
+def embedding(host: Host, rows: int, cols: int, count: int, dtype: str) -> Iterator[Pair]:
+    """A table that begins at id 5; some ids lie outside, some come often."""
+    table, out = host.matrix(normal(rows, cols, 1), dtype), host.empty(count, cols, dtype)
+    gradient = host.matrix(normal(rows, cols, 2), "f64" if dtype == "f64" else "f32")
+    before = host.read(gradient)
+    ids = np.random.default_rng(3).integers(0, rows + 10, count)
+    ids[: count // 3] = 7
+    host.call(
+        "host_embedding",
+        ctypes.byref(table.matrix),
+        host.integers(ids),
+        ctypes.c_int64(5),
+        *(ctypes.byref(v.matrix) for v in (out, gradient)),
+    )
+    expected = np.zeros((count, cols))
+    here = (ids >= 5) & (ids < 5 + rows)
+    expected[here] = host.read(table)[ids[here] - 5]
+    np.add.at(before, ids[here] - 5, expected[here])
+    yield "gather", host.read(out), expected
+    yield "scatter", host.read(gradient), before
+
+
+def quantise(host: Host, rows: int, cols: int, dtype: str, code: str) -> Iterator[Pair]:
+    x = host.matrix(normal(rows, cols, 1) * np.exp(normal(rows, 1, 2)), dtype)
+    blocks = -(-cols // 128)
+    codes, scales, back = host.empty(rows, cols, "bytes1"), host.empty(rows, blocks, "f32"), host.empty(rows, cols, dtype)
+    host.run("quantise", x, codes, scales, back, ["int8", "e4m3"].index(code))
+    values = host.read(x)
+    padded = np.pad(values, ((0, 0), (0, blocks * 128 - cols))).reshape(rows, blocks, 128)
+    most = np.abs(padded).max(2)
+    top = 127 if code == "int8" else 448
+    yield "scales", host.read(scales), most / top
+    yield "there and back", host.read(back), values
+    if code == "int8":
+        exact = values * top / np.repeat(most, 128, axis=1)[:, :cols]
+        yield "codes", host.read(codes).view(np.int8).astype(float), np.rint(exact)

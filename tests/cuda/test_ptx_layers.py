@@ -1,0 +1,46 @@
+"""Rung 4 for the kernels of layers: layer norm, cross-entropy, embedding and quantisation in the interpreter, against float64."""
+
+import pytest
+
+from cuda import nvcc
+from cuda.ptx import layers
+from cuda.ptx.host import Host
+from cuda.ptx.report import Report
+
+pytestmark = [pytest.mark.skipif(nvcc.toolkit() is None, reason="needs nvcc"), pytest.mark.timeout(900)]
+DTYPES = ["f32", "f64", "bf16", "f16"]
+STEP = {"bf16": 2.0**-8, "f16": 2.0**-10, "f32": 2.0**-20, "f64": 2.0**-45}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm(report: Report, dtype: str) -> None:
+    for rows, cols in ((5, 70), (3, 256)):
+        for name, got, expected in layers.layer_norm(Host(seed=rows, groups=3), rows, cols, dtype):
+            limit = STEP[dtype] if name in ("y", "dx") else max(STEP["f32"], 1e-15) if dtype != "f64" else STEP["f64"]
+            report.check(f"layer norm {dtype} {rows}x{cols}: {name}", got, expected, limit)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(report: Report, dtype: str, smoothing: float) -> None:
+    for rows, cols in ((5, 77), (4, 512)):
+        for name, got, expected in layers.cross_entropy(Host(seed=rows, groups=3), rows, cols, dtype, smoothing):
+            limit = STEP[dtype] if name == "gradient" else (STEP["f64"] if dtype == "f64" else 1e-6)
+            report.check(f"cross-entropy {dtype} {rows}x{cols} smoothing {smoothing}: {name}", got, expected, limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding(report: Report, dtype: str) -> None:
+    for rows, cols, count in ((20, 33, 50), (9, 64, 70)):
+        for name, got, expected in layers.embedding(Host(seed=rows, groups=3), rows, cols, count, dtype):
+            report.check(f"embedding {dtype} {rows}x{cols} of {count}: {name}", got, expected, 0 if name == "gather" else 1e-6)
+
+
+@pytest.mark.parametrize("code", ["int8", "e4m3"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f16"])
+def test_quantise(report: Report, dtype: str, code: str) -> None:
+    for rows, cols in ((5, 200), (4, 256)):
+        for name, got, expected in layers.quantise(Host(seed=rows), rows, cols, dtype, code):
+            # a product rounded before it is rounded to a whole number may fall on the other side
+            limit = {"scales": 1e-6, "codes": 1 / 127, "there and back": 0.5 / 127 + STEP[dtype] if code == "int8" else 1 / 16}[name]
+            report.check(f"{code} {dtype} {rows}x{cols}: {name}", got, expected, limit)
