@@ -20,16 +20,16 @@ void reduce(Transport& axis, const Matrix& x, int root, const Stream& stream) {
   for (int64_t c = 0; c < chunks_of(axis, x.bytes()); c++) {
     const Matrix part = flat.slice(1, c * step, std::min(flat.cols, (c + 1) * step));
     const Matrix sum = dense(relay.next(), 1, part.cols, part.dtype);
-    if (first) {
+    if (first)
       cast(part, sum, stream);
-    } else {
-      axis.take(axis.next(-1), sum.data, sum.bytes());
-      accumulate(part, sum, stream);
-    }
-    if (last)
-      cast(sum, part, stream);
     else
-      relay.send(sum.bytes());
+      axis.take(axis.next(-1), sum.data, sum.bytes());
+    if (last) {
+      accumulate(sum, part, stream);
+      continue;
+    }
+    if (!first) accumulate(part, sum, stream);
+    relay.send(sum.bytes());
   }
   relay.drain();
   axis.retire();

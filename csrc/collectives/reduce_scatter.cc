@@ -49,16 +49,16 @@ void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& 
   for (int turn = 0; turn < axis.size(); turn++) {
     const Matrix& part = parts[static_cast<size_t>(axis.next(-1 - turn))];
     const Matrix sum = dense(relay.next(), part.rows, part.cols, part.dtype);
-    if (turn == 0) {
+    if (turn == 0)
       cast(part, sum, stream);
-    } else {
-      axis.take(axis.next(-1), sum.data, sum.bytes());
-      accumulate(part, sum, stream);
-    }
-    if (turn + 1 < axis.size())
-      relay.send(sum.bytes());
     else
-      cast(sum, out, stream);
+      axis.take(axis.next(-1), sum.data, sum.bytes());
+    if (turn + 1 == axis.size()) {
+      accumulate_into(sum, part, out, stream);
+      break;
+    }
+    if (turn > 0) accumulate(part, sum, stream);
+    relay.send(sum.bytes());
   }
   relay.drain();
   axis.retire();
