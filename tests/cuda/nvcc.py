@@ -3,6 +3,8 @@
 Results are kept below build/nvcc by the hash of everything that went into them, so that a test run compiles only what changed.
 """
 
+import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import os
@@ -54,9 +56,9 @@ def kernels() -> list[Path]:
 
 
 def _fingerprint(source: Path) -> str:
-    """Of the source and every header of ours that it could include."""
+    """Of the source and every header of ours that it could include: kernels see base and kernels only."""
     digest = hashlib.sha256(source.read_bytes())
-    for header in sorted([*CSRC.rglob("*.h"), *CSRC.rglob("*.cuh")]):
+    for header in sorted(path for folder in ("base", "kernels") for path in (CSRC / folder).glob("*.*h")):
         digest.update(header.relative_to(CSRC).as_posix().encode() + header.read_bytes())
     return digest.hexdigest()
 
@@ -79,6 +81,18 @@ def _compile(source: Path, arch: str, kind: str, extra: tuple[str, ...]) -> tupl
     log.write_text(done.stdout + done.stderr)
     scratch.replace(out)
     return out, log.read_text()
+
+
+def compile_kernels() -> None:
+    """Compiles all kernels for all architectures, two at a time, into the cache; errors are left to whoever asks for the result."""
+
+    def one(job: tuple[Path, str]) -> None:
+        with contextlib.suppress(CompileError):
+            compile_cubin(*job)
+
+    jobs = [(source, arch) for source in kernels() for arch in ARCHITECTURES]
+    with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("GINGHAM_JOBS", "2"))) as pool:
+        list(pool.map(one, jobs))
 
 
 def compile_ptx(source: Path, arch: str, extra: tuple[str, ...] = ()) -> Path:

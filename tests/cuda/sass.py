@@ -4,6 +4,7 @@ PYTHONPATH=tests python -m cuda.sass --write     measures again, writes the pins
 """
 
 import functools
+import hashlib
 import json
 import re
 import shutil
@@ -35,7 +36,7 @@ COUNTS = {
 LIMITS = {"sm_80": {"shared": 164 * 1024, "threads": 2048}, "sm_90a": {"shared": 228 * 1024, "threads": 2048}}
 # The table's rows: one dtype of those that differ in nothing else, vector widths and aligned tiles.
 SHOWN = re.compile(
-    r"tile_kernel<(Bf16|float), .*true>$|plain_kernel|dropout_kernel<(Bf16|float)>|(quantise|dequantise)_kernel<Bf16>"
+    r"tile_kernel<(Bf16|float), .*true>$|sm90_kernel<Bf16|plain_kernel|dropout_kernel<(Bf16|float)>|(quantise|dequantise)_kernel<Bf16>"
     r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|SoftmaxGradient|AddChain)<Bf16>)>"
     r"|sweep_kernel<4, (Sum<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
     r"|slab_kernel<8, (Column|GammaGradient)<Bf16>>|(statistics|layer_norm|pieces|backward|maxima|softmax)_kernel<8, Bf16>"
@@ -68,8 +69,16 @@ def readable(symbols: list[str]) -> dict[str, str]:
 
 
 def measure(source: Path, arch: str) -> dict[str, Row]:
-    """Of every instance in the source."""
+    """Of every instance in the source; kept beside the cubin."""
     cubin, report = nvcc.compile_cubin(source, arch)
+    kept = cubin.with_suffix(f".{hashlib.sha256(repr(COUNTS).encode()).hexdigest()[:8]}.json")
+    if not kept.exists():
+        kept.write_text(json.dumps(disassemble(cubin, report)))
+    rows: dict[str, Row] = json.loads(kept.read_text())
+    return rows
+
+
+def disassemble(cubin: Path, report: str) -> dict[str, Row]:
     tool = cuobjdump()
     assert tool is not None
     sass = subprocess.run([str(tool), "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
@@ -81,8 +90,8 @@ def measure(source: Path, arch: str) -> dict[str, Row]:
     for symbol, stack, stores, loads, registers in found:
         row: Row = {"registers": int(registers), "stack": int(stack), "spills": int(stores) + int(loads)}
         opcodes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code[symbol], re.MULTILINE)
-        for name, pattern_of in COUNTS.items():
-            row[name] = sum(1 for opcode in opcodes if re.match(pattern_of, opcode))
+        for name, pattern in COUNTS.items():
+            row[name] = sum(1 for opcode in opcodes if re.match(pattern, opcode))
         rows[names[symbol]] = row
     return rows
 
@@ -104,7 +113,7 @@ def block_of(name: str) -> tuple[int, int] | None:
     wide = re.match(r"slab_kernel<(\d+),", name)
     if wide:
         return 256, 8 * 8 * 32 * int(wide[1])
-    return None if "sm90" in name or "hopper" in name else (256, 0)
+    return None if name.startswith("sm90_kernel") else (256, 0)
 
 
 def occupancy(name: str, registers: int, arch: str) -> int | None:
@@ -123,6 +132,7 @@ def occupancy(name: str, registers: int, arch: str) -> int | None:
 def measure_all() -> dict[str, Any]:
     tools = nvcc.toolkit()
     assert tools is not None
+    nvcc.compile_kernels()
     out: dict[str, Any] = {"nvcc": tools.version}
     for arch in nvcc.ARCHITECTURES:
         out[arch] = {}
@@ -143,18 +153,22 @@ def table(pinned: dict[str, Any]) -> str:
         f"nvcc {pinned['nvcc']}; registers and resident threads (of 2048) for sm_80 / sm_90a, instructions for sm_90a.",
         "No instance has a stack or a spill.",
         "",
-        "| kernel | registers | occupancy | HMMA | LDGSTS | LDSM | 16-byte LDG / STG / LDS / STS |",
+        "| kernel | registers | occupancy | HMMA (HGMMA) | LDGSTS (UTMALDG) | LDSM | 16-byte LDG / STG / LDS / STS |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, new in pinned["sm_90a"].items():
         old = pinned["sm_80"].get(name)
-        if old is None or block_of(name) is None or not SHOWN.match(name):
+        if old is None or not SHOWN.match(name):
             continue
         occupied = [occupancy(name, row["registers"], arch) for row, arch in ((old, "sm_80"), (new, "sm_90a"))]
+        resident = " / ".join("-" if percent is None else f"{percent} %" for percent in occupied)
         wide = " / ".join(str(new[key]) for key in ("LDG.128", "STG.128", "LDS.128", "STS.128"))
+        hopper = new["HGMMA"] > 0
+        products, copies = (f"({new['HGMMA']})", f"({new['UTMALDG']})") if hopper else (new["HMMA"], new["LDGSTS"])
         lines.append(
-            f"| `{name}` | {old['registers']} / {new['registers']} | {occupied[0]} / {occupied[1]} % "
-            f"| {new['HMMA']} | {new['LDGSTS']} | {new['LDSM']} | {wide} |"
+            f"| `{name}` | {'-' if hopper else old['registers']} / {new['registers']} | {resident} "
+            f"| {products} | {copies} "
+            f"| {new['LDSM']} | {wide} |"
         )
     return "\n".join(lines)
 

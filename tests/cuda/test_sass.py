@@ -41,6 +41,12 @@ def test_tensor_cores_and_asynchronous_copies_are_used(arch: str) -> None:
             assert row["STG.128"] > 0 and row["LDS.128"] > 0, (name, row)
 
 
+def test_hopper_kernels_use_warpgroup_products_and_the_tensor_memory_accelerator() -> None:
+    hopper = {name: row for name, row in instances("sm_90a").items() if row["source"] == "gemm_sm90.cu"}
+    assert hopper
+    assert all(row["HGMMA"] > 0 and row["UTMALDG"] > 0 and row["HMMA"] == 0 for row in hopper.values()), hopper
+
+
 @pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
 def test_memory_kernels_move_16_bytes_at_a_time(arch: str) -> None:
     wide = {
