@@ -198,7 +198,10 @@ bool sm90_takes(const Operands& p) {
          (p.piece % kDepth == 0 || p.piece >= p.k);
 }
 
-bool sm90_enabled(const Operands& p, const Stream& stream) { return p.m >= 64 && p.n >= 64 && p.k >= 64 && sm90_takes(p) && sm90_checked(stream); }
+// With fewer tiles than a third of the multiprocessors the kernels of gemm_tile.cuh do better: their tiles are smaller, and K may be cut.
+bool sm90_enabled(const Operands& p, const Stream& stream) {
+  return ceil_div(p.m, kHigh) * ceil_div(p.n, 128) >= kMultiprocessors / 3 && p.k >= kDepth && sm90_takes(p) && sm90_checked(stream);
+}
 
 void run_sm90(const Operands& p, const Store<Bf16>& store, int wide, int* stuck, const Stream& stream) {
   run(p, store, DType::bf16, wide, stuck, stream);

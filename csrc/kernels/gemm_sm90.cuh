@@ -16,7 +16,7 @@ struct Store;
 
 // Whether the accelerator can read the operands: base and pitch multiples of 16 bytes, sizes below 2^31.
 bool sm90_takes(const Operands& operands);
-// The same, large enough to fill a tile, and checked.
+// The same, tiles enough to keep the device busy, and checked.
 bool sm90_enabled(const Operands& operands, const Stream& stream);
 void gemm_sm90(const Operands& operands, const Store<Bf16>& store, const Stream& stream);
 void gemm_sm90(const Operands& operands, const Store<F16>& store, const Stream& stream);

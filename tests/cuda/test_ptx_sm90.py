@@ -5,7 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 
-from cuda import nvcc
+from cuda import mutations, nvcc
+from cuda.kernel_faults import FAULTS
 from cuda.ptx.host import Host, View
 from cuda.ptx.report import Report
 
@@ -131,3 +132,27 @@ def test_the_check_passes(report: Report, timing: str) -> None:
     host = Host(timing=timing, seed=2)
     assert checked(host, 20 + len(timing), (9, 0)) == (True, "on")
     report.add(f"sm_90a's start-up check, {timing}, {len(host.launches)} launches", 0.0)
+
+
+@pytest.mark.matrix
+def test_gemm_takes_it_once_the_check_has_passed(report: Report) -> None:
+    host = Host(timing="late", seed=4)
+    a, b = host.matrix(normal(1000, 72, 1), "bf16"), host.matrix(normal(72, 760, 2), "bf16")
+    c, turned = host.empty(1000, 760, "f32"), host.empty(1000, 760, "f32", column_major=True)
+    assert checked(host, 30, (9, 0))[0]
+    host.library.host_device(30, 9, 0, 0)
+    host.launches.clear()
+    host.gemm(a, b, c)
+    host.gemm(a, b, turned)
+    host.library.host_device(0, 8, 0, 0)
+    assert ["sm90_kernel" in launched.name for launched in host.launches] == [True, True]
+    report.check("gemm through the Hopper kernel", host.read(c), host.read(a) @ host.read(b), LIMIT)
+    assert (host.read(c) == host.read(turned)).all()
+
+
+@pytest.mark.matrix
+def test_a_wrong_kernel_stays_off(report: Report) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == "rows of the second consumer")
+    host = Host(timing="late", seed=2, csrc=mutations.copied(fault, changed=True), unit=fault.unit)
+    assert checked(host, 40, (9, 0)) == (False, "off: its results differ from those of the sm_80 kernels")
+    report.add("sm_90a's start-up check of a wrong kernel", 0.0)

@@ -290,6 +290,21 @@ def comparison(name: str, floating: bool) -> Callable[[Any, Any], Any]:
     return plain
 
 
+@opcode("set")
+def set_value(m: Machine, instr: Instr) -> Step:
+    """Section 9.7.6.1 without a second predicate: 1.0, or all ones, where the comparison holds, else 0."""
+    from .floating import widened
+
+    kinds = [mod for mod in instr.mods if mod in WIDTH]
+    if len(kinds) != 2 or instr.mods[1] in ("and", "or", "xor"):
+        raise PtxError(f"form of {instr}")
+    compare = comparison(instr.mods[0], kinds[1][0] == "f" or kinds[1] == "bf16")
+    yes = np.float32(1) if kinds[0] == "f32" else np.uint32(0xFFFFFFFF)
+    write = put(m, instr.operands[0], "f32" if kinds[0] == "f32" else "b32")
+    a, b = (widened(kinds[1], get(m, operand, kinds[1])) for operand in instr.operands[1:3])
+    return lambda sel: write(sel, np.where(compare(a(sel), b(sel)), yes, yes.dtype.type(0)))
+
+
 @opcode("setp")
 def set_predicate(m: Machine, instr: Instr) -> Step:
     from .floating import widened

@@ -374,12 +374,15 @@ class Machine:
         raise PtxError(f"{fault} in {instr} by {where} of {self.entry.name}") from None
 
     def deadlock(self) -> None:
-        lines = []
-        waiting = np.flatnonzero((self.state > RUN) & (self.state < ENDED))
-        for place in waiting[:: max(1, len(waiting) // 6)][:8]:
-            instr = self.entry.instrs[self.pc[place]] if self.pc[place] < len(self.entry.instrs) else "the end"
-            lines.append(f"block {self.block_id[place]} thread {self.tid[place]} {STATE_NAMES[self.state[place]]}, at {instr}")
-        raise PtxError("deadlock: " + "; ".join(lines))
+        """Names one thread for each place where some wait."""
+        lines: dict[tuple[int, int], str] = {}
+        for place in np.flatnonzero((self.state > RUN) & (self.state < ENDED)):
+            state = int(self.state[place])
+            at = int(self.pc[place]) - (state == BARRIER)
+            lines.setdefault(
+                (state, at), f"block {self.block_id[place]} thread {self.tid[place]} {STATE_NAMES[state]}, at {self.entry.instrs[at]}"
+            )
+        raise PtxError("deadlock: " + "; ".join(list(lines.values())[:8]))
 
     def global_address(self, name: str) -> int:
         if name not in self.symbols:
