@@ -161,7 +161,12 @@ def test_lanes_of_a_warp() -> None:
     got = run("threads", "shuffles", [x], np.zeros((N, 8), np.int32))
     lane, warps = np.arange(32), x.reshape(-1, 32)
     down = np.where(lane % 8 + 2 < 8, lane + 2, lane)
-    expected = [warps[:, lane ^ 5], warps[:, np.where(lane >= 3, lane - 3, lane)], warps[:, down], np.repeat(warps[:, 17:18], 32, axis=1)]
+    expected: list[np.ndarray] = [
+        warps[:, lane ^ 5],
+        warps[:, np.where(lane >= 3, lane - 3, lane)],
+        warps[:, down],
+        np.repeat(warps[:, 17:18], 32, axis=1),
+    ]
     power, alike = np.left_shift(1, np.arange(32, dtype=np.int64)), np.zeros((1, 32), np.int64)
     for of_warp in ((warps > 0) @ power, (warps > 90).any(1) * 2 + 1, warps.sum(1)):
         expected.append(np.asarray(of_warp).reshape(-1, 1) + alike)
