@@ -56,6 +56,14 @@ def test_columns_that_no_word_of_16_bytes_divides(report: Report) -> None:
     check(report, (136, 90, 72), "bf16", "rc", "late", 128, accumulate=True, pad=8)
 
 
+@pytest.mark.parametrize("wide", [128, 256])
+def test_no_bank_conflicts(wide: int) -> None:
+    host = Host(timing="early", conflicts={})
+    a, b = host.matrix(normal(128, 64, 1), "bf16"), host.matrix(normal(64, 256, 2), "bf16")
+    host.sm90(a, b, host.empty(128, 256, "f32"), wide=wide)
+    assert host.conflicts == {}
+
+
 @pytest.mark.matrix
 @pytest.mark.parametrize("wide", [128, 256])
 @pytest.mark.parametrize("timing", ["early", "late"])

@@ -48,6 +48,14 @@ def decode(data: bytes) -> TensorMap:
     return TensorMap(width, rank, SPANS[swizzle], base, tuple(rest[:rank]), (width, *rest[3 : 2 + rank]), tuple(rest[5 : 5 + rank]))
 
 
+def encode(width: int, span: int, base: int, sizes: tuple[int, ...], pitches: tuple[int, ...], box: tuple[int, ...]) -> bytes:
+    """A kernel's CUtensorMap parameter; sizes and box innermost first, pitches in bytes, of all dimensions but the innermost."""
+    swizzle = next(mode for mode, bytes_ in SPANS.items() if bytes_ == span)
+    sizes, pitches, box = (*sizes, 0, 0)[:3], (*pitches, 0, 0)[:2], (*box, 0, 0)[:3]
+    rank = sum(size > 0 for size in sizes)
+    return MAP.pack(MAGIC, width, rank, swizzle, 0, base, *sizes, *pitches, *box).ljust(128, b"\0")
+
+
 def swizzled(where: Array, span: int) -> Array:
     """Address bits 4.. are exclusive-ored with bits 7..: one, two or three of them for 32, 64 and 128 bytes."""
     return where ^ ((where >> 7 & BITS[span]) << 4)
