@@ -11,7 +11,7 @@ import numpy as np
 from .floating import bf16_bits, bf16_value, directed, flushed, packed, saturated
 from .integer import INTEGER
 from .machine import Machine, Sel, Step, opcode
-from .memory import LOCAL, SHARED, WINDOW
+from .memory import LOCAL, SHARED, WINDOW, Fault
 from .operands import VALUE, get, put
 from .parse import WIDTH, Instr, PtxError
 
@@ -129,3 +129,20 @@ def is_space(m: Machine, instr: Instr) -> Step:
     ]
     write, read = put(m, instr.operands[0], "pred"), get(m, instr.operands[1], "u64")
     return lambda sel: write(sel, (read(sel) >= np.uint64(base)) & (read(sel) < np.uint64(base + size)))
+
+
+@opcode("mapa", "getctarank")
+def cluster_address(m: Machine, instr: Instr) -> Step:
+    """Sections 9.7.9.23 and 9.7.9.24, for clusters of one block: its own address, its own rank."""
+    kind = next(mod for mod in reversed(instr.mods) if mod in WIDTH)
+    write, read = put(m, instr.operands[0], "u32" if instr.opcode == "getctarank" else kind), get(m, instr.operands[1], kind)
+    if instr.opcode == "getctarank":
+        return lambda sel: write(sel, np.uint32(0))
+    rank = get(m, instr.operands[2], "u32")
+
+    def run(sel: Sel) -> None:
+        if np.any(np.asarray(rank(sel)) != 0):
+            raise Fault("a block of rank other than 0 in a cluster of one")
+        write(sel, read(sel))
+
+    return run
