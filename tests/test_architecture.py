@@ -166,7 +166,8 @@ def python_functions(path: Path) -> Iterator[tuple[str, int]]:
 
 def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
     """Every block after a ')' that is not a namespace, class, enum or initialiser, outermost first, by counting braces."""
-    text = strip_comments(path.read_text())
+    # a macro's lines stay as empty ones, so that lines can be counted
+    text = re.sub(r"^[ \t]*#(?:\\\n|[^\n])*", lambda m: "\n" * m.group().count("\n"), strip_comments(path.read_text()), flags=re.MULTILINE)
     depth, start, open_depth, label = 0, 0, -1, ""
     for match in re.finditer(r"[{};]", text):
         at, mark = match.start(), match.group()
