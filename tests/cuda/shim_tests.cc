@@ -102,7 +102,18 @@ void faults() {
   shim::reset_conflicts();
 }
 
-const Register all[] = {{"shim", faults}};
+__global__ void racing(int* out) {
+  out[threadIdx.x] = 1;
+  out[(threadIdx.x + 1) % 64] += 1;
+}
+
+// For ThreadSanitizer alone: a race in global memory, which the shim does not watch.
+void race() {
+  std::vector<int> out(64, 0);
+  launch(DeviceStream(), racing, dim3(1), 64, 0, out.data());
+}
+
+const Register all[] = {{"shim", faults}, {"provoked race", race}};
 
 }  // namespace
 }  // namespace gingham::tests

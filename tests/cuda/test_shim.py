@@ -44,5 +44,7 @@ def test_kernels_on_every_shape_under_address_sanitizer() -> None:
 def test_kernels_under_thread_sanitizer() -> None:
     """Every CUDA thread is a thread to it; only barriers order them."""
     program = shim_build.build("thread")
-    for part in ("gemm tiles", "column_sums", "cast"):
+    provoked = subprocess.run([str(program), "--only", "provoked"], capture_output=True, text=True, env=os.environ | shim_build.ENVIRONMENT)
+    assert provoked.returncode != 0 and "data race" in provoked.stderr, "ThreadSanitizer does not see CUDA threads race"
+    for part in ("gemm tiles", "column_sums", "cast", "layer_norm", "cross_entropy", "embedding", "dropout", "quantise"):
         assert run(program, "--only", part).endswith("ok\n")

@@ -74,6 +74,7 @@ struct Machine {
   std::mt19937_64 random;
   SharedWatch watch;
   char* memory = nullptr;
+  char begun = 0, ended = 0;  // meetings of the scheduler with the threads
 };
 
 thread_local Machine machine;
@@ -102,13 +103,13 @@ void wait_here(const char* what) {
 void entry(void* argument) {
   Machine& m = *static_cast<Machine*>(argument);
   Thread& self = *m.threads[static_cast<size_t>(m.running)];
-  order_after(&m);
+  order_after(&m.begun);
   try {
     (*m.body)();
   } catch (...) {
     m.failure = std::current_exception();
   }
-  order_before(&m);
+  order_before(&m.ended);
   self.state = State::done;
   m.done++;
   self.fiber.finish();
@@ -138,7 +139,7 @@ void run_block(Machine& m) {
     t.fiber.start(entry, &m);
     wake(m, i);
   }
-  order_before(&m);
+  order_before(&m.begun);
   while (!m.ready.empty()) {
     const size_t pick = m.random() % m.ready.size();
     m.running = m.ready[pick];
@@ -149,7 +150,7 @@ void run_block(Machine& m) {
     t.fiber.resume();
     if (m.failure) std::rethrow_exception(m.failure);
   }
-  order_after(&m);
+  order_after(&m.ended);
   if (m.done != m.count) throw Error(stuck(m));
   m.watch.flush_all();
 }
