@@ -111,14 +111,13 @@ void epilogue(const Matrix& c, const Tail& tail, const Stream& stream) {
   DISPATCH_DEVICE(stream, epilogue(c, tail, stream));
   DISPATCH(c.dtype, T, {
     const size_t n = static_cast<size_t>(c.cols);
-    std::vector<T> row(n), other(n);
+    std::vector<T> row(n), other(n), shift(tail.bias.empty() ? 0 : n);
     const bool bias = !tail.bias.empty(), residual = !tail.residual.empty(), gradient = !tail.slope_at.empty();
+    if (bias) load_row(tail.bias, 0, shift.data(), stream);
     for (int64_t i = 0; i < c.rows; i++) {
       load_row(c, i, row.data(), stream);
-      if (bias) {
-        load_row(tail.bias, 0, other.data(), stream);
-        for (size_t j = 0; j < n; j++) row[j] += other[j];
-      }
+      if (bias)
+        for (size_t j = 0; j < n; j++) row[j] += shift[j];
       if (!tail.z.empty()) store_row(row.data(), tail.z, i, stream);
       if (tail.y.empty()) continue;
       if (gradient) {

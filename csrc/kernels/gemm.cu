@@ -1,5 +1,6 @@
-// Chooses the kernel: Hopper's own for 16-bit types where it is on; tensor cores as of sm_80 for them and, where the stream allows tf32, for fp32; the plain kernel else. Few tiles and a long
-// K: pieces of K are summed apart, each into its own matrix of workspace, and added in order, so that every run gives the same bits.
+// Chooses the kernel: Hopper's own for 16-bit types where it is on; tensor cores as of sm_80 for them and, where the stream allows tf32, for fp32;
+// the plain kernel else. Few tiles and a long K: pieces of K are summed apart, each into its own matrix of workspace, and added in order, so that
+// every run gives the same bits.
 #include <algorithm>
 
 #include "kernels/cast.h"
