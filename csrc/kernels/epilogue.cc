@@ -107,8 +107,8 @@ void epilogue(const Matrix& c, const Matrix& bias, const Matrix& z, const Matrix
 }
 
 void epilogue(const Matrix& c, const Tail& tail, const Stream& stream) {
-  if (c.empty() || tail.empty()) return;
   DISPATCH_DEVICE(stream, epilogue(c, tail, stream));
+  if (c.empty() || tail.empty()) return;
   DISPATCH(c.dtype, T, {
     const size_t n = static_cast<size_t>(c.cols);
     std::vector<T> row(n), other(n), shift(tail.bias.empty() ? 0 : n);
