@@ -40,7 +40,7 @@ PYTHON_MODULES = {
 }
 MODE_FILES = {"mesh.py", "planner.py", "train.py", "cli.py"}
 MODE = re.compile(r"""["'](1d|2d|2\.5d|3d)["']""")
-TEXT = {".py", ".cc", ".h", ".cu", ".md", ".toml", ".txt", ".yaml", ".svg", ""}
+TEXT = {".py", ".cc", ".h", ".cu", ".cuh", ".sh", ".md", ".toml", ".txt", ".yaml", ".svg", ""}
 
 
 def tracked() -> list[Path]:
@@ -54,7 +54,7 @@ def tracked() -> list[Path]:
 
 
 FILES = [path for path in tracked() if path.suffix in TEXT]
-CPP = [path for path in FILES if path.suffix in {".cc", ".h", ".cu"}]
+CPP = [path for path in FILES if path.suffix in {".cc", ".h", ".cu", ".cuh"}]
 PY = [path for path in FILES if path.suffix == ".py"]
 
 
@@ -199,7 +199,7 @@ def test_functions_are_short() -> None:
     for path in CPP + PY:
         if name(path) in LONG_FILES:
             continue
-        limit = KERNEL_LINES if path.suffix == ".cu" else FUNCTION_LINES
+        limit = KERNEL_LINES if path.suffix in {".cu", ".cuh"} else FUNCTION_LINES
         functions = python_functions(path) if path.suffix == ".py" else cpp_functions(path)
         for function, lines in functions:
             if lines > limit and f"{name(path)}:{function}" not in LONG_FUNCTIONS:

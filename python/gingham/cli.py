@@ -43,6 +43,9 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--mode", choices=MODES, help="default: 2.5d with depth 2 on 8 ranks, or grid where --grid is given")
     grid.add_argument("--depth", type=int, default=0, help="layers of a 2.5d grid")
     grid.add_argument("--grid", type=_grid, metavar="pm,pn,pk", help="any grid instead of a mode")
+    grid.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cpu, or GINGHAM_DEVICE; cuda: one rank a GPU, never run on one yet"
+    )
     grid.add_argument("--sequence", action="store_true", help="1d: cut the rows between the layers instead of replicating them")
     model = parser.add_argument_group("model")
     for name, value in (("layers", 4), ("width", 256), ("heads", 8), ("context", 128)):

@@ -87,7 +87,7 @@ def flops(shape: Shape, batch: int) -> int:
 
 def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
     """One rank's training run; only rank 0's report is looked at."""
-    mesh = gingham.init(**grid)
+    mesh = gingham.init(**grid, device=options.device)
     shape = shape_of(options)
     model, optimizer = build(parallel_kit(mesh), shape, options)
     planned = cost.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY))
@@ -96,7 +96,7 @@ def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
     draw = batches(read_text(options.text), options.batch, options.context, options.seed)
 
     def block(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, target = draw(step)
+        ids, target = (part.to(mesh.device) for part in draw(step))
         # the loss takes logits in the inner layout, whose rows are whole where outer's are cut over the feature ranks
         return mesh.scatter(ids), mesh.scatter(target) if mesh.inner.rows else target
 
@@ -191,8 +191,8 @@ def sample(model: GPT, mesh: Any, shape: Shape, options: Namespace) -> str:
     text = list(b"def ")
     rows = max(1, mesh.parts(mesh.outer.rows))
     for _ in range(options.sample):
-        ids = torch.tensor(text[-shape.context :]).repeat(rows, 1)
-        last = mesh.gather(model(mesh.scatter(ids))[:, -1].contiguous(), operand="inner")[0]
+        ids = torch.tensor(text[-shape.context :], device=mesh.device).repeat(rows, 1)
+        last = mesh.gather(model(mesh.scatter(ids))[:, -1].contiguous(), operand="inner")[0].cpu()
         text.append(int(torch.multinomial(torch.softmax(last / 0.8, -1), 1, generator=generator)))
     return bytes(text).decode(errors="replace")
 

@@ -4,6 +4,7 @@ Nothing here was tested on a GPU: the runtime and NCCL are tests/cuda/fake, kern
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def test_thread_sanitizer() -> None:
 
 
 PYTHON_TESTS = {
-    "layers": ["tests/python/nn/test_layers.py", "tests/python/nn/test_loss.py"],
+    "layers": ["tests/python/nn/test_layers.py"],
     "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
     "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
     "model": ["tests/python/test_gpt.py"],
@@ -88,6 +89,17 @@ def test_python_on_fake_devices(package: Path, name: str) -> None:
 @pytest.mark.parametrize("name", MORE_PYTHON_TESTS)
 def test_python_matrix_on_fake_devices(package: Path, name: str) -> None:
     print(python_tests(package, MORE_PYTHON_TESTS[name], "matrix or not matrix").splitlines()[-1])
+
+
+def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
+    """The main job on 8 fake GPUs in 2.5d: losses of torch.nn's within rounding, bytes equal to the formula."""
+    options = (
+        "--ranks 8 --mode 2.5d --depth 2 --device cuda --steps 3 --layers 2 --width 64 --context 32 --sample 0 --plot= --compare-serial"
+    )
+    environment = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="200")
+    out = run([sys.executable, "-m", "gingham", "train", *options.split()], environment)
+    largest = re.search(r"largest of all.*?([0-9.e-]+) relative", out)
+    assert largest and float(largest[1]) < 1e-6 and re.search(r"formula [\d,]+:\s+equal", out), out
 
 
 @pytest.mark.parametrize("fault", ["killed", "nccl error", "nccl hangs", "raises", "leaves"])
