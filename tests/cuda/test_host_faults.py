@@ -15,7 +15,7 @@ def marked(fault: host_faults.Mutation) -> object:
     return pytest.param(fault, id=fault.name, marks=() if fault.name in QUICK else pytest.mark.matrix)
 
 
-@pytest.mark.parametrize("fault", map(marked, host_faults.FAULTS))
+@pytest.mark.parametrize("fault", [marked(fault) for fault in host_faults.FAULTS])
 def test_the_fault_is_found(fault: host_faults.Mutation) -> None:
     outcome = host_faults.run(fault)
     assert outcome.caught, f"nothing failed with {fault.name}"
