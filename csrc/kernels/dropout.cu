@@ -1,5 +1,5 @@
-// The same bits as dropout.cc: every thread draws one counter, four words for the four elements of the global tensor that share it. About
-// 100 integer operations a counter against 16 bytes read and 16 written (fp32): memory is the limit.
+// The same bits as dropout.cc: every thread draws one counter, four words for the four elements of the global tensor that share it. Some 160
+// integer instructions a counter: about what memory allows in fp32 (8 bytes an element), half of that in 16 bits.
 #include "kernels/dropout.h"
 #include "kernels/sweep.cuh"
 
