@@ -37,6 +37,7 @@ def test_products_and_collectives(package: Path) -> None:
     print(run([str(package / "pipeline_tests")], fake_build.environment(package)))
 
 
+@pytest.mark.matrix
 def test_simulated_kernels_in_the_pipeline() -> None:
     """The .cu files' own code, launched by the real step."""
     folder = fake_build.build("simulated")
@@ -59,7 +60,6 @@ def test_thread_sanitizer() -> None:
 
 
 PYTHON_TESTS = {
-    "layers": ["tests/python/nn/test_layers.py"],
     "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
     "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
     "model": ["tests/python/test_gpt.py"],
