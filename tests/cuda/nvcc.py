@@ -55,11 +55,20 @@ def kernels() -> list[Path]:
     return sorted((CSRC / "kernels").glob("*.cu"))
 
 
+def _included(path: Path, seen: set[Path]) -> None:
+    """Adds the path and all of our headers that it includes."""
+    if path not in seen and path.exists():
+        seen.add(path)
+        for name in re.findall(r'^\s*#include "([^"]+)"', path.read_text(), re.MULTILINE):
+            _included(CSRC / name, seen)
+
+
 def _fingerprint(source: Path) -> str:
-    """Of the source and every header of ours that it could include: kernels see base and kernels only."""
-    digest = hashlib.sha256(source.read_bytes())
-    for header in sorted(path for folder in ("base", "kernels") for path in (CSRC / folder).glob("*.*h")):
-        digest.update(header.relative_to(CSRC).as_posix().encode() + header.read_bytes())
+    seen: set[Path] = set()
+    _included(source, seen)
+    digest = hashlib.sha256()
+    for path in sorted(seen):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
 
 
