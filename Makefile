@@ -38,7 +38,7 @@ lint: $(VENV)/built
 	$(BIN)/ruff check python tests bench examples setup.py
 	$(BIN)/ruff format --check python tests bench examples setup.py
 	$(BIN)/mypy
-	find csrc bench tests -name '*.cc' -o -name '*.h' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
+	find csrc bench tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
 sanitize: $(VENV)/built
 	for kind in address thread; do \
