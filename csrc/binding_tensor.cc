@@ -2,6 +2,10 @@
 
 #include <dlpack.h>
 
+#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
+#include "kernels/gemm_sm90.cuh"
+#endif
+
 #include <array>
 #include <mutex>
 #include <unordered_map>
@@ -188,7 +192,13 @@ void use_gpu(Job& job, int ordinal, bool tf32) {
     job.use_gpu(ordinal, Carrier::nccl);
   }
   job.gpu()->stream().math = tf32 ? Math::tf32 : Math::exact;
-  if (!kFakeDevice) job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api));
+  if (kFakeDevice) return;
+  job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api));
+#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
+  // Here and not in the first step, which must not wait for the device.
+  py::gil_scoped_release nogil;
+  cuda::sm90_checked(job.gpu()->stream());
+#endif
 }
 
 namespace {
