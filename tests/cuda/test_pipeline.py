@@ -102,7 +102,9 @@ def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
     assert largest and float(largest[1]) < 1e-6 and re.search(r"formula [\d,]+:\s+equal", out), out
 
 
-@pytest.mark.parametrize("fault", ["killed", "nccl error", "nccl hangs", "raises", "leaves"])
+@pytest.mark.parametrize(
+    "fault", ["killed", "nccl error", "nccl hangs", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("raises", "leaves"))]
+)
 def test_faults_are_named(package: Path, fault: str) -> None:
     """Every surviving rank raises a typed error soon; an NCCL error or hang names a rank, a killed one is named exactly."""
     extra = {"nccl error": {"FAKE_NCCL_FAIL": "1,7"}, "nccl hangs": {"FAKE_NCCL_HANG": "1,7"}}.get(fault, {})
