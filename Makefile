@@ -40,11 +40,16 @@ lint: $(VENV)/built
 	$(BIN)/mypy
 	find csrc bench tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
+# with nvcc's headers at hand the thread build also runs the CUDA backend's host side on fake devices
+FAKE := $(if $(shell command -v nvcc),-DGINGHAM_FAKE_CUDA=ON -DGINGHAM_FAKE_KERNELS=ON)
 sanitize: $(VENV)/built
 	for kind in address thread; do \
-	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind > /dev/null && \
+	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind \
+	    $$([ $$kind = thread ] && echo "$(FAKE)") > /dev/null && \
 	  $(BIN)/cmake --build build/$$kind --target core_tests && GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; \
 	done
+	$(if $(FAKE),$(BIN)/cmake --build build/thread --target pipeline_tests && FAKE_CUDA_JITTER=100 GINGHAM_BLAS=plain \
+	  GINGHAM_NCCL=$(abspath build/thread/libfakecuda.so) TSAN_OPTIONS=halt_on_error=1 build/thread/pipeline_tests "products over copies")
 
 clean:
 	rm -rf build python/gingham/_C*.so python/gingham/bin $(VENV)/built

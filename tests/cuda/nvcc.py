@@ -92,14 +92,14 @@ def _compile(source: Path, arch: str, kind: str, extra: tuple[str, ...]) -> tupl
     return out, log.read_text()
 
 
-def compile_kernels() -> None:
-    """Compiles all kernels for all architectures, two at a time, into the cache; errors are left to whoever asks for the result."""
+def compile_kernels(architectures: tuple[str, ...] = ARCHITECTURES) -> None:
+    """Compiles all kernels for the architectures, two at a time, into the cache; errors are left to whoever asks for the result."""
 
     def one(job: tuple[Path, str]) -> None:
         with contextlib.suppress(CompileError):
             compile_cubin(*job)
 
-    jobs = [(source, arch) for source in kernels() for arch in ARCHITECTURES]
+    jobs = [(source, arch) for source in kernels() for arch in architectures]
     with concurrent.futures.ThreadPoolExecutor(int(os.environ.get("GINGHAM_JOBS", "2"))) as pool:
         list(pool.map(one, jobs))
 

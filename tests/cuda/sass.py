@@ -129,12 +129,12 @@ def occupancy(name: str, registers: int, arch: str) -> int | None:
     return 100 * min(by_registers, by_shared, 32, limits["threads"] // threads) * threads // limits["threads"]
 
 
-def measure_all() -> dict[str, Any]:
+def measure_all(architectures: tuple[str, ...] = nvcc.ARCHITECTURES) -> dict[str, Any]:
     tools = nvcc.toolkit()
     assert tools is not None
-    nvcc.compile_kernels()
+    nvcc.compile_kernels(architectures)
     out: dict[str, Any] = {"nvcc": tools.version}
-    for arch in nvcc.ARCHITECTURES:
+    for arch in architectures:
         out[arch] = {}
         for source in nvcc.kernels():
             for name, row in sorted(measure(source, arch).items()):

@@ -1,4 +1,4 @@
-"""Rung 1: nvcc compiles every kernel for sm_80 and sm_90a, and warns of nothing."""
+"""Rung 1: nvcc compiles every kernel, and warns of nothing. The package itself is built for both architectures with warnings as errors."""
 
 import functools
 from pathlib import Path
@@ -11,10 +11,10 @@ pytestmark = [pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc"), pyte
 all_compiled = functools.cache(nvcc.compile_kernels)
 
 
-@pytest.mark.parametrize("arch", nvcc.ARCHITECTURES)
+@pytest.mark.parametrize("arch", [pytest.param("sm_80", marks=pytest.mark.matrix), "sm_90a"])
 @pytest.mark.parametrize("source", nvcc.kernels(), ids=lambda path: path.stem)
 def test_kernel_compiles_without_a_warning(source: Path, arch: str) -> None:
-    all_compiled()
+    all_compiled((arch,))
     cubin, _ = nvcc.compile_cubin(source, arch)
     assert cubin.read_bytes()[:4] == b"\x7fELF"
 

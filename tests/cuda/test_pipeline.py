@@ -52,8 +52,9 @@ def test_simulated_kernels_on_every_grid() -> None:
         print(run([str(folder / "pipeline_tests"), name], fake_build.environment(folder)))
 
 
+@pytest.mark.matrix
 def test_thread_sanitizer() -> None:
-    """Ranks as threads: a missing event between streams is a data race, which ThreadSanitizer names."""
+    """Ranks as threads: a missing event between streams is a data race, which ThreadSanitizer names. `make sanitize` runs the same."""
     folder = fake_build.build("cpu", "thread")
     environment = fake_build.environment(folder, FAKE_CUDA_JITTER="100")
     print(run([str(folder / "pipeline_tests"), "products over copies"], environment | {"TSAN_OPTIONS": "halt_on_error=1"}))
@@ -61,12 +62,11 @@ def test_thread_sanitizer() -> None:
 
 PYTHON_TESTS = {
     "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
-    "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
     "model": ["tests/python/test_gpt.py"],
 }
 MORE_PYTHON_TESTS = {
     "products": PYTHON_TESTS["products"],
-    "bytes": PYTHON_TESTS["bytes"],
+    "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
     "nn": ["tests/python/nn"],
 }
 
