@@ -19,8 +19,7 @@ Copy::Copy(std::unique_ptr<Shm> board, Order& order, Control& control, AxisMemor
 }
 
 Channel& Copy::channel(int from, int to, int lane) {
-  const int pair = members_[static_cast<size_t>(from)] * control_.size() + members_[static_cast<size_t>(to)];
-  return memory_.channels[pair * kLanes + lane];
+  return memory_.channel(members_[static_cast<size_t>(from)], members_[static_cast<size_t>(to)], lane);
 }
 
 Event& Copy::event(std::vector<Event>& events, int peer, int lane, uint32_t slot) {

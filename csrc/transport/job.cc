@@ -58,6 +58,7 @@ std::unique_ptr<Transport> Job::axis(int index, const std::vector<int>& members,
   for (int r : members) CHECK(MeshError, r >= 0 && r < size(), "axis member ", r, " of a job of ", size());
   const size_t ranks = static_cast<size_t>(size()), at = static_cast<size_t>(index);
   AxisMemory memory;
+  memory.ranks = size();
   memory.boards = static_cast<Board*>(segment_->at(control_bytes())) + at * ranks;
   memory.channels = static_cast<Channel*>(segment_->at(control_bytes() + board_bytes(size()))) + at * ranks * ranks * kLanes;
   if (gpu_) {

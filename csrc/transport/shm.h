@@ -38,10 +38,12 @@ struct Board {
   Post post;
 };
 
-// Where an axis' shared state stands: boards[global rank], channels[(from * ranks + to) * kLanes + lane].
+// Where an axis' shared state stands: boards[global rank], channels[(from * ranks + to) * kLanes + lane], from and to global.
 struct AxisMemory {
   Board* boards;
   Channel* channels;
+  int ranks;
+  Channel& channel(int from, int to, int lane) const { return channels[(from * ranks + to) * kLanes + lane]; }
 };
 
 class Shm : public Transport {
@@ -70,8 +72,7 @@ class Shm : public Transport {
  private:
   Board& board(int peer) { return memory_.boards[members_[static_cast<size_t>(peer)]]; }
   Channel& channel(int from, int to, int lane) {
-    const int pair = members_[static_cast<size_t>(from)] * control_.size() + members_[static_cast<size_t>(to)];
-    return memory_.channels[pair * kLanes + lane];
+    return memory_.channel(members_[static_cast<size_t>(from)], members_[static_cast<size_t>(to)], lane);
   }
   const Post& post_of(int peer);
 
