@@ -218,9 +218,10 @@ class Mesh:
         return self._axes[kept] if kept else None
 
     def layout(self, name: str) -> Layout:
-        if name not in ("outer", "inner"):
-            raise MeshError(f"layout={name!r}: expected 'outer' or 'inner'")
-        return self.outer if name == "outer" else self.inner
+        """ "outer", "inner" or "rows": outer's rows with whole features."""
+        if name not in ("outer", "inner", "rows"):
+            raise MeshError(f"layout={name!r}: expected 'outer', 'inner' or 'rows'")
+        return {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}[name]
 
     def interval(self, size: int, names: Names) -> Interval:
         """(offset, length) of this rank's piece of a dim of `size` cut over the axes `names`."""
@@ -266,13 +267,15 @@ class Mesh:
         return mine[0], total[0], mine[1], total[1]
 
     def parameter(self, full: torch.Tensor, cuts: Cuts) -> torch.nn.Parameter:
-        """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap."""
+        """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
+        the block is allocated only."""
         mine = block(full.shape, cuts, self.sizes, self.coordinates)
         local = self.empty([length for _, length in mine], full.dtype)
-        local.copy_(full[slices(mine)])
+        if not full.is_meta:
+            local.copy_(full[slices(mine)])
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]
-        tensor = DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
-        return torch.nn.Parameter(tensor)
+        stride = torch.empty(full.shape, device="meta").stride()
+        return torch.nn.Parameter(DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=stride))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU."""
