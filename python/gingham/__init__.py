@@ -10,10 +10,10 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"gingham needs torch 2.10 or newer (DLPack's C exchange API); found torch {_torch.__version__}")
 
 from . import nn  # noqa: E402
-from .functional import matmul  # noqa: E402
 from .job import destroy, init  # noqa: E402
 from .mesh import Mesh, MeshError, PeerDied, PeerStalled, ShapeError, version  # noqa: E402
 from .nn import clip_grad_norm_, cross_entropy  # noqa: E402
+from .products import matmul  # noqa: E402
 from .spawn import spawn  # noqa: E402
 
 __version__ = version()

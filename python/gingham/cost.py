@@ -113,7 +113,7 @@ def norm_bytes(mesh: Mesh, rows: int, layer: nn.LayerNorm) -> int:
     """Two float64 sums a row each way over the feature ranks; gamma's and beta's gradients summed over the row ranks."""
     layout = mesh.layout(layer.layout)
     features, over_rows = mesh.parts(layout.features), mesh.parts(layout.rows)
-    item = max(4, layer.weight.element_size())
+    item = max(4, layer.weight.element_size()) if layer.weight is not None else 0
     copies = features // mesh.parts(layer.stored)
     gradients = 4 * layer.features * (over_rows - 1) * copies + 4 * layer.features * (copies - 1) * over_rows
     return 2 * 16 * rows * features * (features - 1) + item * gradients

@@ -1,4 +1,4 @@
-"""The autograd functions over the C++ steps: linear maps, matmul, change of layout, dropout.
+"""The autograd functions over the C++ steps: linear maps, changes of layout and of cuts, dropout.
 
 A linear map Y = X W has three products on one grid (THEORY.md section 1): forward computes Y, backward computes dX and
 dW (and db) in one call that gathers dY once. Parameters arrive as DTensors and are unwrapped here; gradients leave as
@@ -12,12 +12,14 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from . import _C, gradients
-from .layout import Block, Cuts, Layout, Names, coordinates_of, interval, members, offsets, slices
-from .layout import relayout as relayout_plan
-from .mesh import Mesh, MeshError, ShapeError, check_local, current
+from .layout import Cuts, Layout, Names, offsets
+from .mesh import Mesh, MeshError, ShapeError, check_local
+from .redistribute import like as like
+from .redistribute import local_of as local_of
+from .redistribute import relayout as relayout
+from .redistribute import reshard as reshard
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,12 @@ class LinearPlan:
     n_local: tuple[int, ...]
 
 
-def linear_plan(mesh: Mesh, k: int, n: list[int], layout: str, swapped: bool | str | None, name: str = "linear") -> LinearPlan:
+def linear_plan(
+    mesh: Mesh, k: int, n: list[int], layout: str, swapped: bool | str | None, name: str = "linear", transposed: bool = False
+) -> LinearPlan:
     """The plan of linear maps [.., k] -> [.., n_i] that share X. Where mesh.outer and mesh.inner differ the layout
-    decides which trade of axes is used, and a `swapped` that disagrees is a MeshError; elsewhere `swapped` is free."""
+    decides which trade of axes is used, and a `swapped` that disagrees is a MeshError; elsewhere `swapped` is free.
+    transposed: weights are stored [in, out]."""
     ends = layout.split("->")
     if layout not in ("outer->outer", "outer->inner", "inner->outer"):
         raise MeshError(f"layout={layout!r}: expected 'outer->outer', 'outer->inner' or 'inner->outer'")
@@ -61,13 +66,13 @@ def linear_plan(mesh: Mesh, k: int, n: list[int], layout: str, swapped: bool | s
     out, into = (second + cut_again, first) if swapped else (second, first + cut_again)
     return LinearPlan(
         mesh,
-        make_step(mesh, name, k, n, swapped, (x, y)),
+        make_step(mesh, name, k, n, swapped, (x, y), not transposed),
         k,
         tuple(n),
         swapped,
         (given[0], x),
         (given[1], y),
-        (out, into),
+        (into, out) if transposed else (out, into),
         (second,),
         mesh.interval(k, given[0].features)[1],
         tuple(mesh.interval(size, y.features)[1] for size in n),
@@ -80,9 +85,11 @@ def swapping_is_cheaper(mesh: Mesh, k: int, n: int) -> bool:
     return 3 * k * (pk - 1) + 2 * n * (pn - 1) < 3 * k * (pn - 1) + 2 * n * (pk - 1)
 
 
-def make_step(mesh: Mesh, name: str, k: int, n: list[int], swapped: bool, layouts: tuple[Layout, Layout] | None) -> Any:
+def make_step(
+    mesh: Mesh, name: str, k: int, n: list[int], swapped: bool, layouts: tuple[Layout, Layout] | None, out_in: bool = False
+) -> Any:
     """The C++ step. layouts: of X and Y, which may leave an operand whole (classic 1d) or cut it along M (sequence);
-    None: the plain step of matmul, with every operand cut, B over all of m."""
+    None: the plain step of matmul, with every operand cut, B over all of m. out_in: W lies in memory as [out, in]."""
     axes = mesh.axes
     first, second = (axes.n, axes.k) if swapped else (axes.k, axes.n)
     plain = layouts is None
@@ -114,7 +121,7 @@ def make_step(mesh: Mesh, name: str, k: int, n: list[int], swapped: bool, layout
         list(n),
         mesh.slices,
         mesh.source,
-        not plain,
+        out_in,
     )
 
 
@@ -122,16 +129,15 @@ def _points(mesh: Mesh, size: int, names: Names) -> list[int]:
     return offsets(size, [mesh.sizes[name] for name in names])
 
 
-def local_of(parameter: Any) -> Any:
-    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it; other tensors and None as they are."""
-    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+def settle(mesh: Mesh, weight: torch.Tensor) -> None:
+    """Completes a gradient of `weight` that is on its way over depth, before another use's is added to it."""
+    if mesh.depth_sums is not None:
+        mesh.depth_sums.settle(weight)
 
 
-def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient in the form of its parameter."""
-    if local is None or not isinstance(parameter, DTensor):
-        return local
-    return DTensor(local, parameter._spec, requires_grad=False)
+def backward_passes() -> int:
+    """How many backward passes of linears this process has made: what one of them used up cannot be used again."""
+    return _Linear.passes
 
 
 def linear(
@@ -143,9 +149,9 @@ def linear(
 ) -> list[torch.Tensor]:
     """y_i = epilogue(x weights_i^T + biases_i), x [..., K], y_i [..., N_i], each in the caller's layouts.
 
-    weights: DTensors [out, in] cut as plan.weight_cuts. Raises TypeError for a tensor that is not plain and local; the
-    step raises ShapeError, on every rank, where one rank's last dim or dtype does not fit its weights. Bytes: THEORY.md
-    section 4, and one relayout where layouts ask.
+    weights: [out, in] ([in, out] where transposed), DTensors or local blocks cut as plan.weight_cuts. Raises TypeError
+    for a tensor that is not plain and local; the step raises ShapeError, on every rank, where one rank's last dim or
+    dtype does not fit its weights. Bytes: THEORY.md section 4, and one relayout where layouts ask.
     """
     check_local(x, "linear's x", plan.mesh)
     if x.dim() == 0:
@@ -158,6 +164,8 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
+    passes = 0
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, plan: LinearPlan, epilogue: str, *parameters: torch.Tensor | None) -> Any:
         count = len(plan.n)
@@ -166,19 +174,23 @@ class _Linear(torch.autograd.Function):
         outputs = plan.step.forward(x, weights, [local_of(bias) for bias in parameters[count:]], epilogue)
         ys, before = outputs[:count], outputs[count:]
         ctx.plan, ctx.parameters, ctx.count = plan, parameters, count
+        ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
+        ctx.shapes = [y.shape for y in ys]
         ctx.save_for_backward(x, *weights, *before)
         return tuple(_with_inner_dims(y, x, axis) for y, axis in zip(ys, plan.n_local, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor) -> Any:
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
+        _Linear.passes += 1
         count, plan, parameters = ctx.count, ctx.plan, ctx.parameters
         x, *saved = ctx.saved_tensors
         weights, before = saved[:count], saved[count:]
-        dys = [dy.contiguous() for dy in cotangents]
+        dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
         if before:
             dys = [_C.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        need_w, need_b = needs[:count], list(needs[count:])
+        used = [dy is not None for dy in cotangents]
+        need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
         wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
         nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
         later = bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
@@ -197,140 +209,6 @@ def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.T
     inner = x.shape[1:-1]
     rows = y.numel() // features if features else y.shape[:-1].numel()
     return y.view(rows // max(1, prod(inner)), *inner, features)
-
-
-def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tuple[int, int, int] | None = None) -> torch.Tensor:
-    """C[M,N] = A[M,K] B[K,N] on the blocks of mesh.scatter(operand="a"), "b"; returns this rank's block "c".
-
-    Differentiable twice. shape=(M, K, N) is needed where K or N does not divide by its axes, else ShapeError. Bytes:
-    the step of THEORY.md section 1 with no operand replicated: [MK(pn-1) + KN(pm-1) + MN(pk-1)] / P words forward.
-    """
-    mesh = current(mesh)
-    for tensor, name in ((a, "a"), (b, "b")):
-        check_local(tensor, f"matmul's {name}", mesh)
-        if tensor.dim() != 2:
-            raise ShapeError(f"matmul: {name} has shape {tuple(tensor.shape)}, expected a matrix")
-    _, pn, pk = mesh.grid
-    # wrong blocks are left to the step to refuse: it tells the other ranks, which are about to wait for this one
-    _, k, n = shape or (0, a.shape[1] * pk * pn, b.shape[1] * pn)
-    key = ("matmul", k, n)
-    if key not in mesh.steps:
-        mesh.steps[key] = make_step(mesh, "matmul", k, [n], False, None)
-    try:
-        return _Product.apply(a, b, mesh.steps[key])
-    except ShapeError as error:
-        if shape is not None:
-            raise
-        raise ShapeError(f"{error}; where K or N does not divide by the mesh's axes pass shape=(M, K, N)") from None
-
-
-class _Product(torch.autograd.Function):
-    """Y = X W. Each of the three products' gradients is made of the other two, on the same operand layouts."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, w: torch.Tensor, step: Any) -> torch.Tensor:
-        ctx.step = step
-        ctx.save_for_backward(x, w)
-        return step.forward(x.contiguous(), [w.contiguous()], [None])[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, w = ctx.saved_tensors
-        need_x, need_w, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            dx = _InputGradient.apply(dy, w, ctx.step) if need_x else None
-            return dx, _WeightGradient.apply(x, dy, ctx.step) if need_w else None, None
-        dx, dws, _ = ctx.step.backward(x.contiguous(), [w.contiguous()], [dy.contiguous()], need_x, need_w, [False])
-        return dx, dws[0], None
-
-
-class _InputGradient(torch.autograd.Function):
-    """dX = dY W^T."""
-
-    @staticmethod
-    def forward(ctx: Any, dy: torch.Tensor, w: torch.Tensor, step: Any) -> torch.Tensor:
-        ctx.step = step
-        ctx.save_for_backward(dy, w)
-        return step.backward(None, [w.contiguous()], [dy.contiguous()], True, False, [False])[0]
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        dy, w = ctx.saved_tensors
-        need_dy, need_w, _ = ctx.needs_input_grad
-        ddy = _Product.apply(g, w, ctx.step) if need_dy else None
-        return ddy, _WeightGradient.apply(g, dy, ctx.step) if need_w else None, None
-
-
-class _WeightGradient(torch.autograd.Function):
-    """dW = X^T dY."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, dy: torch.Tensor, step: Any) -> torch.Tensor:
-        ctx.step = step
-        ctx.save_for_backward(x, dy)
-        return step.backward(x.contiguous(), [None], [dy.contiguous()], False, True, [False])[1][0]
-
-    @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Any:
-        x, dy = ctx.saved_tensors
-        need_x, need_dy, _ = ctx.needs_input_grad
-        dx = _InputGradient.apply(dy, g, ctx.step) if need_x else None
-        return dx, _Product.apply(x, g, ctx.step) if need_dy else None, None
-
-
-def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
-    """x [rows, ..., features] moved from one layout to the other; `features`: the global size of the last dim.
-
-    Its gradient is the opposite relayout. Bytes: every word that a rank's new block has and its old one had not, at
-    most one message a peer; nothing where the layouts are equal or the new block lies inside the old one.
-    """
-    return x if source == target else _Relayout.apply(x, mesh, source, target, features)
-
-
-class _Relayout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
-        ctx.arguments = mesh, target, source, features
-        held = mesh.interval(features, source.features)[1]
-        if x.shape[-1] != held:
-            raise ShapeError(f"relayout: rank {mesh.rank} got x of shape {tuple(x.shape)}, expected [..., {held}], its block of {features}")
-        flat = x.reshape(x.shape[0] if x.dim() > 1 else 1, x.shape[1:-1].numel(), held)
-        moved = set(source.features + target.features) | set(source.rows) ^ set(target.rows)
-        names = tuple(name for name in mesh.sizes if name in moved)
-        blocks = _blocks(mesh, names, (source, target), flat, features)
-        me = members(names, mesh.sizes, mesh.coordinates).index(mesh.rank)
-        plan = relayout_plan(blocks[0], blocks[1], me)
-        new = mesh.empty([length for _, length in blocks[1][me]], x.dtype)
-        new[slices(plan.kept[1])] = flat[slices(plan.kept[0])]
-        # decided by the layouts, never by sizes: all ranks of the job must make the same calls
-        if set(names) & set(source.rows + source.features):
-            sends = [(piece.peer, flat[slices(piece.block)].contiguous()) for piece in plan.sends]
-            receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
-            agreed = -1 if set(names) & set(source.rows + target.rows) else flat.shape[0]
-            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed, features=features)
-            for piece, tensor in zip(plan.receives, arrived, strict=True):
-                new[slices(piece.block)] = tensor
-        return new.view(new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else new.view(-1)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return relayout(grad, *ctx.arguments), None, None, None, None
-
-
-def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torch.Tensor, features: int) -> list[list[Block]]:
-    """Every member's block of [rows, between, features] before and after, rows counted among the members."""
-    places = [coordinates_of(rank, mesh.sizes) for rank in members(names, mesh.sizes, mesh.coordinates)]
-    source, target = (tuple(name for name in layout.rows if name in names) for layout in layouts)
-    total = flat.shape[0]
-    before = [(0, total)] * len(places)
-    if source:
-        counts = [count for (count,) in mesh.axis(names).sizes([total])]
-        before, total = [(sum(counts[:index]), count) for index, count in enumerate(counts)], sum(counts)
-    after = [interval(total, target, mesh.sizes, place) for place in places]
-    return [
-        [(row, (0, flat.shape[1]), interval(features, layout.features, mesh.sizes, place)) for row, place in zip(rows, places, strict=True)]
-        for rows, layout in zip((before, after), layouts, strict=True)
-    ]
 
 
 def dropout(

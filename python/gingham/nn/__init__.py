@@ -4,9 +4,21 @@ from .attention import SelfAttention
 from .clip import clip_grad_norm_
 from .dropout import Dropout
 from .embedding import Embedding
-from .linear import Linear
+from .linear import Classifier, Linear, share_input
 from .loss import cross_entropy
 from .mlp import MLP
-from .norm import LayerNorm
+from .norm import LayerNorm, RMSNorm
 
-__all__ = ["MLP", "Dropout", "Embedding", "LayerNorm", "Linear", "SelfAttention", "clip_grad_norm_", "cross_entropy"]
+__all__ = [
+    "MLP",
+    "Classifier",
+    "Dropout",
+    "Embedding",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "SelfAttention",
+    "clip_grad_norm_",
+    "cross_entropy",
+    "share_input",
+]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..functional import like, local_of
+from ..functional import like, local_of, settle
 from ..layout import chunks
 from ..mesh import Mesh, ShapeError, check_local, current
+from .parameter import Given, make_parameter
 
 
 class Embedding(torch.nn.Module):
@@ -17,19 +18,44 @@ class Embedding(torch.nn.Module):
 
     weight: a DTensor [count, width]; width lies on outer's feature axes, count on the axes that the activations' rows
     lie on (not depth, where weights are replicated) or, in classic 1d, on tp. Forward gathers this rank's columns of
-    the table, backward reduce-scatters their gradient. Bytes: count x width words gathered over the row ranks, the same
-    again reduce-scattered, an all-reduce over depth; classic 1d: the gather alone.
+    the table, backward reduce-scatters their gradient. padding_idx: its row is drawn as 0 and has no gradient.
+    max_norm is refused: it renormalises rows of the table in place during forward, and the rows that one rank looks up
+    lie on others. given: {"weight": full table}, cut instead of drawn.
+    Bytes: count x width words gathered over the row ranks, the same again reduce-scattered, an all-reduce over depth;
+    classic 1d: the gather alone. Gradients of 16-bit tables are summed and travel in float32.
     """
 
-    def __init__(self, count: int, width: int, mesh: Mesh | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        width: int,
+        mesh: Mesh | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        given: Given = None,
+    ) -> None:
         super().__init__()
         self.mesh, self.count, self.width = current(mesh), count, width
+        if max_norm is not None:
+            raise NotImplementedError(
+                f"Embedding: max_norm={max_norm} would renormalise rows of the table in place in forward, rows that lie on other ranks;"
+                " renormalise the table after the optimizer's step instead"
+            )
+        if padding_idx is not None and not -count <= padding_idx < count:
+            raise ShapeError(f"Embedding({count}): rank {self.mesh.rank} got padding_idx={padding_idx}, expected {-count}..{count - 1}")
+        self.padding_idx = None if padding_idx is None else padding_idx % count
         axes, outer = self.mesh.axes, self.mesh.outer
         self.summed = tuple(name for name in outer.rows if name not in axes.depth)
         self.cut = self.summed or tuple(name for name in axes.n + axes.k if name not in outer.features)
-        weight = torch.empty(count, width, dtype=dtype)
-        torch.nn.init.normal_(weight)
-        self.weight = self.mesh.parameter(weight, (self.cut, outer.features))
+        self.cuts = (self.cut, outer.features)
+        self.weight = make_parameter(self.mesh, self.cuts, "weight", (count, width), self._draw, dtype, given)
+
+    def _draw(self, full: torch.Tensor) -> None:
+        torch.nn.init.normal_(full)
+        if self.padding_idx is not None:
+            full[self.padding_idx].fill_(0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         check_local(ids, "Embedding's ids", self.mesh)
@@ -40,7 +66,7 @@ class Embedding(torch.nn.Module):
         return _Embedding.apply(self.weight, ids, self)
 
     def extra_repr(self) -> str:
-        return f"{self.count}, {self.width}"
+        return f"{self.count}, {self.width}" + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
 
 
 class _Embedding(torch.autograd.Function):
@@ -55,14 +81,19 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,), layer, mesh = ctx.saved_tensors, ctx.layer, ctx.layer.mesh
-        table = dy.new_zeros(layer.count, dy.shape[-1])
-        table.index_add_(0, ids.reshape(-1), dy.reshape(ids.numel(), dy.shape[-1]))
+        wide = dy if dy.dtype == torch.float64 else dy.float()
+        table = wide.new_zeros(layer.count, dy.shape[-1])
+        table.index_add_(0, ids.reshape(-1), wide.reshape(ids.numel(), dy.shape[-1]))
+        if layer.padding_idx is not None:
+            table[layer.padding_idx] = 0
         axis = mesh.axis(layer.cut)
         if axis is not None and layer.summed:
             table = axis.reduce_scatter(table, chunks(layer.count, [mesh.sizes[name] for name in layer.cut]), mesh.source)
         elif axis is not None:
             table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()
+        # a table tied to a classifier may have a gradient on its way over depth: it arrives before autograd adds this one
+        settle(mesh, ctx.weight)
         depth = mesh.axis(mesh.axes.depth)
         if depth is not None:
             depth.all_reduce_(table, mesh.source)
-        return like(table, ctx.weight), None, None
+        return like(table.to(dy.dtype), ctx.weight), None, None

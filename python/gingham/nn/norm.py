@@ -1,7 +1,8 @@
-"""LayerNorm over features that lie on several ranks: one gather a direction."""
+"""LayerNorm and RMSNorm over features that lie on several ranks: one gather a direction."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,15 +10,47 @@ import torch
 from ..functional import like, local_of
 from ..layout import Names, coordinates_of, interval, members
 from ..mesh import Mesh, ShapeError, check_local, current
+from .bias import place_of_features, stored_axes, sum_over_rows
+from .parameter import Given, make_parameter
 
 
-class LayerNorm(torch.nn.Module):
+class _Norm(torch.nn.Module):
+    """What LayerNorm and RMSNorm share: their parameters' cuts, the check of x."""
+
+    weight: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+
+    def __init__(self, features: int, eps: float | None, mesh: Mesh | None, layout: str) -> None:
+        super().__init__()
+        self.mesh, self.features, self.eps, self.layout = current(mesh), features, eps, layout
+        self.stored = stored_axes(self.mesh, self.mesh.layout(layout).features)
+        self.weight = self.bias = None
+
+    def _parameter(self, name: str, draw: Callable[[torch.Tensor], object], dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
+        return make_parameter(self.mesh, (self.stored,), name, (self.features,), draw, dtype, given)
+
+    def _check(self, x: torch.Tensor) -> None:
+        kind = type(self).__name__
+        check_local(x, f"{kind}'s x", self.mesh)
+        expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
+        if x.dim() == 0 or x.shape[-1] != expected:
+            raise ShapeError(
+                f"{kind}({self.features}): rank {self.mesh.rank} got x of shape {tuple(x.shape)},"
+                f" expected [..., {expected}], its block in layout {self.layout!r}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, eps={self.eps}, layout={self.layout}"
+
+
+class LayerNorm(_Norm):
     """torch.nn.LayerNorm over the last dim: x [..., features] -> the same, both blocks in `layout`.
 
     Each rank takes mean and M2 (summed squares about it) of its own features in float64; one all-gather over the
     feature axes brings the others', merged by Chan's formula, so that an offset of x costs no digits. Backward gathers
     two sums a row; dgamma and dbeta are all-reduced over the row axes in one message. weight and bias: cut over the
-    first of the layout's feature axes and, where the mesh's order allows, the rest.
+    first of the layout's feature axes and, where the mesh's order allows, the rest; absent with
+    elementwise_affine=False. given: full tensors "weight" and "bias", cut instead of drawn.
     Bytes received a rank: forward and backward 16 rows (pf-1) each over pf feature ranks; 2 features/pf words, all-reduced
     over the row ranks.
     """
@@ -30,26 +63,46 @@ class LayerNorm(torch.nn.Module):
         layout: str = "outer",
         bias: bool = True,
         dtype: torch.dtype | None = None,
+        *,
+        elementwise_affine: bool = True,
+        given: Given = None,
     ) -> None:
-        super().__init__()
-        self.mesh, self.features, self.eps, self.layout = current(mesh), normalized_shape, eps, layout
-        names = self.mesh.layout(layout).features
-        self.stored = names if list(names) == [name for name in self.mesh.sizes if name in names] else names[:1]
-        self.weight = self.mesh.parameter(torch.ones(normalized_shape, dtype=dtype), (self.stored,))
-        self.bias = self.mesh.parameter(torch.zeros(normalized_shape, dtype=dtype), (self.stored,)) if bias else None
+        super().__init__(normalized_shape, eps, mesh, layout)
+        if elementwise_affine:
+            self.weight = self._parameter("weight", torch.nn.init.ones_, dtype, given)
+            self.bias = self._parameter("bias", torch.nn.init.zeros_, dtype, given) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        check_local(x, "LayerNorm's x", self.mesh)
-        expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
-        if x.dim() == 0 or x.shape[-1] != expected:
-            raise ShapeError(
-                f"LayerNorm({self.features}): rank {self.mesh.rank} got x of shape {tuple(x.shape)},"
-                f" expected [..., {expected}], its block in layout {self.layout!r}"
-            )
-        return _LayerNorm.apply(x, self.weight, self.bias, self)
+        self._check(x)
+        return _Normalise.apply(x, self.weight, self.bias, self, True, self.eps)
 
-    def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}, layout={self.layout}"
+
+class RMSNorm(_Norm):
+    """torch.nn.RMSNorm over the last dim: x / sqrt(mean(x^2) + eps) * weight, blocks in `layout`.
+
+    eps None: the finfo eps of x's dtype. Squares are summed in float64. weight: as LayerNorm's; given: "weight".
+    Bytes received a rank: forward and backward 8 rows (pf-1) each over pf feature ranks; features/pf words, all-reduced
+    over the row ranks.
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int,
+        eps: float | None = None,
+        mesh: Mesh | None = None,
+        layout: str = "outer",
+        dtype: torch.dtype | None = None,
+        *,
+        elementwise_affine: bool = True,
+        given: Given = None,
+    ) -> None:
+        super().__init__(normalized_shape, eps, mesh, layout)
+        if elementwise_affine:
+            self.weight = self._parameter("weight", torch.nn.init.ones_, dtype, given)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check(x)
+        return _Normalise.apply(x, self.weight, None, self, False, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
 
 
 def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
@@ -72,58 +125,63 @@ def merge(mesh: Mesh, names: Names, features: int, mean: torch.Tensor, m2: torch
     return total, (parts[..., 1] + counts * (means - total) ** 2).sum(0) / features
 
 
-class _LayerNorm(torch.autograd.Function):
+def _moments(x: torch.Tensor, mesh: Mesh, names: Names, features: int, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (0 where not centred) and mean square about it of whole rows, [...] in float64."""
+    if not centred:
+        squares = gather_parts(mesh, names, (x * x).sum(-1)).sum(0) / features
+        return torch.zeros_like(squares), squares
+    if not x.numel():
+        mean = m2 = x.new_zeros(x.shape[:-1])
+    else:
+        variance, mean = torch.var_mean(x, -1, correction=0)
+        m2 = variance * x.shape[-1]
+    return merge(mesh, names, features, mean, m2)
+
+
+class _Normalise(torch.autograd.Function):
+    """y = (x - mean) / sqrt(mean square + eps) * gamma + beta; each of gamma, beta may be None."""
+
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, layer: LayerNorm) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: _Norm, centred: bool, eps: float
+    ) -> torch.Tensor:
         mesh, names = layer.mesh, layer.mesh.layout(layer.layout).features
         wide = x.double()
-        if x.numel():
-            variance, mean = torch.var_mean(wide, -1, correction=0)
-            m2 = variance * x.shape[-1]
-        else:
-            mean = m2 = wide.new_zeros(x.shape[:-1])
-        mean, variance = merge(mesh, names, layer.features, mean, m2)
-        scale = (variance + layer.eps).rsqrt().unsqueeze(-1)
-        normal = ((wide - mean.unsqueeze(-1)) * scale).to(x.dtype)
-        ctx.layer, ctx.parameters, ctx.place = layer, (weight, bias), _place(layer)
-        gamma = local_of(weight)[ctx.place]
-        ctx.save_for_backward(normal, scale, gamma)
-        y = normal * gamma
-        return y if bias is None else y + local_of(bias)[ctx.place]
+        mean, variance = _moments(wide, mesh, names, layer.features, centred)
+        scale = (variance + eps).rsqrt().unsqueeze(-1)
+        normal = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
+        ctx.layer, ctx.parameters, ctx.centred, ctx.dtype = layer, (weight, bias), centred, x.dtype
+        ctx.place = place_of_features(mesh, names, layer.stored, layer.features)
+        gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
+        ctx.save_for_backward(x, mean, scale, gamma)
+        y = normal if gamma is None else normal * gamma
+        return (y if beta is None else y + beta).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        normal, scale, gamma = ctx.saved_tensors
+        x, mean, scale, gamma = ctx.saved_tensors
         layer, (weight, bias) = ctx.layer, ctx.parameters
-        names = layer.mesh.layout(layer.layout).features
+        layout = layer.mesh.layout(layer.layout)
+        normal, wide = (x.double() - mean.unsqueeze(-1)) * scale, dy.double()
         dx = None
         if ctx.needs_input_grad[0]:
-            slope = (dy * gamma).double()
-            sums = torch.stack([slope.sum(-1), (slope * normal).sum(-1)], -1)
-            sums = gather_parts(layer.mesh, names, sums).sum(0) / layer.features
-            dx = ((slope - sums[..., :1] - normal * sums[..., 1:]) * scale).to(dy.dtype)
+            slope = wide if gamma is None else wide * gamma
+            sums = [slope.sum(-1)] * ctx.centred + [(slope * normal).sum(-1)]
+            sums = gather_parts(layer.mesh, layout.features, torch.stack(sums, -1)).sum(0) / layer.features
+            dx = slope - normal * sums[..., -1:]
+            dx = ((dx - sums[..., :1] if ctx.centred else dx) * scale).to(ctx.dtype)
+        wanted = [each for each in (weight, bias) if each is not None]
         if not any(ctx.needs_input_grad[1:3]):
-            return dx, None, None, None
+            return dx, *[None] * 5
         rows = tuple(range(dy.dim() - 1))
-        both = dy.new_zeros(2, len(local_of(weight)), dtype=torch.float64)
-        both[0, ctx.place] = (dy * normal).sum(rows, dtype=torch.float64)
-        both[1, ctx.place] = dy.sum(rows, dtype=torch.float64)
-        both = _sum_over_rows(layer, both.to(dy.dtype if dy.dtype == torch.float64 else torch.float32))
-        both = both.to(gamma.dtype)
-        return dx, like(both[0], weight), None if bias is None else like(both[1], bias), None
+        both = wide.new_zeros(len(wanted), len(local_of(wanted[0])))
+        parts = [wide * normal] * (weight is not None) + [wide] * (bias is not None)
+        for row, part in zip(both, parts, strict=True):
+            row[ctx.place] = part.sum(rows)
+        both = sum_over_rows(layer.mesh, layout, layer.stored, both.to(_wide(ctx.dtype)))
+        grads = [None if each is None else both[index if weight is not None else 0] for index, each in enumerate((weight, bias))]
+        return dx, *(like(None if g is None else g.to(p.dtype), p) for g, p in zip(grads, (weight, bias), strict=True)), None, None, None
 
 
-def _place(layer: LayerNorm) -> slice:
-    """This rank's features within its block of the parameters, which may be cut over fewer axes."""
-    start, length = layer.mesh.interval(layer.features, layer.mesh.layout(layer.layout).features)
-    origin, _ = layer.mesh.interval(layer.features, layer.stored)
-    return slice(start - origin, start - origin + length)
-
-
-def _sum_over_rows(layer: LayerNorm, both: torch.Tensor) -> torch.Tensor:
-    layout = layer.mesh.layout(layer.layout)
-    for names in (layout.rows, tuple(name for name in layout.features if name not in layer.stored)):
-        axis = layer.mesh.axis(names)
-        if axis is not None:
-            axis.all_reduce_(both, layer.mesh.source)
-    return both
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

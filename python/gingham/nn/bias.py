@@ -1,0 +1,55 @@
+"""The block of a per-feature parameter that belongs to an activation's features, with its gradient summed over rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..functional import like, local_of
+from ..layout import Layout, Names
+from ..mesh import Mesh
+
+
+def stored_axes(mesh: Mesh, features: Names) -> Names:
+    """The axes that cut a per-feature parameter at rest: those of the features, in full where a DTensor can say so (in
+    the mesh's order), else the first."""
+    return features if list(features) == [name for name in mesh.sizes if name in features] else features[:1]
+
+
+def place_of_features(mesh: Mesh, features: Names, stored: Names, size: int) -> slice:
+    """This rank's features, of `size`, within its block of a parameter that may be cut over fewer axes."""
+    start, length = mesh.interval(size, features)
+    origin, _ = mesh.interval(size, stored)
+    return slice(start - origin, start - origin + length)
+
+
+def sum_over_rows(mesh: Mesh, layout: Layout, stored: Names, sums: torch.Tensor) -> torch.Tensor:
+    """Sums of a layout's rows, in place, over all who hold other rows or other features of the same stored block."""
+    for names in (layout.rows, tuple(name for name in layout.features if name not in stored)):
+        axis = mesh.axis(names)
+        if axis is not None:
+            axis.all_reduce_(sums, mesh.source)
+    return sums
+
+
+def block_of_features(parameter: torch.Tensor, mesh: Mesh, layout: Layout, stored: Names, size: int) -> torch.Tensor:
+    """[features here] of a DTensor [size] cut over `stored`. Backward all-reduces the gradient over the rows' axes, in
+    float32 at least: 2 size/pf (pm-1)/pm words of it over pf feature and pm row ranks."""
+    return _BlockOfFeatures.apply(parameter, mesh, layout, stored, size)
+
+
+class _BlockOfFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: torch.Tensor, mesh: Mesh, layout: Layout, stored: Names, size: int) -> torch.Tensor:
+        ctx.parameter, ctx.arguments = parameter, (mesh, layout, stored)
+        ctx.place = place_of_features(mesh, layout.features, stored, size)
+        return local_of(parameter)[ctx.place].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        local = local_of(ctx.parameter)
+        sums = torch.zeros(local.shape, dtype=grad.dtype if grad.dtype == torch.float64 else torch.float32, device=grad.device)
+        sums[ctx.place] = grad.to(sums.dtype)
+        mesh, layout, stored = ctx.arguments
+        return like(sum_over_rows(mesh, layout, stored, sums).to(local.dtype), ctx.parameter), None, None, None, None

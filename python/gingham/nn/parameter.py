@@ -1,0 +1,49 @@
+"""Parameters of layers: drawn whole with torch's own functions, or given whole, and cut to this rank's block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ..layout import Cuts
+from ..mesh import Mesh, ShapeError
+
+Given = Mapping[str, torch.Tensor] | None
+
+
+def make_parameter(
+    mesh: Mesh,
+    cuts: Cuts,
+    name: str,
+    shape: Sequence[int],
+    draw: Callable[[torch.Tensor], object],
+    dtype: torch.dtype | None = None,
+    given: Given = None,
+) -> torch.nn.Parameter:
+    """This rank's block of the parameter `name` of a layer, a DTensor of global `shape`.
+
+    given None: an empty full tensor is filled by draw, in place, with torch's generator, so that every grid holds the
+    bits of the serial layer. Otherwise given[name] is cut, in its own dtype, its values untouched and, on the meta
+    device, absent; a Parameter's requires_grad is kept. Raises ShapeError where it is missing or has another shape.
+    """
+    if given is None:
+        full = torch.empty(*shape, dtype=dtype)
+        with torch.no_grad():
+            draw(full)
+        return mesh.parameter(full, cuts)
+    full = given.get(name)  # type: ignore[assignment]
+    if full is None or tuple(full.shape) != tuple(shape):
+        found = f"no {name!r} among {sorted(given)}" if full is None else f"{name!r} of shape {tuple(full.shape)}"
+        raise ShapeError(f"given: rank {mesh.rank} got {found}, expected a full tensor of shape {tuple(shape)}")
+    parameter = mesh.parameter(full.detach(), cuts)
+    if isinstance(full, torch.nn.Parameter):
+        parameter.requires_grad_(full.requires_grad)
+    return parameter
+
+
+def part_of(given: Given, prefix: str) -> Given:
+    """The tensors of the layer `prefix`: part_of({"q.weight": w}, "q") is {"weight": w}."""
+    if given is None:
+        return None
+    return {name.removeprefix(f"{prefix}."): tensor for name, tensor in given.items() if name.startswith(f"{prefix}.")}

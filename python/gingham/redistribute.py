@@ -1,0 +1,177 @@
+"""Changes of place: an activation's layout, a parameter's cuts. What a rank has it keeps; the rest comes from one holder.
+
+Example, 2 ranks, 4 columns, halved -> replicated: each sends its 2 columns to the other; back: nobody sends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from .layout import (
+    Block,
+    Cuts,
+    Layout,
+    Names,
+    Piece,
+    Relayout,
+    block,
+    coordinates_of,
+    intersection,
+    interval,
+    members,
+    relative,
+    slices,
+    volume,
+)
+from .layout import relayout as relayout_plan
+from .mesh import Mesh, ShapeError
+
+
+def local_of(parameter: Any) -> Any:
+    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it; other tensors and None as they are."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """A gradient in the form of its parameter."""
+    if local is None or not isinstance(parameter, DTensor):
+        return local
+    return DTensor(local, parameter._spec, requires_grad=False)
+
+
+def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
+    """x [rows, ..., features] moved from one layout to the other; `features`: the global size of the last dim.
+
+    Its gradient is the opposite relayout. Bytes: every word that a rank's new block has and its old one had not, at
+    most one message a peer; nothing where the layouts are equal or the new block lies inside the old one.
+    """
+    return x if source == target else _Relayout.apply(x, mesh, source, target, features)
+
+
+class _Relayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
+        ctx.arguments = mesh, target, source, features
+        held = mesh.interval(features, source.features)[1]
+        if x.shape[-1] != held:
+            raise ShapeError(f"relayout: rank {mesh.rank} got x of shape {tuple(x.shape)}, expected [..., {held}], its block of {features}")
+        flat = x.reshape(x.shape[0] if x.dim() > 1 else 1, x.shape[1:-1].numel(), held)
+        moved = set(source.features + target.features) | set(source.rows) ^ set(target.rows)
+        names = tuple(name for name in mesh.sizes if name in moved)
+        blocks = _blocks(mesh, names, (source, target), flat, features)
+        me = members(names, mesh.sizes, mesh.coordinates).index(mesh.rank)
+        plan = relayout_plan(blocks[0], blocks[1], me)
+        new = mesh.empty([length for _, length in blocks[1][me]], x.dtype)
+        new[slices(plan.kept[1])] = flat[slices(plan.kept[0])]
+        # decided by the layouts, never by sizes: all ranks of the job must make the same calls
+        if set(names) & set(source.rows + source.features):
+            sends = [(piece.peer, flat[slices(piece.block)].contiguous()) for piece in plan.sends]
+            receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
+            agreed = -1 if set(names) & set(source.rows + target.rows) else flat.shape[0]
+            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed, features=features)
+            for piece, tensor in zip(plan.receives, arrived, strict=True):
+                new[slices(piece.block)] = tensor
+        return new.view(new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else new.view(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return relayout(grad, *ctx.arguments), None, None, None, None
+
+
+def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torch.Tensor, features: int) -> list[list[Block]]:
+    """Every member's block of [rows, between, features] before and after, rows counted among the members."""
+    places = [coordinates_of(rank, mesh.sizes) for rank in members(names, mesh.sizes, mesh.coordinates)]
+    source, target = (tuple(name for name in layout.rows if name in names) for layout in layouts)
+    total = flat.shape[0]
+    before = [(0, total)] * len(places)
+    if source:
+        counts = [count for (count,) in mesh.axis(names).sizes([total])]
+        before, total = [(sum(counts[:index]), count) for index, count in enumerate(counts)], sum(counts)
+    after = [interval(total, target, mesh.sizes, place) for place in places]
+    return [
+        [(row, (0, flat.shape[1]), interval(features, layout.features, mesh.sizes, place)) for row, place in zip(rows, places, strict=True)]
+        for rows, layout in zip((before, after), layouts, strict=True)
+    ]
+
+
+def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cuts, shape: Sequence[int] | None = None) -> torch.Tensor:
+    """This rank's block, cut as target_cuts, of a parameter whose block here is cut as source_cuts: a plain tensor.
+
+    weight: a DTensor, or a local block of a tensor of global `shape`. Differentiable: the gradient of every block is
+    whole on each rank that holds it and goes back to the source's cuts, in the form of `weight`. Bytes: every word that
+    the new block has and the old had not, from one rank each, at most one message a peer; ranks that differ only in
+    axes neither cut names (replicas) do the same among themselves. Raises ShapeError where the block does not fit.
+    """
+    shape = tuple(weight.shape) if isinstance(weight, DTensor) else shape
+    if shape is None:
+        raise ShapeError(f"reshard: rank {mesh.rank} got a local block {tuple(weight.shape)} without shape=, the global shape")
+    expected = tuple(length for _, length in block(shape, source_cuts, mesh.sizes, mesh.coordinates))
+    if tuple(local_of(weight).shape) != expected:
+        raise ShapeError(f"reshard: rank {mesh.rank} got a block {tuple(local_of(weight).shape)}, expected {expected} of {tuple(shape)}")
+    return _Reshard.apply(weight, mesh, source_cuts, target_cuts, tuple(shape))
+
+
+class _Reshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:
+        ctx.weight, ctx.arguments = weight, (mesh, target, source, shape)
+        return move_block(local_of(weight), mesh, source, target, shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return like(move_block(grad, *ctx.arguments), ctx.weight), None, None, None, None
+
+
+def move_block(local: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:
+    """reshard without a gradient."""
+    key = ("reshard", source, target, shape)
+    if key not in mesh.steps:
+        mesh.steps[key] = _moves(mesh, source, target, shape)
+    axis, plan, new_shape = mesh.steps[key]
+    new = mesh.empty(new_shape, local.dtype)
+    new[slices(plan.kept[1])] = local[slices(plan.kept[0])]
+    if axis is None:
+        return new
+    sends = [(piece.peer, local[slices(piece.block)].contiguous()) for piece in plan.sends]
+    receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
+    arrived = axis.exchange(sends, receives, str(local.dtype).removeprefix("torch."), features=prod(shape))
+    for piece, tensor in zip(plan.receives, arrived, strict=True):
+        new[slices(piece.block)] = tensor
+    return new
+
+
+def _moves(mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> tuple[Any, Relayout, list[int]]:
+    """The communicator (None: nobody sends), this rank's part of the exchange and the shape of its new block. A piece
+    comes from the holder that differs from the receiver in the fewest axes, so that replicas keep to themselves."""
+    places = [coordinates_of(rank, mesh.sizes) for rank in range(mesh.size)]
+    before, after = ([block(shape, cuts, mesh.sizes, place) for place in places] for cuts in (source, target))
+    moves = []
+    for rank, wanted in enumerate(after):
+        for held in dict.fromkeys(before):
+            part = intersection(held, wanted)
+            if held != before[rank] and volume(part):
+                holders = [other for other, theirs in enumerate(before) if theirs == held]
+                sender = min(holders, key=lambda other: sum(places[other][name] != places[rank][name] for name in mesh.sizes))
+                moves.append((sender, rank, part))
+    crossed = {name for sender, rank, _ in moves for name in mesh.sizes if places[sender][name] != places[rank][name]}
+    names = _covering(mesh, crossed)
+    ranks = members(names, mesh.sizes, mesh.coordinates)
+    mine, kept = mesh.rank, intersection(before[mesh.rank], after[mesh.rank])
+    plan = Relayout(
+        (relative(kept, before[mine]), relative(kept, after[mine])),
+        [Piece(ranks.index(rank), relative(part, before[mine])) for sender, rank, part in moves if sender == mine],
+        [Piece(ranks.index(sender), relative(part, after[mine])) for sender, rank, part in moves if rank == mine],
+    )
+    return mesh.axis(names), plan, [length for _, length in after[mine]]
+
+
+def _covering(mesh: Mesh, crossed: set[str]) -> Names:
+    """The fewest axes that hold `crossed` and have a communicator of their own."""
+    candidates = [(), *((name,) for name in mesh.sizes), mesh.axes.m, mesh.outer.features, tuple(mesh.sizes)]
+    names = min((names for names in candidates if crossed <= set(names)), key=mesh.parts)
+    return tuple(name for name in mesh.sizes if name in names)
