@@ -46,13 +46,13 @@ def linear_plan(
     decides which trade of axes is used, and a `swapped` that disagrees is a MeshError; elsewhere `swapped` is free.
     transposed: weights are stored [in, out]."""
     ends = layout.split("->")
-    if layout not in ("outer->outer", "outer->inner", "inner->outer"):
-        raise MeshError(f"layout={layout!r}: expected 'outer->outer', 'outer->inner' or 'inner->outer'")
+    if len(ends) != 2 or set(ends) - {"outer", "inner", "rows"} or ends == ["inner", "inner"]:
+        raise MeshError(f"layout={layout!r}: expected 'outer->outer', 'outer->inner' or 'inner->outer' ('rows' for outer: whole features)")
     if swapped not in (None, False, True, "auto"):
         raise MeshError(f"swapped={swapped!r}: expected None, False, True or 'auto'")
     differ = mesh.outer != mesh.inner
-    if differ and layout != "outer->outer":
-        needed = layout == "inner->outer"
+    if differ and "inner" in ends:
+        needed = ends[0] == "inner"
         if swapped not in (None, "auto", needed):
             raise MeshError(f"swapped={swapped} disagrees with layout={layout!r}, which is swapped={needed} on {mesh}")
         swapped = needed
