@@ -35,7 +35,7 @@ PYTHON_MODULES = {
     "nn": {"layout", "mesh", "functional", "errors", "nn"},
     "convert": {"layout", "mesh", "functional", "nn", "errors"},
     "parallel": {"layout", "mesh", "errors", "parallel"},
-    "checkpoint": {"layout", "mesh", "errors"},
+    "checkpoint": {"layout", "mesh", "errors", "checkpoint"},
     "planner": {"mesh", "layout", "errors"},
     "job": {"layout", "mesh", "rendezvous", "errors"},
     "spawn": {"job", "mesh", "rendezvous", "errors"},

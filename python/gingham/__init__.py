@@ -10,6 +10,7 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"gingham needs torch 2.10 or newer (DLPack's C exchange API); found torch {_torch.__version__}")
 
 from . import nn  # noqa: E402
+from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
 from .job import destroy, init  # noqa: E402
 from .mesh import Mesh, MeshError, PeerDied, PeerStalled, ShapeError, version  # noqa: E402
 from .nn import clip_grad_norm_, cross_entropy  # noqa: E402
@@ -18,6 +19,7 @@ from .spawn import spawn  # noqa: E402
 
 __version__ = version()
 __all__ = [
+    "CheckpointError",
     "Mesh",
     "MeshError",
     "PeerDied",
@@ -26,8 +28,12 @@ __all__ = [
     "clip_grad_norm_",
     "cross_entropy",
     "destroy",
+    "export_safetensors",
+    "import_safetensors",
     "init",
+    "load",
     "matmul",
     "nn",
+    "save",
     "spawn",
 ]

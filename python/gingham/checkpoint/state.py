@@ -1,0 +1,248 @@
+"""What a checkpoint holds, as one flat dict under names that do not depend on the grid:
+
+model.<plain key>                  parameters and persistent buffers
+optimizer.state.<plain key>.<name> what the optimizer keeps for a parameter (AdamW: exp_avg, exp_avg_sq, step)
+rng                                [ranks, bytes]: torch's CPU generator on each rank
+extra                              everything that is not a tensor (`Extra`), by torch.save
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .tensors import Part, Whole, plain_keys, whole_of
+from .together import CheckpointError, Ranks
+
+MODEL, STATE, RNG, EXTRA = "model.", "optimizer.state.", "rng", "extra"
+NOT_CUT = "step"  # the name under which torch's optimizers count steps: never shaped like the parameter
+
+
+def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, scheduler: Any, step: int | None) -> dict[str, Any]:
+    """The dict that this rank's part of a save writes. Raises CheckpointError where something cannot be saved."""
+    keys = plain_keys(model)
+    state: dict[str, Any] = {MODEL + key: whole_of(key, parts) for key, parts in keys.items()}
+    scalars: dict[str, Any] = {}
+    if optimizer is not None:
+        for key, parts in _optimized(optimizer, keys).items():
+            _gather_optimizer_state(state, scalars, optimizer, key, parts)
+    generator = torch.get_rng_state()
+    state[RNG] = Whole(
+        torch.Size((ranks.size, len(generator))), generator.dtype, {(ranks.rank, 0): (torch.Size((1, len(generator))), generator[None])}
+    )
+    if ranks.rank == 0:
+        extra = {
+            "format": 1,
+            "step": step,
+            "grid": None if ranks.mesh is None else dict(ranks.mesh.sizes),
+            "dropout": {path: (module.name, module.calls) for path, module in _dropouts(model)},
+            "modules": dict(_module_state(model)),
+            "groups": None if optimizer is None else _groups(optimizer, keys),
+            "scalars": scalars,
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+        }
+        state[EXTRA] = _packed(extra)
+    return state
+
+
+def _packed(extra: dict[str, Any]) -> io.BytesIO:
+    packed = io.BytesIO()
+    torch.save(extra, packed)
+    try:
+        unpacked(packed)
+    except Exception as error:
+        raise CheckpointError(
+            f"{EXTRA}: the scheduler's, optimizer's or a module's state holds what a checkpoint cannot ({error});"
+            " expected numbers, strings, tensors and their lists and dicts"
+        ) from error
+    return packed
+
+
+def unpacked(packed: io.BytesIO) -> dict[str, Any]:
+    packed.seek(0)
+    return torch.load(packed, map_location="cpu", weights_only=True)
+
+
+def _dropouts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that draw their masks from a name and a number of calls."""
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "calls", None), int) and isinstance(getattr(module, "name", None), str):
+            yield path, module
+
+
+def _module_state(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in model.named_modules():
+        if type(module).get_extra_state is not torch.nn.Module.get_extra_state:
+            yield path, module.get_extra_state()
+
+
+def _optimized(optimizer: Any, keys: dict[str, list[Part]]) -> dict[str, list[Part]]:
+    """The plain keys that the optimizer changes, each with its parts; tied ones under their first key."""
+    mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    found: dict[str, list[Part]] = {}
+    seen: set[int] = set()
+    for key, parts in keys.items():
+        held = [id(part.tensor) in mine for part in parts]
+        if any(held) and not all(held):
+            lacking = [part.name for part, has in zip(parts, held, strict=True) if not has]
+            raise CheckpointError(f"{key}: the optimizer has only some of its parts, {lacking} are missing; give it all or none")
+        if all(held) and not {id(part.tensor) for part in parts} & seen:
+            found[key] = parts
+            seen |= {id(part.tensor) for part in parts}
+    if mine - seen:
+        raise CheckpointError(f"the optimizer has {len(mine - seen)} parameters that are not the model's; pass the model it trains")
+    return found
+
+
+def _groups(optimizer: Any, keys: dict[str, list[Part]]) -> list[dict[str, Any]]:
+    """Per group its settings and, under "params", the plain keys, in the model's order."""
+    key_of = {id(part.tensor): key for key, parts in _optimized(optimizer, keys).items() for part in parts}
+    groups = []
+    for group in optimizer.param_groups:
+        settings = {name: value for name, value in group.items() if name != "params"}
+        groups.append({**settings, "params": list(dict.fromkeys(key_of[id(parameter)] for parameter in group["params"]))})
+    seen: dict[str, int] = {}
+    for index, group in enumerate(groups):
+        for key in group["params"]:
+            if seen.setdefault(key, index) != index:
+                raise CheckpointError(f"{key}: its parts are in the optimizer's groups {seen[key]} and {index}; put them in one")
+    return groups
+
+
+def _gather_optimizer_state(state: dict[str, Any], scalars: dict[str, Any], optimizer: Any, key: str, parts: list[Part]) -> None:
+    kept = [optimizer.state.get(part.tensor, {}) for part in parts]
+    if len({frozenset(values) for values in kept}) > 1:
+        raise CheckpointError(f"{key}: the optimizer keeps different things for its parts: {[sorted(values) for values in kept]}")
+    for name in kept[0]:
+        values = [values[name] for values in kept]
+        full = f"{STATE}{key}.{name}"
+        if name != NOT_CUT and all(_shaped_like(value, part.tensor) for value, part in zip(values, parts, strict=True)):
+            by_part = dict(zip((part.name for part in parts), values, strict=True))
+            state[full] = whole_of(full, parts, lambda part, of=by_part: of[part.name])  # type: ignore[misc]
+            continue
+        if any(not _equal(value, values[0]) for value in values[1:]):
+            raise CheckpointError(f"{full}: differs between its parts {[part.name for part in parts]}: {values}; it cannot be joined")
+        if isinstance(values[0], torch.Tensor):
+            state[full] = whole_of(full, [Part(full, values[0])])
+        else:
+            scalars[full] = values[0]
+
+
+def _shaped_like(value: Any, tensor: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.shape == tensor.shape
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) else one == other
+
+
+class Target:
+    """What a load fills: `state` for the reader; `apply` then hands it to optimizer, scheduler, modules and generator.
+    `wrong`: every reason why the checkpoint does not fit, found before a byte of the model is changed."""
+
+    def __init__(
+        self, ranks: Ranks, model: torch.nn.Module, optimizer: Any, scheduler: Any, saved: Any, extra: dict[str, Any], strict: bool
+    ) -> None:
+        self.model, self.optimizer, self.scheduler, self.extra = model, optimizer, scheduler, extra
+        self.keys = plain_keys(model)
+        self.state: dict[str, Any] = {MODEL + key: whole_of(key, parts) for key, parts in self.keys.items()}
+        self.optimizer_state: dict[Any, dict[str, Any]] = defaultdict(dict)
+        self.generator: torch.Tensor | None = None
+        self.wrong: list[str] = []
+        wanted = {name for name in saved if name.startswith(MODEL)}
+        if optimizer is not None:
+            self._prepare_optimizer(saved, extra)
+            self._prepare_generator(ranks, saved)
+            wanted |= {name for name in saved if name.startswith((STATE, RNG))}
+            if (scheduler is None) != (extra.get("scheduler") is None):
+                holds, fix = ("no", "leave scheduler= out") if scheduler is not None else ("a", "pass scheduler=")
+                self.wrong.append(f"scheduler: the checkpoint holds {holds} scheduler's state; {fix}, or strict=False")
+        self.wrong += [f"{name}: got nothing, expected in the checkpoint" for name in self.state if name not in saved]
+        self.wrong += [f"{name}: is in the checkpoint, expected nothing of that name" for name in sorted(wanted - self.state.keys())]
+        modules = dict(_module_state(model)).keys() ^ extra.get("modules", {}).keys()
+        self.wrong += [f"{path}: has extra state in the model or the checkpoint, not in both" for path in sorted(modules)]
+        if not strict:
+            self.wrong = []
+            self.state = {name: whole for name, whole in self.state.items() if name in saved}
+
+    def _prepare_optimizer(self, saved: Any, extra: dict[str, Any]) -> None:
+        groups, found = extra.get("groups"), _groups(self.optimizer, self.keys)
+        if groups is None:
+            self.wrong.append("optimizer: got nothing, expected an optimizer's state in the checkpoint; pass optimizer=None")
+            return
+        for index in range(max(len(groups), len(found))):
+            theirs, ours = (set(of[index]["params"]) if index < len(of) else set() for of in (groups, found))
+            for key in sorted(theirs ^ ours):
+                who = "checkpoint" if key in theirs else "optimizer given"
+                self.wrong.append(f"{key}: is in group {index} of the {who} only")
+        for key, parts in _optimized(self.optimizer, self.keys).items():
+            prefix = f"{STATE}{key}."
+            for name in [name for name in saved if name.startswith(prefix) and "." not in name[len(prefix) :]]:
+                self._prepare_optimizer_tensor(name, name[len(prefix) :], parts, saved[name])
+            for name, value in extra["scalars"].items():
+                if name.startswith(prefix) and "." not in name[len(prefix) :]:
+                    for part in parts:
+                        self.optimizer_state[part.tensor][name[len(prefix) :]] = value
+
+    def _prepare_optimizer_tensor(self, full: str, name: str, parts: list[Part], saved: Any) -> None:
+        """Room for a saved state: shaped and cut like the parameter, or whole and shared by all parts' values."""
+        dtype = saved.properties.dtype
+        if name != NOT_CUT and saved.size == whole_of(full, parts).shape:
+            for part in parts:
+                self.optimizer_state[part.tensor][name] = torch.empty_like(part.tensor.detach(), dtype=dtype)
+            self.state[full] = whole_of(full, parts, lambda part: self.optimizer_state[part.tensor][name])
+            return
+        group = next(group for group in self.optimizer.param_groups if any(parts[0].tensor is p for p in group["params"]))
+        there = parts[0].tensor.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
+        value = torch.empty(saved.size, dtype=dtype, device=there)
+        self.state[full] = whole_of(full, [Part(full, value)])
+        for part in parts:
+            self.optimizer_state[part.tensor][name] = value
+
+    def _prepare_generator(self, ranks: Ranks, saved: Any) -> None:
+        if RNG not in saved:
+            self.wrong.append(f"{RNG}: got nothing, expected the state of torch's generator in the checkpoint")
+            return
+        rows, length = saved[RNG].size
+        self.generator = torch.empty(1, length, dtype=torch.uint8)
+        row = ranks.rank if rows == ranks.size else 0
+        self.state[RNG] = Whole(saved[RNG].size, torch.uint8, {(row, 0): (self.generator.shape, self.generator)})
+
+    def apply(self) -> None:
+        """After the reader has filled the tensors: everything that is not one of the model's."""
+        for path, value in self.extra.get("modules", {}).items():
+            module = dict(self.model.named_modules()).get(path)
+            if module is not None:
+                module.set_extra_state(value)
+        if self.optimizer is None:
+            return
+        if self.extra.get("groups") is not None:
+            self._apply_optimizer()
+        if self.scheduler is not None and self.extra.get("scheduler") is not None:
+            self.scheduler.load_state_dict(self.extra["scheduler"])
+        if self.generator is not None:
+            torch.set_rng_state(self.generator[0])
+        saved = dict(self.extra.get("dropout", {}))
+        for path, module in _dropouts(self.model):
+            if path in saved:
+                module.name, module.calls = saved.pop(path)
+            else:
+                warnings.warn(f"gingham.load: {path}: its dropout calls are not in the checkpoint, masks start anew", stacklevel=4)
+        if saved:
+            warnings.warn(f"gingham.load: {sorted(saved)} are no gingham.nn.Dropout here: masks differ from an unbroken run", stacklevel=4)
+
+    def _apply_optimizer(self) -> None:
+        for group, saved in zip(self.optimizer.param_groups, self.extra["groups"], strict=False):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+        owned = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for parameter in owned:
+            self.optimizer.state.pop(parameter, None)
+        for parameter, values in self.optimizer_state.items():
+            # parts that were saved as one get a count of steps each: optimizers add to it in place
+            own = {name: value.clone() if name == NOT_CUT and isinstance(value, torch.Tensor) else value for name, value in values.items()}
+            self.optimizer.state[parameter] = own

@@ -1,0 +1,81 @@
+"""What the ranks of a job do together while they save or load: every rank's error is every rank's error, and a peer that
+dies is named within a second, however long the others' disks take."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..mesh import MeshError, current, has_mesh
+
+BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read: says which rank, which key, what it got and what it expected."""
+
+
+class Ranks:
+    """The ranks of gingham.init's mesh, or this process alone where there is none."""
+
+    def __init__(self) -> None:
+        self.mesh = current() if has_mesh() else None
+        if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise MeshError(f"{dist.get_world_size()} ranks without a mesh: call gingham.init(...) before saving or loading")
+        self.rank, self.size = (self.mesh.rank, self.mesh.size) if self.mesh is not None else (0, 1)
+
+    def tell(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order; pickled, so it may be anything. Not counted as traffic."""
+        if self.mesh is None or self.size == 1:
+            return [value]
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.mesh.device)
+        parts = self.mesh.world.all_gather(mine, self.mesh.source, False)
+        return [pickle.loads(part.cpu().numpy().tobytes()) for part in parts]
+
+    def together(self, what: str, work: Callable[[], Any]) -> list[Any]:
+        """work() on every rank, their results in rank order. Where any raises, all raise CheckpointError naming it."""
+        outcome: list[Any] = [None, None]
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                outcome[0] = work()
+            except Exception as error:
+                failed.append(error)
+                outcome[1] = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+        if self.size == 1:
+            run()
+        else:
+            self._beside(run)
+        outcomes = self.tell(outcome)
+        errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
+        if errors:
+            said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items() if error != errors.get(rank - 1))
+            raise CheckpointError(f"{what}: {said}") from (failed[0] if failed else None)
+        return [value for value, _ in outcomes]
+
+    def first(self, what: str, work: Callable[[], Any]) -> Any:
+        """work() on rank 0 alone; its result on every rank."""
+        return self.together(what, work if self.rank == 0 else lambda: None)[0]
+
+    def _beside(self, run: Callable[[], None]) -> None:
+        """run() on a thread, while this one exchanges a sign of life with the other ranks until all are done."""
+        mesh, done = self.mesh, threading.Event()
+        assert mesh is not None
+
+        def run_and_say() -> None:
+            run()
+            done.set()
+
+        threading.Thread(target=run_and_say, name="gingham checkpoint", daemon=True).start()
+        while True:
+            done.wait(BEAT)
+            flag = torch.tensor([done.is_set()], dtype=torch.uint8, device=mesh.device)
+            if bool(torch.cat(mesh.world.all_gather(flag, mesh.source, False)).all()):
+                return

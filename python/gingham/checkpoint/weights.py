@@ -1,0 +1,325 @@
+"""Weights as Hugging Face keeps them: model.safetensors, or model-00001-of-00003.safetensors and an index of which key is where.
+
+Export brings one tensor at a time to rank 0, which appends it to its file; import reads this rank's blocks only. So no
+process ever holds more than its own blocks and one tensor. safetensors' own writer wants a whole file's tensors at once,
+hence the dozen lines that write its format here: 8 bytes of header length, a JSON header of dtype, shape and offsets by
+key, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import torch
+
+from . import folders
+from .tensors import Offsets, Part, Whole, check_dtype, plain_keys, whole_of
+from .together import CheckpointError, Ranks
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A tensor to write: its key, shape and dtype."""
+
+    key: str
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Files:
+    """A set of files being written beside the ones they replace. `lines` in the order in which tensors must be added."""
+
+    def __init__(self, path: Path, lines: Iterable[Line], limit: int) -> None:
+        self.single = path if path.suffix == ".safetensors" else None
+        self.folder = path.parent if self.single else path
+        self.shards = _shards(lines, 1 << 62 if self.single else limit)
+        self.lines = [line for shard in self.shards for line in shard]
+        self._open: BinaryIO | None = None
+        self._starts = {shard[0].key: index for index, shard in enumerate(self.shards) if shard}
+
+    def name(self, index: int) -> str:
+        if self.single:
+            return self.single.name
+        return SINGLE if len(self.shards) == 1 else f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
+
+    def _temporary(self, index: int) -> Path:
+        return self.folder / f"{folders.WRITING}{self.name(index)}"
+
+    def begin(self) -> None:
+        for line in self.lines:
+            if line.dtype not in NAMES:
+                raise CheckpointError(f"{line.key}: is {line.dtype}, which safetensors files cannot hold; expected one of {list(DTYPES)}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.lines:
+            self._start(0)
+
+    def _start(self, index: int) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for line in self.shards[index]:
+            header[line.key] = {"dtype": NAMES[line.dtype], "shape": list(line.shape), "data_offsets": [offset, offset + line.bytes]}
+            offset += line.bytes
+        packed = json.dumps(header, separators=(",", ":")).encode()
+        packed += b" " * (-len(packed) % 8)
+        self._finish()
+        self._open = open(self._temporary(index), "wb")  # noqa: SIM115
+        self._open.write(len(packed).to_bytes(8, "little") + packed)
+
+    def _finish(self) -> None:
+        if self._open is not None:
+            self._open.flush()
+            os.fsync(self._open.fileno())
+            self._open.close()
+            self._open = None
+
+    def add(self, line: Line, tensor: torch.Tensor) -> None:
+        if line.key in self._starts:
+            self._start(self._starts[line.key])
+        assert self._open is not None
+        self._open.write(_bytes_of(tensor).numpy().data)
+
+    def commit(self) -> None:
+        """Gives the files their names, the index last, and removes an earlier export's that are no longer part of the set."""
+        self._finish()
+        for index in range(len(self.shards)):
+            os.replace(self._temporary(index), self.folder / self.name(index))
+        if not self.single:
+            written = {self.name(index) for index in range(len(self.shards))}
+            if len(self.shards) > 1:
+                places = {line.key: self.name(index) for index, shard in enumerate(self.shards) for line in shard}
+                total = {"total_size": sum(line.bytes for line in self.lines)}
+                temporary = self.folder / f"{folders.WRITING}{INDEX}"
+                with open(temporary, "w") as file:
+                    json.dump({"metadata": total, "weight_map": places}, file, indent=2, sort_keys=True)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, self.folder / INDEX)
+                written.add(INDEX)
+            for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / SINGLE, self.folder / INDEX]:
+                if old.name not in written:
+                    old.unlink(missing_ok=True)
+        folders.sync(self.folder)
+
+
+def _shards(lines: Iterable[Line], limit: int) -> list[list[Line]]:
+    """Lines packed in order into files of at most `limit` bytes; in a file wide dtypes go first, which keeps all aligned."""
+    shards: list[list[Line]] = [[]]
+    held = 0
+    for line in lines:
+        if shards[-1] and held + line.bytes > limit:
+            shards.append([])
+            held = 0
+        shards[-1].append(line)
+        held += line.bytes
+    return [sorted(shard, key=lambda line: -line.dtype.itemsize) for shard in shards]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def size_of(text: int | str) -> int:
+    """Bytes of 5000000000 or "5GB". Raises ValueError."""
+    found = re.fullmatch(r"(\d+) ?([KMGT]?B?)", str(text).upper())
+    if not found or (found[2] or "") not in UNITS or int(found[1]) < 1:
+        raise ValueError(f"shard_size={text!r}: expected bytes, or a number and KB, MB, GB or TB")
+    return int(found[1]) * UNITS[found[2]]
+
+
+def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], shard_size: int | str = "5GB") -> None:
+    """Writes the model's weights under plain torch keys, in Hugging Face's file layout, into the folder `path` (or into one
+    file, where path ends in .safetensors). Every rank calls it; rank 0 writes, holding one full tensor at a time.
+
+    shard_size: bytes of a file at most (one larger tensor has a file of its own). A tensor with two keys is written under
+    its first. Bytes: every block that rank 0 lacks, sent to it once; not counted as traffic. Raises CheckpointError on
+    every rank where one fails.
+    """
+    ranks, what = Ranks(), f"gingham.export_safetensors to {path}"
+    limit = size_of(shard_size)
+    wholes: dict[str, Whole] = {}
+
+    def describe() -> dict[str, list[tuple[Offsets, torch.Size]]]:
+        seen: set[tuple[int, ...]] = set()
+        for key, parts in plain_keys(model).items():
+            tensors = tuple(id(part.tensor) for part in parts)
+            if tensors not in seen:
+                wholes[key] = whole_of(key, parts)
+                seen.add(tensors)
+        return {key: [(place, lengths) for place, (lengths, _) in whole.chunks.items()] for key, whole in wholes.items()}
+
+    tables = ranks.together(what, describe)
+    files = Files(Path(path).absolute(), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit)
+    ranks.first(what, files.begin)
+    for line in files.lines:
+        tensor = _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables])
+        ranks.first(what, lambda line=line, tensor=tensor: files.add(line, tensor))  # type: ignore[misc]
+    ranks.first(what, files.commit)
+
+
+def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> torch.Tensor | None:
+    """The full tensor on rank 0, None elsewhere; of the ranks that hold the same block the lowest sends it."""
+    owner = {place: (rank, lengths) for rank in reversed(range(ranks.size)) for place, lengths in table[rank]}
+    arrived: list[torch.Tensor] = []
+    coming = [(rank, place, lengths) for place, (rank, lengths) in owner.items() if rank != 0]
+    if ranks.mesh is not None and coming:
+        sends = [(0, _view_bytes(whole.tensor(place))) for rank, place, _ in coming if rank == ranks.rank]
+        receives = [(rank, [lengths.numel() * line.dtype.itemsize]) for rank, _, lengths in coming] if ranks.rank == 0 else []
+        arrived = ranks.mesh.world.exchange(sends, receives, "uint8", counted=False)
+    if ranks.rank != 0:
+        return None
+    full = torch.empty(line.shape, dtype=line.dtype)
+    blocks = {place: whole.tensor(place) for place in whole.chunks}
+    for (_, place, lengths), received in zip(coming, arrived, strict=True):
+        blocks[place] = received.cpu().view(line.dtype).view(lengths)
+    for place, held in blocks.items():
+        _narrowed(full, place, held.shape).copy_(held)
+    return full
+
+
+def _view_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _narrowed(full: torch.Tensor, place: Offsets, lengths: torch.Size) -> torch.Tensor:
+    return full[tuple(slice(start, start + length) for start, length in zip(place, lengths, strict=True))]
+
+
+class Stored:
+    """The tensors of safetensors files, opened one file at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.places = {key: file for file in _files_of(path) for key in _keys_of(file)}
+        self._file: Path | None = None
+        self._opened: Any = None
+
+    def lines(self) -> dict[str, Line]:
+        return {key: self.line(key) for key in self.places}
+
+    def _in(self, key: str) -> Any:
+        if self._file != self.places[key]:
+            self._file = self.places[key]
+            self._opened = safetensors.safe_open(str(self._file), framework="pt", device="cpu")
+        return self._opened
+
+    def line(self, key: str) -> Line:
+        described = self._in(key).get_slice(key)
+        if described.get_dtype() not in DTYPES:
+            raise CheckpointError(f"{key} in {self.places[key]}: has dtype {described.get_dtype()}, expected one of {list(DTYPES)}")
+        return Line(key, torch.Size(described.get_shape()), DTYPES[described.get_dtype()])
+
+    def read(self, key: str, place: Offsets, lengths: torch.Size) -> torch.Tensor:
+        if not lengths:
+            return self._in(key).get_tensor(key)
+        return self._in(key).get_slice(key)[tuple(slice(start, start + length) for start, length in zip(place, lengths, strict=True))]
+
+
+def _keys_of(file: Path) -> list[str]:
+    with safetensors.safe_open(str(file), framework="pt") as opened:
+        return list(opened.keys())
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if (path / SINGLE).is_file():
+        return [path / SINGLE]
+    if not (path / INDEX).is_file():
+        raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX} in it, or a .safetensors file; there is neither")
+    places = json.loads((path / INDEX).read_text())["weight_map"]
+    missing = sorted({name for name in places.values() if not (path / name).is_file()})
+    if missing:
+        raise CheckpointError(f"{path / INDEX}: names {missing}, which are not there")
+    return [path / name for name in sorted(set(places.values()))]
+
+
+def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], strict: bool = True) -> None:
+    """Fills the model from safetensors files with plain torch keys, such as Hugging Face's save_pretrained writes: a folder
+    or one file. Every rank reads its own blocks and nothing else. Bytes between ranks: none.
+
+    Keys may carry or lack the model's `base_model_prefix`, and a tensor with two keys needs one of them. Everything is
+    checked before the model is changed. Raises CheckpointError on every rank, naming rank, key, got and expected, for
+    missing and unused keys (but those that the model's _keys_to_ignore_on_load_unexpected names), other shapes, and
+    dtypes that the model's cannot hold exactly; strict=False loads what is there, and casts.
+    """
+    ranks, what = Ranks(), f"gingham.import_safetensors from {path}"
+    found: list[tuple[Stored, list[tuple[str, Whole]]]] = []
+
+    def prepare() -> None:
+        stored = Stored(Path(path).absolute())
+        found.append((stored, _matched(model, stored, strict)))
+
+    ranks.together(what, prepare)
+    stored, matched = found[0]
+
+    def fill() -> None:
+        for key, whole in sorted(matched, key=lambda pair: str(stored.places[pair[0]])):
+            for place, (lengths, _) in whole.chunks.items():
+                whole.tensor(place).copy_(stored.read(key, place, lengths))
+
+    ranks.together(f"{what} (the model may be half loaded)", fill)
+
+
+def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple[str, Whole]]:
+    """(key in the file, what it fills) for the whole model; raises where they do not fit."""
+    keys, matched, wrong = plain_keys(model), [], []
+    here: dict[tuple[int, ...], list[str]] = {}
+    prefix = getattr(model, "base_model_prefix", "")
+    used: set[str] = set()
+    for key, parts in keys.items():
+        name = _name_in(key, prefix, stored.places)
+        here.setdefault(_identity(parts), []).extend([] if name is None else [name])
+        if name is None:
+            continue
+        used.add(name)
+        whole, line = whole_of(key, parts), stored.line(name)
+        if line.shape != whole.shape:
+            wrong.append(f"{key}: got shape {tuple(line.shape)} in the file, expected {tuple(whole.shape)}, the model's")
+        wrong += check_dtype(key, line.dtype, whole.dtype, strict)
+        matched.append((name, whole))
+    ignored = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    if strict:
+        wrong += [f"{key}: got nothing, expected in the files" for key, parts in keys.items() if not here[_identity(parts)]]
+        unused = [name for name in stored.places if name not in used and not any(pattern.search(name) for pattern in ignored)]
+        wrong += [f"{name}: is in the files, expected nothing of that name" for name in unused]
+    if wrong:
+        raise CheckpointError("; ".join(wrong[:8]) + (f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""))
+    return matched
+
+
+def _identity(parts: list[Part]) -> tuple[int, ...]:
+    return tuple(id(part.tensor) for part in parts)
+
+
+def _name_in(key: str, prefix: str, names: Any) -> str | None:
+    tries = [key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")] if prefix else [key]
+    return next((name for name in tries if name in names), None)
