@@ -11,6 +11,7 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from . import nn  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
+from .convert import parallelize  # noqa: E402
 from .job import destroy, init  # noqa: E402
 from .mesh import Mesh, MeshError, PeerDied, PeerStalled, ShapeError, version  # noqa: E402
 from .nn import clip_grad_norm_, cross_entropy  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "matmul",
     "nn",
+    "parallelize",
     "save",
     "spawn",
 ]

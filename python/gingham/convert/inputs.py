@@ -1,0 +1,114 @@
+"""Full tensors in, full tensors out: what stands around a converted model so that the code that calls it stays as it was.
+
+Before the call every batched argument is cut to this rank's rows (hidden states to its features too); after it outputs are
+gathered by the name of their field. labels= are taken out of the call: the loss is that of the whole batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..mesh import Mesh
+from .losses import loss_of, takes_labels
+
+# arguments whose first dim is not the batch even where its size is
+WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
+STREAMS = {"src", "tgt", "memory", "inputs_embeds", "input", "encoder_hidden_states"}
+# fields of an output in the layout inner, and those that have rows only
+INNER = {"logits", "prediction_logits", "seq_relationship_logits"}
+ROWS = {"start_logits", "end_logits"}
+
+
+def streams(module: torch.nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a stack of torch's layers, or of a chain, that are activations; they come first."""
+    names = list(inspect.signature(module.forward).parameters)
+    return tuple(name for name in names if name in STREAMS)
+
+
+class Border:
+    """Both hooks of one model. body: the layout of its activations; batch: the dim of its batch (1: torch's default)."""
+
+    def __init__(self, model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int) -> None:
+        self.mesh, self.full, self.body, self.batch = mesh, io == "full", body, batch
+        self.hugging = takes_labels(model)
+        self.names = list(inspect.signature(model.forward).parameters)
+        self.stack = body == "outer" and not self.hugging
+
+    def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(self.names, args, strict=False))
+        rest = args[len(named) :]
+        labels: dict[str, Any] = {}
+        if self.hugging:
+            labels = {name: kwargs.pop(name) for name in LABELS if kwargs.get(name) is not None}
+            labels |= {name: named.pop(name) for name in LABELS if named.get(name) is not None}
+            kwargs = {**kwargs, **named}
+            named, rest = {}, ()
+        size = next((x.shape[self._dim(name, x)] for name, x in [*named.items(), *kwargs.items()] if self._batched(name, x)), None)
+        if labels:
+            model.__dict__["_border_labels"] = labels
+        if self.full:
+            named = {name: self._cut(name, x, size) for name, x in named.items()}
+            kwargs = {name: self._cut(name, x, size) for name, x in kwargs.items()}
+        return (*named.values(), *rest), kwargs
+
+    def _batched(self, name: str, x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in WHOLE
+
+    def _dim(self, name: str, x: torch.Tensor) -> int:
+        return self.batch if self.stack and name in STREAMS and x.dim() > 2 else 0
+
+    def _cut(self, name: str, value: Any, size: int | None) -> Any:
+        def cut(x: Any) -> Any:
+            if not self._batched(name, x) or x.shape[self._dim(name, x)] != size:
+                return x
+            features = (self.stack or name in STREAMS) and x.is_floating_point() and self.body == "outer" and name not in ("src_key_padding_mask",)
+            features = features and not name.endswith("_mask")
+            dim = self._dim(name, x)
+            y = self.mesh.scatter(x, "x" if features else "rows", dim) if x.is_floating_point() or x.dtype != torch.bool else self._bools(x)
+            return y.transpose(0, 1).contiguous() if dim == 1 else y
+
+        return pytree.tree_map(cut, value)
+
+    def _bools(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mesh.scatter(x.to(torch.uint8), "rows").bool()
+
+    def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        labels = model.__dict__.pop("_border_labels", {})
+        if self.hugging:
+            loss = loss_of(model, output, labels, kwargs, self.mesh, self.full) if labels else None
+            return self._fields(output, loss)
+        if not self.full:
+            return output
+        return pytree.tree_map(lambda y: self._gather(y, "x" if self.body == "outer" else "rows") if isinstance(y, torch.Tensor) else y, output)
+
+    def _gather(self, y: torch.Tensor, operand: str) -> torch.Tensor:
+        if y.dim() == 0:
+            return y
+        if self.stack and self.batch == 1 and y.dim() > 2:
+            return self.mesh.gather(y.contiguous(), operand).transpose(0, 1)
+        return self.mesh.gather(y, operand)
+
+    def _fields(self, output: Any, loss: torch.Tensor | None) -> Any:
+        if isinstance(output, tuple):
+            raise NotImplementedError("return_dict=False: outputs of a converted model are gathered by the names of their fields")
+        for name, value in list(output.items()):
+            if self.full and name not in ("loss", "past_key_values"):
+                operand = "inner" if name in INNER else "rows" if name in ROWS else "x"
+                output[name] = pytree.tree_map(lambda y, operand=operand: self._gather(y, operand) if isinstance(y, torch.Tensor) else y, value)
+        if loss is not None:
+            output["loss"] = loss
+        return output
+
+
+LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
+
+
+def attach(model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int) -> None:
+    border = Border(model, mesh, io, body, batch)
+    if border.full or border.hugging:
+        model.register_forward_pre_hook(border.before, with_kwargs=True)
+        model.register_forward_hook(border.after, with_kwargs=True)

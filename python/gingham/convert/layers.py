@@ -1,0 +1,218 @@
+"""What becomes of one module: a layer of gingham.nn that holds its weights cut, or the module itself with its weights copied."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .. import nn
+from ..functional import linear, linear_plan, relayout
+from ..mesh import Mesh, ShapeError
+from .loose import hold
+from .rules import LOOSE, Rules, matches
+
+
+@dataclass
+class Line:
+    """One line of the plan: the module's path, what it became, and why where it stays as it was."""
+
+    path: str
+    kind: str
+    layer: torch.nn.Module | None
+    layout: str = ""
+    reason: str = ""
+
+
+@dataclass
+class Conversion:
+    """One call of parallelize: where it stands and what it has made. `parameters`: new ones by the id of the old."""
+
+    model: torch.nn.Module
+    mesh: Mesh
+    rules: Rules
+    width: int | None
+    parameters: dict[int, torch.nn.Parameter] = field(default_factory=dict)
+    embeddings: dict[int, nn.Embedding] = field(default_factory=dict)
+    lines: list[Line] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def ends(self, role: str, body: str) -> str:
+        return {
+            "colwise": f"{body}->inner",
+            "rowwise": f"inner->{body}",
+            "keep": f"{body}->{body}",
+            "head": f"{body}->inner",
+            "whole": f"{body}->rows",
+            "qkv": f"{body}->inner",
+        }[role]
+
+    def adopt(self, path: str, kind: str, old: torch.nn.Module, new: torch.nn.Module, layout: str, pairs: dict[str, str] | None = None) -> Any:
+        """Notes that `new` stands for `old`; pairs: new parameter names by old ones, by default the same."""
+        names = pairs if pairs is not None else {name: name for name, _ in old.named_parameters(recurse=False)}
+        made = dict(new.named_parameters())
+        for before, after in names.items():
+            if after in made and old._parameters.get(before) is not None:
+                self.parameters[id(old._parameters[before])] = made[after]
+        new.train(old.training)
+        self.lines.append(Line(path, kind, new, layout))
+        return new
+
+
+def given_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+
+
+def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed: bool) -> torch.nn.Module:
+    """torch.nn.Linear, or with `transposed` transformers' Conv1D, whose weight is [in, out]."""
+    into, out = old.weight.shape if transposed else reversed(old.weight.shape)
+    role = made.rules.role(path)
+    if role == "qkv":
+        return made.adopt(path, "linear x 3", old, FusedLinears(into, out, made.mesh, given_of(old), f"{body}->inner"), f"{body}->inner", {})
+    layout = made.ends(role, body)
+    tied = made.embeddings.get(id(old.weight))
+    if tied is not None and not transposed:
+        given = {"bias": old.bias} if old.bias is not None else {}
+        new: torch.nn.Module = nn.Classifier(into, out, old.bias is not None, made.mesh, tied=tied, layout=layout, given=given)
+        return made.adopt(path, "classifier, tied", old, new, layout)
+    swapped = None if made.mesh.outer != made.mesh.inner else "auto"
+    new = nn.Linear(into, out, old.bias is not None, made.mesh, layout, swapped, transposed=transposed, given=given_of(old))
+    return made.adopt(path, "linear", old, new, layout)
+
+
+def share(made: Conversion, linears: list[Any]) -> None:
+    """Linears called on one x: one step. Their weights may be cut anew, which replaces them."""
+    before = {id(parameter): (layer, name) for layer in linears for name, parameter in layer.named_parameters()}
+    kept = [parameter for layer in linears for parameter in layer.parameters()]  # alive, so that no id is used again
+    nn.share_input(*linears)
+    for old, new in list(made.parameters.items()):
+        if id(new) in before:
+            layer, name = before[id(new)]
+            made.parameters[old] = layer.get_parameter(name)
+    del kept
+
+
+class FusedLinears(torch.nn.Module):
+    """Three linears of one weight [in, 3 out] (Conv1D's order): x -> their local outputs side by side, with one gather of x.
+
+    q, k and v hold their own parameters; `joins` tells checkpoints the name, the parts and the dim of the original ones.
+    """
+
+    def __init__(self, into: int, out: int, mesh: Mesh, given: dict[str, torch.Tensor], layout: str) -> None:
+        super().__init__()
+        if out % 3:
+            raise ShapeError(f"a weight [{into}, {out}] is not three of one width")
+        parts = {name: dict(zip(("q", "k", "v"), whole.split(out // 3, dim=-1), strict=True)) for name, whole in given.items()}
+        self.plan = linear_plan(mesh, into, [out // 3] * 3, layout, "auto" if mesh.outer == mesh.inner else None, "qkv", transposed=True)
+        for part in ("q", "k", "v"):
+            pieces = {name: torch.nn.Parameter(split[part], given[name].requires_grad) for name, split in parts.items()}
+            layer = nn.Linear(into, out // 3, "bias" in given, mesh, layout, self.plan.swapped, transposed=True, given=pieces)
+            setattr(self, part, layer)
+        self.joins = {"weight": (("q.weight", "k.weight", "v.weight"), 1)}
+        if "bias" in given:
+            self.joins["bias"] = (("q.bias", "k.bias", "v.bias"), 0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts: list[Any] = [self.q, self.k, self.v]
+        return torch.cat(linear(x, [part.weight for part in parts], [part.bias for part in parts], self.plan), -1)
+
+
+def convert_embedding(made: Conversion, path: str, old: torch.nn.Embedding, body: str) -> torch.nn.Module:
+    if old.max_norm is not None or old.scale_grad_by_freq or old.sparse:
+        raise NotImplementedError(f"{path}: Embedding with max_norm, scale_grad_by_freq or sparse gradients; use a plain one")
+    new = nn.Embedding(old.num_embeddings, old.embedding_dim, made.mesh, padding_idx=old.padding_idx, given=given_of(old))
+    made.embeddings[id(old.weight)] = new
+    leave(new, made.mesh, body, old.embedding_dim)
+    return made.adopt(path, "embedding", old, new, body)
+
+
+def leave(layer: torch.nn.Module, mesh: Mesh, body: str, features: int) -> None:
+    """A layer whose output is in outer hands it on in the layout `body`."""
+    if mesh.layout(body) != mesh.outer:
+        layer.register_forward_hook(lambda module, args, y: relayout(y, mesh, mesh.outer, mesh.layout(body), features))
+
+
+def convert_norm(made: Conversion, path: str, old: Any, body: str) -> torch.nn.Module | None:
+    """A norm over the width of the model; None for one over anything else, which the caller copies."""
+    root = isinstance(old, torch.nn.RMSNorm) or is_root_norm(type(old))
+    shape = tuple(old.normalized_shape) if hasattr(old, "normalized_shape") else tuple(old.weight.shape)
+    if made.rules.role(path) == "copied" or len(shape) != 1 or made.width not in (None, shape[0]):
+        return None
+    if root:
+        eps = old.eps if hasattr(old, "eps") else old.variance_epsilon
+        new: torch.nn.Module = nn.RMSNorm(shape[0], eps, made.mesh, body, given=given_of(old))
+        return made.adopt(path, "rms norm", old, new, body)
+    affine = {} if old.elementwise_affine else {"elementwise_affine": False}
+    new = nn.LayerNorm(shape[0], old.eps, made.mesh, body, bias=old.bias is not None, given=given_of(old), **affine)
+    return made.adopt(path, "layer norm", old, new, body)
+
+
+def is_root_norm(cls: type) -> bool:
+    """Whether a class computes what Llama's norm does: transformers has dozens of copies, and some that add 1 to the weight."""
+    if not cls.__name__.endswith("RMSNorm") or not cls.__module__.startswith("transformers."):
+        return False
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    forwards = [inspect.getsource(inspect.unwrap(each.forward)) for each in (cls, LlamaRMSNorm)]
+    return forwards[0] == forwards[1]
+
+
+class Patches(getattr(nn, "PatchEmbedding", torch.nn.Module)):
+    """A convolution that takes images apart (kernel = stride): [rows, channels, h, w] -> [rows, width here, h / p, w / p]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        return y.transpose(1, 2).unflatten(2, (x.shape[2] // self.patch_size[0], x.shape[3] // self.patch_size[1]))
+
+
+def convert_patches(made: Conversion, path: str, old: torch.nn.Conv2d, body: str) -> torch.nn.Module:
+    if made.mesh.layout(body) != made.mesh.outer:
+        raise NotImplementedError(f"{path}: a convolution over patches in a model that no rule knows")
+    new = Patches(None, tuple(old.kernel_size), old.in_channels, old.out_channels, old.bias is not None, made.mesh, given=given_of(old))
+    return made.adopt(path, "patches", old, new, body)
+
+
+def is_patches(module: torch.nn.Module) -> bool:
+    return (
+        isinstance(module, torch.nn.Conv2d)
+        and module.kernel_size == module.stride
+        and module.padding in ((0, 0), "valid")
+        and module.dilation == (1, 1)
+        and module.groups == 1
+    )
+
+
+def convert_dropout(made: Conversion, path: str, old: torch.nn.Dropout, layout: str, dims: tuple[int, int] = (0, -1)) -> torch.nn.Module:
+    if old.p >= 1:
+        raise NotImplementedError(f"{path}: Dropout({old.p}) leaves nothing")
+    return made.adopt(path, "dropout", old, nn.Dropout(old.p, mesh=made.mesh, layout=layout, dims=dims), layout)
+
+
+def copy_parameters(made: Conversion, path: str, module: torch.nn.Module, reason: str) -> None:
+    """Leaves a module as it is: its parameters are whole on every rank, their gradients summed over the ranks of other rows
+    (and, where a plan says that they serve single heads, of other heads)."""
+    mesh = made.mesh
+    heads = made.rules.role(path) == "copied"
+    summed = tuple(name for name in mesh.sizes if name in {*mesh.outer.rows, *(mesh.inner.features if heads else ())})
+    for name, parameter in list(module._parameters.items()):
+        if parameter is not None:
+            whole: tuple[tuple[str, ...], ...] = ((),) * parameter.dim()
+            made.parameters[id(parameter)] = hold(module, name, mesh, whole, summed)
+    made.lines.append(Line(path, type(module).__name__, module, "heads" if heads else "rows", reason))
+
+
+def cut_loose(made: Conversion, path: str, module: torch.nn.Module, body: str) -> None:
+    """Parameters of a known model that its code adds to activations: cut like the body's features."""
+    mesh = made.mesh
+    layout = mesh.layout(body)
+    for name, parameter in list(module._parameters.items()):
+        if parameter is None or id(parameter) in made.parameters:
+            continue
+        if name not in LOOSE and not any(matches(f"*.{each}", f"{path}.{name}") for each in LOOSE):
+            continue
+        cuts = ((),) * (parameter.dim() - 1) + (layout.features,)
+        made.parameters[id(parameter)] = hold(module, name, mesh, cuts, layout.rows)
+        made.lines.append(Line(f"{path}.{name}", "parameter", None, body))
+

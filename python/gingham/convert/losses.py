@@ -1,0 +1,100 @@
+"""The losses of transformers' model classes on logits that no rank holds whole, by the end of the class's name.
+
+A loss over the vocabulary runs on the logits where they lie; those over a few classes run transformers' own formula on
+gathered logits, the same on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from .. import nn
+from ..mesh import Mesh
+
+
+def takes_labels(model: Any) -> bool:
+    """Whether this is a model of transformers, whose outputs have named fields."""
+    return hasattr(model, "config") and hasattr(model, "base_model_prefix")
+
+
+def _vocabulary(logits: torch.Tensor, labels: torch.Tensor, mesh: Mesh, items: Any = None) -> torch.Tensor:
+    reduction = "mean" if items is None else "sum"
+    loss = nn.cross_entropy(logits.float(), labels, mesh=mesh, layout="inner", ignore_index=-100, reduction=reduction)
+    return loss if items is None else loss / items
+
+
+class Labelled:
+    """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms."""
+
+    def __init__(self, model: Any, output: Any, labels: dict[str, Any], kwargs: dict[str, Any], mesh: Mesh, full: bool) -> None:
+        self.model, self.output, self.labels, self.kwargs, self.mesh, self.full = model, output, labels, kwargs, mesh, full
+
+    def cut(self, name: str) -> torch.Tensor:
+        return self.mesh.scatter(self.labels[name], "rows") if self.full else self.labels[name]
+
+    def whole(self, name: str) -> torch.Tensor:
+        return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
+
+    def gathered(self, field: str, operand: str = "inner") -> torch.Tensor:
+        return self.mesh.gather(self.output[field], operand)
+
+    def causal(self) -> torch.Tensor:
+        shifted = self.kwargs.get("shift_labels")
+        if shifted is None:
+            shifted = F.pad(self.cut("labels"), (0, 1), value=-100)[..., 1:].contiguous()
+        return _vocabulary(self.output.logits, shifted, self.mesh, self.kwargs.get("num_items_in_batch"))
+
+    def masked(self) -> torch.Tensor:
+        return _vocabulary(self.output.logits, self.cut("labels"), self.mesh, self.kwargs.get("num_items_in_batch"))
+
+    def classes(self) -> torch.Tensor:
+        from transformers.loss.loss_utils import ForSequenceClassificationLoss
+
+        return ForSequenceClassificationLoss(self.whole("labels"), self.gathered("logits"), self.model.config)
+
+    def tokens(self) -> torch.Tensor:
+        return F.cross_entropy(self.gathered("logits").flatten(0, 1).float(), self.whole("labels").flatten())
+
+    def choices(self) -> torch.Tensor:
+        return F.cross_entropy(self.gathered("logits"), self.whole("labels").flatten())
+
+    def answers(self) -> torch.Tensor:
+        from transformers.loss.loss_utils import ForQuestionAnsweringLoss
+
+        ends = [self.gathered(name, "rows") for name in ("start_logits", "end_logits")]
+        return ForQuestionAnsweringLoss(*ends, self.whole("start_positions"), self.whole("end_positions"))
+
+    def pretraining(self) -> torch.Tensor:
+        words = _vocabulary(self.output.prediction_logits, self.cut("labels"), self.mesh)
+        return words + F.cross_entropy(self.gathered("seq_relationship_logits"), self.whole("next_sentence_label").flatten())
+
+
+LOSSES: dict[str, Callable[[Labelled], torch.Tensor]] = {
+    "ForCausalLM": Labelled.causal,
+    "LMHeadModel": Labelled.causal,
+    "ForMaskedLM": Labelled.masked,
+    "ForSequenceClassification": Labelled.classes,
+    "ForImageClassification": Labelled.classes,
+    "ForTokenClassification": Labelled.tokens,
+    "ForNextSentencePrediction": Labelled.choices,
+    "ForQuestionAnswering": Labelled.answers,
+    "ForPreTraining": Labelled.pretraining,
+}
+
+
+def loss_of(model: Any, output: Any, labels: dict[str, Any], kwargs: dict[str, Any], mesh: Mesh, full: bool) -> torch.Tensor:
+    """The loss that the model's class would give, of the whole batch, the same number on every rank.
+
+    Raises NotImplementedError for a class without an entry here and for a loss_function of the caller's own.
+    """
+    kind = type(model).__name__
+    name = next((end for end in LOSSES if kind.endswith(end)), None)
+    if name is None or "_loss_function" in model.__dict__:
+        raise NotImplementedError(
+            f"{kind}: labels= knows the losses of {', '.join(LOSSES)}; leave labels out and compute the loss from the outputs' logits"
+        )
+    return LOSSES[name](Labelled(model, output, labels, kwargs, mesh, full))

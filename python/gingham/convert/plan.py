@@ -1,0 +1,107 @@
+"""The plan of parallelize: every layer with its grid, what stays on its rank, its block, bytes and memory, and what stayed serial.
+
+Bytes are what a rank receives, on average, in a forward and backward pass of `tokens` rows (THEORY.md section 4).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .. import cost, nn
+from ..functional import LinearPlan, local_of
+from ..mesh import Mesh
+from .attention import MultiheadAttention
+from .layers import Conversion, FusedLinears, Line
+
+COLUMNS = ("layer", "kind", "layout", "stationary", "weight here", "of", "received", "memory")
+
+
+def rows(made: Conversion, tokens: int) -> list[tuple[str, ...]]:
+    """One row a layer, in the order of the model, as COLUMNS; received in bytes a rank and step, memory in bytes of parameters."""
+    parts = {id(part): line.path for line in made.lines for part in _parts(line.layer)}
+    return [_row(made, line, tokens) for line in made.lines if id(line.layer) not in parts and line.kind != "dropout"]
+
+
+def _parts(layer: Any) -> list[Any]:
+    return [layer.q, layer.k, layer.v] if isinstance(layer, FusedLinears | MultiheadAttention) else []
+
+
+def _row(made: Conversion, line: Line, tokens: int) -> tuple[str, ...]:
+    mesh, layer = made.mesh, line.layer
+    if layer is None:
+        owner, _, name = line.path.rpartition(".")
+        parameters = [made.model.get_submodule(owner)._parameters[name]]
+    else:
+        parameters = [parameter for parameter in layer.parameters() if parameter is not None]
+    first = parameters[0] if parameters else None
+    here, whole = ("-", "-") if first is None else (_shape(local_of(first)), _shape(first))
+    memory = sum(local_of(parameter).numel() * parameter.element_size() for parameter in parameters)
+    if line.reason:
+        return line.path or "(the model)", line.kind, f"serial: {line.reason}", "", here, whole, "", f"{memory:,}"
+    received, stationary = _traffic(mesh, layer, tokens)
+    return line.path, line.kind, line.layout, stationary, here, whole, f"{received / mesh.size:,.0f}", f"{memory:,}"
+
+
+def _shape(tensor: Any) -> str:
+    return " x ".join(map(str, tensor.shape))
+
+
+def _traffic(mesh: Mesh, layer: Any, tokens: int) -> tuple[int, str]:
+    """Bytes of all ranks together, and the operands that do not move."""
+    if isinstance(layer, nn.Linear):
+        group = layer.group
+        if group is not None and group.linears[0] is not layer:
+            return 0, "with " + "the first of its group"
+        plan = layer.plan if group is None else group.plan
+        return linear_bytes(mesh, plan, tokens, layer.bias is not None, layer.weight.element_size()), stationary_of(mesh, plan.swapped)
+    if isinstance(layer, FusedLinears):
+        return linear_bytes(mesh, layer.plan, tokens, layer.q.bias is not None, layer.q.weight.element_size()), stationary_of(
+            mesh, layer.plan.swapped
+        )
+    if isinstance(layer, MultiheadAttention):
+        item, bias = layer.q.weight.element_size(), layer.q.bias is not None
+        both = linear_bytes(mesh, layer.plans[3], tokens, bias, item) + linear_bytes(mesh, layer.out_proj.plan, tokens, bias, item)
+        return both, stationary_of(mesh, layer.plans[3].swapped)
+    if isinstance(layer, nn.Embedding):
+        return cost.embedding_words(mesh, layer) * layer.weight.element_size(), ""
+    if isinstance(layer, nn.LayerNorm) and layer.weight is not None:
+        return cost.norm_bytes(mesh, tokens, layer), ""
+    return 0, ""
+
+
+def linear_bytes(mesh: Mesh, plan: LinearPlan, tokens: int, bias: bool, item: int) -> int:
+    words = cost.linear_words(mesh, tokens, plan.k, list(plan.n), plan.swapped, bias)
+    for source, target, features in [(*plan.x, plan.k), *[(plan.y[1], plan.y[0], size) for size in plan.n]]:
+        words += cost.relayout_words(mesh, tokens, features, source, target) + cost.relayout_words(mesh, tokens, features, target, source)
+    return words * item
+
+
+def stationary_of(mesh: Mesh, swapped: bool) -> str:
+    """The operands whose axis has one rank: X moves over n, W over m, Y over k (swapped: n and k trade places)."""
+    pm, pn, pk = mesh.grid
+    moving = {"X": pk if swapped else pn, "W": pm, "Y": pn if swapped else pk}
+    still = [operand for operand, size in moving.items() if size == 1]
+    return ", ".join(still) or "none"
+
+
+def table(made: Conversion, tokens: int) -> Table:
+    mesh = made.mesh
+    shown = Table(title=f"{type(made.model).__name__} on {dict(mesh.sizes)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, {tokens} rows a step")
+    for heading in COLUMNS:
+        shown.add_column(heading, justify="right" if heading in ("received", "memory") else "left")
+    every = rows(made, tokens)
+    for row in every:
+        shown.add_row(*row)
+    shown.add_section()
+    totals = [sum(int(row[index].replace(",", "") or 0) for row in every) for index in (6, 7)]
+    shown.add_row("all", "", "", "", "", "", *(f"{total:,}" for total in totals))
+    return shown
+
+
+def show(made: Conversion, tokens: int) -> None:
+    """Prints the plan, on rank 0."""
+    if made.mesh.rank == 0:
+        Console().print(table(made, tokens))
