@@ -102,17 +102,20 @@ def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torc
 def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cuts, shape: Sequence[int] | None = None) -> torch.Tensor:
     """This rank's block, cut as target_cuts, of a parameter whose block here is cut as source_cuts: a plain tensor.
 
-    weight: a DTensor, or a local block of a tensor of global `shape`. Differentiable: the gradient of every block is
+    weight: a DTensor, or a local block of a tensor of global `shape`; a DTensor with a `shape` is seen as that one, of
+    which its block must be a view (the weight of a convolution as a matrix). Differentiable: the gradient of every block is
     whole on each rank that holds it and goes back to the source's cuts, in the form of `weight`. Bytes: every word that
     the new block has and the old had not, from one rank each, at most one message a peer; ranks that differ only in
     axes neither cut names (replicas) do the same among themselves. Raises ShapeError where the block does not fit.
     """
-    shape = tuple(weight.shape) if isinstance(weight, DTensor) else shape
-    if shape is None:
-        raise ShapeError(f"reshard: rank {mesh.rank} got a local block {tuple(weight.shape)} without shape=, the global shape")
+    held = tuple(local_of(weight).shape)
+    if shape is None and not isinstance(weight, DTensor):
+        raise ShapeError(f"reshard: rank {mesh.rank} got a local block {held} without shape=, the global shape")
+    seen = shape is not None and isinstance(weight, DTensor)
+    shape = tuple(weight.shape) if shape is None else shape
     expected = tuple(length for _, length in block(shape, source_cuts, mesh.sizes, mesh.coordinates))
-    if tuple(local_of(weight).shape) != expected:
-        raise ShapeError(f"reshard: rank {mesh.rank} got a block {tuple(local_of(weight).shape)}, expected {expected} of {tuple(shape)}")
+    if held != expected and not (seen and prod(held) == prod(expected)):
+        raise ShapeError(f"reshard: rank {mesh.rank} got a block {held}, expected {expected} of {tuple(shape)}")
     return _Reshard.apply(weight, mesh, source_cuts, target_cuts, tuple(shape))
 
 
@@ -120,11 +123,13 @@ class _Reshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:
         ctx.weight, ctx.arguments = weight, (mesh, target, source, shape)
-        return move_block(local_of(weight), mesh, source, target, shape)
+        held = [length for _, length in block(shape, source, mesh.sizes, mesh.coordinates)]
+        return move_block(local_of(weight).view(held), mesh, source, target, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return like(move_block(grad, *ctx.arguments), ctx.weight), None, None, None, None
+        moved = move_block(grad, *ctx.arguments)
+        return like(moved.view(local_of(ctx.weight).shape), ctx.weight), None, None, None, None
 
 
 def move_block(local: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:

@@ -1,22 +1,35 @@
-"""Multi-head self-attention with whole sequences and whole heads on a rank."""
+"""Self-attention with whole heads on a rank: multi-head or grouped-query, causal, rotary, masked, cached, batch or sequence cut."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..functional import linear, linear_plan
-from ..mesh import Mesh, ShapeError, current
+from ..mesh import Mesh, ShapeError, check_local, current
 from .dropout import Dropout
 from .linear import Linear
+from .parameter import Given, part_of
+from .sequence import causal_mask, gather_time, mask_here, rotate
 
 
 class SelfAttention(torch.nn.Module):
-    """x [batch, time, width] (outer, batch cut over the row axes) -> [batch, time, width] (outer).
+    """x [batch, time, width] (outer, batch cut over the row axes; dim=1: time cut instead) -> the same.
 
     q, k, v and o are Linears; the three projections run as one step that gathers x once, outer -> inner, and o leads
-    back. Heads lie on inner's feature ranks; a number of heads that they do not divide is a ShapeError. dropout: on
-    the probabilities. Bytes: those of the projections; attention itself moves nothing.
+    back. Heads lie on inner's feature ranks; numbers of heads that they do not divide are a ShapeError.
+    kv_heads: fewer heads of k and v, each shared by heads / kv_heads queries. head_dim: width / heads. rotary: theta of
+    rotary positions. scale: head_dim^-0.5. out_bias: as bias. dropout: on the probabilities, the mask keyed by global
+    indices. given: full tensors "q.weight", .., cut instead of drawn.
+
+    forward(x, mask, cache): mask, of bool (True: look) or added to the scores, broadcasts to [batch, heads, time, keys]
+    with this rank's rows and either 1 head or all; cache: a KVCache, whose tokens come before x's.
+    With dim=1 each rank keeps its own queries and gathers the keys and values of its heads over the row axes (batch 1
+    is fine, pieces may be uneven or empty). Scores exist for this rank's heads and rows only.
+    Bytes: those of the projections, and with dim=1 over r row ranks kv (r-1)/P words each way, kv = 2 batch time
+    kv_heads head_dim; otherwise attention moves nothing.
     """
 
     def __init__(
@@ -30,39 +43,120 @@ class SelfAttention(torch.nn.Module):
         swapped: bool | str | None = None,
         dtype: torch.dtype | None = None,
         dim: int = 0,
+        *,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rotary: float | None = None,
+        scale: float | None = None,
+        out_bias: bool | None = None,
+        given: Given = None,
     ) -> None:
         super().__init__()
-        if dim != 0:
-            raise NotImplementedError("SelfAttention over sequences cut along dim=1 is not built yet: scatter along the batch, dim=0")
-        mesh = current(mesh)
-        ranks = mesh.parts(mesh.inner.features)
-        if heads < 1 or width % heads or heads % ranks:
-            valid = [count for count in range(ranks, width + 1, ranks) if width % count == 0]
-            raise ShapeError(
-                f"{heads} heads of a width of {width} on {ranks} feature ranks: heads must divide the width and be a multiple of"
-                f" {ranks}; valid counts: {valid or 'none, choose another width or mesh'}"
-            )
-        self.mesh, self.heads, self.causal = mesh, heads, causal
-        self.plan = linear_plan(mesh, width, [width] * 3, "outer->inner", swapped, "qkv")
-        self.q, self.k, self.v = (Linear(width, width, bias, mesh, "outer->inner", self.plan.swapped, dtype=dtype) for _ in range(3))
-        self.o = Linear(width, width, bias, mesh, "inner->outer", swapped, dtype=dtype)
-        self.dropout = Dropout(dropout, mesh=mesh, layout="inner", dims=(0, 1)) if dropout else None
-        self.head_width = width // heads
+        self.mesh = mesh = current(mesh)
+        kv_heads = heads if kv_heads is None else kv_heads
+        _check_heads(mesh, width, heads, kv_heads, head_dim)
+        self.heads, self.kv_heads, self.causal, self.dim = heads, kv_heads, causal, _row_dim(dim, mesh)
+        self.head_dim = width // heads if head_dim is None else head_dim
+        self.rotary, self.scale = rotary, self.head_dim**-0.5 if scale is None else scale
+        if rotary is not None and self.head_dim % 2:
+            raise ShapeError(f"SelfAttention: rank {mesh.rank} got rotary with head_dim {self.head_dim}, expected an even one")
+        outputs = {"q": heads * self.head_dim, "k": kv_heads * self.head_dim, "v": kv_heads * self.head_dim}
+        self.plan = linear_plan(mesh, width, list(outputs.values()), "outer->inner", swapped, "qkv")
+        self.q, self.k, self.v = (
+            Linear(width, size, bias, mesh, "outer->inner", self.plan.swapped, dtype=dtype, given=part_of(given, name))
+            for name, size in outputs.items()
+        )
+        out_bias = bias if out_bias is None else out_bias
+        self.o = Linear(outputs["q"], width, out_bias, mesh, "inner->outer", swapped, dtype=dtype, given=part_of(given, "o"))
+        dims = (0, 1) if self.dim == 0 else (2, 1)
+        self.dropout = Dropout(dropout, mesh=mesh, layout="inner", dims=dims) if dropout else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
         if x.dim() != 3:
-            raise ShapeError(f"SelfAttention: x has shape {tuple(x.shape)}, expected [batch, time, width]")
+            raise ShapeError(f"SelfAttention: rank {self.mesh.rank} got x of shape {tuple(x.shape)}, expected [batch, time, width]")
+        # rows lead, as in every layer: [batch, time, ..] or [time, batch, ..]
         parts = (self.q, self.k, self.v)
-        projected = linear(x, [part.weight for part in parts], [part.bias for part in parts], self.plan)
-        q, k, v = (part.unflatten(-1, (-1, self.head_width)).transpose(1, 2) for part in projected)
-        if self.dropout is None or not self.training:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        else:
-            scores = q @ k.transpose(-2, -1) * self.head_width**-0.5
-            if self.causal:
-                scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1), -torch.inf)
-            y = self.dropout(scores.softmax(-1)) @ v
-        return self.o(y.transpose(1, 2).flatten(2))
+        weights: list[torch.Tensor] = [part.weight for part in parts]
+        biases: list[torch.Tensor | None] = [part.bias for part in parts]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linear(x.transpose(0, self.dim), weights, biases, self.plan))
+        past = 0 if cache is None else cache.length
+        lengths, first = self._pieces(len(q))
+        # to [batch, heads here, time, head_dim]
+        order = (0, 2, 1, 3) if self.dim == 0 else (1, 2, 0, 3)
+        rows, start = len(q), past + first
+        q, k, v = (part.permute(order) for part in (q, k, v))
+        if self.rotary is not None:
+            q, k = rotate(q, start, self.rotary), rotate(k, start, self.rotary)
+        if lengths:
+            both = gather_time(torch.cat([k, v], -1).permute(2, 0, 1, 3), self.mesh, lengths).permute(1, 2, 0, 3)
+            k, v = both.split(self.head_dim, -1)
+        if cache is not None:
+            k, v = cache.update(k, v)
+        if mask is not None:
+            check_local(mask, "SelfAttention's mask", self.mesh)
+            mask = mask_here(mask, self.mesh, self.heads, self.dim, rows)
+        y = self._attend(q, k, v, mask, start)
+        y = y.permute((0, 2, 1, 3) if self.dim == 0 else (2, 0, 1, 3)).flatten(2)
+        return self.o(y).transpose(0, self.dim)
+
+    def _pieces(self, time: int) -> tuple[list[int], int]:
+        """With dim=1 the lengths of all pieces of the sequence that inner's row axes cut, and where this one begins."""
+        axis = None if self.dim == 0 else self.mesh.axis(self.mesh.inner.rows)
+        if axis is None:
+            return [], 0
+        lengths = [length for (length,) in axis.sizes([time])]
+        return lengths, sum(lengths[: axis.rank])
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, start: int) -> torch.Tensor:
+        """softmax(q k^T scale + mask) v; all [batch, heads here, time, head_dim]."""
+        time, keys = q.shape[2], k.shape[2]
+        dropping = self.dropout is not None and self.training
+        square = self.causal and mask is None and start == 0 and time == keys and not dropping
+        if self.causal and not square and (time > 1 or start + 1 < keys or mask is not None or dropping):
+            seen = causal_mask(start, time, keys, q.device)
+            if mask is None or mask.dtype == torch.bool:
+                mask = seen if mask is None else mask & seen
+            else:
+                mask = mask.masked_fill(~seen, -torch.inf)
+        if mask is not None and mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+        if not dropping:
+            grouped = self.heads != self.kv_heads
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=self.scale, enable_gqa=grouped)
+        k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else part for part in (k, v))
+        wide = q.dtype if q.dtype == torch.float64 else torch.float32
+        scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * self.scale
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        return (self.dropout(_softmax(scores)) @ v.to(wide)).to(q.dtype)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, causal={self.causal}"
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, dim={self.dim}"
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Rows that see nothing are 0, as in scaled_dot_product_attention."""
+    blind = scores.detach().amax(-1, keepdim=True) == -torch.inf if scores.shape[-1] else None
+    return scores.softmax(-1) if blind is None else scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)
+
+
+def _row_dim(dim: int, mesh: Mesh) -> int:
+    if dim not in (0, 1, -2):
+        raise ShapeError(f"SelfAttention: rank {mesh.rank} got dim={dim}, expected 0 (batch) or 1 (sequence)")
+    return dim % 3 if dim >= 0 else 1
+
+
+def _check_heads(mesh: Mesh, width: int, heads: int, kv_heads: int, head_dim: int | None) -> None:
+    ranks = mesh.parts(mesh.inner.features)
+    if heads < 1 or (head_dim is None and width % heads) or heads % ranks:
+        valid = [count for count in range(ranks, width + 1, ranks) if head_dim is not None or width % count == 0]
+        raise ShapeError(
+            f"{heads} heads of a width of {width} on {ranks} feature ranks: heads must divide the width and be a multiple of"
+            f" {ranks}; valid counts: {valid or 'none, choose another width or mesh'}"
+        )
+    if kv_heads < 1 or heads % kv_heads or kv_heads % ranks:
+        valid = [count for count in range(ranks, heads + 1, ranks) if heads % count == 0]
+        raise ShapeError(
+            f"{kv_heads} key and value heads for {heads} heads on {ranks} feature ranks: they must divide the heads and be a"
+            f" multiple of {ranks}; valid counts: {valid}"
+        )

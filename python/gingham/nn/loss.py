@@ -1,4 +1,4 @@
-"""Cross-entropy of logits whose vocabulary lies on several ranks, without gathering them."""
+"""Cross-entropy and accuracy of logits whose vocabulary lies on several ranks, without gathering them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
+    weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """torch.nn.functional.cross_entropy of local logits [..., vocabulary] (last dim, unlike torch) and targets [...].
 
@@ -27,25 +28,78 @@ def cross_entropy(
     the job and are the same number on every rank; "none" gives the losses of the targets given. One all-gather over the
     feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a row, and one of (sum,
     count), 16 bytes, over the row axes; targets in other rows than the logits are gathered too. Backward moves nothing.
-    Raises ShapeError where logits and targets do not fit.
+    "mean" over no target at all is nan, as in torch. Raises ShapeError where logits and targets do not fit,
+    NotImplementedError for class weights.
     """
     mesh = current(mesh)
-    check_local(logits, "cross_entropy's logits", mesh)
-    check_local(target, "cross_entropy's target", mesh)
-    given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
-    moved = target.shape != logits.shape[:-1] and given != needed and target.dim() > 0
-    if moved:
-        target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
-    if logits.dim() < 1 or logits.shape[:-1] != target.shape:
-        raise ShapeError(f"cross_entropy: logits {tuple(logits.shape)} and target {tuple(target.shape)}: expected [..., V] and [...]")
-    if target.is_floating_point():
-        raise TypeError(f"cross_entropy: target is {target.dtype}, expected class indices of an integer dtype")
+    if weight is not None:
+        raise NotImplementedError("cross_entropy: weight= is not built; take reduction='none' and weigh the losses by weight[target]")
+    target, moved, given, needed = _fitting(logits, target, mesh, layout, "cross_entropy")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
     if reduction != "none":
         return total
     return relayout(losses.unsqueeze(-1), mesh, needed, given, 1).squeeze(-1) if moved else losses
+
+
+def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, name: str) -> tuple[torch.Tensor, bool, Layout, Layout]:
+    """The target in the logits' rows, whether it was moved there, and from which rows to which."""
+    check_local(logits, f"{name}'s logits", mesh)
+    check_local(target, f"{name}'s target", mesh)
+    given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
+    if target.is_floating_point():
+        raise TypeError(f"{name}: target is {target.dtype}, expected class indices of an integer dtype")
+    moved = target.shape != logits.shape[:-1] and given != needed and target.dim() > 0
+    if moved:
+        target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
+    if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+        raise ShapeError(
+            f"{name}: rank {mesh.rank} got logits {tuple(logits.shape)} and target {tuple(target.shape)}; expected [..., V] and [...]"
+        )
+    return target, moved, given, needed
+
+
+@torch.no_grad()
+def accuracy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    mesh: Mesh | None = None,
+    layout: str = "outer",
+    ignore_index: int = -100,
+    top_k: int = 1,
+) -> torch.Tensor:
+    """The fraction of all rows of the job whose target is among the top_k largest logits, [] float64, the same number on
+    every rank; nan where every target is ignored.
+
+    Ties go to the lowest index and nan counts as the largest, as torch.argmax decides on whole logits. Arguments as
+    cross_entropy's. One all-gather over the feature axes of the target's logit, 8 bytes a row, one of how many lie
+    before it, 8 bytes a row, and one of (right, count), 16 bytes, over the row axes. Raises ShapeError as cross_entropy.
+    """
+    mesh = current(mesh)
+    target, *_ = _fitting(logits, target, mesh, layout, "accuracy")
+    named = mesh.layout(layout)
+    x, target = logits.reshape(target.numel(), logits.shape[-1]).double(), target.reshape(-1).long()
+    x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
+    _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
+    kept = _kept(target, ignore_index, vocabulary, "accuracy")
+    mine = (target >= start) & (target < start + width)
+    column = torch.where(mine, target - start, 0).unsqueeze(1)
+    held = torch.where(mine, x.gather(1, column).squeeze(1), -torch.inf) if width else x.new_full((len(x),), -torch.inf)
+    score = gather_parts(mesh, named.features, held).amax(0).unsqueeze(1)
+    earlier = torch.arange(start, start + width, device=x.device) < target.unsqueeze(1)
+    before = ((x > score) | ((x == score) & earlier)).sum(1)
+    before = gather_parts(mesh, named.features, before).sum(0)
+    right = (before < top_k) & kept
+    summed = gather_parts(mesh, named.rows, torch.stack([right.sum(), kept.sum()]).double()).sum(0)
+    return summed[0] / summed[1]
+
+
+def _kept(target: torch.Tensor, ignored: int, vocabulary: int, name: str) -> torch.Tensor:
+    kept = target != ignored
+    if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
+        raise ShapeError(f"{name}: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
+    return kept
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -56,9 +110,7 @@ class _CrossEntropy(torch.autograd.Function):
         named, shape = mesh.layout(layout), target.shape
         x, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).long()
         _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
-        kept = target != ignored
-        if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
-            raise ShapeError(f"cross_entropy: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
+        kept = _kept(target, ignored, vocabulary, "cross_entropy")
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)
         largest = x.amax(1).double() if width else x.new_full((len(x),), -torch.inf, dtype=torch.float64)

@@ -1,18 +1,34 @@
-"""MLP: the pair of linears between which activations lie in the inner layout, so that no relayout is needed."""
+"""MLP: the linears between which activations lie in the inner layout, so that no relayout is needed; plain or gated."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from functools import partial
 
-from ..mesh import Mesh
+import torch
+from torch.nn import functional as F
+
+from ..functional import linear_plan
+from ..mesh import Mesh, current
 from .dropout import Dropout
-from .linear import Linear
+from .linear import Linear, share_input
+from .parameter import Given, part_of
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
 
 
 class MLP(torch.nn.Module):
-    """x [..., width] -> gelu(x fc1) [..., hidden] -> fc2 -> dropout, outer -> inner -> outer; GELU runs in fc1's step.
+    """x [..., width] -> fc2(act(fc1(x))) -> dropout, outer -> inner -> outer; gated: down(act(gate(x)) * up(x)).
 
-    Bytes: those of the two Linears. swapped: as Linear's, for both; matters only where outer and inner are the same.
+    activation: "gelu" (exact; runs inside fc1's step where not gated), "gelu_tanh", "relu", "silu". gated: gate and up
+    share one gather of x. given: full tensors "fc1.weight", "fc1.bias", .. or "gate.weight", .., cut instead of drawn.
+    Bytes: those of the Linears, x of gate and up once. swapped: as Linear's, for all; matters only where outer and inner
+    are the same. Raises ValueError for another activation.
     """
 
     def __init__(
@@ -24,12 +40,38 @@ class MLP(torch.nn.Module):
         mesh: Mesh | None = None,
         swapped: bool | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        given: Given = None,
     ) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden, bias, mesh, "outer->inner", swapped, "gelu", dtype)
-        self.fc2 = Linear(hidden, width, bias, mesh, "inner->outer", swapped, "none", dtype)
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"MLP: activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+        mesh = current(mesh)
+        self.activation, self.gated = activation, gated
+        if gated:
+            # decided here for both, so that neither is cut twice
+            into = linear_plan(mesh, width, [hidden] * 2, "outer->inner", swapped).swapped
+            self.gate, self.up = (
+                Linear(width, hidden, bias, mesh, "outer->inner", into, dtype=dtype, given=part_of(given, name)) for name in ("gate", "up")
+            )
+            share_input(self.gate, self.up)
+            self.down = Linear(hidden, width, bias, mesh, "inner->outer", swapped, dtype=dtype, given=part_of(given, "down"))
+        else:
+            self.fused = "gelu" if activation == "gelu" else "none"
+            self.fc1 = Linear(width, hidden, bias, mesh, "outer->inner", swapped, self.fused, dtype, given=part_of(given, "fc1"))
+            self.fc2 = Linear(hidden, width, bias, mesh, "inner->outer", swapped, "none", dtype, given=part_of(given, "fc2"))
         self.dropout = Dropout(dropout, mesh=mesh) if dropout else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.fc2(self.fc1(x))
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            y = self.down(act(self.gate(x)) * self.up(x))
+        else:
+            hidden = self.fc1(x)
+            y = self.fc2(hidden if self.fused == "gelu" else act(hidden))
         return y if self.dropout is None else self.dropout(y)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}, gated={self.gated}"

@@ -1,0 +1,75 @@
+"""Attention's words over positions: rotary angles, masks, keys and values of a sequence that the row axes cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..functional import relayout
+from ..layout import Layout
+from ..mesh import Mesh, ShapeError
+
+
+def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
+    """x [.., time, d] at positions start, start + 1, .. turned by rotary angles position theta^(-2i/d), features i and
+    i + d/2 being a pair (Su et al. 2021, in the order of Llama's published weights). Angles are taken in float64."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64, device=x.device) / half)
+    angles = torch.arange(start, start + x.shape[-2], dtype=torch.float64, device=x.device).unsqueeze(1) * frequencies
+    cos, sin = (turn.to(torch.float64 if x.dtype == torch.float64 else torch.float32) for turn in (angles.cos(), angles.sin()))
+    one, other = x.to(cos.dtype).split(half, -1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(x.dtype)
+
+
+def gather_time(x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
+    """x [time here, ...] -> [time, ...], the members' pieces of `lengths` over inner's row axes one after the other.
+
+    Backward reduce-scatters: each rank's queries give gradients to every key. Bytes received a rank: x of the others
+    forward, and backward its own piece once from each, 16-bit gradients in float32.
+    """
+    return _GatherTime.apply(x, mesh, lengths)
+
+
+class _GatherTime(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
+        ctx.mesh, ctx.lengths, ctx.dtype = mesh, lengths, x.dtype
+        return torch.cat(mesh.axis(mesh.inner.rows).all_gather(x.contiguous(), mesh.source))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
+        mine = ctx.mesh.axis(ctx.mesh.inner.rows).reduce_scatter(wide, ctx.lengths, ctx.mesh.source)
+        return mine.to(ctx.dtype), None, None
+
+
+def mask_here(mask: torch.Tensor, mesh: Mesh, heads: int, dim: int, rows: int) -> torch.Tensor:
+    """The part of a mask, broadcastable to [batch, heads, time, keys], for this rank's heads and inner's rows.
+
+    rows: inner's along `dim` (0: batch, 1: time). A mask of outer's rows is gathered where inner has all of them;
+    that, and a control message there, is all that moves. Raises ShapeError where its heads do not fit.
+    """
+    mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape) if mask.dim() < 4 else mask
+    if mask.dim() != 4 or mask.shape[1] not in (1, heads):
+        raise ShapeError(
+            f"attention mask: rank {mesh.rank} got {tuple(mask.shape)}, expected one that broadcasts to [batch, {heads}, T, S]"
+        )
+    if mask.shape[1] == heads and heads > 1:
+        mask = mask.narrow(1, *mesh.interval(heads, mesh.inner.features))
+    axis = mesh.axis(tuple(set(mesh.outer.rows) ^ set(mesh.inner.rows)))
+    if axis is None:
+        return mask
+    at = 0 if dim == 0 else 2
+    held = [count for (count,) in axis.sizes([mask.shape[at]])]
+    if sum(held) != rows:
+        return mask
+    # equal masks of one row each, meant to be broadcast, may be gathered too: the result is the same
+    heads_last = mask.transpose(0, at)
+    outer, inner = (Layout(layout.rows, ()) for layout in (mesh.outer, mesh.inner))
+    return relayout(heads_last.contiguous(), mesh, outer, inner, mask.shape[3]).transpose(0, at)
+
+
+def causal_mask(start: int, time: int, keys: int, device: torch.device) -> torch.Tensor:
+    """[time, keys] of bool: the query at start + i sees the keys up to its own position."""
+    return torch.arange(keys, device=device) <= torch.arange(start, start + time, device=device).unsqueeze(1)
