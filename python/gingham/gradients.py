@@ -123,9 +123,9 @@ def may_sum_later(mesh: Mesh, weights: list[torch.Tensor], nodes: list[Any]) -> 
 
 
 def _accumulates_alone(weight: torch.Tensor, node: Any) -> bool:
-    if weight.grad is not None or weight.dtype not in (torch.float32, torch.float64):
+    if getattr(node, "variable", None) is not weight or weight.dtype not in (torch.float32, torch.float64):
         return False
-    if weight._backward_hooks or weight._post_accumulate_grad_hooks or getattr(node, "variable", None) is not weight:
+    if weight.grad is not None or weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return False
     try:
         return torch._C._will_engine_execute_node(node)

@@ -80,7 +80,7 @@ class LayerNorm(_Norm):
 class RMSNorm(_Norm):
     """torch.nn.RMSNorm over the last dim: x / sqrt(mean(x^2) + eps) * weight, blocks in `layout`.
 
-    eps None: the finfo eps of x's dtype. Squares are summed in float64. weight: as LayerNorm's; given: "weight".
+    eps None: the finfo eps of x's dtype, of float32 for 16-bit x (what torch's kernel takes). Squares are summed in float64. weight: as LayerNorm's; given: "weight".
     Bytes received a rank: forward and backward 8 rows (pf-1) each over pf feature ranks; features/pf words, all-reduced
     over the row ranks.
     """
@@ -102,7 +102,7 @@ class RMSNorm(_Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check(x)
-        return _Normalise.apply(x, self.weight, None, self, False, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
+        return _Normalise.apply(x, self.weight, None, self, False, torch.finfo(_wide(x.dtype)).eps if self.eps is None else self.eps)
 
 
 def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,12 @@ import gingham
 import serial
 from gingham import nn
 from gingham.mesh import current
-from grids import GRIDS, ranks_of, relative, whole
+from grids import GRIDS, ranks_of, whole
 
 # batch, time, width, heads, kv heads, hidden, vocabulary
 EVEN, UNEVEN = (12, 8, 96, 24, 12, 144, 96), (13, 5, 84, 12, 12, 101, 71)
 Size = tuple[int, int, int, int, int, int, int]
+Errors = dict[tuple[str, str], tuple[float, float]]
 ALL = ["1d", "1d sequence", "2d", "2.5d", "3d", "3x2x2"]
 QUICK = {("2.5d", "bfloat16"), ("3x2x2", "float32")}
 
@@ -196,7 +197,7 @@ def measured(mesh: Any, case: Case, size: Size, dtype: torch.dtype) -> dict[str,
     results = []
     for module in (exact, plain, ours):
         wide = torch.float64 if module is exact else dtype
-        x = full.to(wide).requires_grad_() if full.is_floating_point() else full
+        x = full.to(wide).clone().requires_grad_() if full.is_floating_point() else full
         if module is ours:
             y = ours(mesh.scatter(x, case.operands[0], case.dim))
             y = mesh.gather(y, case.operands[1], case.dim) if case.operands[1] else y
@@ -210,9 +211,7 @@ def measured(mesh: Any, case: Case, size: Size, dtype: torch.dtype) -> dict[str,
     return {name: (error, theirs[name]) for name, error in mine.items()}
 
 
-def every_layer(
-    rank: int, options: dict[str, Any], dtype: torch.dtype, sizes: tuple[Size, ...]
-) -> dict[tuple[str, str], tuple[float, float]]:
+def every_layer(rank: int, options: dict[str, Any], dtype: torch.dtype, sizes: tuple[Size, ...]) -> Errors:
     mesh = gingham.init(**options)
     return {
         (case, f"{name} {size[:3]}"): errors
