@@ -46,7 +46,9 @@ def batch(family: str, seed: int = 7, rows: int = BATCH) -> dict[str, torch.Tens
     ids = torch.randint(2, VOCABULARY, (rows, TIME), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, -3:] = 0
-    labels = torch.where(torch.rand(ids.shape, generator=generator) < 0.3, ids, -100) if family == "bert" else ids.masked_fill(mask == 0, -100)
+    labels = (
+        torch.where(torch.rand(ids.shape, generator=generator) < 0.3, ids, -100) if family == "bert" else ids.masked_fill(mask == 0, -100)
+    )
     return dict(input_ids=ids, attention_mask=mask, labels=labels)
 
 

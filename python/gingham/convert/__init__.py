@@ -80,7 +80,7 @@ def parallelize(
         raise NotImplementedError(f"{type(model).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
     if rules.body == "outer":
         attention.register()
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        config = config.get_text_config()  # type: ignore[union-attr]
     recipes = meta.record(model) if any(parameter.is_meta for parameter in model.parameters()) else None
     made = Conversion(model, mesh, rules, getattr(config, "hidden_size", None) if rules.body == "outer" else None)
     old = dict(model.named_parameters())
@@ -94,7 +94,7 @@ def parallelize(
     for path in sorted(set(rules.unused()) & asked):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(model).__name__}", stacklevel=2)
     inputs.attach(model, mesh, io, "outer" if top else rules.body, batch)
-    model.gingham_plan = made.lines
+    model.gingham_plan = made.lines  # type: ignore[assignment]
     if verbose:
         show(made, tokens)
     return model
@@ -241,7 +241,9 @@ def width_of(module: torch.nn.Module) -> int:
 def _own_parameters(made: Conversion, path: str, module: torch.nn.Module, body: str) -> None:
     """Parameters that stand in the module itself."""
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and made.mesh.outer.rows:
-        raise NotImplementedError(f"{path}: {type(module).__name__} would see a part of the batch; use LayerNorm, or a mesh that does not cut rows")
+        raise NotImplementedError(
+            f"{path}: {type(module).__name__} would see a part of the batch; use LayerNorm, or a mesh with whole rows"
+        )
     if body == "outer" and made.rules.body == "outer":
         layers.cut_loose(made, path, module, body)
     left = [name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in _held(made)]
@@ -249,7 +251,7 @@ def _own_parameters(made: Conversion, path: str, module: torch.nn.Module, body: 
         return
     if body == "outer":
         named = ", ".join(f"{path}.{name}".lstrip(".") for name in left)
-        raise NotImplementedError(f"{named} of {type(module).__name__}: no rule says how it lies on the mesh, and copied it would meet cut features")
+        raise NotImplementedError(f"{named} of {type(module).__name__}: no rule says how it is cut, and copied it would meet cut features")
     kind = type(module).__name__
     layers.copy_parameters(made, path, module, f"no layer of ours for {kind}: runs on this rank's rows with copied weights")
 
@@ -265,4 +267,3 @@ def _retie(made: Conversion, model: torch.nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in made.parameters:
                 module._parameters[name] = made.parameters[id(parameter)]
-

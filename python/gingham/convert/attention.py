@@ -58,7 +58,7 @@ class MultiheadAttention(torch.nn.Module):
             if has_bias:
                 given["bias"] = torch.nn.Parameter(biases[part], old.in_proj_bias.requires_grad)
             setattr(self, part, nn.Linear(width, width, has_bias, mesh, "outer->inner", self.plans[3].swapped, given=given))
-        given = {name: parameter for name, parameter in old.out_proj.named_parameters()}
+        given = dict(old.out_proj.named_parameters())
         swapped = "auto" if free else None
         self.out_proj = nn.Linear(width, width, old.out_proj.bias is not None, mesh, "inner->outer", swapped, given=given)
         self.dropout = nn.Dropout(old.dropout, mesh=mesh, layout="inner", dims=(0, 1)) if old.dropout else None
@@ -83,7 +83,9 @@ class MultiheadAttention(torch.nn.Module):
         is_causal: bool = False,
     ) -> tuple[torch.Tensor, None]:
         if need_weights:
-            raise NotImplementedError("MultiheadAttention: weights are not returned when heads lie on several ranks; pass need_weights=False")
+            raise NotImplementedError(
+                "MultiheadAttention: heads lie on several ranks, so weights are not returned; pass need_weights=False"
+            )
         if query is key and key is value:
             q, k, v = self._project(query, "qkv")
         elif key is value:
@@ -161,8 +163,8 @@ def attention_function(
     if causal and key.shape[2] > query.shape[2]:
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     drop = dropout_of(module) if dropout else None
-    if dropout and not isinstance(drop, nn.Dropout):
-        raise NotImplementedError(f"{type(module).__name__}: dropout {dropout} was set after parallelize; set it in the configuration before")
+    if drop is not None and not isinstance(drop, nn.Dropout) or dropout and drop is None:
+        raise NotImplementedError(f"{type(module).__name__}: dropout {dropout} was set after parallelize; set it before")
     return attend(query, key, value, attention_mask, causal, scaling, drop).transpose(1, 2).contiguous(), None
 
 

@@ -65,16 +65,14 @@ class Border:
         def cut(x: Any) -> Any:
             if not self._batched(name, x) or x.shape[self._dim(name, x)] != size:
                 return x
-            features = (self.stack or name in STREAMS) and x.is_floating_point() and self.body == "outer" and name not in ("src_key_padding_mask",)
-            features = features and not name.endswith("_mask")
+            if x.dtype == torch.bool:
+                return self.mesh.scatter(x.to(torch.uint8), "rows").bool()
+            features = self.body == "outer" and x.is_floating_point() and (self.stack or name in STREAMS) and not name.endswith("_mask")
             dim = self._dim(name, x)
-            y = self.mesh.scatter(x, "x" if features else "rows", dim) if x.is_floating_point() or x.dtype != torch.bool else self._bools(x)
+            y = self.mesh.scatter(x, "x" if features else "rows", dim)
             return y.transpose(0, 1).contiguous() if dim == 1 else y
 
         return pytree.tree_map(cut, value)
-
-    def _bools(self, x: torch.Tensor) -> torch.Tensor:
-        return self.mesh.scatter(x.to(torch.uint8), "rows").bool()
 
     def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         labels = model.__dict__.pop("_border_labels", {})
@@ -83,14 +81,16 @@ class Border:
             return self._fields(output, loss)
         if not self.full:
             return output
-        return pytree.tree_map(lambda y: self._gather(y, "x" if self.body == "outer" else "rows") if isinstance(y, torch.Tensor) else y, output)
+        return self._gather(output, "x" if self.body == "outer" else "rows")
 
-    def _gather(self, y: torch.Tensor, operand: str) -> torch.Tensor:
-        if y.dim() == 0:
-            return y
-        if self.stack and self.batch == 1 and y.dim() > 2:
-            return self.mesh.gather(y.contiguous(), operand).transpose(0, 1)
-        return self.mesh.gather(y, operand)
+    def _gather(self, value: Any, operand: str) -> Any:
+        def gather(y: Any) -> Any:
+            if not isinstance(y, torch.Tensor) or y.dim() == 0:
+                return y
+            full = self.mesh.gather(y.contiguous(), operand)
+            return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
+
+        return pytree.tree_map(gather, value)
 
     def _fields(self, output: Any, loss: torch.Tensor | None) -> Any:
         if isinstance(output, tuple):
@@ -98,7 +98,7 @@ class Border:
         for name, value in list(output.items()):
             if self.full and name not in ("loss", "past_key_values"):
                 operand = "inner" if name in INNER else "rows" if name in ROWS else "x"
-                output[name] = pytree.tree_map(lambda y, operand=operand: self._gather(y, operand) if isinstance(y, torch.Tensor) else y, value)
+                output[name] = self._gather(value, operand)
         if loss is not None:
             output["loss"] = loss
         return output

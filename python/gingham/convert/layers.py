@@ -49,7 +49,9 @@ class Conversion:
             "qkv": f"{body}->inner",
         }[role]
 
-    def adopt(self, path: str, kind: str, old: torch.nn.Module, new: torch.nn.Module, layout: str, pairs: dict[str, str] | None = None) -> Any:
+    def adopt(
+        self, path: str, kind: str, old: torch.nn.Module, new: torch.nn.Module, layout: str, pairs: dict[str, str] | None = None
+    ) -> Any:
         """Notes that `new` stands for `old`; pairs: new parameter names by old ones, by default the same."""
         names = pairs if pairs is not None else {name: name for name, _ in old.named_parameters(recurse=False)}
         made = dict(new.named_parameters())
@@ -62,7 +64,7 @@ class Conversion:
 
 
 def given_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter for name, parameter in module.named_parameters(recurse=False)}
+    return dict(module.named_parameters(recurse=False))
 
 
 def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed: bool) -> torch.nn.Module:
@@ -70,7 +72,8 @@ def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed:
     into, out = old.weight.shape if transposed else reversed(old.weight.shape)
     role = made.rules.role(path)
     if role == "qkv":
-        return made.adopt(path, "linear x 3", old, FusedLinears(into, out, made.mesh, given_of(old), f"{body}->inner"), f"{body}->inner", {})
+        fused = FusedLinears(into, out, made.mesh, given_of(old), made.ends(role, body))
+        return made.adopt(path, "linear x 3", old, fused, made.ends(role, body), {})
     layout = made.ends(role, body)
     tied = made.embeddings.get(id(old.weight))
     if tied is not None and not transposed:
@@ -144,12 +147,12 @@ def convert_norm(made: Conversion, path: str, old: Any, body: str) -> torch.nn.M
         eps = old.eps if hasattr(old, "eps") else old.variance_epsilon
         new: torch.nn.Module = nn.RMSNorm(shape[0], eps, made.mesh, body, given=given_of(old))
         return made.adopt(path, "rms norm", old, new, body)
-    affine = {} if old.elementwise_affine else {"elementwise_affine": False}
-    new = nn.LayerNorm(shape[0], old.eps, made.mesh, body, bias=old.bias is not None, given=given_of(old), **affine)
+    affine = old.elementwise_affine
+    new = nn.LayerNorm(shape[0], old.eps, made.mesh, body, old.bias is not None, elementwise_affine=affine, given=given_of(old))
     return made.adopt(path, "layer norm", old, new, body)
 
 
-def is_root_norm(cls: type) -> bool:
+def is_root_norm(cls: Any) -> bool:
     """Whether a class computes what Llama's norm does: transformers has dozens of copies, and some that add 1 to the weight."""
     if not cls.__name__.endswith("RMSNorm") or not cls.__module__.startswith("transformers."):
         return False
@@ -159,7 +162,7 @@ def is_root_norm(cls: type) -> bool:
     return forwards[0] == forwards[1]
 
 
-class Patches(getattr(nn, "PatchEmbedding", torch.nn.Module)):
+class Patches(nn.PatchEmbedding):
     """A convolution that takes images apart (kernel = stride): [rows, channels, h, w] -> [rows, width here, h / p, w / p]."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +173,8 @@ class Patches(getattr(nn, "PatchEmbedding", torch.nn.Module)):
 def convert_patches(made: Conversion, path: str, old: torch.nn.Conv2d, body: str) -> torch.nn.Module:
     if made.mesh.layout(body) != made.mesh.outer:
         raise NotImplementedError(f"{path}: a convolution over patches in a model that no rule knows")
-    new = Patches(None, tuple(old.kernel_size), old.in_channels, old.out_channels, old.bias is not None, made.mesh, given=given_of(old))
+    high, wide = old.kernel_size
+    new = Patches(None, (high, wide), old.in_channels, old.out_channels, old.bias is not None, made.mesh, given=given_of(old))
     return made.adopt(path, "patches", old, new, body)
 
 
@@ -215,4 +219,3 @@ def cut_loose(made: Conversion, path: str, module: torch.nn.Module, body: str) -
         cuts = ((),) * (parameter.dim() - 1) + (layout.features,)
         made.parameters[id(parameter)] = hold(module, name, mesh, cuts, layout.rows)
         made.lines.append(Line(f"{path}.{name}", "parameter", None, body))
-

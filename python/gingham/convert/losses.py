@@ -66,7 +66,7 @@ class Labelled:
         from transformers.loss.loss_utils import ForQuestionAnsweringLoss
 
         ends = [self.gathered(name, "rows") for name in ("start_logits", "end_logits")]
-        return ForQuestionAnsweringLoss(*ends, self.whole("start_positions"), self.whole("end_positions"))
+        return ForQuestionAnsweringLoss(ends[0], ends[1], self.whole("start_positions"), self.whole("end_positions"))
 
     def pretraining(self) -> torch.Tensor:
         words = _vocabulary(self.output.prediction_logits, self.cut("labels"), self.mesh)

@@ -8,10 +8,11 @@ with deviation 0.02 on [1000, 64] cut in two: rank 1 of 2 draws elements 32000 t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 from math import prod
 from typing import Any
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -32,11 +33,15 @@ DRAWS = (aten.normal_.default, aten.uniform_.default, aten.zero_.default, aten.f
 class _Record(TorchDispatchMode):
     """Writes down what is done in place to the tensors of `known`; their row views too."""
 
-    def __init__(self, known: list[torch.Tensor]) -> None:
+    def __init__(self, known: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.recipes: dict[int, Recipe] = {id(tensor): [] for tensor in known}
         self._views: dict[int, tuple[int, int | None]] = {id(tensor): (id(tensor), None) for tensor in known}
         self._alive = list(known)
+
+    def truncated(self, tensor: torch.Tensor, mean: float, std: float, a: float, b: float, generator: Any = None) -> torch.Tensor:
+        self.recipes[self._views[id(tensor)][0]] = [("truncated", (mean, std, a, b))]
+        return tensor
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -60,10 +65,10 @@ class _Record(TorchDispatchMode):
 
 def record(model: torch.nn.Module) -> dict[int, Recipe]:
     """What the model's own initialisation does to each parameter, by the parameter's id."""
-    known = [parameter for parameter in model.parameters() if parameter.is_meta]
-    with torch.no_grad(), _Record(known) as mode:
-        for module in model.modules():
-            _initialise(model, module)
+    mode = _Record([parameter for parameter in model.parameters() if parameter.is_meta])
+    # torch's own does nothing to a meta tensor, not even an operation that could be seen
+    with patch("torch.nn.init._no_grad_trunc_normal_", mode.truncated), torch.no_grad(), mode:
+        model.apply(lambda module: _initialise(model, module))  # children first: a parent may draw theirs anew
     return mode.recipes
 
 
@@ -132,6 +137,10 @@ def _fill(parameter: Any, place: Block, shape: tuple[int, ...], name: str, recip
         if func is aten.normal_.default:
             mean, deviation = (*args, 0.0, 1.0)[:2] if len(args) != 1 else (args[0], 1.0)
             local.copy_(torch.special.ndtri(uniforms(name, shape, here)) * deviation + mean)
+        elif func == "truncated":
+            mean, deviation, least, most = args
+            low, high = (torch.special.ndtr(torch.tensor((end - mean) / deviation, dtype=torch.float64)) for end in (least, most))
+            local.copy_(torch.special.ndtri(uniforms(name, shape, here) * (high - low) + low) * deviation + mean)
         elif func is aten.uniform_.default:
             low, high = args if args else (0.0, 1.0)
             local.copy_(uniforms(name, shape, here) * (high - low) + low)

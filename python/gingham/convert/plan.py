@@ -20,13 +20,8 @@ COLUMNS = ("layer", "kind", "layout", "stationary", "weight here", "of", "receiv
 
 
 def rows(made: Conversion, tokens: int) -> list[tuple[str, ...]]:
-    """One row a layer, in the order of the model, as COLUMNS; received in bytes a rank and step, memory in bytes of parameters."""
-    parts = {id(part): line.path for line in made.lines for part in _parts(line.layer)}
-    return [_row(made, line, tokens) for line in made.lines if id(line.layer) not in parts and line.kind != "dropout"]
-
-
-def _parts(layer: Any) -> list[Any]:
-    return [layer.q, layer.k, layer.v] if isinstance(layer, FusedLinears | MultiheadAttention) else []
+    """One row a layer, as COLUMNS; received in bytes a rank and step, memory in bytes of this rank's parameters."""
+    return [_row(made, line, tokens) for line in made.lines if line.kind != "dropout"]
 
 
 def _row(made: Conversion, line: Line, tokens: int) -> tuple[str, ...]:
@@ -39,6 +34,8 @@ def _row(made: Conversion, line: Line, tokens: int) -> tuple[str, ...]:
     first = parameters[0] if parameters else None
     here, whole = ("-", "-") if first is None else (_shape(local_of(first)), _shape(first))
     memory = sum(local_of(parameter).numel() * parameter.element_size() for parameter in parameters)
+    if line.kind == "classifier, tied":
+        memory -= local_of(first).numel() * first.element_size()  # the embedding's
     if line.reason:
         return line.path or "(the model)", line.kind, f"serial: {line.reason}", "", here, whole, "", f"{memory:,}"
     received, stationary = _traffic(mesh, layer, tokens)
@@ -52,18 +49,16 @@ def _shape(tensor: Any) -> str:
 def _traffic(mesh: Mesh, layer: Any, tokens: int) -> tuple[int, str]:
     """Bytes of all ranks together, and the operands that do not move."""
     if isinstance(layer, nn.Linear):
-        group = layer.group
-        if group is not None and group.linears[0] is not layer:
-            return 0, "with " + "the first of its group"
-        plan = layer.plan if group is None else group.plan
-        return linear_bytes(mesh, plan, tokens, layer.bias is not None, layer.weight.element_size()), stationary_of(mesh, plan.swapped)
+        linears, plan = [layer], layer.plan
+        if layer.group is not None:
+            linears, plan = layer.group.linears, layer.group.plan
+            if linears[0] is not layer:
+                return 0, "with the first of its x"
+        return _linear_bytes(mesh, plan, tokens, linears[0]), stationary_of(mesh, plan.swapped)
     if isinstance(layer, FusedLinears):
-        return linear_bytes(mesh, layer.plan, tokens, layer.q.bias is not None, layer.q.weight.element_size()), stationary_of(
-            mesh, layer.plan.swapped
-        )
+        return _linear_bytes(mesh, layer.plan, tokens, layer.q), stationary_of(mesh, layer.plan.swapped)
     if isinstance(layer, MultiheadAttention):
-        item, bias = layer.q.weight.element_size(), layer.q.bias is not None
-        both = linear_bytes(mesh, layer.plans[3], tokens, bias, item) + linear_bytes(mesh, layer.out_proj.plan, tokens, bias, item)
+        both = _linear_bytes(mesh, layer.plans[3], tokens, layer.q) + _linear_bytes(mesh, layer.out_proj.plan, tokens, layer.out_proj)
         return both, stationary_of(mesh, layer.plans[3].swapped)
     if isinstance(layer, nn.Embedding):
         return cost.embedding_words(mesh, layer) * layer.weight.element_size(), ""
@@ -72,11 +67,11 @@ def _traffic(mesh: Mesh, layer: Any, tokens: int) -> tuple[int, str]:
     return 0, ""
 
 
-def linear_bytes(mesh: Mesh, plan: LinearPlan, tokens: int, bias: bool, item: int) -> int:
-    words = cost.linear_words(mesh, tokens, plan.k, list(plan.n), plan.swapped, bias)
+def _linear_bytes(mesh: Mesh, plan: LinearPlan, tokens: int, layer: nn.Linear) -> int:
+    words = cost.linear_words(mesh, tokens, plan.k, list(plan.n), plan.swapped, layer.bias is not None)
     for source, target, features in [(*plan.x, plan.k), *[(plan.y[1], plan.y[0], size) for size in plan.n]]:
         words += cost.relayout_words(mesh, tokens, features, source, target) + cost.relayout_words(mesh, tokens, features, target, source)
-    return words * item
+    return words * layer.weight.element_size()
 
 
 def stationary_of(mesh: Mesh, swapped: bool) -> str:
@@ -89,9 +84,10 @@ def stationary_of(mesh: Mesh, swapped: bool) -> str:
 
 def table(made: Conversion, tokens: int) -> Table:
     mesh = made.mesh
-    shown = Table(title=f"{type(made.model).__name__} on {dict(mesh.sizes)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, {tokens} rows a step")
+    grid = " x ".join(map(str, mesh.grid))
+    shown = Table(title=f"{type(made.model).__name__} on {dict(mesh.sizes)}, grid m x n x k = {grid}, {tokens} rows a step", expand=False)
     for heading in COLUMNS:
-        shown.add_column(heading, justify="right" if heading in ("received", "memory") else "left")
+        shown.add_column(heading, justify="right" if heading in ("received", "memory") else "left", no_wrap=True)
     every = rows(made, tokens)
     for row in every:
         shown.add_row(*row)
@@ -104,4 +100,4 @@ def table(made: Conversion, tokens: int) -> Table:
 def show(made: Conversion, tokens: int) -> None:
     """Prints the plan, on rank 0."""
     if made.mesh.rank == 0:
-        Console().print(table(made, tokens))
+        Console(width=max(200, Console().width)).print(table(made, tokens), crop=False)
