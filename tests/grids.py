@@ -36,8 +36,15 @@ def words_of(grid: dict[str, Any]) -> str:
 
 
 # `make test` takes those that differ most; `make test-all` takes every one
-TYPICAL = {"1d", "1d sequence", "2.5d", "2.5d sharded", "3x2x2"}
-every_grid = pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in TYPICAL else [pytest.mark.matrix]) for name in GRIDS])
+TYPICAL = ("1d", "1d sequence", "2.5d", "2.5d sharded", "3x2x2")
+
+
+def grids(*quick: str) -> Any:
+    """Every mesh by its name; all but those named in `make test-all` only."""
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in quick else [pytest.mark.matrix]) for name in GRIDS])
+
+
+every_grid = grids(*TYPICAL)
 
 
 def ranks_of(name: str) -> int:

@@ -203,6 +203,8 @@ class Mesh:
         self.ended = False
         self._background: Any = None
         self.world = _C.Axis(self.job, indices["world"], list(range(self.size)), *link)
+        if len(groups) > 1:
+            self._keys["world"] = self.world
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"

@@ -80,7 +80,8 @@ class LayerNorm(_Norm):
 class RMSNorm(_Norm):
     """torch.nn.RMSNorm over the last dim: x / sqrt(mean(x^2) + eps) * weight, blocks in `layout`.
 
-    eps None: the finfo eps of x's dtype, of float32 for 16-bit x (what torch's kernel takes). Squares are summed in float64. weight: as LayerNorm's; given: "weight".
+    eps None: the finfo eps of x's dtype, of float32 for 16-bit x (what torch's kernel takes). Squares are summed in
+    float64. weight: as LayerNorm's; given: "weight".
     Bytes received a rank: forward and backward 8 rows (pf-1) each over pf feature ranks; features/pf words, all-reduced
     over the row ranks.
     """

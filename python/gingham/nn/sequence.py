@@ -55,19 +55,14 @@ def mask_here(mask: torch.Tensor, mesh: Mesh, heads: int, dim: int, rows: int) -
         raise ShapeError(
             f"attention mask: rank {mesh.rank} got {tuple(mask.shape)}, expected one that broadcasts to [batch, {heads}, T, S]"
         )
-    if mask.shape[1] == heads and heads > 1:
-        mask = mask.narrow(1, *mesh.interval(heads, mesh.inner.features))
     axis = mesh.axis(tuple(set(mesh.outer.rows) ^ set(mesh.inner.rows)))
-    if axis is None:
-        return mask
     at = 0 if dim == 0 else 2
-    held = [count for (count,) in axis.sizes([mask.shape[at]])]
-    if sum(held) != rows:
-        return mask
     # equal masks of one row each, meant to be broadcast, may be gathered too: the result is the same
-    heads_last = mask.transpose(0, at)
-    outer, inner = (Layout(layout.rows, ()) for layout in (mesh.outer, mesh.inner))
-    return relayout(heads_last.contiguous(), mesh, outer, inner, mask.shape[3]).transpose(0, at)
+    if axis is not None and sum(count for (count,) in axis.sizes([mask.shape[at]])) == rows:
+        outer, inner = (Layout(layout.rows, ()) for layout in (mesh.outer, mesh.inner))
+        mask = relayout(mask.transpose(0, at).contiguous(), mesh, outer, inner, mask.shape[3]).transpose(0, at)
+    # the other ranks' heads go last: until then they may be asked for by others
+    return mask.narrow(1, *mesh.interval(heads, mesh.inner.features)) if mask.shape[1] == heads and heads > 1 else mask
 
 
 def causal_mask(start: int, time: int, keys: int, device: torch.device) -> torch.Tensor:

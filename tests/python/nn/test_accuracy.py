@@ -16,14 +16,13 @@ import gingham
 import serial
 from gingham import nn
 from gingham.mesh import current
-from grids import GRIDS, ranks_of, whole
+from grids import GRIDS, ranks_of, relative, whole
 
 # batch, time, width, heads, kv heads, hidden, vocabulary
 EVEN, UNEVEN = (12, 8, 96, 24, 12, 144, 96), (13, 5, 84, 12, 12, 101, 71)
 Size = tuple[int, int, int, int, int, int, int]
 Errors = dict[tuple[str, str], tuple[float, float]]
 ALL = ["1d", "1d sequence", "2d", "2.5d", "3d", "3x2x2"]
-QUICK = {("2.5d", "bfloat16"), ("3x2x2", "float32")}
 
 
 @dataclass
@@ -227,12 +226,51 @@ def allowed(case: str, dtype: torch.dtype, serial_error: float) -> float:
     return CASES[case].bound if CASES[case].bound == 1e-6 else max(CASES[case].bound, 3 * serial_error)
 
 
+def check(answers: list[Errors], dtype: torch.dtype) -> None:
+    assert all(answer == answers[0] for answer in answers)
+    wrong = {key: pair for key, pair in answers[0].items() if not pair[0] <= allowed(key[0], dtype, pair[1])}
+    assert not wrong, wrong
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.matrix
 def test_every_layer_on_every_grid(ranks, name: str, dtype: str) -> None:
     kind = getattr(torch, dtype)
-    answers = ranks(ranks_of(name))(every_layer, GRIDS[name], kind, (EVEN, UNEVEN))
-    assert all(answer == answers[0] for answer in answers)
-    wrong = {key: pair for key, pair in answers[0].items() if not pair[0] <= allowed(key[0], kind, pair[1])}
-    assert not wrong, wrong
+    check(ranks(ranks_of(name))(every_layer, GRIDS[name], kind, (EVEN, UNEVEN)), kind)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("2.5d", "bfloat16"), ("1d sequence", "float32")])
+def test_every_layer(ranks, name: str, dtype: str) -> None:
+    """The quick part of the matrix."""
+    kind = getattr(torch, dtype)
+    check(ranks(ranks_of(name))(every_layer, GRIDS[name], kind, (UNEVEN,)), kind)
+
+
+def offset(rank: int, options: dict[str, Any]) -> dict[str, float]:
+    """LayerNorm far from zero."""
+    mesh, errors = gingham.init(**options), {}
+    for batch, width in ((16, 64), (13, 37)):
+        torch.manual_seed(0)
+        theirs = torch.nn.LayerNorm(width).double()
+        for layout, operand in (("outer", "x"), ("inner", "inner")):
+            ours = nn.LayerNorm(width, layout=layout)
+            full = torch.randn(batch, width) + 1000
+            a, b, cotangent = full.clone().requires_grad_(), full.double().requires_grad_(), torch.randn(batch, width)
+            got, expected = mesh.gather(ours(mesh.scatter(a, operand)), operand), theirs(b)
+            theirs.zero_grad()
+            got.backward(cotangent), expected.backward(cotangent.double())
+            pairs = [
+                (got, expected),
+                (a.grad, b.grad),
+                (whole(ours.weight.grad), theirs.weight.grad),
+                (whole(ours.bias.grad), theirs.bias.grad),
+            ]
+            errors[f"{batch} {width} {layout}"] = max(relative(*pair) for pair in pairs)
+    return errors
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "3x2x2" else [pytest.mark.matrix]) for name in ALL])
+def test_layer_norm_a_thousand_away_from_zero(ranks, name: str) -> None:
+    for errors in ranks(ranks_of(name))(offset, GRIDS[name]):
+        assert max(errors.values()) <= 1e-5, errors
