@@ -61,21 +61,13 @@ def save(
     results = ranks.together(what, lambda: writer.write_data(planner.finish_plan(merged[ranks.rank]), planner).value())
 
     def finish() -> None:
-        for rank, written in enumerate(results):
-            _check_visible(temporary, rank, written)
         writer.finish(metadata, results)
+        unseen = folders.damaged(temporary, metadata)
+        if unseen:
+            raise CheckpointError(f"{'; '.join(unseen)}, as their ranks wrote: all ranks must write to one file system")
         folders.commit(temporary, final, keep)
 
     ranks.first(what, finish)
-
-
-def _check_visible(folder: Path, rank: int, written: list[Any]) -> None:
-    for result in written:
-        file, end = folder / result.storage_data.relative_path, result.storage_data.offset + result.storage_data.length
-        size = file.stat().st_size if file.exists() else None
-        if size is None or size < end:
-            found = "no such file" if size is None else f"{size} bytes"
-            raise CheckpointError(f"{file}: rank {rank} wrote it, rank 0 sees {found}, expected {end} bytes; all ranks must see the path")
 
 
 def load(
@@ -103,6 +95,9 @@ def load(
         saved, extra = metadata.state_dict_metadata, {EXTRA: None}
         if EXTRA in saved:
             read(reader, metadata, extra)
+        damaged = folders.damaged(folder, metadata) if ranks.rank == 0 else []
+        if damaged:
+            raise CheckpointError(f"{'; '.join(damaged)}: the checkpoint is damaged; an older one loads by its own folder's path")
         target = Target(ranks, model, optimizer, scheduler, saved, unpacked(extra[EXTRA]) if extra[EXTRA] else {}, strict)
         wrong = target.wrong + [
             reason

@@ -58,7 +58,7 @@ def inspect(path: Path, console: Console) -> int:
     metadata, extra = _opened(folder)
     grid = extra.get("grid")
     on = " x ".join(f"{name} {size}" for name, size in grid.items()) if grid else "one process" if extra else "unknown"
-    missing = _missing(folder, metadata)
+    missing = folders.damaged(folder, metadata)
     console.print(f"{folder}: {'complete' if not missing else 'DAMAGED'}, step {extra.get('step')}, saved on {on}", markup=False)
     for text in missing:
         console.print(text, markup=False)
@@ -87,15 +87,6 @@ def _show(console: Console, title: str, rows: list[tuple[str, Any, Any, int]]) -
     table.add_section()
     table.add_row(f"all {len(rows)}", "", "", f"{total:,}", "")
     console.print(table)
-
-
-def _missing(folder: Path, metadata: Metadata) -> list[str]:
-    """Files that are shorter than what the metadata says lies in them."""
-    ends: dict[str, int] = {}
-    for info in (metadata.storage_data or {}).values():
-        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in ends}
-    return [f"{name}: has {sizes[name]} bytes, expected {end}" for name, end in ends.items() if sizes[name] < end]
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .together import CheckpointError
 
@@ -34,6 +35,15 @@ def newest(path: Path) -> Path:
         holds = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else "nothing: no such folder"
         raise CheckpointError(f"{path}: no complete checkpoint; expected a folder that gingham.save wrote, it holds {holds}")
     return found[-1]
+
+
+def damaged(folder: Path, metadata: Any) -> list[str]:
+    """Files of a checkpoint that are missing or shorter than what its metadata says lies in them."""
+    ends: dict[str, int] = {}
+    for info in (metadata.storage_data or {}).values():
+        ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else 0 for name in ends}
+    return [f"{folder / name}: got {sizes[name]} bytes, expected {end}" for name, end in ends.items() if sizes[name] < end]
 
 
 def begin(path: Path) -> tuple[Path, Path]:
