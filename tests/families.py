@@ -80,7 +80,8 @@ def errors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> d
     return found
 
 
-def beside(mesh: Any, family: str, verbose: bool = False, **changed: Any) -> dict[str, float]:
+def beside(mesh: Any, family: str, verbose: bool = False, **changed: Any) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Errors of the loss, the logits and every gradient; and what the plan says stayed serial, with the reasons."""
     import gingham
 
     original = build(family, **changed)
@@ -93,7 +94,8 @@ def beside(mesh: Any, family: str, verbose: bool = False, **changed: Any) -> dic
     got = model(**inputs)
     got.loss.backward()
     found = errors(plain(model), plain(original))
-    return {"loss": relative(got.loss, expected.loss), "logits": relative(got.logits, expected.logits), **found}
+    errors_of = {"loss": relative(got.loss, expected.loss), "logits": relative(got.logits, expected.logits), **found}
+    return errors_of, [(line.path, line.reason) for line in model.gingham_plan if line.reason]
 
 
 def curve(model: torch.nn.Module, family: str, steps: int, lr: float = 3e-4) -> list[float]:

@@ -19,6 +19,8 @@ import cloudpickle
 
 from gingham.spawn import rank_environment
 
+# seconds in every rank, once in their server; those not installed are left out
+MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "bert", "vit")]
 GRACE = 10.0  # seconds in which the other ranks may notice that one has failed
 
 
@@ -75,7 +77,7 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "cloudpickle", "gingham"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "cloudpickle", "gingham", *MODELS])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=serve, args=(rank, theirs), daemon=True, name=f"rank {rank}")

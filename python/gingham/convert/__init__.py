@@ -170,7 +170,7 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
         new = attention.MultiheadAttention(module, made.mesh)
         return made.adopt(path, "attention", module, new, "outer->outer", {"in_proj_weight": "", "in_proj_bias": ""})
     if isinstance(module, torch.nn.Dropout):
-        if isinstance(parent, torch.nn.Module) and attention.is_attention(parent):
+        if parent is not None and attention.is_attention(parent) and attention.dropout_of(parent) is module:
             return layers.convert_dropout(made, path, module, "inner", (0, 1))
         inner = isinstance(parent, STACKS) and path.endswith(".dropout") or getattr(module, "_between", False)
         return layers.convert_dropout(made, path, module, "inner" if inner else body)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..layout import chunks
 from ..mesh import Mesh
-from .losses import loss_of, takes_labels
+from .losses import Labelled, loss_of, takes_labels
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -37,6 +38,8 @@ class Border:
         self.hugging = takes_labels(model)
         self.names = list(inspect.signature(model.forward).parameters)
         self.stack = body == "outer" and not self.hugging
+        self.size: int | None = None
+        self.missing = 0
 
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(self.names, args, strict=False))
@@ -50,10 +53,17 @@ class Border:
         size = next((x.shape[self._dim(name, x)] for name, x in [*named.items(), *kwargs.items()] if self._batched(name, x)), None)
         if labels:
             model.__dict__["_border_labels"] = labels
+        self.size, self.missing = size, self._missing(size or 0)
         if self.full:
             named = {name: self._cut(name, x, size) for name, x in named.items()}
             kwargs = {name: self._cut(name, x, size) for name, x in kwargs.items()}
         return (*named.values(), *rest), kwargs
+
+    def _missing(self, size: int) -> int:
+        """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
+        rows = self.mesh.outer.rows
+        held = chunks(size, [self.mesh.sizes[name] for name in rows])
+        return -size % len(held) if self.full and self.hugging and size and min(held) == 0 else 0
 
     def _batched(self, name: str, x: Any) -> bool:
         return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in WHOLE
@@ -65,6 +75,8 @@ class Border:
         def cut(x: Any) -> Any:
             if not self._batched(name, x) or x.shape[self._dim(name, x)] != size:
                 return x
+            if self.missing:
+                x = torch.cat([x, x[:1].expand(self.missing, *x.shape[1:])])
             if x.dtype == torch.bool:
                 return self.mesh.scatter(x.to(torch.uint8), "rows").bool()
             features = self.body == "outer" and x.is_floating_point() and (self.stack or name in STREAMS) and not name.endswith("_mask")
@@ -77,7 +89,7 @@ class Border:
     def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         labels = model.__dict__.pop("_border_labels", {})
         if self.hugging:
-            loss = loss_of(model, output, labels, kwargs, self.mesh, self.full) if labels else None
+            loss = loss_of(Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing)) if labels else None
             return self._fields(output, loss)
         if not self.full:
             return output
@@ -88,6 +100,7 @@ class Border:
             if not isinstance(y, torch.Tensor) or y.dim() == 0:
                 return y
             full = self.mesh.gather(y.contiguous(), operand)
+            full = full[: self.size] if self.missing else full
             return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
 
         return pytree.tree_map(gather, value)

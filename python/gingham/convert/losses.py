@@ -28,19 +28,28 @@ def _vocabulary(logits: torch.Tensor, labels: torch.Tensor, mesh: Mesh, items: A
 
 
 class Labelled:
-    """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms."""
+    """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms.
+    missing: rows that were added to the inputs, to be ignored."""
 
-    def __init__(self, model: Any, output: Any, labels: dict[str, Any], kwargs: dict[str, Any], mesh: Mesh, full: bool) -> None:
-        self.model, self.output, self.labels, self.kwargs, self.mesh, self.full = model, output, labels, kwargs, mesh, full
+    def __init__(
+        self, model: Any, output: Any, labels: dict[str, Any], kwargs: dict[str, Any], mesh: Mesh, full: bool, missing: int = 0
+    ) -> None:
+        self.model, self.output, self.labels, self.kwargs = model, output, labels, kwargs
+        self.mesh, self.full, self.missing = mesh, full, missing
 
     def cut(self, name: str) -> torch.Tensor:
-        return self.mesh.scatter(self.labels[name], "rows") if self.full else self.labels[name]
+        if not self.full:
+            return self.labels[name]
+        labels = self.labels[name]
+        added = labels.new_full((self.missing, *labels.shape[1:]), -100)
+        return self.mesh.scatter(torch.cat([labels, added]) if self.missing else labels, "rows")
 
     def whole(self, name: str) -> torch.Tensor:
         return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
 
     def gathered(self, field: str, operand: str = "inner") -> torch.Tensor:
-        return self.mesh.gather(self.output[field], operand)
+        full = self.mesh.gather(self.output[field], operand)
+        return full[: len(full) - self.missing]
 
     def causal(self) -> torch.Tensor:
         shifted = self.kwargs.get("shift_labels")
@@ -86,15 +95,15 @@ LOSSES: dict[str, Callable[[Labelled], torch.Tensor]] = {
 }
 
 
-def loss_of(model: Any, output: Any, labels: dict[str, Any], kwargs: dict[str, Any], mesh: Mesh, full: bool) -> torch.Tensor:
+def loss_of(call: Labelled) -> torch.Tensor:
     """The loss that the model's class would give, of the whole batch, the same number on every rank.
 
     Raises NotImplementedError for a class without an entry here and for a loss_function of the caller's own.
     """
-    kind = type(model).__name__
+    kind = type(call.model).__name__
     name = next((end for end in LOSSES if kind.endswith(end)), None)
-    if name is None or "_loss_function" in model.__dict__:
+    if name is None or "_loss_function" in call.model.__dict__:
         raise NotImplementedError(
             f"{kind}: labels= knows the losses of {', '.join(LOSSES)}; leave labels out and compute the loss from the outputs' logits"
         )
-    return LOSSES[name](Labelled(model, output, labels, kwargs, mesh, full))
+    return LOSSES[name](call)
