@@ -68,11 +68,13 @@ def plain(model: torch.nn.Module, gradients: bool = True) -> dict[str, torch.Ten
 
 
 def errors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative, by name; a key's bias, whose true gradient is 0, against the query's."""
+    """Relative, by name; biases whose true gradient is 0 (the keys', the ends of an answer) against a neighbour's."""
     assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
     found = {}
     for name, truth in expected.items():
-        against = name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias")
+        against = (
+            name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias").replace("qa_outputs.bias", "qa_outputs.weight")
+        )
         if against != name:
             found[name] = float((got[name] - truth).norm() / expected[against].norm())
         else:
