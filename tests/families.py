@@ -68,18 +68,26 @@ def plain(model: torch.nn.Module, gradients: bool = True) -> dict[str, torch.Ten
 
 
 def errors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Relative, by name; biases whose true gradient is 0 (the keys', the ends of an answer) against a neighbour's."""
+    """Relative, by name; a key's bias, whose true gradient is 0, against the query's."""
     assert got.keys() == expected.keys(), sorted(got.keys() ^ expected.keys())
     found = {}
     for name, truth in expected.items():
-        against = (
-            name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias").replace("qa_outputs.bias", "qa_outputs.weight")
-        )
+        against = name.replace("key.bias", "query.bias").replace("k_proj.bias", "q_proj.bias")
         if against != name:
             found[name] = float((got[name] - truth).norm() / expected[against].norm())
         else:
             found[name] = relative(got[name], truth)
     return found
+
+
+def joint_error(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all gradients as one vector: for losses under which some are 0 in truth."""
+    difference, norm = (
+        sum(float(part.double().square().sum()) for part in parts)
+        for parts in ([got[name] - truth for name, truth in expected.items()], expected.values())
+    )
+    assert got.keys() == expected.keys()
+    return (difference / norm) ** 0.5
 
 
 def beside(mesh: Any, family: str, verbose: bool = False, **changed: Any) -> tuple[dict[str, float], list[tuple[str, str]]]:
