@@ -131,6 +131,7 @@ def headed(rank: int, grid: dict[str, Any]) -> dict[str, tuple[float, float, flo
     for kind, (family, given, field) in tests.items():
         config = families.build(family).config
         config.num_labels, config.pad_token_id = 2 if "Question" in kind else 3, 1
+        config.classifier_dropout = 0.0
         torch.manual_seed(2)
         original = getattr(hf, kind)(config)
         model = gingham.parallelize(copy.deepcopy(original), mesh)
