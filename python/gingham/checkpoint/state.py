@@ -71,7 +71,7 @@ def unpacked(packed: io.BytesIO) -> dict[str, Any]:
 def _dropouts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Modules that draw their masks from a name and a number of calls."""
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "calls", None), int) and isinstance(getattr(module, "name", None), str):
+        if all(hasattr(module, name) for name in ("calls", "name", "p")):
             yield path, module
 
 
@@ -231,10 +231,11 @@ class Target:
         for path, module in _dropouts(self.model):
             if path in saved:
                 module.name, module.calls = saved.pop(path)
-            else:
+            elif module.p > 0:
                 warnings.warn(f"gingham.load: {path}: its dropout calls are not in the checkpoint, masks start anew", stacklevel=4)
-        if saved:
-            warnings.warn(f"gingham.load: {sorted(saved)} are no gingham.nn.Dropout here: masks differ from an unbroken run", stacklevel=4)
+        drawn = sorted(path for path, (_, calls) in saved.items() if calls > 0)
+        if drawn:
+            warnings.warn(f"gingham.load: {drawn} are no gingham.nn.Dropout here: masks differ from an unbroken run", stacklevel=4)
 
     def _apply_optimizer(self) -> None:
         for group, saved in zip(self.optimizer.param_groups, self.extra["groups"], strict=False):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import safetensors
 import torch
 
-from . import folders
+from . import folders, hub
 from .tensors import Offsets, Part, Whole, check_dtype, plain_keys, whole_of
 from .together import CheckpointError, Ranks
 
@@ -266,7 +266,8 @@ def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], str
     """Fills the model from safetensors files with plain torch keys, such as Hugging Face's save_pretrained writes: a folder
     or one file. Every rank reads its own blocks and nothing else. Bytes between ranks: none.
 
-    Keys may carry or lack the model's `base_model_prefix`, and a tensor with two keys needs one of them. Everything is
+    Keys may carry or lack the model's `base_model_prefix` or be names that transformers has since changed; a tensor with two
+    keys needs one of them. Everything is
     checked before the model is changed. Raises CheckpointError on every rank, naming rank, key, got and expected, for
     missing and unused keys (but those that the model's _keys_to_ignore_on_load_unexpected names), other shapes, and
     dtypes that the model's cannot hold exactly; strict=False loads what is there, and casts.
@@ -293,10 +294,11 @@ def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple
     """(key in the file, what it fills) for the whole model; raises where they do not fit."""
     keys, matched, wrong = plain_keys(model), [], []
     here: dict[tuple[int, ...], list[str]] = {}
-    prefix = getattr(model, "base_model_prefix", "")
+    renamed = hub.keys_in_files(model, stored.places)
+    by_key = {key: name for name, key in renamed.items()}
     used: set[str] = set()
     for key, parts in keys.items():
-        name = _name_in(key, prefix, stored.places)
+        name = hub.own_key(key, model, by_key)
         here.setdefault(_identity(parts), []).extend([] if name is None else [name])
         if name is None:
             continue
@@ -306,10 +308,9 @@ def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple
             wrong.append(f"{key}: got shape {tuple(line.shape)} in the file, expected {tuple(whole.shape)}, the model's")
         wrong += check_dtype(key, line.dtype, whole.dtype, strict)
         matched.append((name, whole))
-    ignored = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
     if strict:
         wrong += [f"{key}: got nothing, expected in the files" for key, parts in keys.items() if not here[_identity(parts)]]
-        unused = [name for name in stored.places if name not in used and not any(pattern.search(name) for pattern in ignored)]
+        unused = [name for name in stored.places if name not in used and not hub.ignored(model, name)]
         wrong += [f"{name}: is in the files, expected nothing of that name" for name in unused]
     if wrong:
         raise CheckpointError("; ".join(wrong[:8]) + (f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""))
@@ -318,8 +319,3 @@ def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple
 
 def _identity(parts: list[Part]) -> tuple[int, ...]:
     return tuple(id(part.tensor) for part in parts)
-
-
-def _name_in(key: str, prefix: str, names: Any) -> str | None:
-    tries = [key, f"{prefix}.{key}", key.removeprefix(f"{prefix}.")] if prefix else [key]
-    return next((name for name in tries if name in names), None)
