@@ -64,10 +64,11 @@ class Grid:
 
 @dataclass
 class Cost:
-    """words: summed over all ranks; messages: per rank; both by axis."""
+    """words: summed over all ranks; messages: per rank; unlike: further messages, summed over ranks that differ; by axis."""
 
     words: Counter[str] = field(default_factory=Counter)
     messages: Counter[str] = field(default_factory=Counter)
+    unlike: Counter[str] = field(default_factory=Counter)
 
     def add(self, axis: str, words: int, messages: int) -> None:
         if words or messages:
@@ -75,11 +76,11 @@ class Cost:
             self.messages[axis] += messages
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.words + other.words, self.messages + other.messages)
+        return Cost(self.words + other.words, self.messages + other.messages, self.unlike + other.unlike)
 
     def bytes(self, item: int) -> "Cost":
         """The same with words of `item` bytes counted in bytes."""
-        return Cost(Counter({axis: words * item for axis, words in self.words.items()}), Counter(self.messages))
+        return Cost(Counter({axis: words * item for axis, words in self.words.items()}), Counter(self.messages), Counter(self.unlike))
 
 
 def all_gather(cost: Cost, axis: str, size: int, words: int, messages: int = 1) -> None:
@@ -160,8 +161,9 @@ def _gather_x(cost: Cost, grid: Grid, axis: str, size: int, x: int, messages: in
         all_gather(cost, axis, size, x, messages)
 
 
-def relayout(grid: Grid, rows: int, features: int, to: str) -> Cost:
-    """Y from `inner` to `outer` or back; the same permutation serves forward and, the other way, backward."""
+def relayout(grid: Grid, rows: int, features: int, to: str, between: int = 1) -> Cost:
+    """Y from `inner` to `outer` or back; the same permutation serves forward and, the other way, backward. between: rows
+    that are cut together (those of one sample)."""
     cost = Cost()
     size = grid.pn * grid.pk
     if size == 1:
@@ -171,7 +173,8 @@ def relayout(grid: Grid, rows: int, features: int, to: str) -> Cost:
             all_gather(cost, grid.key("n"), size, rows * features)
         return cost
     if grid.rows == "sequence":
-        stay = sum((b - a) * (d - c) for (a, b), (c, d) in zip(cuts(rows, size), cuts(features, size), strict=True))
+        stay = sum((b - a) * (d - c) for (a, b), (c, d) in zip(cuts(rows // between, size), cuts(features, size), strict=True))
+        stay *= between
         cost.add(grid.key("n"), rows * features - stay, size - 1)
         return cost
     if grid.pn == 1 or grid.pk == 1:
@@ -185,6 +188,11 @@ def relayout(grid: Grid, rows: int, features: int, to: str) -> Cost:
             c, d = inner[n * grid.pk + k]
             stay += max(0, min(b, d) - max(a, c))
     cost.words[grid.key("nk")] += rows * (features - stay)
+    ranks = [(outer[k * grid.pn + n], inner[n * grid.pk + k]) for k in range(grid.pk) for n in range(grid.pn)]
+    held, wanted = zip(*(pair if to == "inner" else pair[::-1] for pair in ranks), strict=True)
+    for mine, (a, b) in zip(held, wanted, strict=True):
+        if not (mine[0] <= a and b <= mine[1]):
+            cost.unlike[grid.key("nk")] += grid.pm * sum(other != mine and max(a, other[0]) < min(b, other[1]) for other in held)
     return cost
 
 
@@ -199,6 +207,7 @@ def linear(
     bias: bool = True,
     products: Iterable[str] = PRODUCTS,
     slices: int = 1,
+    between: int = 1,
 ) -> Cost:
     """A Linear layer, or several that share X: the step of its layout and at most one relayout each way."""
     ns = [n] if isinstance(n, int) else n
@@ -216,9 +225,9 @@ def linear(
     forward, backward = ("inner", "outer") if swapped else ("outer", "inner")
     for features in moved:
         if "y" in products:
-            cost += relayout(grid, m, features, forward)
+            cost += relayout(grid, m, features, forward, between)
         if ("dx" in products) if swapped else (products & {"dx", "dw"}):
-            cost += relayout(grid, m, features, backward)
+            cost += relayout(grid, m, features, backward, between)
     return cost
 
 
@@ -240,6 +249,90 @@ def layer_norm(grid: Grid, rows: int, features: int, item: int = 4) -> Cost:
     axis, size = row_ranks(grid)
     all_reduce(cost, axis, size, 2 * features * max(4, item))
     return cost
+
+
+def rms_norm(grid: Grid, rows: int, features: int, item: int = 4) -> Cost:
+    """Bytes, outer layout: one float64 sum a row each way; the weight's gradient all-reduced."""
+    cost = Cost()
+    ranks = feature_ranks(grid)
+    all_gather(cost, grid.key("nk"), ranks, 2 * 8 * rows * ranks, 2)
+    axis, size = row_ranks(grid)
+    all_reduce(cost, axis, size, features * max(4, item))
+    return cost
+
+
+def skipped_bias(grid: Grid, n: int) -> Cost:
+    """Words of the gradient of a bias that is handed out beside Y in the outer layout."""
+    cost = Cost()
+    axis, size = row_ranks(grid)
+    all_reduce(cost, axis, size, n)
+    return cost
+
+
+Piece = tuple[tuple[int, int], tuple[int, int]]
+
+
+def lacking(before: list[Piece], after: list[Piece]) -> tuple[int, int]:
+    """Words and messages, over all ranks, when every rank changes from one block (rows, columns) to another: what it has
+    not, from one holder of each distinct block."""
+    words = messages = 0
+    for mine, wanted in zip(before, after, strict=True):
+        for held in set(before) - {mine}:
+            part = 1
+            for (a, b), (c, d) in zip(held, wanted, strict=True):
+                part *= max(0, min(b, d) - max(a, c))
+            words, messages = words + part, messages + (part > 0)
+    return words, messages
+
+
+def reshard(grid: Grid, key: str, before: list[Piece], after: list[Piece]) -> Cost:
+    """Words of a parameter's way to other cuts and of its gradient's way back."""
+    there, back = lacking(before, after), lacking(after, before)
+    return Cost(Counter({key: there[0] + back[0]}), Counter(), Counter({key: there[1] + back[1]}))
+
+
+def places(grid: Grid) -> list[tuple[int, int, int, int]]:
+    """(depth, m within it, n, k) of every rank in mesh order; depth counts where W is replicated, else m has it all."""
+    depth = 1 if grid.sharded else grid.depth
+    if grid.pk > 1 or grid.depth == 1 and not grid.names.get("m"):
+        return [(0, m, n, k) for k in range(grid.pk) for n in range(grid.pn) for m in range(grid.pm)]
+    return [(d, m, n, 0) for d in range(depth) for m in range(grid.pm // depth) for n in range(grid.pn)]
+
+
+def weight_of_step(grid: Grid, k: int, n: int) -> list[Piece]:
+    """Each rank's block of [N, K] in the unswapped step: N over n, K over k and then m."""
+    rows, m = cuts(n, grid.pn), grid.pm // (1 if grid.sharded else grid.depth)
+    columns = nested_cuts(k, (grid.pk, *((grid.depth, m // grid.depth) if grid.sharded else (m,))))
+    return [(rows[j], columns[kk * m + i]) for _, i, j, kk in places(grid)]
+
+
+def patches(grid: Grid, images: int, count: int, fan_in: int, width: int, slices: int = 1) -> Cost:
+    """Words of PatchEmbedding on images without gradient: its linear, and the reshard of a weight cut along N by all."""
+    cost = linear(grid, images * count, fan_in, width, products={"y", "dw"}, slices=slices, between=count)
+    depth = 1 if grid.sharded else grid.depth
+    m, whole = grid.pm // depth, (0, fan_in)
+    if grid.names.get("m"):
+        pieces = nested_cuts(width, (grid.depth, m // grid.depth, grid.pn) if grid.sharded else (m, grid.pn))
+        before = [(pieces[i * grid.pn + j], whole) for _, i, j, _ in places(grid)]
+    else:
+        pieces = nested_cuts(width, (grid.pk, grid.pn, m))
+        before = [(pieces[(kk * grid.pn + j) * m + i], whole) for _, i, j, kk in places(grid)]
+    names = [name for name, size in (("m", grid.pm), ("n", grid.pn), ("k", grid.pk)) if size > 1]
+    key = grid.key(names[0]) if len(names) == 1 else grid.key("nk") if grid.pm == 1 else "world"
+    return cost + reshard(grid, key, before, weight_of_step(grid, fan_in, width))
+
+
+def tied(grid: Grid, rows: int, count: int, width: int, slices: int = 1) -> Cost:
+    """Words of embedding ids and of a classifier onto the same table, outer -> inner: in 2d and 2.5d swapped, in 1d not,
+    elsewhere the table [count over m, width over k, n] goes to the step's cuts and back."""
+    square = not grid.rows and grid.pk == 1
+    cost = embedding(grid, count, width)
+    cost += linear(grid, rows, width, count, layout="outer->inner", swapped=square, bias=False, slices=slices)
+    if grid.rows or square:
+        return cost
+    over_m, over_kn = cuts(count, grid.pm), nested_cuts(width, (grid.pk, grid.pn))
+    before = [(over_m[i], over_kn[kk * grid.pn + j]) for _, i, j, kk in places(grid)]
+    return cost + reshard(grid, "world" if grid.pm > 1 else grid.key("n"), before, weight_of_step(grid, width, count))
 
 
 def embedding(grid: Grid, count: int, width: int) -> Cost:
@@ -275,8 +368,29 @@ def attention(grid: Grid, rows: int, width: int, swapped: bool | str = False, sl
     return projections + linear(grid, rows, width, width, layout="inner->outer", swapped=swapped, slices=slices)
 
 
-def mlp(grid: Grid, rows: int, width: int, hidden: int, swapped: bool | str = False, slices: int = 1) -> Cost:
-    first = linear(grid, rows, width, hidden, layout="outer->inner", swapped=swapped, slices=slices)
+def sequence_attention(grid: Grid, rows: int, width: int, heads: int, kv_heads: int, slices: int = 1) -> Cost:
+    """Words with the sequence cut: the projections, and keys and values gathered over the row ranks, their gradients back."""
+    kv = width // heads * kv_heads
+    cost = linear(grid, rows, width, [width, kv, kv], layout="outer->inner", slices=slices)
+    cost += linear(grid, rows, width, width, layout="inner->outer", slices=slices)
+    if not grid.rows:
+        all_gather(cost, grid.key("m"), grid.pm, 2 * rows * kv)
+        reduce_scatter(cost, grid.key("m"), grid.pm, 2 * rows * kv)
+    return cost
+
+
+def accuracy(grid: Grid, rows: int) -> Cost:
+    """Bytes: the target's logit and what lies before it, 8 a row each, over the feature ranks; (right, count) over rows."""
+    cost = Cost()
+    ranks = feature_ranks(grid)
+    all_gather(cost, grid.key("nk"), ranks, 2 * 8 * rows * ranks, 2)
+    axis, size = row_ranks(grid)
+    cost.add(axis, 16 * (size - 1) * grid.size, size - 1)
+    return cost
+
+
+def mlp(grid: Grid, rows: int, width: int, hidden: int, swapped: bool | str = False, slices: int = 1, gated: bool = False) -> Cost:
+    first = linear(grid, rows, width, [hidden, hidden] if gated else hidden, layout="outer->inner", swapped=swapped, slices=slices)
     return first + linear(grid, rows, hidden, width, layout="inner->outer", swapped=swapped, slices=slices)
 
 

@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from ..functional import linear_plan
+from ..functional import linear, linear_plan
 from ..mesh import Mesh, current
 from .dropout import Dropout
-from .linear import Linear, share_input
+from .linear import Linear
 from .parameter import Given, part_of
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -51,12 +51,11 @@ class MLP(torch.nn.Module):
         mesh = current(mesh)
         self.activation, self.gated = activation, gated
         if gated:
-            # decided here for both, so that neither is cut twice
-            into = linear_plan(mesh, width, [hidden] * 2, "outer->inner", swapped).swapped
+            self.plan = linear_plan(mesh, width, [hidden] * 2, "outer->inner", swapped, "gated")
             self.gate, self.up = (
-                Linear(width, hidden, bias, mesh, "outer->inner", into, dtype=dtype, given=part_of(given, name)) for name in ("gate", "up")
+                Linear(width, hidden, bias, mesh, "outer->inner", self.plan.swapped, dtype=dtype, given=part_of(given, name))
+                for name in ("gate", "up")
             )
-            share_input(self.gate, self.up)
             self.down = Linear(hidden, width, bias, mesh, "inner->outer", swapped, dtype=dtype, given=part_of(given, "down"))
         else:
             self.fused = "gelu" if activation == "gelu" else "none"
@@ -67,7 +66,8 @@ class MLP(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         act = ACTIVATIONS[self.activation]
         if self.gated:
-            y = self.down(act(self.gate(x)) * self.up(x))
+            gate, up = linear(x, [self.gate.weight, self.up.weight], [self.gate.bias, self.up.bias], self.plan)
+            y = self.down(act(gate) * up)
         else:
             hidden = self.fc1(x)
             y = self.fc2(hidden if self.fused == "gelu" else act(hidden))

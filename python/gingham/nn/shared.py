@@ -17,7 +17,8 @@ class SharedInput:
     A result is given only to a call that would have computed the same: the very tensor x at the same version, the same
     weights, the same modes of autograd and autocast, the same hooks on saved tensors (activation checkpointing counts
     them), the same backward pass or none, and no backward pass of a linear since (it frees what the result needs).
-    Every other call computes anew. At most one set of results is kept; it goes when x goes or another x comes.
+    Every other call computes anew, also where backward hooks on modules hand each module its own copy of x. At most one
+    set of results is kept; it goes when x goes or another x comes.
     """
 
     def __init__(self, plan: LinearPlan, linears: Sequence[Any]) -> None:

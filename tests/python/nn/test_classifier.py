@@ -33,7 +33,8 @@ def moved(rank: int, options: dict[str, Any]) -> list[bool]:
     mesh = gingham.init(**options)
     full = torch.arange(130.0, dtype=torch.float64).view(SHAPE)
     found = []
-    for source, target in itertools.product(cuts_of(mesh), repeat=2):
+    pairs = list(itertools.product(cuts_of(mesh), repeat=2))
+    for source, target in pairs[:: 1 if len(pairs) <= 81 else 7]:
         weight = mesh.parameter(full, source)
         mesh.traffic(reset=True)
         got = reshard(weight, mesh, source, target)
