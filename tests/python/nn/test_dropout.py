@@ -7,8 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gingham
-from gingham.nn import Dropout, Linear
-from grids import GRIDS, every_grid, ranks_of
+from gingham.nn import MLP, Dropout, Linear, SelfAttention
+from grids import GRIDS, every_grid, grids, ranks_of
 
 
 def masks(rank: int, options: dict[str, Any] | None) -> list[torch.Tensor]:
@@ -69,6 +69,31 @@ def test_recomputation_reuses_the_call_number(reentrant: bool) -> None:
         assert torch.equal(*gradients)
     finally:
         gingham.destroy()
+
+
+def checkpointed(rank: int, options: dict[str, Any], reentrant: bool | None) -> list[torch.Tensor]:
+    """Masks and gradients of dropout in a layer, its attention and between them; reentrant None: kept, not recomputed."""
+    mesh = gingham.init(**options)
+    torch.manual_seed(3)
+    mlp = MLP(24, 24, dropout=0.3, dtype=torch.float64)
+    model = torch.nn.Sequential(Dropout(0.2), SelfAttention(24, 12, dropout=0.4, dtype=torch.float64), Dropout(0.5), mlp)
+    x = torch.randn(5, 3, 24, dtype=torch.float64).requires_grad_()
+    found = []
+    for _ in range(2):
+        block = mesh.scatter(x)
+        y = mesh.gather(model(block) if reentrant is None else checkpoint(model, block, use_reentrant=reentrant))
+        y.pow(2).sum().backward()
+        found += [y.detach(), x.grad.clone()]
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@grids("2.5d")
+def test_recomputed_masks_are_those_of_one_process(ranks, name: str, reentrant: bool) -> None:
+    serial = ranks(1)(checkpointed, {}, None)[0]
+    for found in ranks(ranks_of(name))(checkpointed, GRIDS[name], reentrant):
+        for got, expected in zip(found, serial, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
 
 
 def _backward(one: torch.Tensor, two: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

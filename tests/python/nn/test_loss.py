@@ -7,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 import gingham
-from grids import GRIDS, every_grid, ranks_of, relative
+from gingham.nn import accuracy
+from grids import GRIDS, every_grid, grids, ranks_of, relative
 
 
 def losses(rank: int, options: dict[str, Any]) -> dict[str, float]:
@@ -42,6 +43,53 @@ def test_against_float64(ranks, name: str) -> None:
         assert max(errors.values()) <= 2e-6, {key: error for key, error in errors.items() if error > 2e-6}
 
 
+def counted(rank: int, options: dict[str, Any]) -> list[str]:
+    """accuracy of bf16 logits full of ties, for several k and vocabularies smaller than the ranks; losses of any rank."""
+    mesh, wrong = gingham.init(**options), []
+    for shape, vocabulary in (((7, 5), 19), ((8,), 24), ((5, 2, 3), 3), ((2, 4), 2)):
+        torch.manual_seed(len(shape))
+        full = torch.randint(-2, 3, (*shape, vocabulary)).to(torch.bfloat16)
+        target = torch.randint(vocabulary, shape)
+        target.view(-1)[::4] = -100
+        kept = target != -100
+        for layout, operand in (("outer", "x"), ("inner", "inner")):
+            logits = mesh.scatter(full, operand)
+            for top_k in (1, 2):
+                order = full.double().sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+                expected = ((order == target.unsqueeze(-1)).any(-1) & kept).sum() / kept.sum()
+                got = accuracy(logits, mesh.scatter(target), layout=layout, top_k=top_k)
+                if abs(float(got) - float(expected)) > 1e-7:
+                    wrong.append(f"accuracy {shape} {vocabulary} {layout} {top_k}: {float(got)}, expected {float(expected)}")
+            loss = gingham.cross_entropy(logits.float(), mesh.scatter(target), layout=layout)
+            expected = F.cross_entropy(full.double().flatten(0, -2), target.flatten())
+            if abs(float(loss) - float(expected)) > 1e-6:
+                wrong.append(f"loss {shape} {vocabulary} {layout}")
+            nothing = mesh.scatter(torch.full_like(target, 9))
+            if not gingham.cross_entropy(logits.float(), nothing, layout=layout, ignore_index=9).isnan():
+                wrong.append("mean over no target")
+            if not accuracy(logits, nothing, layout=layout, ignore_index=9).isnan():
+                wrong.append("accuracy of no target")
+    return wrong
+
+
+@grids("1d sequence", "2.5d")
+def test_accuracy_and_logits_of_any_rank(ranks, name: str) -> None:
+    assert ranks(ranks_of(name))(counted, GRIDS[name]) == [[]] * ranks_of(name)
+
+
+def test_accuracy_breaks_ties_as_argmax(ranks) -> None:
+    def ties(rank: int) -> list[float]:
+        mesh = gingham.init(mode="2d", size=4)
+        full = torch.zeros(4, 6)
+        full[1, 5] = torch.nan
+        full[2, 4] = torch.inf
+        first = full.argmax(-1)
+        found = [first, torch.full((4,), 5)]
+        return [float(accuracy(mesh.scatter(full), mesh.scatter(target))) for target in found]
+
+    assert ranks(4)(ties) == [[1.0, 0.25]] * 4
+
+
 def test_what_it_refuses() -> None:
     mesh = gingham.init()
     try:
@@ -52,6 +100,10 @@ def test_what_it_refuses() -> None:
             gingham.cross_entropy(logits, torch.full((4,), 5))
         with pytest.raises(TypeError, match="integer"):
             gingham.cross_entropy(logits, torch.zeros(4))
+        with pytest.raises(NotImplementedError, match="weight"):
+            gingham.cross_entropy(logits, torch.zeros(4, dtype=torch.long), weight=torch.ones(5))
+        with pytest.raises(gingham.ShapeError, match="0..4"):
+            accuracy(logits, torch.full((4,), -1))
         with pytest.raises(ValueError, match="reduction"):
             gingham.cross_entropy(logits, torch.zeros(4, dtype=torch.long), reduction="max")
     finally:
