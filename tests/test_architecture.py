@@ -37,7 +37,8 @@ PYTHON_MODULES = {
     "parallel": {"layout", "mesh", "errors", "parallel"},
     "checkpoint": {"layout", "mesh", "errors", "checkpoint"},
     "planner": {"mesh", "layout", "errors"},
-    "job": {"layout", "mesh", "rendezvous", "errors"},
+    "config": {"mesh", "errors"},
+    "job": {"layout", "mesh", "rendezvous", "config", "planner", "errors"},
     "spawn": {"job", "mesh", "rendezvous", "errors"},
 }
 MODE_FILES = {"mesh.py", "planner.py", "train.py", "cli.py"}

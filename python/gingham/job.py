@@ -12,7 +12,8 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import mesh, rendezvous
-from .mesh import Axes, Mesh, MeshError, axes_of, axes_of_device_mesh, parse_parallel
+from .config import parse_parallel
+from .mesh import Axes, Mesh, MeshError, axes_of, axes_of_device_mesh
 
 _made_group = False
 
@@ -51,7 +52,8 @@ def init(
     elif parallel is not None:
         if mode is not None or size is not None or depth is not None or grid is not None:
             raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
-        axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **parse_parallel(parallel)})
+        tensor = parse_parallel(parallel, rendezvous.world()[1])
+        axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **tensor})
     else:
         axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
     device, source = _device_and_source(device, source, slices, link)

@@ -130,30 +130,6 @@ def _without_size_one(axes: Axes) -> Axes:
     return replace(axes, m=kept(axes.m), n=kept(axes.n), k=kept(axes.k), depth=kept(axes.depth), outer=outer, inner=inner)
 
 
-def parse_parallel(parallel: Mapping[str, Any]) -> dict[str, Any]:
-    """init's arguments from parallel=dict(tensor=dict(size=8, mode="2.5d", depth=2), pipeline=1, data=1); pipeline=2 is dict(size=2)."""
-    unknown = set(parallel) - {"tensor", "pipeline", "data"}
-    if unknown:
-        raise MeshError(f"parallel={dict(parallel)}: unknown {sorted(unknown)}, expected tensor, pipeline, data")
-    for name in ("pipeline", "data"):
-        given = parallel.get(name, 1)
-        size = given.get("size", 1) if isinstance(given, Mapping) else given
-        if not isinstance(size, int) or size < 1:
-            raise MeshError(f"parallel {name}={given!r}: expected a number of at least 1 or dict(size=...)")
-        if size > 1:
-            raise NotImplementedError(f"parallel {name}={size} is not built yet: only tensor parallelism is")
-    tensor = parallel.get("tensor", 1)
-    if not isinstance(tensor, Mapping):
-        tensor = {"size": tensor}
-    unknown = set(tensor) - {"size", "mode", "depth", "grid", "sequence", "shard_depth"}
-    if unknown:
-        raise MeshError(f"parallel tensor={dict(tensor)}: unknown {sorted(unknown)}")
-    if tensor.get("mode") is None and "grid" not in tensor and tensor.get("size", 1) not in (None, 1):
-        size = tensor["size"]
-        raise MeshError(f"tensor={size} without a mode: write tensor=dict(size={size}, mode='1d'), or '2d', '2.5d', '3d'")
-    return dict(tensor)
-
-
 def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
     """The axes of a torch DeviceMesh, by its dim names: (tp), (row, col), (depth, row, col) or (k, n, m)."""
     names, shape = tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape)

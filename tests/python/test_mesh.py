@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gingham
-from gingham.mesh import axes_of, parse_parallel
+from gingham.mesh import axes_of
 from grids import GRIDS, every_grid, ranks_of
 
 
@@ -31,16 +31,7 @@ def test_bad_numbers_are_refused_with_the_fix(arguments: dict[str, Any], message
         axes_of(**arguments)
 
 
-def test_parallel() -> None:
-    assert parse_parallel(dict(tensor=dict(size=8, mode="2.5d", depth=2), pipeline=1)) == dict(size=8, mode="2.5d", depth=2)
-    assert parse_parallel({}) == dict(size=1)
-    with pytest.raises(gingham.MeshError, match="tensor=4 without a mode"):
-        parse_parallel(dict(tensor=4))
-    with pytest.raises(gingham.MeshError, match="unknown"):
-        parse_parallel(dict(tensors=4))
-    for unbuilt in (dict(pipeline=2), dict(pipeline=dict(size=2)), dict(data=2)):
-        with pytest.raises(NotImplementedError):
-            parse_parallel(unbuilt)
+def test_sequence_is_not_built() -> None:
     with pytest.raises(NotImplementedError):
         axes_of("sequence", 4)
 
