@@ -14,7 +14,7 @@ from .checkpoint import CheckpointError, export_safetensors, import_safetensors,
 from .convert import parallelize  # noqa: E402
 from .job import destroy, init  # noqa: E402
 from .mesh import Mesh, MeshError, PeerDied, PeerStalled, ShapeError, version  # noqa: E402
-from .nn import clip_grad_norm_, cross_entropy  # noqa: E402
+from .nn import accuracy, clip_grad_norm_, cross_entropy  # noqa: E402
 from .products import matmul  # noqa: E402
 from .spawn import spawn  # noqa: E402
 
@@ -26,6 +26,7 @@ __all__ = [
     "PeerDied",
     "PeerStalled",
     "ShapeError",
+    "accuracy",
     "clip_grad_norm_",
     "cross_entropy",
     "destroy",

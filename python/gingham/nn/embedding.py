@@ -62,7 +62,8 @@ class Embedding(torch.nn.Module):
         if ids.is_floating_point():
             raise TypeError(f"Embedding: got ids of {ids.dtype}, expected an integer dtype")
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.count:
-            raise ShapeError(f"Embedding({self.count}): ids lie in {int(ids.min())}..{int(ids.max())}, expected 0..{self.count - 1}")
+            found = f"rank {self.mesh.rank} got ids in {int(ids.min())}..{int(ids.max())}"
+            raise ShapeError(f"Embedding({self.count}): {found}, expected 0..{self.count - 1}")
         return _Embedding.apply(self.weight, ids, self)
 
     def extra_repr(self) -> str:
