@@ -1,8 +1,4 @@
-"""What a training step of a model must receive, and what its layers hold, from THEORY.md: the formula beside the count.
-
-Bytes are summed over all ranks, which is exact for sizes that do not divide too. A linear map Y[M,N] = X[M,K] W[K,N] on
-pm x pn x pk ranks receives, forward and backward, 3 MK(pn-1) + 3 KN(pm-1) + 2 MN(pk-1) words; swapped, n and k trade.
-"""
+"""What a training step of a model must receive, and what its layers hold: the formulas (formulas.py) beside the count."""
 
 from __future__ import annotations
 
@@ -12,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import nn
-from .layout import Layout, coordinates_of, interval
+from . import formulas, nn
+from .formulas import cross_entropy_bytes, linear_words, relayout_words
 from .mesh import Mesh
 
 
@@ -73,53 +69,10 @@ def _linear(name: str, modules: list[Any], plan: Any, mesh: Mesh, batch: int, ti
     return _layer(name, kind, modules, f"{k} -> {n}", words * modules[0].weight.element_size())
 
 
-def linear_words(mesh: Mesh, m: int, k: int, n: list[int], swapped: bool, bias: bool) -> int:
-    """Forward and backward of linear maps that share X, without relayouts."""
-    pm, pn, pk = mesh.grid
-    px, py = (pk, pn) if swapped else (pn, pk)
-    depth = mesh.parts(mesh.axes.depth)
-    x, y, w = m * k, m * sum(n), k * sum(n)
-    # classic 1d: X is whole on every rank, so that of its three passages only dX's sum, an all-reduce, remains
-    again, layout = set(mesh.axes.k if swapped else mesh.axes.n), mesh.inner if swapped else mesh.outer
-    whole = not again <= {*layout.features, *layout.rows}
-    words = (2 if whole else 3) * x * (px - 1) + 2 * y * (py - 1)
-    words += 3 * w * (pm - depth) + 2 * w * (depth - 1)
-    return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
-
-
-def relayout_words(mesh: Mesh, rows: int, features: int, source: Layout, target: Layout) -> int:
-    """What every rank's new block has and its old one had not; nothing for ranks that hold the new block already."""
-    words = 0
-    for rank in range(mesh.size if source != target else 0):
-        place = coordinates_of(rank, mesh.sizes)
-        old, new = (
-            [interval(size, names, mesh.sizes, place) for size, names in ((rows, layout.rows), (features, layout.features))]
-            for layout in (source, target)
-        )
-        both = [max(0, min(a + p, b + q) - max(a, b)) for (a, p), (b, q) in zip(old, new, strict=True)]
-        words += new[0][1] * new[1][1] - both[0] * both[1]
-    return words
-
-
 def embedding_words(mesh: Mesh, layer: nn.Embedding) -> int:
-    """The table gathered forward and its gradient scattered backward over the row ranks; then summed over depth."""
-    table, depth = layer.count * layer.width, mesh.parts(mesh.axes.depth)
-    ranks = mesh.parts(layer.cut)
-    passages = 2 if layer.summed else 1
-    return passages * table * depth * (ranks - 1) + 2 * table * (depth - 1)
+    return formulas.embedding_words(mesh, layer.count, layer.width)
 
 
 def norm_bytes(mesh: Mesh, rows: int, layer: nn.LayerNorm) -> int:
-    """Two float64 sums a row each way over the feature ranks; gamma's and beta's gradients summed over the row ranks."""
-    layout = mesh.layout(layer.layout)
-    features, over_rows = mesh.parts(layout.features), mesh.parts(layout.rows)
     item = max(4, layer.weight.element_size()) if layer.weight is not None else 0
-    copies = features // mesh.parts(layer.stored)
-    gradients = 4 * layer.features * (over_rows - 1) * copies + 4 * layer.features * (copies - 1) * over_rows
-    return 2 * 16 * rows * features * (features - 1) + item * gradients
-
-
-def cross_entropy_bytes(mesh: Mesh, rows: int, layout: Layout) -> int:
-    """Four float64 numbers a row over the feature ranks, and two in all over the row ranks."""
-    features, over_rows = mesh.parts(layout.features), mesh.parts(layout.rows)
-    return 32 * rows * features * (features - 1) + 16 * (over_rows - 1) * mesh.size
+    return formulas.norm_bytes(mesh, rows, layer.features, item, mesh.layout(layer.layout))
