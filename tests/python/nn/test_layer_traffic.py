@@ -9,6 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import gingham
 import theory
+import theory_layers
 from gingham import nn
 from grids import GRIDS, every_grid, ranks_of
 from theory import Cost, Grid
@@ -91,6 +92,16 @@ def score(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Te
     return lambda: gingham.nn.accuracy(logits, target).requires_grad_()
 
 
+def sequence_cost(grid: Grid, s: Size, _: Any, slices: int) -> Cost:
+    heads = 2 * s[3] if s == EVEN else s[3]
+    return theory_layers.sequence_attention(grid, s[0] * s[1], s[2], heads, s[3], slices).bytes(4)
+
+
+def skipped_cost(grid: Grid, s: Size, _: Any, slices: int) -> Cost:
+    cost = theory.linear(grid, s[0] * s[1], s[2], s[4], layout="inner->outer", bias=False, slices=slices)
+    return (cost + theory_layers.skipped_bias(grid, s[4])).bytes(4)
+
+
 Formula = Callable[[Grid, Size, Any, int], Cost]
 # case -> how it runs, what it costs in bytes
 CASES: dict[str, tuple[Run, Formula]] = {
@@ -108,22 +119,12 @@ CASES: dict[str, tuple[Run, Formula]] = {
         through(lambda size, swapped: nn.MLP(size[2], size[4], gated=True, activation="silu", swapped=swapped)),
         lambda grid, s, swapped, slices: theory.mlp(grid, s[0] * s[1], s[2], s[4], swapped, slices, True).bytes(4),
     ),
-    "RMSNorm": (through(lambda size, _: nn.RMSNorm(size[2])), lambda grid, s, _, __: theory.rms_norm(grid, s[0] * s[1], s[2])),
-    "SelfAttention dim=1": (
-        along_the_sequence,
-        lambda grid, s, _, slices: theory.sequence_attention(grid, s[0] * s[1], s[2], 2 * s[3] if s == EVEN else s[3], s[3], slices).bytes(
-            4
-        ),
-    ),
-    "skip_bias_add": (
-        beside_its_bias,
-        lambda grid, s, _, slices: (
-            theory.linear(grid, s[0] * s[1], s[2], s[4], layout="inner->outer", bias=False, slices=slices) + theory.skipped_bias(grid, s[4])
-        ).bytes(4),
-    ),
-    "PatchEmbedding": (patch, lambda grid, s, _, slices: theory.patches(grid, s[0], 6, 20, s[2], slices).bytes(4)),
-    "tied": (tie, lambda grid, s, _, slices: theory.tied(grid, s[0] * s[1], s[5], s[2], slices).bytes(4)),
-    "accuracy": (score, lambda grid, s, _, __: theory.accuracy(grid, s[0] * s[1])),
+    "RMSNorm": (through(lambda size, _: nn.RMSNorm(size[2])), lambda grid, s, _, __: theory_layers.rms_norm(grid, s[0] * s[1], s[2])),
+    "SelfAttention dim=1": (along_the_sequence, sequence_cost),
+    "skip_bias_add": (beside_its_bias, skipped_cost),
+    "PatchEmbedding": (patch, lambda grid, s, _, slices: theory_layers.patches(grid, s[0], 6, 20, s[2], slices).bytes(4)),
+    "tied": (tie, lambda grid, s, _, slices: theory_layers.tied(grid, s[0] * s[1], s[5], s[2], slices).bytes(4)),
+    "accuracy": (score, lambda grid, s, _, __: theory_layers.accuracy(grid, s[0] * s[1])),
     "Dropout": (through(lambda size, _: nn.Dropout(0.3)), lambda *_: Cost()),
     "cross_entropy": (lose("outer"), lambda grid, s, _, __: theory.cross_entropy(grid, s[0] * s[1])),
     "cross_entropy inner": (lose("inner"), lambda grid, s, _, __: theory.cross_entropy(grid, s[0] * s[1], "inner")),
