@@ -31,9 +31,9 @@ def _row(made: Conversion, line: Line, tokens: int) -> tuple[str, ...]:
         parameters = [made.model.get_submodule(owner)._parameters[name]]
     else:
         parameters = [parameter for parameter in layer.parameters() if parameter is not None]
-    first = parameters[0] if parameters else None
+    first: Any = parameters[0] if parameters else None
     here, whole = ("-", "-") if first is None else (_shape(local_of(first)), _shape(first))
-    memory = sum(local_of(parameter).numel() * parameter.element_size() for parameter in parameters)
+    memory = sum(local_of(parameter).numel() * parameter.element_size() for parameter in parameters if parameter is not None)
     if line.kind == "classifier, tied":
         memory -= local_of(first).numel() * first.element_size()  # the embedding's
     if line.reason:
@@ -67,7 +67,7 @@ def _traffic(mesh: Mesh, layer: Any, tokens: int) -> tuple[int, str]:
     return 0, ""
 
 
-def _linear_bytes(mesh: Mesh, plan: LinearPlan, tokens: int, layer: nn.Linear) -> int:
+def _linear_bytes(mesh: Mesh, plan: LinearPlan, tokens: int, layer: Any) -> int:
     words = cost.linear_words(mesh, tokens, plan.k, list(plan.n), plan.swapped, layer.bias is not None)
     for source, target, features in [(*plan.x, plan.k), *[(plan.y[1], plan.y[0], size) for size in plan.n]]:
         words += cost.relayout_words(mesh, tokens, features, source, target) + cost.relayout_words(mesh, tokens, features, target, source)
