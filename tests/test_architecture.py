@@ -40,7 +40,7 @@ PYTHON_MODULES = {
     "workload": {"errors"},
     "planner": {"mesh", "layout", "formulas", "workload", "errors"},
     "config": {"mesh", "errors"},
-    "job": {"layout", "mesh", "rendezvous", "config", "planner", "errors"},
+    "job": {"layout", "mesh", "rendezvous", "config", "planner", "workload", "errors"},
     "spawn": {"job", "mesh", "rendezvous", "errors"},
 }
 MODE_FILES = {"mesh.py", "planner.py", "train.py", "cli.py"}

@@ -1,4 +1,5 @@
-"""`python -m gingham train|doctor|bench|ckpt`: the main job, what this installation is made of, the microbenchmark, checkpoints."""
+"""`python -m gingham train|plan|doctor|bench|ckpt`: the main job, the choice of a grid, what this
+installation is made of, the microbenchmark, checkpoints."""
 
 import argparse
 import importlib.util
@@ -9,25 +10,27 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from . import planner
 from .checkpoint import command as ckpt
 
 MODES = ("1d", "2d", "2.5d", "3d")
-LATER = ("plan", "trace")
+LATER = ("trace",)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="python -m gingham", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train|doctor|bench|ckpt")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|plan|doctor|bench|ckpt")
     _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
     commands.add_parser("doctor", help="versions, BLAS, cores, what was built")
     commands.add_parser("bench", help="run the microbenchmark (arguments are passed on)", add_help=False)
+    planner.add_arguments(commands.add_parser("plan", help="what every grid of so many ranks would cost; starts nothing"))
     ckpt.add_arguments(commands.add_parser("ckpt", help="look into a checkpoint, or turn it into safetensors and back"))
     for name in LATER:
         commands.add_parser(name, help="not built yet", add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
     if chosen.command in LATER:
-        print(f"gingham {chosen.command}: not built yet; train, doctor, bench and ckpt are", file=sys.stderr)
+        print(f"gingham {chosen.command}: not built yet; train, plan, doctor, bench and ckpt are", file=sys.stderr)
         return 2
     if chosen.command == "bench":
         return bench(rest)
@@ -35,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if chosen.command == "doctor":
         return doctor()
-    if chosen.command == "ckpt":
-        return ckpt.run(chosen)
+    if chosen.command in ("plan", "ckpt"):
+        return (planner if chosen.command == "plan" else ckpt).run(chosen)
     from .train import train
 
     return train(chosen)

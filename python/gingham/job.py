@@ -31,11 +31,17 @@ def init(
     slices: int = 1,
     link: tuple[float, float] | None = None,
     device: str | None = None,
+    model: Any = None,
+    tokens: tuple[int, int] | None = None,
+    machine: Mapping[str, float] | None = None,
 ) -> Mesh:
     """Starts the job's mesh, on every rank alike, and makes it the default one.
 
     mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
     depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)).
+    mode "auto": the cheapest grid of `size` ranks (default: all) that fits, by planner.py's model: model= a torch.nn or
+    Hugging Face model, also on the meta device, with tokens=(batch, context) of a step, or a workload.Workload;
+    machine=dict(memory=bytes of tensors a rank may hold, latency=, bandwidth=, speed=), of planner.Machine.
     device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
     source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel;
@@ -54,6 +60,8 @@ def init(
             raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
         tensor = parse_parallel(parallel, rendezvous.world()[1])
         axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **tensor})
+    elif mode == "auto":
+        axes = _planned(size, {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth}, model, tokens, machine)
     else:
         axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
     device, source = _device_and_source(device, source, slices, link)
@@ -74,6 +82,23 @@ def init(
         globals()["_previous_hook"], sys.excepthook = sys.excepthook, _report_and_print
     mesh.set_current(made)
     return made
+
+
+def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, machine: Mapping[str, float] | None) -> Axes:
+    """The axes that the planner chooses; the same on every rank, since it computes the same."""
+    from . import planner, workload
+
+    given = [name for name, value in others.items() if value]
+    if given:
+        raise MeshError(f"mode='auto' chooses {', '.join(given)} itself: leave it out, or name a mode")
+    if not isinstance(model, workload.Workload):
+        if not isinstance(model, torch.nn.Module) or tokens is None:
+            raise MeshError(
+                f"mode='auto' got model={type(model).__name__}, tokens={tokens}: expected a torch.nn.Module and tokens=(batch, context),"
+                " or a gingham.workload.Workload"
+            )
+        model = workload.describe(model, *tokens)
+    return axes_of(**planner.choose(model, size or rendezvous.world()[1], planner.Machine(**machine or {})).arguments)
 
 
 def _device_and_source(device: str | None, source: str | None, slices: int, link: tuple[float, float] | None) -> tuple[str, str]:
