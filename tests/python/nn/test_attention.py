@@ -54,7 +54,7 @@ def masked(rank: int, options: dict[str, Any]) -> dict[str, float]:
     return errors
 
 
-@grids("1d sequence", "2.5d")
+@grids("1d sequence", "2d")
 def test_masks_in_batches_and_cut_sequences(ranks, name: str) -> None:
     for errors in ranks(ranks_of(name))(masked, GRIDS[name]):
         assert max(errors.values()) <= 1e-11, errors
@@ -78,7 +78,7 @@ def generated(rank: int, options: dict[str, Any]) -> float:
     return worst
 
 
-@grids("1d sequence", "3x2x2")
+@grids("1d sequence", "2d")
 def test_generation_equals_the_whole_pass(ranks, name: str) -> None:
     assert max(ranks(ranks_of(name))(generated, GRIDS[name])) <= 1e-12
 
@@ -96,7 +96,7 @@ def dropped(rank: int, options: dict[str, Any]) -> list[torch.Tensor]:
     return found
 
 
-@grids("1d sequence", "2.5d")
+@grids("2d")
 def test_dropout_draws_by_global_index(ranks, name: str) -> None:
     serially = ranks(1)(dropped, {})[0]
     assert torch.allclose(serially[0], serially[2]), "both cuts number the same elements"
