@@ -2,8 +2,8 @@
 
 A step's seconds are those of the busiest rank's products, of the messages and of the bytes that a rank receives on average;
 nothing is taken to overlap. Of the grids whose tensors fit the memory the cheapest is chosen, named modes before other
-grids at a tie. Example: GPT of 4 layers, width 256, 8 ranks: with 8 x 128 tokens a step a grid of 8 x 1 x 1 wins, with
-1 x 16 tokens 1d does.
+grids at a tie. Example: GPT of 4 layers, width 256, 8 ranks: with 8 x 128 tokens a step 1d is the cheapest, with 32 x 128 tokens
+2.5d of depth 2. Memory is weights, gradients, optimizer and what layers keep for backward; panels under way are not in it.
 """
 
 from __future__ import annotations
