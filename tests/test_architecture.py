@@ -33,7 +33,7 @@ PYTHON_MODULES = {
     "functional": {"layout", "mesh", "gradients", "redistribute", "errors", "_C"},
     "products": {"mesh", "functional", "errors"},
     "nn": {"layout", "mesh", "functional", "errors", "nn"},
-    "convert": {"layout", "mesh", "functional", "nn", "cost", "errors", "convert"},
+    "convert": {"layout", "mesh", "functional", "nn", "cost", "formulas", "errors", "convert"},
     "parallel": {"layout", "mesh", "errors", "parallel"},
     "checkpoint": {"layout", "mesh", "errors", "checkpoint"},
     "formulas": {"mesh", "layout", "errors"},

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .. import cost, nn
+from .. import cost, formulas, nn
 from ..functional import LinearPlan, local_of
+from ..layout import Cuts, block, coordinates_of, intersection, volume
 from ..mesh import Mesh
 from .attention import MultiheadAttention
 from .layers import Conversion, FusedLinears, Line
@@ -54,7 +55,13 @@ def _traffic(mesh: Mesh, layer: Any, tokens: int) -> tuple[int, str]:
             linears, plan = layer.group.linears, layer.group.plan
             if linears[0] is not layer:
                 return 0, "with the first of its x"
-        return _linear_bytes(mesh, plan, tokens, linears[0]), stationary_of(mesh, plan.swapped)
+        moved = 0
+        if isinstance(layer, nn.Classifier) and layer.tied_cuts is not None:
+            moved = reshard_bytes(mesh, layer.weight, layer.tied_cuts, layer.plan.weight_cuts, tuple(layer.weight.shape))
+        return _linear_bytes(mesh, plan, tokens, linears[0]) + moved, stationary_of(mesh, plan.swapped)
+    if isinstance(layer, nn.PatchEmbedding):
+        moved = reshard_bytes(mesh, layer.weight, (layer.names, ()), layer.plan.weight_cuts, (layer.width, layer.fan_in))
+        return _linear_bytes(mesh, layer.plan, tokens, layer) + moved, stationary_of(mesh, layer.plan.swapped)
     if isinstance(layer, FusedLinears):
         return _linear_bytes(mesh, layer.plan, tokens, layer.q), stationary_of(mesh, layer.plan.swapped)
     if isinstance(layer, MultiheadAttention):
@@ -62,8 +69,11 @@ def _traffic(mesh: Mesh, layer: Any, tokens: int) -> tuple[int, str]:
         return both, stationary_of(mesh, layer.plans[3].swapped)
     if isinstance(layer, nn.Embedding):
         return cost.embedding_words(mesh, layer) * layer.weight.element_size(), ""
-    if isinstance(layer, nn.LayerNorm) and layer.weight is not None:
-        return cost.norm_bytes(mesh, tokens, layer), ""
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        parameters = [parameter for parameter in layer.parameters() if parameter is not None]
+        item = max([4, *(parameter.element_size() for parameter in parameters)])
+        sums = 2 if isinstance(layer, nn.LayerNorm) else 1
+        return formulas.norm_bytes(mesh, tokens, layer.features, item, mesh.layout(layer.layout), sums, len(parameters)), ""
     return 0, ""
 
 
@@ -72,6 +82,16 @@ def _linear_bytes(mesh: Mesh, plan: LinearPlan, tokens: int, layer: Any) -> int:
     for source, target, features in [(*plan.x, plan.k), *[(plan.y[1], plan.y[0], size) for size in plan.n]]:
         words += cost.relayout_words(mesh, tokens, features, source, target) + cost.relayout_words(mesh, tokens, features, target, source)
     return words * layer.weight.element_size()
+
+
+def reshard_bytes(mesh: Mesh, weight: Any, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> int:
+    """Forward and backward: what every rank's new block has and its old one had not, and the other way round."""
+    words = 0
+    for rank in range(mesh.size):
+        place = coordinates_of(rank, mesh.sizes)
+        old, new = (block(shape, cuts, mesh.sizes, place) for cuts in (source, target))
+        words += volume(old) + volume(new) - 2 * volume(intersection(old, new))
+    return words * weight.element_size()
 
 
 def stationary_of(mesh: Mesh, swapped: bool) -> str:

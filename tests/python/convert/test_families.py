@@ -229,3 +229,29 @@ def test_tp_plans_of_transformers_and_their_errors(ranks) -> None:
     assert len(found["unused"]) == 1 and "layers.*.mlp.gate" in found["unused"][0]
     assert "moe_tp_experts" in found["experts"]
     assert "3 heads on 2 ranks" in found["heads"] and "[2, 4]" in found["heads"]
+
+
+def counted(rank: int, family: str, grid: dict[str, Any]) -> tuple[int, int]:
+    """Bytes of a step that the plan's rows add up to, for this rank, and those counted."""
+    import gingham
+    from gingham.convert.layers import Conversion
+    from gingham.convert.plan import rows
+    from gingham.convert.rules import rules_of
+
+    mesh = gingham.init(**grid)
+    model = gingham.parallelize(families.build(family), mesh)
+    inputs = families.batch(family)
+    inputs.pop("labels")
+    lines = rows(Conversion(model, mesh, rules_of(model, None)[0], None, lines=model.gingham_plan), inputs["input_ids"].numel())
+    mesh.traffic(reset=True)
+    model(**inputs).logits.sum().backward()
+    return sum(int(line[6].replace(",", "") or 0) for line in lines), sum(axis["bytes_received"] for axis in mesh.traffic().values())
+
+
+@pytest.mark.parametrize("name", ["2d", "3d", pytest.param("2.5d", marks=pytest.mark.matrix), pytest.param("1d", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "family", ["gpt2", pytest.param("llama", marks=pytest.mark.matrix), pytest.param("bert", marks=pytest.mark.matrix)]
+)
+def test_the_plan_predicts_the_bytes(ranks, family: str, name: str) -> None:
+    answers = ranks(GRIDS[name]["size"])(counted, family, GRIDS[name])
+    assert sum(predicted for predicted, _ in answers) == pytest.approx(sum(got for _, got in answers), abs=len(answers) * 40)
