@@ -17,6 +17,8 @@ GRIDS: list[dict[str, Any]] = [
     dict(mode="2d", size=4),
 ]
 
+QUICK = ("2.5d", "3d")
+
 
 class Fused(torch.nn.Module):
     """As the original model has them: GPT-2's c_attn.weight [in, 3 width], MultiheadAttention's in_proj_weight [3 width, in]."""
@@ -96,7 +98,9 @@ def load_and_save(rank: int, grid: dict[str, Any], source: Path, target: Path) -
     return model.full(optimizer) if rank == 0 else model.full(optimizer) and {}
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid["mode"])
+@pytest.mark.parametrize(
+    "grid", [pytest.param(grid, marks=[] if grid["mode"] in QUICK else pytest.mark.matrix) for grid in GRIDS], ids=lambda grid: grid["mode"]
+)
 def test_pieces_are_saved_as_one_tensor_and_loaded_as_pieces(ranks: Any, grid: dict[str, Any], tmp_path: Path) -> None:
     with torch.random.fork_rng():
         model, optimizer = build(None, seed=3)

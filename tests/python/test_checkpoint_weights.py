@@ -12,10 +12,10 @@ import gingham
 from gingham.checkpoint import weights
 from gingham.cli import main
 
-GRIDS: list[dict[str, Any]] = [
+GRIDS: list[Any] = [
     dict(mode="2.5d", size=8, depth=2),
     dict(mode="3d", size=8),
-    dict(mode="1d", size=4),
+    pytest.param(dict(mode="1d", size=4), marks=pytest.mark.matrix),
     dict(grid=(1, 3, 2), size=6),
 ]
 SHAPE = dict(layers=1, width=36, heads=12, context=8, dropout=0.0)

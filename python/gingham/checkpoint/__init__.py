@@ -7,6 +7,8 @@ at any moment; `export_safetensors` and `import_safetensors` exchange a model's 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,21 @@ def save(
         raise ValueError(f"keep={keep}: expected the number of checkpoints to keep, at least 1")
     ranks, what = Ranks(), f"gingham.save to {path}"
     temporary, final = ranks.first(what, lambda: folders.begin(Path(path).absolute()))
-    planner, writer = SavePlanner(), FileSystemWriter(temporary, thread_count=1, sync_files=True)
+    try:
+        _write(ranks, what, temporary, lambda: gathered(ranks, model, optimizer, scheduler, step))
+        ranks.first(what, lambda: folders.commit(temporary, final, keep))
+    except CheckpointError:
+        # every rank has stopped writing; what it wrote may be what filled the disk
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(ranks: Ranks, what: str, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
+    planner, writer = SavePlanner(), FileSystemWriter(folder, thread_count=1, sync_files=True)
 
     def plan() -> Any:
-        planner.set_up_planner(gathered(ranks, model, optimizer, scheduler, step), writer.storage_meta(), ranks.rank == 0)
+        planner.set_up_planner(state(), writer.storage_meta(), ranks.rank == 0)
         writer.set_up_storage_writer(ranks.rank == 0)
         return writer.prepare_local_plan(planner.create_local_plan())
 
@@ -62,10 +75,9 @@ def save(
 
     def finish() -> None:
         writer.finish(metadata, results)
-        unseen = folders.damaged(temporary, metadata)
+        unseen = folders.damaged(folder, metadata)
         if unseen:
             raise CheckpointError(f"{'; '.join(unseen)}, as their ranks wrote: all ranks must write to one file system")
-        folders.commit(temporary, final, keep)
 
     ranks.first(what, finish)
 

@@ -50,7 +50,9 @@ def begin(path: Path) -> tuple[Path, Path]:
     """(a new empty folder to write into, the name it gets when complete); what killed processes left is removed."""
     if (path / METADATA).is_file():
         raise CheckpointError(f"{path}: is a single checkpoint, expected a folder of checkpoints; save to another path")
-    path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir():
+        path.mkdir(parents=True)
+        sync(path.parent)
     for left in path.glob(f"{WRITING}*"):
         shutil.rmtree(left)
     taken = [int(entry.name) for entry in path.iterdir() if entry.name.isdigit()]

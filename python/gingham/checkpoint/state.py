@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .tensors import Part, Whole, plain_keys, whole_of
 from .together import CheckpointError, Ranks
@@ -197,6 +198,9 @@ class Target:
                 self.optimizer_state[part.tensor][name] = torch.empty_like(part.tensor.detach(), dtype=dtype)
             self.state[full] = whole_of(full, parts, lambda part: self.optimizer_state[part.tensor][name])
             return
+        if saved.size.numel() != 1 and isinstance(parts[0].tensor, DTensor):
+            shape = tuple(whole_of(full, parts).shape)
+            self.wrong.append(f"{full}: got shape {tuple(saved.size)}, expected {shape} or one number; a mesh cannot cut this state")
         group = next(group for group in self.optimizer.param_groups if any(parts[0].tensor is p for p in group["params"]))
         there = parts[0].tensor.device if group.get("fused") or group.get("capturable") else torch.device("cpu")
         value = torch.empty(saved.size, dtype=dtype, device=there)
