@@ -68,12 +68,17 @@ def parallelize(
     verbose prints the plan: every layer with its grid, its stationary operand, its block, bytes received in a step of
     `tokens` rows and memory, and every module left serial with the reason. Names of parameters stay, but for weights stored
     as one and held as three (GPT-2's c_attn, MultiheadAttention's in_proj): see the attribute `joins`.
+    The lines of the plan are in `gingham_plan`. Dropout that a model's own code calls as a function, not as a module, draws
+    from each rank's own generator.
     Raises ShapeError where heads do not divide by the ranks that cut features; NotImplementedError for a module that would
-    be wrong on a part of the rows or features; warns of rules of a plan that fit nothing.
+    be wrong on a part of the rows or features; warns of rules of a plan that fit nothing. A call with io "full" raises MeshError
+    where a rank is given other inputs than the rest.
     """
     mesh = current(mesh)
     if io not in ("full", "local"):
         raise ValueError(f"io={io!r}: expected 'full' or 'local'")
+    if hasattr(model, "gingham_plan"):
+        raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
     rules, asked = rules_of(model, plan)
     config = getattr(model, "config", None)
     if rules.body == "outer" and mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):

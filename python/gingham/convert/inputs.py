@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import inspect
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.utils import _pytree as pytree
 
 from ..layout import chunks
-from ..mesh import Mesh
+from ..mesh import Mesh, MeshError
 from .losses import Labelled, loss_of, takes_labels
 
 # arguments whose first dim is not the batch even where its size is
@@ -55,9 +56,31 @@ class Border:
             model.__dict__["_border_labels"] = labels
         self.size, self.missing = size, self._missing(size or 0)
         if self.full:
+            self._check_alike({**named, **kwargs, **labels})
             named = {name: self._cut(name, x, size) for name, x in named.items()}
             kwargs = {name: self._cut(name, x, size) for name, x in kwargs.items()}
         return (*named.values(), *rest), kwargs
+
+    def _check_alike(self, given: dict[str, Any]) -> None:
+        """Raises MeshError, on every rank, where one was given other tensors than the rest: a loader that shuffles by itself, a
+        sampled token. A control message of 8 bytes."""
+        if self.mesh.size == 1 or torch.compiler.is_compiling():
+            return
+        sum_of = 0
+        for name, value in sorted(given.items()):
+            for x in pytree.tree_leaves(value):
+                if self._batched(name, x) and x.device.type == "cpu":
+                    sum_of = crc32(
+                        memoryview(x.detach().contiguous().view(torch.uint8).numpy()), crc32(repr(tuple(x.shape)).encode(), sum_of)
+                    )
+        sums = [each for (each,) in self.mesh.world.sizes([sum_of])]
+        usual = max(sums, key=sums.count)
+        odd = [rank for rank, each in enumerate(sums) if each != usual]
+        if odd:
+            raise MeshError(
+                f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {', '.join(sorted(given))}; io='full':"
+                " every rank must be given the same full tensors: seed samplers and generation alike, or pass io='local'"
+            )
 
     def _missing(self, size: int) -> int:
         """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
@@ -89,7 +112,8 @@ class Border:
     def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         labels = model.__dict__.pop("_border_labels", {})
         if self.hugging:
-            loss = loss_of(Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing)) if labels else None
+            call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, "inner" if self.body == "outer" else "rows")
+            loss = loss_of(call) if labels else None
             return self._fields(output, loss)
         if not self.full:
             return output
@@ -109,18 +133,34 @@ class Border:
         if isinstance(output, tuple):
             raise NotImplementedError("return_dict=False: outputs of a converted model are gathered by the names of their fields")
         for name, value in list(output.items()):
-            if self.full and name not in ("loss", "past_key_values"):
-                operand = "inner" if name in INNER else "rows" if name in ROWS else "x"
+            if name == "past_key_values":
+                self._keep_rows(value)
+            elif self.full and name != "loss":
+                operand = "rows" if name in ROWS or self.body == "rows" else "inner" if name in INNER else "x"
                 output[name] = self._gather(value, operand)
         if loss is not None:
             output["loss"] = loss
         return output
+
+    def _keep_rows(self, cache: Any) -> None:
+        """A cache holds this rank's rows: what moves rows by their number in the whole batch (beams) is refused."""
+
+        def refuse(*args: Any, **kwargs: Any) -> None:
+            raise NotImplementedError(
+                "generation that reorders rows (beams, contrastive search) on a mesh that cuts rows; use greedy or sampling"
+            )
+
+        for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
+            if self.mesh.outer.rows and hasattr(cache, name):
+                setattr(cache, name, refuse)
 
 
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
 def attach(model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int) -> None:
+    """Hangs both hooks on the model. Its inputs are by name: those in WHOLE are left as they are, of the others every tensor
+    whose first dim is that of the first tensor is cut."""
     border = Border(model, mesh, io, body, batch)
     if border.full or border.hugging:
         model.register_forward_pre_hook(border.before, with_kwargs=True)

@@ -21,21 +21,23 @@ def takes_labels(model: Any) -> bool:
     return hasattr(model, "config") and hasattr(model, "base_model_prefix")
 
 
-def _vocabulary(logits: torch.Tensor, labels: torch.Tensor, mesh: Mesh, items: Any = None) -> torch.Tensor:
-    reduction = "mean" if items is None else "sum"
-    loss = nn.cross_entropy(logits.float(), labels, mesh=mesh, layout="inner", ignore_index=-100, reduction=reduction)
-    return loss if items is None else loss / items
-
-
 class Labelled:
     """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms.
-    missing: rows that were added to the inputs, to be ignored."""
+    missing: rows that were added to the inputs, to be ignored. layout: of the logits."""
 
     def __init__(
-        self, model: Any, output: Any, labels: dict[str, Any], kwargs: dict[str, Any], mesh: Mesh, full: bool, missing: int = 0
+        self,
+        model: Any,
+        output: Any,
+        labels: dict[str, Any],
+        kwargs: dict[str, Any],
+        mesh: Mesh,
+        full: bool,
+        missing: int,
+        layout: str,
     ) -> None:
         self.model, self.output, self.labels, self.kwargs = model, output, labels, kwargs
-        self.mesh, self.full, self.missing = mesh, full, missing
+        self.mesh, self.full, self.missing, self.layout = mesh, full, missing, layout
 
     def cut(self, name: str) -> torch.Tensor:
         if not self.full:
@@ -47,18 +49,24 @@ class Labelled:
     def whole(self, name: str) -> torch.Tensor:
         return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
 
-    def gathered(self, field: str, operand: str = "inner") -> torch.Tensor:
-        full = self.mesh.gather(self.output[field], operand)
+    def gathered(self, field: str, layout: str | None = None) -> torch.Tensor:
+        full = self.mesh.gather(self.output[field], layout or self.layout)
         return full[: len(full) - self.missing]
+
+    def _vocabulary(self, field: str, labels: torch.Tensor) -> torch.Tensor:
+        items = self.kwargs.get("num_items_in_batch")
+        logits, reduction = self.output[field].float(), "mean" if items is None else "sum"
+        loss = nn.cross_entropy(logits, labels, mesh=self.mesh, layout=self.layout, ignore_index=-100, reduction=reduction)
+        return loss if items is None else loss / items
 
     def causal(self) -> torch.Tensor:
         shifted = self.kwargs.get("shift_labels")
         if shifted is None:
             shifted = F.pad(self.cut("labels"), (0, 1), value=-100)[..., 1:].contiguous()
-        return _vocabulary(self.output.logits, shifted, self.mesh, self.kwargs.get("num_items_in_batch"))
+        return self._vocabulary("logits", shifted)
 
     def masked(self) -> torch.Tensor:
-        return _vocabulary(self.output.logits, self.cut("labels"), self.mesh, self.kwargs.get("num_items_in_batch"))
+        return self._vocabulary("logits", self.cut("labels"))
 
     def classes(self) -> torch.Tensor:
         from transformers.loss.loss_utils import ForSequenceClassificationLoss
@@ -78,7 +86,7 @@ class Labelled:
         return ForQuestionAnsweringLoss(ends[0], ends[1], self.whole("start_positions"), self.whole("end_positions"))
 
     def pretraining(self) -> torch.Tensor:
-        words = _vocabulary(self.output.prediction_logits, self.cut("labels"), self.mesh)
+        words = self._vocabulary("prediction_logits", self.cut("labels"))
         return words + F.cross_entropy(self.gathered("seq_relationship_logits"), self.whole("next_sentence_label").flatten())
 
 

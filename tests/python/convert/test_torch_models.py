@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from families import errors, plain
-from grids import relative
+from grids import GRIDS, grids, ranks_of, relative
 
 
 class Custom(nn.Module):
@@ -78,19 +78,9 @@ def beside(rank: int, grid: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-GRIDS: dict[str, dict[str, Any]] = {
-    "1d": dict(mode="1d", size=4),
-    "1d sequence": dict(mode="1d", size=4, sequence=True),
-    "2d": dict(mode="2d", size=4),
-    "2.5d": dict(mode="2.5d", size=8, depth=2),
-    "3d": dict(mode="3d", size=8),
-    "3x2x2": dict(grid=(3, 2, 2), size=12),
-}
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("1d sequence", "2d", "3d") else [pytest.mark.matrix]) for n in GRIDS])
+@grids("1d sequence", "2d", "3d")
 def test_outputs_and_gradients(ranks, name: str) -> None:
-    for kind, result in ranks(GRIDS[name]["size"])(beside, GRIDS[name])[0].items():
+    for kind, result in ranks(ranks_of(name))(beside, GRIDS[name])[0].items():
         worst = max(result, key=result.get)
         assert result[worst] <= 2e-6, (kind, worst, result[worst])
 
