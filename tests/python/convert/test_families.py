@@ -294,3 +294,18 @@ def counted(rank: int, family: str, grid: dict[str, Any]) -> tuple[int, int]:
 def test_the_plan_predicts_the_bytes(ranks, family: str, name: str) -> None:
     answers = ranks(ranks_of(name))(counted, family, GRIDS[name])
     assert sum(predicted for predicted, _ in answers) == pytest.approx(sum(got for _, got in answers), abs=len(answers) * 40)
+
+
+def sequence_refused(rank: int) -> str:
+    import gingham
+
+    mesh = gingham.init(**GRIDS["1d sequence"])
+    try:
+        gingham.parallelize(families.build("llama"), mesh)
+    except NotImplementedError as error:
+        return str(error)
+    return ""
+
+
+def test_rows_cut_between_layers_are_refused(ranks) -> None:
+    assert "sequence=True is not built for transformers models" in ranks(4)(sequence_refused)[0]
