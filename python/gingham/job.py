@@ -56,10 +56,7 @@ def init(
     if device_mesh is not None:
         axes = axes_of_device_mesh(device_mesh)
     elif parallel is not None:
-        if mode is not None or size is not None or depth is not None or grid is not None:
-            raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
-        tensor = parse_parallel(parallel, rendezvous.world()[1])
-        axes = axes_of(**{"sequence": sequence, "shard_depth": shard_depth, "mode": None, **tensor})
+        axes = _configured(parallel, (mode, size, depth, grid), {"sequence": sequence, "shard_depth": shard_depth})
     elif mode == "auto":
         axes = _planned(size, {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth}, model, tokens, machine)
     else:
@@ -78,10 +75,15 @@ def init(
     except BaseException:
         _leave_group()
         raise
-    if sys.excepthook is not _report_and_print:
-        globals()["_previous_hook"], sys.excepthook = sys.excepthook, _report_and_print
+    _watch_exceptions()
     mesh.set_current(made)
     return made
+
+
+def _configured(parallel: Mapping[str, Any], excluded: tuple[Any, ...], others: dict[str, Any]) -> Axes:
+    if any(given is not None for given in excluded):
+        raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
+    return axes_of(**{**others, "mode": None, **parse_parallel(parallel, rendezvous.world()[1])})
 
 
 def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, machine: Mapping[str, float] | None) -> Axes:
@@ -176,6 +178,12 @@ def _jobs(of: Mesh) -> list[Any]:
 
 
 _previous_hook = sys.excepthook
+
+
+def _watch_exceptions() -> None:
+    global _previous_hook
+    if sys.excepthook is not _report_and_print:
+        _previous_hook, sys.excepthook = sys.excepthook, _report_and_print
 
 
 def _report_and_print(kind: type[BaseException], error: BaseException, trace: Any) -> None:
