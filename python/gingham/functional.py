@@ -16,6 +16,8 @@ import torch
 from . import _C, gradients
 from .layout import Cuts, Layout, Names, offsets
 from .mesh import Mesh, MeshError, ShapeError, check_local
+from .redistribute import autocast_dtype as autocast_dtype
+from .redistribute import cast_for_autocast as cast_for_autocast
 from .redistribute import like as like
 from .redistribute import local_of as local_of
 from .redistribute import relayout as relayout
@@ -152,14 +154,18 @@ def linear(
     weights: [out, in] ([in, out] where transposed), DTensors or local blocks cut as plan.weight_cuts. Raises TypeError
     for a tensor that is not plain and local; the step raises ShapeError, on every rank, where one rank's last dim or
     dtype does not fit its weights. Bytes: THEORY.md section 4, and one relayout where layouts ask.
+    In a torch.autocast region x, weights and biases are cast to its dtype (float64 is not), products accumulate in
+    float32, y and the bytes of panels are of that dtype, partial sums travel in float32; backward uses the same casts,
+    and gradients come back in the dtypes of x and of the parameters.
     """
     check_local(x, "linear's x", plan.mesh)
     if x.dim() == 0:
         raise ShapeError(f"linear {plan.k} -> {plan.n}: got a tensor without dims, expected [..., {plan.k_local}]")
     if x.dim() == 1:
         return [y.squeeze(0) for y in linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
-    x = relayout(x, plan.mesh, *plan.x, plan.k)
-    outputs = _Linear.apply(x, plan, epilogue, *weights, *biases)
+    dtype = autocast_dtype(x.device)
+    x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k)
+    outputs = _Linear.apply(x, plan, epilogue, dtype, *weights, *biases)
     return [relayout(y, plan.mesh, plan.y[1], plan.y[0], size) for y, size in zip(outputs, plan.n, strict=True)]
 
 
@@ -167,11 +173,16 @@ class _Linear(torch.autograd.Function):
     passes = 0
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, plan: LinearPlan, epilogue: str, *parameters: torch.Tensor | None) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, plan: LinearPlan, epilogue: str, dtype: torch.dtype | None, *parameters: torch.Tensor | None
+    ) -> Any:
         count = len(plan.n)
-        weights = [local_of(weight) for weight in parameters[:count]]
+        local = [local_of(parameter) for parameter in parameters]
+        if dtype is not None:
+            local = [_cast(plan.mesh, block, dtype) for block in local]
+        weights = local[:count]
         x = x.contiguous()
-        outputs = plan.step.forward(x, weights, [local_of(bias) for bias in parameters[count:]], epilogue)
+        outputs = plan.step.forward(x, weights, local[count:], epilogue)
         ys, before = outputs[:count], outputs[count:]
         ctx.plan, ctx.parameters, ctx.count = plan, parameters, count
         ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
@@ -188,20 +199,32 @@ class _Linear(torch.autograd.Function):
         dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
         if before:
             dys = [_C.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         used = [dy is not None for dy in cotangents]
         need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
         wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
         nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
         later = bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
         dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not later)
-        dws = [dw if need else None for dw, need in zip(dws, need_w, strict=True)]
+        dws = [_as(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
         grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
         for weight, dw in zip(parameters, dws, strict=False):
             if later and dw is not None:
                 gradients.sums_of(plan.mesh).add(weight, dw)
-        biases = [like(db, bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
-        return None if dx is None else dx.view(x.shape), None, None, *grads, *biases
+        biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
+        return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
+
+
+def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A parameter's block in the dtype of an autocast region; in the shared heap, where peers read it in place."""
+    if block is None or block.dtype in (dtype, torch.float64):
+        return block
+    return mesh.empty(block.shape, dtype).copy_(block)
+
+
+def _as(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """In its parameter's dtype, which autocast may have left."""
+    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
 
 
 def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from .functional import make_step
 from .mesh import Mesh, ShapeError, check_local, current
+from .redistribute import cast_for_autocast
 
 
 def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tuple[int, int, int] | None = None) -> torch.Tensor:
@@ -18,12 +19,14 @@ def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tu
 
     Differentiable twice. shape=(M, K, N) is needed where K or N does not divide by its axes, else ShapeError. Bytes:
     the step of THEORY.md section 1 with no operand replicated: [MK(pn-1) + KN(pm-1) + MN(pk-1)] / P words forward.
+    torch.autocast casts a and b, as it does torch.matmul's.
     """
     mesh = current(mesh)
     for tensor, name in ((a, "a"), (b, "b")):
         check_local(tensor, f"matmul's {name}", mesh)
         if tensor.dim() != 2:
             raise ShapeError(f"matmul: {name} has shape {tuple(tensor.shape)}, expected a matrix")
+    a, b = cast_for_autocast(a), cast_for_autocast(b)
     _, pn, pk = mesh.grid
     # wrong blocks are left to the step to refuse: it tells the other ranks, which are about to wait for this one
     _, k, n = shape or (0, a.shape[1] * pk * pn, b.shape[1] * pn)

@@ -37,6 +37,17 @@ def local_of(parameter: Any) -> Any:
     return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype of the torch.autocast region that this call is in, or None outside of one."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
+    """What torch.autocast does to an operand of a product: in a region its dtype, unless x is float64 or of integers."""
+    dtype = autocast_dtype(x.device)
+    return x if dtype in (None, x.dtype) or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
+
+
 def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
     """A gradient in the form of its parameter."""
     if local is None or not isinstance(parameter, DTensor):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..functional import linear, linear_plan
+from ..functional import autocast_dtype, linear, linear_plan
 from ..mesh import Mesh, ShapeError, check_local, current
 from .dropout import Dropout
 from .linear import Linear
@@ -124,6 +124,12 @@ class SelfAttention(torch.nn.Module):
             grouped = self.heads != self.kv_heads
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=self.scale, enable_gqa=grouped)
         k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else part for part in (k, v))
+        if autocast_dtype(q.device) is None:
+            return self._attend_dropping(q, k, v, mask)
+        with torch.autocast(q.device.type, enabled=False):  # it would round the scores to 16 bits
+            return self._attend_dropping(q, k, v, mask)
+
+    def _attend_dropping(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         wide = q.dtype if q.dtype == torch.float64 else torch.float32
         scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * self.scale
         if mask is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..functional import relayout
+from ..functional import autocast_dtype, relayout
 from ..layout import Layout
 from ..mesh import Mesh, ShapeError, check_local, current
 from .norm import gather_parts
@@ -28,7 +28,7 @@ def cross_entropy(
     the job and are the same number on every rank; "none" gives the losses of the targets given. One all-gather over the
     feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a row, and one of (sum,
     count), 16 bytes, over the row axes; targets in other rows than the logits are gathered too. Backward moves nothing.
-    "mean" over no target at all is nan, as in torch. Raises ShapeError where logits and targets do not fit,
+    "mean" over no target at all is nan, as in torch. In a torch.autocast region 16-bit logits give a float32 loss. Raises ShapeError where logits and targets do not fit,
     NotImplementedError for class weights.
     """
     mesh = current(mesh)
@@ -37,6 +37,8 @@ def cross_entropy(
     target, moved, given, needed = _fitting(logits, target, mesh, layout, "cross_entropy")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    if logits.dtype.itemsize == 2 and autocast_dtype(logits.device) is not None:
+        logits = logits.float()
     losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
     if reduction != "none":
         return total

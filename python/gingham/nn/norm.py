@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..functional import like, local_of
+from ..functional import autocast_dtype, like, local_of
 from ..layout import Names, coordinates_of, interval, members
 from ..mesh import Mesh, ShapeError, check_local, current
 from .bias import place_of_features, stored_axes, sum_over_rows
@@ -29,7 +29,8 @@ class _Norm(torch.nn.Module):
     def _parameter(self, name: str, draw: Callable[[torch.Tensor], object], dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
         return make_parameter(self.mesh, (self.stored,), name, (self.features,), draw, dtype, given)
 
-    def _check(self, x: torch.Tensor) -> None:
+    def _check(self, x: torch.Tensor) -> torch.Tensor:
+        """x, or in a region of torch.autocast on a GPU, whose norms return float32, x in that."""
         kind = type(self).__name__
         check_local(x, f"{kind}'s x", self.mesh)
         expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
@@ -38,6 +39,7 @@ class _Norm(torch.nn.Module):
                 f"{kind}({self.features}): rank {self.mesh.rank} got x of shape {tuple(x.shape)},"
                 f" expected [..., {expected}], its block in layout {self.layout!r}"
             )
+        return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x.device) is not None else x
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}, layout={self.layout}"
@@ -73,7 +75,7 @@ class LayerNorm(_Norm):
             self.bias = self._parameter("bias", torch.nn.init.zeros_, dtype, given) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check(x)
+        x = self._check(x)
         return _Normalise.apply(x, self.weight, self.bias, self, True, self.eps)
 
 
@@ -102,7 +104,7 @@ class RMSNorm(_Norm):
             self.weight = self._parameter("weight", torch.nn.init.ones_, dtype, given)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check(x)
+        x = self._check(x)
         return _Normalise.apply(x, self.weight, None, self, False, torch.finfo(_wide(x.dtype)).eps if self.eps is None else self.eps)
 
 
