@@ -14,9 +14,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -175,6 +177,8 @@ class Mesh:
             self._keys[key] = _C.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), *link)
             self._axes[frozenset(names)] = self._keys[key]
         self.steps: dict[Any, Any] = {}
+        self.handle = f"mesh{next(_numbers)}"
+        _by_handle[self.handle] = self
         self.depth_sums: Any = None
         self.ended = False
         self._background: Any = None
@@ -344,6 +348,14 @@ def find_nccl() -> None:
 
 
 _current: Mesh | None = None
+_numbers = count()
+_by_handle: WeakValueDictionary[str, Mesh] = WeakValueDictionary()
+
+
+def of_handle(handle: str) -> Mesh:
+    """The mesh whose `handle` this is, for ops of compiled graphs, which can name objects only by constants."""
+    return _by_handle[handle]
+
 
 
 def current(mesh: Mesh | None = None) -> Mesh:
