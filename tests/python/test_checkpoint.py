@@ -173,6 +173,7 @@ def test_a_resumed_run_equals_the_unbroken_one(ranks: Any, tmp_path: Path) -> No
         assert other == pytest.approx(losses, rel=1e-5), grid
 
 
+@pytest.mark.matrix
 def test_a_serial_run_moves_to_a_grid(ranks: Any, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         losses, bits = unbroken(0, {}, tmp_path, 2, 3)

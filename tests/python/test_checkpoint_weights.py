@@ -16,7 +16,7 @@ GRIDS: list[Any] = [
     dict(mode="2.5d", size=8, depth=2),
     dict(mode="3d", size=8),
     pytest.param(dict(mode="1d", size=4), marks=pytest.mark.matrix),
-    dict(grid=(1, 3, 2), size=6),
+    pytest.param(dict(grid=(1, 3, 2), size=6), marks=pytest.mark.matrix),
 ]
 SHAPE = dict(layers=1, width=36, heads=12, context=8, dropout=0.0)
 Bits = dict[str, torch.Tensor]
