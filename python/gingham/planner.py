@@ -199,5 +199,5 @@ def run(options: Namespace) -> int:
         costs = f"{choice.received / options.ranks:,.0f}", f"{choice.messages:,}", f"{choice.memory:,}", f"{choice.seconds:.3e}"
         note = choice.reason or ("<- mode='auto' takes this" if index == 0 else "")
         table.add_row(choice.name, " x ".join(map(str, choice.grid)), *costs, note, style="dim" if choice.reason else "")
-    Console().print(table)
+    Console(width=max(120, Console().width)).print(table)  # numbers are not shortened where the output is no terminal
     return 1 if ranked[0].reason else 0
