@@ -120,4 +120,4 @@ def table(made: Conversion, tokens: int) -> Table:
 def show(made: Conversion, tokens: int) -> None:
     """Prints the plan, on rank 0."""
     if made.mesh.rank == 0:
-        Console(width=max(200, Console().width)).print(table(made, tokens), crop=False)
+        Console(width=max(160, Console().width)).print(table(made, tokens))
