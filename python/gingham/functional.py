@@ -7,13 +7,14 @@ DTensors of the same placements. Nothing here sums gradients over replicas of an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 
-from . import _C, gradients
+from . import _C, compiled, gradients
+from .compiled import traced
 from .layout import Cuts, Layout, Names, offsets
 from .mesh import Mesh, MeshError, ShapeError, check_local
 from .redistribute import autocast_dtype as autocast_dtype
@@ -39,6 +40,7 @@ class LinearPlan:
     bias_cuts: Cuts
     k_local: int
     n_local: tuple[int, ...]
+    handles: list[str] = field(default_factory=list)  # its own, once it is registered
 
 
 def linear_plan(
@@ -66,7 +68,7 @@ def linear_plan(
     cut_again = tuple(name for name in mesh.axes.m if name not in mesh.axes.depth)
     x, y = (mesh.inner, mesh.outer) if swapped else (mesh.outer, mesh.inner)
     out, into = (second + cut_again, first) if swapped else (second, first + cut_again)
-    return LinearPlan(
+    plan = LinearPlan(
         mesh,
         make_step(mesh, name, k, n, swapped, (x, y), not transposed),
         k,
@@ -79,6 +81,8 @@ def linear_plan(
         mesh.interval(k, given[0].features)[1],
         tuple(mesh.interval(size, y.features)[1] for size in n),
     )
+    plan.handles.append(compiled.register(mesh, plan))
+    return plan
 
 
 def swapping_is_cheaper(mesh: Mesh, k: int, n: int) -> bool:
@@ -165,7 +169,10 @@ def linear(
         return [y.squeeze(0) for y in linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
     dtype = autocast_dtype(x.device)
     x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k)
-    outputs = _Linear.apply(x, plan, epilogue, dtype, *weights, *biases)
+    if torch.compiler.is_compiling():
+        outputs = _traced_linear(x, weights, biases, plan, epilogue)
+    else:
+        outputs = _Linear.apply(x, plan, epilogue, dtype, *weights, *biases)
     return [relayout(y, plan.mesh, plan.y[1], plan.y[0], size) for y, size in zip(outputs, plan.n, strict=True)]
 
 
@@ -215,6 +222,35 @@ class _Linear(torch.autograd.Function):
         return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
 
 
+def _traced_linear(
+    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], plan: LinearPlan, epilogue: str
+) -> list[torch.Tensor]:
+    present = [cast_for_autocast(compiled.block_of(each)) for each in (*weights, *biases) if each is not None]
+    there = "".join("0" if bias is None else "1" for bias in biases)
+    return traced("linear", [plan.handles[0], epilogue, there], [x, *present], len(plan.n))
+
+
+def _linear_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    plan, (x, *parameters) = compiled.find(words[0]), tensors
+    biases = iter(parameters[len(plan.n) :])
+    return [x, plan, words[1], None, *parameters[: len(plan.n)], *(next(biases) if there == "1" else None for there in words[2])]
+
+
+def _linear_results(words: list[str], tensors: list[torch.Tensor]) -> list[compiled.Meta]:
+    plan, x = compiled.find(words[0]), tensors[0]
+    rows = compiled.evenly(plan.mesh, x.shape[0], plan.x[1].rows, plan.y[1].rows)
+    inner = x.shape[1:-1]
+    outputs: list[compiled.Meta] = [([rows, *inner, n], x.dtype) for n in plan.n_local]
+    if words[1] == "none":
+        return outputs
+    # before the epilogue, flat where the number of rows changes
+    return [*outputs, *(([rows, *inner, n] if rows == x.shape[0] else [rows * prod(inner), n], x.dtype) for n in plan.n_local)]
+
+
+compiled.KNOWN["linear"] = compiled.Traced(_Linear, _linear_arguments, _linear_results)
+compiled.OUTPUTS["linear"] = lambda words: len(compiled.find(words[0]).n)
+
+
 def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A parameter's block in the dtype of an autocast region; in the shared heap, where peers read it in place."""
     if block is None or block.dtype in (dtype, torch.float64):
@@ -242,6 +278,11 @@ def dropout(
     dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset.
     """
     check_local(x, "dropout's x", mesh)
+    return _Dropout.apply(x, p, key, *dropout_place(x, mesh, layout, dims), None if mesh is None else mesh.job)
+
+
+def dropout_place(x: torch.Tensor, mesh: Mesh | None, layout: str, dims: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """The global shape of an activation and where x begins in it."""
     shape, start = list(x.shape), [0] * x.dim()
     if mesh is not None and mesh.size > 1:
         row, feature = (dim % x.dim() for dim in dims)
@@ -252,7 +293,13 @@ def dropout(
         start[row], shape[row] = rows[0], total
         if row != feature:
             start[feature], shape[feature] = columns[0], width
-    return _Dropout.apply(x, p, key, shape, start, None if mesh is None else mesh.job)
+    return shape, start
+
+
+def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
+    """dropout by numbers [3 + 2 dims]: the key, the global shape and the start; without a gradient."""
+    seed, name, call, *place = numbers.tolist()
+    return _C.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
 
 
 class _Dropout(torch.autograd.Function):

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from . import compiled
+from .compiled import traced
 from .layout import (
     Block,
     Cuts,
@@ -61,7 +63,12 @@ def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, featur
     Its gradient is the opposite relayout. Bytes: every word that a rank's new block has and its old one had not, at
     most one message a peer; nothing where the layouts are equal or the new block lies inside the old one.
     """
-    return x if source == target else _Relayout.apply(x, mesh, source, target, features)
+    if source == target:
+        return x
+    if torch.compiler.is_compiling():
+        names = (source.rows, source.features, target.rows, target.features)
+        return traced("relayout", [mesh.handle, *(",".join(each) for each in names), str(features)], [x])[0]
+    return _Relayout.apply(x, mesh, source, target, features)
 
 
 class _Relayout(torch.autograd.Function):
@@ -94,6 +101,20 @@ class _Relayout(torch.autograd.Function):
         return relayout(grad, *ctx.arguments), None, None, None, None
 
 
+def _relayout_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    names = [tuple(word.split(",")) if word else () for word in words[1:5]]
+    return [tensors[0], compiled.find(words[0]), Layout(*names[:2]), Layout(*names[2:]), int(words[5])]
+
+
+def _relayout_results(words: list[str], tensors: list[torch.Tensor]) -> list[compiled.Meta]:
+    x, mesh, source, target, features = _relayout_arguments(words, tensors)
+    width = mesh.interval(features, target.features)[1]
+    return [([compiled.evenly(mesh, x.shape[0], source.rows, target.rows), *x.shape[1:-1], width] if x.dim() > 1 else [width], x.dtype)]
+
+
+compiled.KNOWN["relayout"] = compiled.Traced(_Relayout, _relayout_arguments, _relayout_results, saves=False)
+
+
 def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torch.Tensor, features: int) -> list[list[Block]]:
     """Every member's block of [rows, between, features] before and after, rows counted among the members."""
     places = [coordinates_of(rank, mesh.sizes) for rank in members(names, mesh.sizes, mesh.coordinates)]
@@ -119,7 +140,8 @@ def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cu
     the new block has and the old had not, from one rank each, at most one message a peer; ranks that differ only in
     axes neither cut names (replicas) do the same among themselves. Raises ShapeError where the block does not fit.
     """
-    held = tuple(local_of(weight).shape)
+    local = compiled.block_of(weight) if torch.compiler.is_compiling() else local_of(weight)
+    held = tuple(local.shape)
     if shape is None and not isinstance(weight, DTensor):
         raise ShapeError(f"reshard: rank {mesh.rank} got a local block {held} without shape=, the global shape")
     seen = shape is not None and isinstance(weight, DTensor)
@@ -127,6 +149,8 @@ def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cu
     expected = tuple(length for _, length in block(shape, source_cuts, mesh.sizes, mesh.coordinates))
     if held != expected and not (seen and prod(held) == prod(expected)):
         raise ShapeError(f"reshard: rank {mesh.rank} got a block {held}, expected {expected} of {tuple(shape)}")
+    if torch.compiler.is_compiling():
+        return traced("reshard", [mesh.handle, _text(source_cuts), _text(target_cuts), _text((tuple(map(str, shape)),))], [local])[0]
     return _Reshard.apply(weight, mesh, source_cuts, target_cuts, tuple(shape))
 
 
@@ -141,6 +165,23 @@ class _Reshard(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         moved = move_block(grad, *ctx.arguments)
         return like(moved.view(local_of(ctx.weight).shape), ctx.weight), None, None, None, None
+
+
+def _text(cuts: Cuts) -> str:
+    return ";".join(",".join(names) for names in cuts)
+
+
+def _reshard_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    source, target, shape = (tuple(tuple(part.split(",")) if part else () for part in word.split(";")) for word in words[1:])
+    return [tensors[0], compiled.find(words[0]), source, target, tuple(map(int, shape[0]))]
+
+
+def _reshard_results(words: list[str], tensors: list[torch.Tensor]) -> list[compiled.Meta]:
+    weight, mesh, _, target, shape = _reshard_arguments(words, tensors)
+    return [([length for _, length in block(shape, target, mesh.sizes, mesh.coordinates)], weight.dtype)]
+
+
+compiled.KNOWN["reshard"] = compiled.Traced(_Reshard, _reshard_arguments, _reshard_results)
 
 
 def move_block(local: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..compiled import KNOWN, Meta, Traced, block_of, find, traced
 from ..functional import like, local_of
 from ..layout import Layout, Names
 from ..mesh import Mesh
@@ -36,6 +37,9 @@ def sum_over_rows(mesh: Mesh, layout: Layout, stored: Names, sums: torch.Tensor)
 def block_of_features(parameter: torch.Tensor, mesh: Mesh, layout: Layout, stored: Names, size: int) -> torch.Tensor:
     """[features here] of a DTensor [size] cut over `stored`. Backward all-reduces the gradient over the rows' axes, in
     float32 at least: 2 size/pf (pm-1)/pm words of it over pf feature and pm row ranks."""
+    if torch.compiler.is_compiling():
+        names = (layout.rows, layout.features, stored)
+        return traced("block_of_features", [mesh.handle, *(",".join(each) for each in names), str(size)], [block_of(parameter)])[0]
     return _BlockOfFeatures.apply(parameter, mesh, layout, stored, size)
 
 
@@ -53,3 +57,16 @@ class _BlockOfFeatures(torch.autograd.Function):
         sums[ctx.place] = grad.to(sums.dtype)
         mesh, layout, stored = ctx.arguments
         return like(sum_over_rows(mesh, layout, stored, sums).to(local.dtype), ctx.parameter), None, None, None, None
+
+
+def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    rows, features, stored = (tuple(word.split(",")) if word else () for word in words[1:4])
+    return [tensors[0], find(words[0]), Layout(rows, features), stored, int(words[4])]
+
+
+def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    parameter, mesh, layout, _, size = _arguments(words, tensors)
+    return [([mesh.interval(size, layout.features)[1]], parameter.dtype)]
+
+
+KNOWN["block_of_features"] = Traced(_BlockOfFeatures, _arguments, _results)

@@ -7,15 +7,19 @@ from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
-from ..functional import dropout
+from ..compiled import define
+from ..functional import dropout, dropout_again, dropout_place
 from ..mesh import Mesh, current, has_mesh
 
 KEPT_CALLS = 4096  # calls whose number a recomputation can still find
 
 _numbers = iter(range(1 << 62))
+_handles = iter(range(1 << 62))
+_modules: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def _restarting_numbers(seed: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,12 +63,27 @@ class Dropout(torch.nn.Module):
         self.name = name if name is not None else f"dropout{next(_numbers)}"
         self.calls = 0
         self._call_of_state: OrderedDict[int, int] = OrderedDict()
+        self._find_by_handle()
+
+    def _find_by_handle(self) -> None:
+        self.handle = str(next(_handles))
+        _modules[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._find_by_handle()  # a copy draws its own masks
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
+        if torch.compiler.is_compiling():
+            return torch.ops.gingham.dropout(x.contiguous(), self.p, self.handle)[0]
+        return dropout(x, self.p, self.key(), self.mesh, self.layout, self.dims)
+
+    def key(self) -> tuple[int, int, int]:
+        """(seed, name, call number) of one call."""
         name = int.from_bytes(blake2b(self.name.encode(), digest_size=8).digest(), "little") >> 1
-        return dropout(x, self.p, (torch.initial_seed() % (1 << 63), name, self._call_number()), self.mesh, self.layout, self.dims)
+        return torch.initial_seed() % (1 << 63), name, self._call_number()
 
     def _call_number(self) -> int:
         """A fresh number, or in a recomputation (the only forward inside a backward) that of the first time."""
@@ -80,3 +99,40 @@ class Dropout(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, name={self.name!r}"
+
+
+def _draw(x: torch.Tensor, p: float, handle: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """In a compiled graph: the result, and the numbers that make the same mask for the gradient."""
+    module = _modules[handle]
+    shape, start = dropout_place(x, module.mesh, module.layout, module.dims)
+    numbers = torch.tensor([*module.key(), *shape, *start])
+    return dropout_again(x, p, numbers, module.mesh), numbers
+
+
+def _draw_again(gradient: torch.Tensor, numbers: torch.Tensor, p: float, handle: str) -> torch.Tensor:
+    return dropout_again(gradient, p, numbers, _modules[handle].mesh)
+
+
+def _save_numbers(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    _, ctx.p, ctx.handle = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _gradient(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+    return torch.ops.gingham.dropout_again(gradient.contiguous(), ctx.saved_tensors[0], ctx.p, ctx.handle), None, None
+
+
+define(
+    "dropout",
+    "(Tensor x, float p, str handle) -> (Tensor, Tensor)",
+    _draw,
+    lambda x, p, handle: (torch.empty_like(x), torch.empty(3 + 2 * x.dim(), dtype=torch.int64, device="cpu")),
+)
+define(
+    "dropout_again",
+    "(Tensor gradient, Tensor numbers, float p, str handle) -> Tensor",
+    _draw_again,
+    lambda gradient, numbers, p, handle: torch.empty_like(gradient),
+)
+torch.library.register_autograd("gingham::dropout", _gradient, setup_context=_save_numbers)

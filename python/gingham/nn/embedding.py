@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.nn import functional as F
 
+from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..functional import like, local_of, settle
 from ..layout import chunks
 from ..mesh import Mesh, ShapeError, check_local, current
@@ -51,6 +53,8 @@ class Embedding(torch.nn.Module):
         self.cut = self.summed or tuple(name for name in axes.n + axes.k if name not in outer.features)
         self.cuts = (self.cut, outer.features)
         self.weight = make_parameter(self.mesh, self.cuts, "weight", (count, width), self._draw, dtype, given)
+        place = SimpleNamespace(mesh=self.mesh, cut=self.cut, summed=self.summed, count=count, width=width, padding_idx=self.padding_idx)
+        self.handle = register(self.mesh, place)
 
     def _draw(self, full: torch.Tensor) -> None:
         torch.nn.init.normal_(full)
@@ -61,9 +65,8 @@ class Embedding(torch.nn.Module):
         check_local(ids, "Embedding's ids", self.mesh)
         if ids.is_floating_point():
             raise TypeError(f"Embedding: got ids of {ids.dtype}, expected an integer dtype")
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.count:
-            found = f"rank {self.mesh.rank} got ids in {int(ids.min())}..{int(ids.max())}"
-            raise ShapeError(f"Embedding({self.count}): {found}, expected 0..{self.count - 1}")
+        if torch.compiler.is_compiling():
+            return traced("embedding", [self.handle], [block_of(self.weight), ids])[0]
         return _Embedding.apply(self.weight, ids, self)
 
     def extra_repr(self) -> str:
@@ -72,7 +75,10 @@ class Embedding(torch.nn.Module):
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, layer: Embedding) -> torch.Tensor:
+    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, layer: Any) -> torch.Tensor:
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.count:
+            found = f"rank {layer.mesh.rank} got ids in {int(ids.min())}..{int(ids.max())}"
+            raise ShapeError(f"Embedding({layer.count}): {found}, expected 0..{layer.count - 1}")
         ctx.layer, ctx.weight = layer, weight
         ctx.save_for_backward(ids)
         axis, local = layer.mesh.axis(layer.cut), local_of(weight)
@@ -98,3 +104,11 @@ class _Embedding(torch.autograd.Function):
         if depth is not None:
             depth.all_reduce_(table, mesh.source)
         return like(table.to(dy.dtype), ctx.weight), None, None
+
+
+def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    layer, (weight, ids) = find(words[0]), tensors
+    return [((*ids.shape, layer.mesh.interval(layer.width, layer.mesh.outer.features)[1]), weight.dtype)]
+
+
+KNOWN["embedding"] = Traced(_Embedding, lambda words, tensors: [*tensors, find(words[0])], _results)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..functional import autocast_dtype, relayout
 from ..layout import Layout
 from ..mesh import Mesh, ShapeError, check_local, current
@@ -28,7 +29,8 @@ def cross_entropy(
     the job and are the same number on every rank; "none" gives the losses of the targets given. One all-gather over the
     feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a row, and one of (sum,
     count), 16 bytes, over the row axes; targets in other rows than the logits are gathered too. Backward moves nothing.
-    "mean" over no target at all is nan, as in torch. In a torch.autocast region 16-bit logits give a float32 loss. Raises ShapeError where logits and targets do not fit,
+    "mean" over no target at all is nan, as in torch. In a torch.autocast region 16-bit logits give a float32
+    loss. Raises ShapeError where logits and targets do not fit,
     NotImplementedError for class weights.
     """
     mesh = current(mesh)
@@ -39,7 +41,11 @@ def cross_entropy(
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     if logits.dtype.itemsize == 2 and autocast_dtype(logits.device) is not None:
         logits = logits.float()
-    losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
+    if torch.compiler.is_compiling():
+        words = [mesh.handle, layout, str(ignore_index), str(label_smoothing), reduction]
+        losses, total = traced("cross_entropy", words, [logits, target], 2)
+    else:
+        losses, total = _CrossEntropy.apply(logits, target, mesh, layout, ignore_index, label_smoothing, reduction)
     if reduction != "none":
         return total
     return relayout(losses.unsqueeze(-1), mesh, needed, given, 1).squeeze(-1) if moved else losses
@@ -142,3 +148,18 @@ class _CrossEntropy(torch.autograd.Function):
         if x.shape[1]:
             grad.scatter_add_(1, column, (hit.double() * (ctx.smoothing - 1.0)).unsqueeze(1))
         return (grad * slope).to(x.dtype).view(ctx.shape), *[None] * 6
+
+
+def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    return [*tensors, find(words[0]), words[1], int(words[2]), float(words[3]), words[4]]
+
+
+def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    logits, target = tensors
+    rows, outputs = target.numel(), [(target.shape, logits.dtype), ((), logits.dtype)]
+    kept = [((rows,), torch.float64), ((rows, 1), torch.int64), ((rows,), torch.bool), ((rows,), torch.bool)]
+    return [*outputs, *kept, ((), torch.float64)]
+
+
+KNOWN["cross_entropy"] = Traced(_CrossEntropy, _arguments, _results)
+OUTPUTS["cross_entropy"] = lambda words: 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..functional import autocast_dtype, like, local_of
 from ..layout import Names, coordinates_of, interval, members
 from ..mesh import Mesh, ShapeError, check_local, current
@@ -25,6 +27,8 @@ class _Norm(torch.nn.Module):
         self.mesh, self.features, self.eps, self.layout = current(mesh), features, eps, layout
         self.stored = stored_axes(self.mesh, self.mesh.layout(layout).features)
         self.weight = self.bias = None
+        place = SimpleNamespace(mesh=self.mesh, layout=layout, stored=self.stored, features=features)
+        self.handle = register(self.mesh, place)
 
     def _parameter(self, name: str, draw: Callable[[torch.Tensor], object], dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
         return make_parameter(self.mesh, (self.stored,), name, (self.features,), draw, dtype, given)
@@ -40,6 +44,13 @@ class _Norm(torch.nn.Module):
                 f" expected [..., {expected}], its block in layout {self.layout!r}"
             )
         return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x.device) is not None else x
+
+    def _normalise(self, x: torch.Tensor, centred: bool, eps: float) -> torch.Tensor:
+        if not torch.compiler.is_compiling():
+            return _Normalise.apply(x, self.weight, self.bias, self, centred, eps)
+        present = [block_of(each) for each in (self.weight, self.bias) if each is not None]
+        there = "".join("0" if each is None else "1" for each in (self.weight, self.bias))
+        return traced("normalise", [self.handle, there, str(int(centred)), str(eps)], [x, *present])[0]
 
     def extra_repr(self) -> str:
         return f"{self.features}, eps={self.eps}, layout={self.layout}"
@@ -76,7 +87,7 @@ class LayerNorm(_Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._check(x)
-        return _Normalise.apply(x, self.weight, self.bias, self, True, self.eps)
+        return self._normalise(x, True, self.eps)  # type: ignore[arg-type]
 
 
 class RMSNorm(_Norm):
@@ -105,7 +116,7 @@ class RMSNorm(_Norm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self._check(x)
-        return _Normalise.apply(x, self.weight, None, self, False, torch.finfo(_wide(x.dtype)).eps if self.eps is None else self.eps)
+        return self._normalise(x, False, torch.finfo(_wide(x.dtype)).eps if self.eps is None else self.eps)
 
 
 def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
@@ -188,3 +199,19 @@ class _Normalise(torch.autograd.Function):
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
+
+
+def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    rest = iter(tensors[1:])
+    return [tensors[0], *(next(rest) if there == "1" else None for there in words[1]), find(words[0]), words[2] == "1", float(words[3])]
+
+
+def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    x, weight, _, layer, _, _ = _arguments(words, tensors)
+    rows = x.shape[:-1]
+    found: list[Meta] = [(x.shape, x.dtype), (rows, torch.float64), ((*rows, 1), torch.float64)]
+    # a part of gamma is copied for backward; the whole is the input itself
+    return found if weight is None or weight.shape[0] == x.shape[-1] else [*found, ([x.shape[-1]], weight.dtype)]
+
+
+KNOWN["normalise"] = Traced(_Normalise, _arguments, _results)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..compiled import KNOWN, Meta, Traced, find, traced
 from ..functional import relayout
 from ..layout import Layout
 from ..mesh import Mesh, ShapeError
@@ -28,6 +29,8 @@ def gather_time(x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor
     Backward reduce-scatters: each rank's queries give gradients to every key. Bytes received a rank: x of the others
     forward, and backward its own piece once from each, 16-bit gradients in float32.
     """
+    if torch.compiler.is_compiling():
+        return traced("gather_time", [mesh.handle], [x])[0]
     return _GatherTime.apply(x, mesh, lengths)
 
 
@@ -68,3 +71,16 @@ def mask_here(mask: torch.Tensor, mesh: Mesh, heads: int, dim: int, rows: int) -
 def causal_mask(start: int, time: int, keys: int, device: torch.device) -> torch.Tensor:
     """[time, keys] of bool: the query at start + i sees the keys up to its own position."""
     return torch.arange(keys, device=device) <= torch.arange(start, start + time, device=device).unsqueeze(1)
+
+
+def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    mesh = find(words[0])
+    return [tensors[0], mesh, [len(tensors[0])] * mesh.parts(mesh.inner.rows)]
+
+
+def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    x, mesh, lengths = _arguments(words, tensors)
+    return [((len(x) * len(lengths), *x.shape[1:]), x.dtype)]
+
+
+KNOWN["gather_time"] = Traced(_GatherTime, _arguments, _results, saves=False)
