@@ -56,6 +56,8 @@ class SelfAttention(torch.nn.Module):
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(mesh, width, heads, kv_heads, head_dim)
         self.heads, self.kv_heads, self.causal, self.dim = heads, kv_heads, causal, _row_dim(dim, mesh)
+        pieces = mesh.parts(mesh.inner.rows)
+        self.pieces = pieces, mesh.interval(pieces, mesh.inner.rows)[0]  # of a sequence that dim=1 cuts, and which is here
         self.head_dim = width // heads if head_dim is None else head_dim
         self.rotary, self.scale = rotary, self.head_dim**-0.5 if scale is None else scale
         if rotary is not None and self.head_dim % 2:
@@ -105,9 +107,7 @@ class SelfAttention(torch.nn.Module):
         if axis is None:
             return [], 0
         if torch.compiler.is_compiling():  # an even cut, which the gather checks
-            return [time] * self.mesh.parts(self.mesh.inner.rows), time * self.mesh.interval(
-                self.mesh.parts(self.mesh.inner.rows), self.mesh.inner.rows
-            )[0]
+            return [time] * self.pieces[0], time * self.pieces[1]
         lengths = [length for (length,) in axis.sizes([time])]
         return lengths, sum(lengths[: axis.rank])
 
