@@ -8,6 +8,7 @@ DTensors of the same placements. Nothing here sums gradients over replicas of an
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch
 
 from . import _C, compiled, gradients
 from .compiled import traced
+from .gradients import deferring as deferring
+from .gradients import no_sync as no_sync
+from .gradients import owing as owing
+from .gradients import sum_or_defer as sum_or_defer
 from .layout import Cuts, Layout, Names, offsets
 from .mesh import Mesh, MeshError, ShapeError, check_local
 from .redistribute import autocast_dtype as autocast_dtype
@@ -211,13 +216,21 @@ class _Linear(torch.autograd.Function):
         need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
         wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
         nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
-        later = bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
-        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not later)
+        put_off = deferring(parameters)
+        later = not put_off and bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
+        here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
+        need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
+        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (later or put_off))
+        dbs = [
+            _bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)
+        ]
         dws = [_as(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
         grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
         for weight, dw in zip(parameters, dws, strict=False):
             if later and dw is not None:
                 gradients.sums_of(plan.mesh).add(weight, dw)
+            elif put_off and dw is not None:
+                dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
         biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
         return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
 
@@ -249,6 +262,36 @@ def _linear_results(words: list[str], tensors: list[torch.Tensor]) -> list[compi
 
 compiled.KNOWN["linear"] = compiled.Traced(_Linear, _linear_arguments, _linear_results)
 compiled.OUTPUTS["linear"] = lambda words: len(compiled.find(words[0]).n)
+
+
+def sum_over_depth(mesh: Mesh, gradient: torch.Tensor) -> torch.Tensor:
+    """Where weights are replicated over depth; 16-bit parts travel and are added in float32."""
+    axis = mesh.axis(mesh.axes.depth)
+    if axis is None:
+        return gradient
+    wide = gradient.float() if gradient.dtype.itemsize == 2 else gradient
+    axis.all_reduce_(wide, mesh.source)
+    return wide.to(gradient.dtype)
+
+
+def _bias_fits(dy: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether dy has the bias's features, neither more nor fewer."""
+    return bias is not None and dy.shape[-1] == local_of(bias).shape[0]
+
+
+def _bias_gradient(plan: LinearPlan, dy: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """The sums of dy's columns, made or left out by the rule of no_sync."""
+    mesh, rows = plan.mesh, plan.y[1].rows
+    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
+    part = dy.sum(tuple(range(dy.dim() - 1)), dtype=dtype)
+
+    def total(part: torch.Tensor) -> torch.Tensor:
+        axis = mesh.axis(rows)
+        if axis is not None:
+            axis.all_reduce_(part, mesh.source)
+        return part
+
+    return gradients.sum_or_defer(mesh, rows, bias, part, total)
 
 
 def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

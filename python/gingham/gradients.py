@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
+from .layout import Names
 from .mesh import Mesh
 
 
@@ -131,3 +135,64 @@ def _accumulates_alone(weight: torch.Tensor, node: Any) -> bool:
         return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # a leaf under torch.autograd.grad
         return False
+
+
+_inside = WeakIdKeyDictionary()  # parameters in a no_sync block
+_owed = WeakIdKeyDictionary()  # parameters whose .grad holds this rank's part of a sum
+
+
+@contextmanager
+def no_sync(module: torch.nn.Module) -> Iterator[None]:
+    """Gradient accumulation: backward passes inside leave out the sums of parameters' gradients over ranks that hold other
+    rows; the first backward pass after it makes them once, over all that has accumulated. Named as
+    DistributedDataParallel's; every rank must enter and leave it alike, or all raise MeshError.
+
+        with gingham.no_sync(model):
+            for ids, target in micro_batches[:-1]:
+                (loss(model(ids), target) / n).backward()
+        (loss(model(last_ids), last_target) / n).backward()
+
+    Left out: the sum over depth of the weights of linears and embeddings, and the sums over the row axes of the biases of
+    linears and of norms' parameters. Made each time: the reduce-scatter of weights' gradients over the row axes, since a
+    rank keeps no more than its block of a gradient and the step adds straight into the owner's; sums of parameters that
+    parallelize left whole; everything in compiled graphs. No memory is added. Until that backward pass .grad holds
+    parts, which clip_grad_norm_ refuses; zero_grad() drops them.
+    """
+    entered = [parameter for parameter in module.parameters() if parameter not in _inside]
+    for parameter in entered:
+        _inside[parameter] = True
+    try:
+        yield
+    finally:
+        for parameter in entered:
+            del _inside[parameter]
+
+
+def deferring(parameters: Iterable[torch.Tensor | None]) -> bool:
+    """Whether the sum of one of these parameters' gradients is to be left out, or made of more than this gradient."""
+    return bool(_inside or _owed) and any(each is not None and (each in _inside or each in _owed) for each in parameters)
+
+
+def owing(parameters: Iterable[torch.Tensor]) -> bool:
+    """Whether a .grad among these is a part of a sum that no_sync left out."""
+    return bool(_owed) and any(each in _owed and each.grad is not None for each in parameters)
+
+
+def sum_or_defer(
+    mesh: Mesh, names: Names, parameter: torch.Tensor, part: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """total(part), the sum over the axes `names`; inside no_sync the part; after it the total of all parts so far."""
+    if parameter not in _inside and parameter not in _owed:
+        return total(part)
+    held = None if parameter.grad is None else getattr(parameter.grad, "_local_tensor", parameter.grad)
+    if parameter in _inside:
+        # a gradient that is complete already: one of those who will be summed keeps it
+        if parameter not in _owed and held is not None and any(mesh.coordinates[name] for name in names):
+            held.zero_()
+        _owed[parameter] = True
+        return part
+    del _owed[parameter]
+    if held is not None:
+        part = part + held
+        held.zero_()  # autograd adds the total to it
+    return total(part)

@@ -10,12 +10,14 @@ from .loss import accuracy, cross_entropy
 from .mlp import MLP
 from .norm import LayerNorm, RMSNorm
 from .patches import PatchEmbedding
+from .scaler import GradScaler
 
 __all__ = [
     "MLP",
     "Classifier",
     "Dropout",
     "Embedding",
+    "GradScaler",
     "KVCache",
     "LayerNorm",
     "Linear",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, traced
-from ..functional import like, local_of
+from ..functional import like, local_of, sum_or_defer
 from ..layout import Layout, Names
 from ..mesh import Mesh
 
@@ -34,6 +34,12 @@ def sum_over_rows(mesh: Mesh, layout: Layout, stored: Names, sums: torch.Tensor)
     return sums
 
 
+def sum_parts(mesh: Mesh, layout: Layout, stored: Names, parameter: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """sum_over_rows, made or left out by the rule of no_sync."""
+    names = (*layout.rows, *(name for name in layout.features if name not in stored))
+    return sum_or_defer(mesh, names, parameter, sums.contiguous(), lambda part: sum_over_rows(mesh, layout, stored, part))
+
+
 def block_of_features(parameter: torch.Tensor, mesh: Mesh, layout: Layout, stored: Names, size: int) -> torch.Tensor:
     """[features here] of a DTensor [size] cut over `stored`. Backward all-reduces the gradient over the rows' axes, in
     float32 at least: 2 size/pf (pm-1)/pm words of it over pf feature and pm row ranks."""
@@ -56,7 +62,7 @@ class _BlockOfFeatures(torch.autograd.Function):
         sums = torch.zeros(local.shape, dtype=grad.dtype if grad.dtype == torch.float64 else torch.float32, device=grad.device)
         sums[ctx.place] = grad.to(sums.dtype)
         mesh, layout, stored = ctx.arguments
-        return like(sum_over_rows(mesh, layout, stored, sums).to(local.dtype), ctx.parameter), None, None, None, None
+        return like(sum_parts(mesh, layout, stored, ctx.parameter, sums).to(local.dtype), ctx.parameter), None, None, None, None
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-from ..functional import local_of
-from ..mesh import current
+from ..functional import local_of, owing
+from ..mesh import MeshError, current
 
 
 @torch.no_grad()
@@ -16,11 +16,17 @@ def clip_grad_norm_(parameters: torch.Tensor | Iterable[torch.Tensor], max_norm:
     """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, the
     same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
-    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power or torch.inf.
+    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power or torch.inf. Raises MeshError
+    where gradients are parts of sums that no_sync left out.
     """
     mesh = current()
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if owing(parameters):
+        raise MeshError(
+            f"clip_grad_norm_: rank {mesh.rank} got gradients whose sums over ranks no_sync left out; expected one backward pass after"
+            " the no_sync block, which makes them"
+        )
     infinite = norm_type == torch.inf
     mine = torch.zeros(1, dtype=torch.float64, device=mesh.device)
     for grad in grads:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
-from ..functional import like, local_of, settle
+from ..functional import like, local_of, settle, sum_or_defer, sum_over_depth
 from ..layout import chunks
 from ..mesh import Mesh, ShapeError, check_local, current
 from .parameter import Given, make_parameter
@@ -100,9 +101,7 @@ class _Embedding(torch.autograd.Function):
             table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()
         # a table tied to a classifier may have a gradient on its way over depth: it arrives before autograd adds this one
         settle(mesh, ctx.weight)
-        depth = mesh.axis(mesh.axes.depth)
-        if depth is not None:
-            depth.all_reduce_(table, mesh.source)
+        table = sum_or_defer(mesh, mesh.axes.depth, ctx.weight, table, partial(sum_over_depth, mesh))
         return like(table.to(dy.dtype), ctx.weight), None, None
 
 

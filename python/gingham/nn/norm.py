@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
-from ..functional import autocast_dtype, like, local_of
+from ..functional import autocast_dtype, deferring, like, local_of
 from ..layout import Names, coordinates_of, interval, members
 from ..mesh import Mesh, ShapeError, check_local, current
-from .bias import place_of_features, stored_axes, sum_over_rows
+from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
 from .parameter import Given, make_parameter
 
 
@@ -192,7 +192,11 @@ class _Normalise(torch.autograd.Function):
         parts = [wide * normal] * (weight is not None) + [wide] * (bias is not None)
         for row, part in zip(both, parts, strict=True):
             row[ctx.place] = part.sum(rows)
-        both = sum_over_rows(layer.mesh, layout, layer.stored, both.to(_wide(ctx.dtype)))
+        both = both.to(_wide(ctx.dtype))
+        if deferring((weight, bias)):
+            both = torch.stack([sum_parts(layer.mesh, layout, layer.stored, p, row) for p, row in zip(wanted, both, strict=True)])
+        else:
+            both = sum_over_rows(layer.mesh, layout, layer.stored, both)
         grads = [None if each is None else both[index if weight is not None else 0] for index, each in enumerate((weight, bias))]
         return dx, *(like(None if g is None else g.to(p.dtype), p) for g, p in zip(grads, (weight, bias), strict=True)), None, None, None
 
