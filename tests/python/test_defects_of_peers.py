@@ -316,3 +316,37 @@ def test_row_15_a_rank_that_differs_or_dies_is_named_on_every_rank(ranks, kind: 
         assert isinstance(outcome, Exception), f"rank {rank} reported success"
         if not (kind == "killed" and rank == 2):
             assert "rank 2" in str(outcome) or "rank(s) 2" in str(outcome), str(outcome)[-400:]
+
+
+def under_autocast(rank: int, grid: dict[str, Any], dtype: torch.dtype) -> tuple[list[torch.dtype], list[tuple[float, float]]]:
+    """Dtypes of y and of our gradients; errors of y, dx and dW against float64, ours and serial torch's."""
+    import gingham
+
+    mesh = gingham.init(**grid)
+    torch.manual_seed(9)
+    ours, full = gingham.nn.Linear(2048, 16), torch.randn(16, 2048)
+    torch.manual_seed(9)
+    theirs = torch.nn.Linear(2048, 16)
+    found = []
+    for layer, there, back in ((ours, mesh.scatter, mesh.gather), (theirs, torch.clone, torch.clone)):
+        x = full.clone().requires_grad_()
+        with torch.autocast("cpu", dtype):
+            y = layer(there(x))
+        dtypes = [y.dtype, layer.weight.dtype]
+        back(y).float().pow(2).sum().backward()
+        found.append((dtypes, [back(y), x.grad, whole(layer.weight.grad)]))
+    weight, x = theirs.weight.detach().double().requires_grad_(), full.double().requires_grad_()
+    y = torch.nn.functional.linear(x, weight, theirs.bias.detach().double())
+    y.pow(2).sum().backward()
+    exact = [y, x.grad, weight.grad]
+    errors = [(relative(a, e), relative(b, e)) for a, b, e in zip(found[0][1], found[1][1], exact, strict=True)]
+    return [*found[0][0], found[0][1][2].dtype], errors
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_row_9_autocast_chooses_the_dtype_and_sums_are_in_float32(ranks, dtype: torch.dtype) -> None:
+    """Colossal-AI has float16 hard-wired. A sum over 2048 in 16 bits would be far off serial torch's error."""
+    for grid in (Q2D2, dict(mode="3d", size=8)):
+        for dtypes, errors in ranks(8)(under_autocast, grid, dtype):
+            assert dtypes == [dtype, torch.float32, torch.float32]
+            assert all(ours <= 1.5 * serial for ours, serial in errors), errors
