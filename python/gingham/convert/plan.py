@@ -38,7 +38,7 @@ def _row(made: Conversion, line: Line, tokens: int) -> tuple[str, ...]:
     if line.kind == "classifier, tied":
         memory -= local_of(first).numel() * first.element_size()  # the embedding's
     if line.reason:
-        return line.path or "(the model)", line.kind, f"serial: {line.reason}", "", here, whole, "", f"{memory:,}"
+        return line.path or "(the model)", line.kind, "serial", "", here, whole, "", f"{memory:,}"
     received, stationary = _traffic(mesh, layer, tokens)
     return line.path, line.kind, line.layout, stationary, here, whole, f"{received / mesh.size:,.0f}", f"{memory:,}"
 
@@ -120,4 +120,8 @@ def table(made: Conversion, tokens: int) -> Table:
 def show(made: Conversion, tokens: int) -> None:
     """Prints the plan, on rank 0."""
     if made.mesh.rank == 0:
-        Console(width=max(160, Console().width)).print(table(made, tokens))
+        console = Console(width=max(160, Console().width))
+        console.print(table(made, tokens))
+        for line in made.lines:
+            if line.reason:
+                console.print(f"serial: {line.path or 'the model itself'}: {line.reason}")

@@ -124,7 +124,7 @@ def test_the_plan_names_every_layer_and_every_refusal_the_reason(ranks) -> None:
         "fc1",
         "rows->inner",
         "encoder.layers.0.linear2",
-        "serial: no layer of ours for GRU",
+        "serial: gru: no layer of ours for GRU",
         "stationary",
         "received",
         "2 x 2 x 1",
