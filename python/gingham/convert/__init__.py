@@ -12,7 +12,7 @@ from .. import nn
 from ..functional import relayout
 from ..mesh import Mesh, current
 from . import attention, inputs, layers, meta
-from .layers import Conversion
+from .layers import ELEMENTWISE, Conversion
 from .plan import show
 from .rules import SHARED, TORCH, rules_of
 
@@ -24,23 +24,6 @@ STACKS = (
     torch.nn.TransformerDecoder,
     torch.nn.TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer,
-)
-ELEMENTWISE = (
-    torch.nn.Identity,
-    torch.nn.Dropout,
-    torch.nn.ReLU,
-    torch.nn.ReLU6,
-    torch.nn.LeakyReLU,
-    torch.nn.ELU,
-    torch.nn.SELU,
-    torch.nn.CELU,
-    torch.nn.GELU,
-    torch.nn.SiLU,
-    torch.nn.Mish,
-    torch.nn.Tanh,
-    torch.nn.Sigmoid,
-    torch.nn.Softplus,
-    torch.nn.Hardswish,
 )
 
 
@@ -89,11 +72,13 @@ def parallelize(
     recipes = meta.record(model) if any(parameter.is_meta for parameter in model.parameters()) else None
     made = Conversion(model, mesh, rules, getattr(config, "hidden_size", None) if rules.body == "outer" else None)
     old = dict(model.named_parameters())
+    ties = tied_names(model)
     top = region_of(model) if rules.body == "rows" else ""
     batch = batch_dim(model) if top else 0
     _embeddings(made, model, rules.body)
     model = _convert(made, "", model, "outer" if top else rules.body, None)
     _retie(made, model)
+    _check_ties(model, ties)
     if recipes is not None:
         meta.draw(model, made, recipes, old)
     for path in sorted(set(rules.unused()) & asked):
@@ -107,11 +92,11 @@ def parallelize(
 
 def region_of(module: torch.nn.Module) -> str:
     """Why a module's inside may lie in outer and inner: a stack of torch's transformer layers, or a chain of linears."""
-    if isinstance(module, STACKS):
+    if isinstance(module, STACKS) and layers.is_plain(module):
         return "stack"
-    if isinstance(module, torch.nn.Sequential) and any(isinstance(child, torch.nn.Linear) for child in module):
+    if isinstance(module, torch.nn.Sequential) and layers.is_plain(module) and any(isinstance(child, torch.nn.Linear) for child in module):
         links = (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm, *ELEMENTWISE)
-        if all(isinstance(child, links) for child in module):
+        if all(type(child) in links and layers.is_plain(child) for child in module):
             return "chain"
     return ""
 
@@ -125,14 +110,25 @@ def batch_dim(model: torch.nn.Module) -> int:
 def _embeddings(made: Conversion, model: torch.nn.Module, body: str) -> None:
     """Before all else: a classifier that shares an embedding's weight may stand before it."""
     for path, module in list(model.named_modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Embedding:
-                module._modules[name] = layers.convert_embedding(made, f"{path}.{name}".lstrip("."), child, body)
+        for name, child in list(module._modules.items()):
+            if type(child) is torch.nn.Embedding and layers.is_plain(child):
+                if id(child) not in made.modules:
+                    new = layers.convert_embedding(made, f"{path}.{name}".lstrip("."), child, body)
+                    made.modules[id(child)] = (child, new)
+                module._modules[name] = made.modules[id(child)][1]
 
 
 def _convert(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.Module | None) -> torch.nn.Module:
+    """What stands for a module; for one that stands in several places, the same in all."""
+    if id(module) not in made.modules:
+        made.modules[id(module)] = (module, _converted(made, path, module, body, parent))
+    return made.modules[id(module)][1]
+
+
+def _converted(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.Module | None) -> torch.nn.Module:
     if type(module).__module__.startswith("gingham."):
         return module
+    layers.check_plain(path, module)
     if body == "rows" and region_of(module):
         _enter(made, path, module)
         body = "outer"
@@ -147,7 +143,7 @@ def _convert(made: Conversion, path: str, module: Any, body: str, parent: torch.
     roles = _roles_of_children(module)
     made.rules.roles.update({f"{path}.{name}".lstrip("."): role for name, role in roles.items()})
     made.rules.used.update(f"{path}.{name}".lstrip(".") for name in roles)
-    for name, child in list(module.named_children()):
+    for name, child in [pair for pair in module._modules.items() if pair[1] is not None]:
         module._modules[name] = _convert(made, f"{path}.{name}".lstrip("."), child, body, module)
     for group in SHARED:
         linears = [module._modules.get(name) for name in group]
@@ -165,9 +161,9 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
     if made.rules.role(path) == "copied":
         layers.copy_parameters(made, path, module, "the plan says so: it serves single heads")
         return module
-    if isinstance(module, torch.nn.Linear) or kind.__name__ == "Conv1D" and hasattr(module, "nf"):
+    if layers.is_plain(module) and isinstance(module, torch.nn.Linear) or kind.__name__ == "Conv1D" and hasattr(module, "nf"):
         return layers.convert_linear(made, path, module, body, not isinstance(module, torch.nn.Linear))
-    if isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm) or layers.is_root_norm(kind):
+    if layers.is_plain(module) and isinstance(module, torch.nn.LayerNorm | torch.nn.RMSNorm) or layers.is_root_norm(kind):
         return layers.convert_norm(made, path, module, body)
     if isinstance(module, torch.nn.MultiheadAttention):
         if body != "outer":
@@ -177,7 +173,7 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
     if isinstance(module, torch.nn.Dropout):
         if parent is not None and attention.is_attention(parent) and attention.dropout_of(parent) is module:
             return layers.convert_dropout(made, path, module, "inner", (0, 1))
-        inner = isinstance(parent, STACKS) and path.endswith(".dropout") or getattr(module, "_between", False)
+        inner = isinstance(parent, STACKS) and parent._modules.get("dropout") is module or getattr(module, "_between", False)
         return layers.convert_dropout(made, path, module, "inner" if inner else body)
     if layers.is_patches(module) and body == "outer":
         return layers.convert_patches(made, path, module, body)
@@ -203,7 +199,7 @@ def _roles_of_children(module: torch.nn.Module) -> dict[str, str]:
                 for each in between:
                     each._between = True  # type: ignore[assignment]
                 first = None
-        elif first is not None and not isinstance(child, ELEMENTWISE):
+        elif first is not None and type(child) not in ELEMENTWISE:
             first = None
         elif first is not None:
             between.append(child)
@@ -272,3 +268,20 @@ def _retie(made: Conversion, model: torch.nn.Module) -> None:
         for name, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in made.parameters:
                 module._parameters[name] = made.parameters[id(parameter)]
+
+
+def tied_names(model: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _check_ties(model: torch.nn.Module, ties: list[list[str]]) -> None:
+    """Raises NotImplementedError where one parameter has become several, which would then be trained apart."""
+    now = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    for group in ties:
+        # a weight held as three lies in a module that itself must be one
+        if len({now.get(name, id(model.get_submodule(name.rpartition(".")[0]))) for name in group}) > 1:
+            raise NotImplementedError(f"{', '.join(group)} share one parameter and need it cut in different ways; untie them")

@@ -14,15 +14,18 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..layout import chunks
-from ..mesh import Mesh, MeshError
+from ..mesh import Mesh, MeshError, ShapeError
 from .losses import Labelled, loss_of, takes_labels
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
 STREAMS = {"src", "tgt", "memory", "inputs_embeds", "input", "encoder_hidden_states"}
-# fields of an output in the layout inner, and those that have rows only
+# the argument whose first dim says how many samples there are: others may have 1 row, for all of them
+SAMPLES = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
+# fields of an output in the layout inner, those that have rows only, and those in outer
 INNER = {"logits", "prediction_logits", "seq_relationship_logits"}
 ROWS = {"start_logits", "end_logits"}
+OUTER = {"last_hidden_state", "pooler_output", "hidden_states"}
 
 
 def streams(module: torch.nn.Module) -> tuple[str, ...]:
@@ -41,25 +44,48 @@ class Border:
         self.stack = body == "outer" and not self.hugging
         self.size: int | None = None
         self.missing = 0
+        self.labels: dict[str, Any] = {}
+        self.tuples = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a model that parallelize has converted cannot be copied or pickled, it holds a mesh: copy the model before, or use"
+            " gingham.save or its state_dict"
+        )
 
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(self.names, args, strict=False))
-        rest = args[len(named) :]
-        labels: dict[str, Any] = {}
+        named |= {f"*{index}": x for index, x in enumerate(args[len(named) :])}
+        self.labels, self.tuples = {}, False
         if self.hugging:
-            labels = {name: kwargs.pop(name) for name in LABELS if kwargs.get(name) is not None}
-            labels |= {name: named.pop(name) for name in LABELS if named.get(name) is not None}
-            kwargs = {**kwargs, **named}
-            named, rest = {}, ()
-        size = next((x.shape[self._dim(name, x)] for name, x in [*named.items(), *kwargs.items()] if self._batched(name, x)), None)
-        if labels:
-            model.__dict__["_border_labels"] = labels
-        self.size, self.missing = size, self._missing(size or 0)
+            kwargs, named = {**kwargs, **named}, {}
+            self.labels = {name: kwargs.pop(name) for name in LABELS if kwargs.get(name) is not None}
+            self.tuples = not _first(kwargs.pop("return_dict", None), getattr(model.config, "return_dict", True))
+            if self.tuples:
+                kwargs["return_dict"] = True
+        given = {**named, **kwargs}
+        self.size = next((x.shape[self._dim(name, x)] for name, x in self._in_order(given) if self._batched(name, x)), None)
+        self.missing = self._missing(self.size or 0)
         if self.full:
-            self._check_alike({**named, **kwargs, **labels})
-            named = {name: self._cut(name, x, size) for name, x in named.items()}
-            kwargs = {name: self._cut(name, x, size) for name, x in kwargs.items()}
-        return (*named.values(), *rest), kwargs
+            self._check_dims(model, given)
+            self._check_alike({**given, **self.labels})
+            named = {name: self._cut(name, x) for name, x in named.items()}
+            kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
+        return tuple(named.values()), kwargs
+
+    def _in_order(self, given: dict[str, Any]) -> list[tuple[str, Any]]:
+        """The arguments, those that say how many samples there are first."""
+        return sorted(given.items(), key=lambda pair: pair[0] not in SAMPLES) if self.hugging else list(given.items())
+
+    def _check_dims(self, model: torch.nn.Module, given: dict[str, Any]) -> None:
+        """Raises ShapeError for one sample without a dim of samples, whose time or features would be taken for them."""
+        least = 1 if not self.stack else 2 if isinstance(model, torch.nn.Sequential) else 3
+        for name, x in given.items():
+            if self.stack and name in STREAMS and isinstance(x, torch.Tensor) and x.dim() < least:
+                raise ShapeError(
+                    f"{type(model).__name__}: rank {self.mesh.rank} got {name} of shape {tuple(x.shape)}, expected at least {least} dims,"
+                    " one of them of samples: x.unsqueeze(...)"
+                )
 
     def _check_alike(self, given: dict[str, Any]) -> None:
         """Raises MeshError, on every rank, where one was given other tensors than the rest: a loader that shuffles by itself, a
@@ -86,7 +112,7 @@ class Border:
         """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
         rows = self.mesh.outer.rows
         held = chunks(size, [self.mesh.sizes[name] for name in rows])
-        return -size % len(held) if self.full and self.hugging and size and min(held) == 0 else 0
+        return -size % len(held) if self.full and size and min(held) == 0 else 0
 
     def _batched(self, name: str, x: Any) -> bool:
         return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in WHOLE
@@ -94,53 +120,63 @@ class Border:
     def _dim(self, name: str, x: torch.Tensor) -> int:
         return self.batch if self.stack and name in STREAMS and x.dim() > 2 else 0
 
-    def _cut(self, name: str, value: Any, size: int | None) -> Any:
+    def _cut(self, name: str, value: Any) -> Any:
         def cut(x: Any) -> Any:
-            if not self._batched(name, x) or x.shape[self._dim(name, x)] != size:
+            if self.missing and self.stack and name in WHOLE and isinstance(x, torch.Tensor) and x.dim() == 3:  # a mask a head
+                return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
+            dim = self._dim(name, x) if isinstance(x, torch.Tensor) else 0
+            if not self._batched(name, x) or x.shape[dim] != self.size:
                 return x
             if self.missing:
-                x = torch.cat([x, x[:1].expand(self.missing, *x.shape[1:])])
+                x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
                 return self.mesh.scatter(x.to(torch.uint8), "rows").bool()
             features = self.body == "outer" and x.is_floating_point() and (self.stack or name in STREAMS) and not name.endswith("_mask")
-            dim = self._dim(name, x)
             y = self.mesh.scatter(x, "x" if features else "rows", dim)
             return y.transpose(0, 1).contiguous() if dim == 1 else y
 
         return pytree.tree_map(cut, value)
 
     def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        labels = model.__dict__.pop("_border_labels", {})
+        labels, self.labels = self.labels, {}
         if self.hugging:
             call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, "inner" if self.body == "outer" else "rows")
             loss = loss_of(call) if labels else None
-            return self._fields(output, loss)
+            output = self._fields(model, output, loss)
+            return output.to_tuple() if self.tuples else output
         if not self.full:
             return output
-        return self._gather(output, "x" if self.body == "outer" else "rows")
+        return self._gather(type(model).__name__, output, "x" if self.body == "outer" else "rows")
 
-    def _gather(self, value: Any, operand: str) -> Any:
+    def _gather(self, what: str, value: Any, operand: str) -> Any:
+        samples = 0 if self.size is None else self.size + self.missing
+
         def gather(y: Any) -> Any:
-            if not isinstance(y, torch.Tensor) or y.dim() == 0:
+            if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows":
                 return y
-            full = self.mesh.gather(y.contiguous(), operand)
-            full = full[: self.size] if self.missing else full
+            full = self.mesh.gather(y.contiguous(), operand) if y.dim() else y
+            if not y.dim() or samples and len(full) % samples:
+                raise NotImplementedError(
+                    f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"
+                    " the ranks' make one; return a value for each sample and reduce them outside of the model"
+                )
+            full = full[: len(full) // samples * (self.size or 0)] if self.missing else full
             return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
 
         return pytree.tree_map(gather, value)
 
-    def _fields(self, output: Any, loss: torch.Tensor | None) -> Any:
-        if isinstance(output, tuple):
-            raise NotImplementedError("return_dict=False: outputs of a converted model are gathered by the names of their fields")
+    def _fields(self, model: Any, output: Any, loss: torch.Tensor | None) -> Any:
         for name, value in list(output.items()):
             if name == "past_key_values":
                 self._keep_rows(value)
-            elif self.full and name != "loss":
+            elif self.full and not (name == "loss" and loss is not None):
+                known = self.body == "rows" or name in INNER | ROWS | OUTER
+                if not known and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
+                    raise NotImplementedError(f"{type(model).__name__}: nothing says how its output {name!r} is cut; use io='local'")
                 operand = "rows" if name in ROWS or self.body == "rows" else "inner" if name in INNER else "x"
-                output[name] = self._gather(value, operand)
-        if loss is not None:
-            output["loss"] = loss
-        return output
+                output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand)
+        # made anew: as a tuple it has its fields in the order of its class, the loss first
+        return output if loss is None else type(output)(**{**output, "loss": loss})
 
     def _keep_rows(self, cache: Any) -> None:
         """A cache holds this rank's rows: what moves rows by their number in the whole batch (beams) is refused."""
@@ -153,6 +189,10 @@ class Border:
         for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
             if self.mesh.outer.rows and hasattr(cache, name):
                 setattr(cache, name, refuse)
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)
 
 
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .. import nn
 from ..functional import linear, linear_plan, relayout
@@ -28,13 +30,15 @@ class Line:
 
 @dataclass
 class Conversion:
-    """One call of parallelize: where it stands and what it has made. `parameters`: new ones by the id of the old."""
+    """One call of parallelize: where it stands and what it has made. `parameters`: new ones by the id of the old;
+    `modules`: (old, new) by the id of the old, which is kept alive so that no other gets its id."""
 
     model: torch.nn.Module
     mesh: Mesh
     rules: Rules
     width: int | None
     parameters: dict[int, torch.nn.Parameter] = field(default_factory=dict)
+    modules: dict[int, tuple[torch.nn.Module, torch.nn.Module]] = field(default_factory=dict)
     embeddings: dict[int, nn.Embedding] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -57,10 +61,81 @@ class Conversion:
         made = dict(new.named_parameters())
         for before, after in names.items():
             if after in made and old._parameters.get(before) is not None:
-                self.parameters[id(old._parameters[before])] = made[after]
+                self._place(id(old._parameters[before]), new, after, made[after])
         new.train(old.training)
+        self._hand_on_hooks(path, old, new)
         self.lines.append(Line(path, kind, new, layout))
         return new
+
+    def _place(self, before: int, new: torch.nn.Module, name: str, parameter: Any) -> None:
+        """A parameter that several modules share stays one where it is cut alike in them; see also _check_ties."""
+        first: Any = self.parameters.setdefault(before, parameter)
+        if first is not parameter and (first.placements, first.shape) == (parameter.placements, parameter.shape):
+            owner, _, last = name.rpartition(".")
+            new.get_submodule(owner)._parameters[last] = first
+
+    def _hand_on_hooks(self, path: str, old: torch.nn.Module, new: torch.nn.Module) -> None:
+        kinds = [name for name in vars(old) if name.endswith("_hooks") and getattr(old, name) and "state_dict" not in name]
+        for name in kinds:
+            getattr(new, name).update(getattr(old, name))
+        for name in [f"{kind}_{way}" for kind in kinds for way in ("with_kwargs", "always_called")]:
+            if name in vars(old):
+                getattr(new, name).update(getattr(old, name))
+        if kinds:
+            warnings.warn(f"parallelize: hooks on {path} now see this rank's blocks, laid out as its line of the plan says", stacklevel=2)
+
+
+ELEMENTWISE = (
+    torch.nn.Identity,
+    torch.nn.Dropout,
+    torch.nn.ReLU,
+    torch.nn.ReLU6,
+    torch.nn.LeakyReLU,
+    torch.nn.ELU,
+    torch.nn.SELU,
+    torch.nn.CELU,
+    torch.nn.GELU,
+    torch.nn.SiLU,
+    torch.nn.Mish,
+    torch.nn.Tanh,
+    torch.nn.Sigmoid,
+    torch.nn.Softplus,
+    torch.nn.Hardswish,
+)
+PLAIN = (
+    *(torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.MultiheadAttention, torch.nn.Sequential),
+    *(torch.nn.Transformer, torch.nn.TransformerEncoder, torch.nn.TransformerDecoder),
+    *(torch.nn.TransformerEncoderLayer, torch.nn.TransformerDecoderLayer),
+)
+
+
+def is_plain(module: torch.nn.Module) -> bool:
+    """Whether a module computes what its class of torch does: no forward of its own, no weight made of others (weight_norm, pruning)."""
+    known = next((cls for cls in PLAIN if isinstance(module, cls)), None)
+    if known is None:
+        return True
+    own = type(module).forward is not known.forward or "forward" in vars(module)
+    return not own and not hasattr(module, "parametrizations") and (not hasattr(module, "weight") or "weight" in module._parameters)
+
+
+def check_plain(path: str, module: torch.nn.Module) -> None:
+    """Raises NotImplementedError for what would be wrong on a part of its features: a weight made of others, a function between torch's
+    linears that mixes features."""
+    if isinstance(module, PLAIN) and (
+        hasattr(module, "parametrizations") or hasattr(module, "weight") and "weight" not in module._parameters
+    ):
+        kind = type(module).__name__
+        raise NotImplementedError(f"{path}: the weight of {kind} is made of other parameters (weight_norm, pruning); remove that first")
+    function = getattr(module, "activation", None)
+    if isinstance(module, torch.nn.TransformerEncoderLayer | torch.nn.TransformerDecoderLayer) and not is_elementwise(function):
+        raise NotImplementedError(
+            f"{path or type(module).__name__}: activation {function!r} may mix features of several ranks; take relu, gelu, silu, .."
+        )
+
+
+def is_elementwise(function: Any) -> bool:
+    functions = {F.relu, F.gelu, F.silu, F.leaky_relu, F.elu, F.selu, F.mish, F.relu6, F.hardswish, F.softplus, torch.relu, torch.tanh}
+    return function in functions or type(function) in ELEMENTWISE
 
 
 def given_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -185,6 +260,7 @@ def is_patches(module: torch.nn.Module) -> bool:
         and module.padding in ((0, 0), "valid")
         and module.dilation == (1, 1)
         and module.groups == 1
+        and module.padding_mode == "zeros"
     )
 
 

@@ -47,6 +47,10 @@ FAMILIES: dict[str, dict[str, str]] = {
         "attention.self.key": "colwise",
         "attention.self.value": "colwise",
         "attention.output.dense": "rowwise",
+        "crossattention.self.query": "colwise",
+        "crossattention.self.key": "colwise",
+        "crossattention.self.value": "colwise",
+        "crossattention.output.dense": "rowwise",
         "layer.*.intermediate.dense": "colwise",
         "layer.*.output.dense": "rowwise",
         "pooler.dense": "keep",
@@ -122,6 +126,11 @@ def rules_of(model: Any, plan: Mapping[str, str] | None) -> tuple[Rules, set[str
             if role not in ROLES:
                 known = sorted({*ROLES, *WORDS_OF_PLANS, *NEEDS_NO_RULE})
                 raise NotImplementedError(f"plan of {type(model).__name__}: {pattern!r} is {word!r}; layers here know {known}")
+            if role == "head" and word != "head" and "layers." in pattern:
+                raise NotImplementedError(
+                    f"plan of {type(model).__name__}: {pattern!r} is {word!r}, whole features inside a layer, whose code takes them apart;"
+                    " that has no cut form here"
+                )
             asked[pattern] = role
     body = "outer" if family in FAMILIES or tp_plan_of(model) else "rows"
     return Rules({**roles, **asked}, body), set(asked)
