@@ -357,7 +357,6 @@ def of_handle(handle: str) -> Mesh:
     return _by_handle[handle]
 
 
-
 def current(mesh: Mesh | None = None) -> Mesh:
     """`mesh`, or that of gingham.init. Raises MeshError where there is none."""
     if mesh is None and _current is None:

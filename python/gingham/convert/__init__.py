@@ -58,14 +58,10 @@ def parallelize(
     where a rank is given other inputs than the rest.
     """
     mesh = current(mesh)
-    if io not in ("full", "local"):
-        raise ValueError(f"io={io!r}: expected 'full' or 'local'")
-    if hasattr(model, "gingham_plan"):
-        raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
+    _check_call(model, io)
     rules, asked = rules_of(model, plan)
     config = getattr(model, "config", None)
-    if rules.body == "outer" and mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):
-        raise NotImplementedError(f"{type(model).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
+    _check_mesh(model, mesh, rules.body)
     if rules.body == "outer":
         attention.register()
         config = config.get_text_config()  # type: ignore[union-attr]
@@ -88,6 +84,18 @@ def parallelize(
     if verbose:
         show(made, tokens)
     return model
+
+
+def _check_call(model: torch.nn.Module, io: str) -> None:
+    if io not in ("full", "local"):
+        raise ValueError(f"io={io!r}: expected 'full' or 'local'")
+    if hasattr(model, "gingham_plan"):
+        raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
+
+
+def _check_mesh(model: torch.nn.Module, mesh: Mesh, body: str) -> None:
+    if body == "outer" and mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):
+        raise NotImplementedError(f"{type(model).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
 
 
 def region_of(module: torch.nn.Module) -> str:
