@@ -24,17 +24,17 @@ CORE_FOLDERS = {
 }
 # module -> the modules of ours it may import; those not named here (cli, train, __init__ ...) may import any but _C
 PYTHON_MODULES = {
-    "errors": set(),
+    "errors": {"_C"},
     "layout": {"errors"},
     "rendezvous": set(),
-    "mesh": {"layout", "errors", "rendezvous", "_C"},
+    "compiled": {"errors"},
+    "mesh": {"layout", "compiled", "errors", "rendezvous", "_C"},
     "gradients": {"layout", "mesh", "errors"},
-    "compiled": {"mesh", "errors"},
     "redistribute": {"layout", "mesh", "compiled", "errors"},
     "functional": {"layout", "mesh", "gradients", "compiled", "redistribute", "errors", "_C"},
     "products": {"mesh", "functional", "redistribute", "errors"},
     "nn": {"layout", "mesh", "compiled", "functional", "errors", "nn"},
-    "convert": {"layout", "mesh", "functional", "nn", "cost", "formulas", "errors", "convert"},
+    "convert": {"layout", "mesh", "compiled", "functional", "nn", "cost", "formulas", "errors", "convert"},
     "parallel": {"layout", "mesh", "errors", "parallel"},
     "checkpoint": {"layout", "mesh", "errors", "checkpoint"},
     "formulas": {"mesh", "layout", "errors"},

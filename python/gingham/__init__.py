@@ -12,9 +12,10 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
 from . import nn  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
 from .convert import parallelize  # noqa: E402
+from .errors import MeshError, PeerDied, PeerStalled, ShapeError  # noqa: E402
 from .functional import no_sync  # noqa: E402
 from .job import destroy, init  # noqa: E402
-from .mesh import Mesh, MeshError, PeerDied, PeerStalled, ShapeError, version  # noqa: E402
+from .mesh import Mesh, version  # noqa: E402
 from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E402
 from .products import matmul  # noqa: E402
 from .spawn import spawn  # noqa: E402

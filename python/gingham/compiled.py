@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch._library.effects import EffectType
 from torch.distributed.tensor import DTensor
 
-from .mesh import Mesh, ShapeError, of_handle
+from .errors import ShapeError
 
 Meta = tuple[Sequence[int], torch.dtype]
 
@@ -42,7 +43,15 @@ class Traced:
 KNOWN: dict[str, Traced] = {}
 
 
-def register(mesh: Mesh, thing: Any) -> str:
+_by_handle: WeakValueDictionary[str, Any] = WeakValueDictionary()
+
+
+def keep(mesh: Any) -> None:
+    """Makes a mesh known by its `handle`, for as long as it lives."""
+    _by_handle[mesh.handle] = mesh
+
+
+def register(mesh: Any, thing: Any) -> str:
     """A handle of something that lives as long as its mesh."""
     held = mesh.steps.setdefault("handles", [])
     held.append(thing)
@@ -51,7 +60,7 @@ def register(mesh: Mesh, thing: Any) -> str:
 
 def find(handle: str) -> Any:
     name, _, index = handle.partition(".")
-    mesh = of_handle(name)
+    mesh = _by_handle[name]
     return mesh.steps["handles"][int(index)] if index else mesh
 
 
@@ -131,7 +140,7 @@ def _forward(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
     known = KNOWN[name]
     ctx = _Context((False,) * 64)
     outputs = known.function.forward(ctx, *known.arguments(words, tensors))
-    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    outputs = [_owned(each, tensors) for each in (outputs if isinstance(outputs, tuple) else (outputs,))]
     saved = ctx.__dict__.pop("saved_tensors")
     places = tuple(_place(each, tensors) for each in saved)
     kept = [_owned(each, tensors) for each, place in zip(saved, places, strict=True) if place is _KEPT]
@@ -262,7 +271,7 @@ define(
 torch.library.register_autograd("gingham::forward", _gradients, setup_context=_set_up, lib=_library)
 
 
-def evenly(mesh: Mesh, rows: int, source: Sequence[str], target: Sequence[str]) -> int:
+def evenly(mesh: Any, rows: int, source: Sequence[str], target: Sequence[str]) -> int:
     """The rows here after a move from one set of row axes to another, where the ranks cut them evenly."""
     if tuple(source) == tuple(target):
         return rows

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .mesh import MeshError, axes_of
+from .errors import MeshError
+from .mesh import axes_of
 
 TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth"}
 

@@ -16,12 +16,13 @@ import torch
 
 from . import _C, compiled, gradients
 from .compiled import traced
+from .errors import MeshError, ShapeError
 from .gradients import deferring as deferring
 from .gradients import no_sync as no_sync
 from .gradients import owing as owing
 from .gradients import sum_or_defer as sum_or_defer
 from .layout import Cuts, Layout, Names, offsets
-from .mesh import Mesh, MeshError, ShapeError, check_local
+from .mesh import Mesh, check_local
 from .redistribute import autocast_dtype as autocast_dtype
 from .redistribute import cast_for_autocast as cast_for_autocast
 from .redistribute import like as like

@@ -13,7 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import mesh, rendezvous
 from .config import parse_parallel
-from .mesh import Axes, Mesh, MeshError, axes_of, axes_of_device_mesh
+from .errors import MeshError, PeerDied, PeerStalled
+from .mesh import Axes, Mesh, axes_of, axes_of_device_mesh
 
 _made_group = False
 
@@ -168,7 +169,7 @@ def destroy() -> None:
 
 def report_failure(error: BaseException) -> None:
     """Tells the other ranks that this one failed, so that they raise PeerDied with the message at once."""
-    if mesh.has_mesh() and not isinstance(error, mesh.PeerDied | mesh.PeerStalled):
+    if mesh.has_mesh() and not isinstance(error, PeerDied | PeerStalled):
         for job in _jobs(mesh.current()):
             job.fail(mesh.current().rank, f"{type(error).__name__}: {error}")
 

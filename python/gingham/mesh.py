@@ -18,16 +18,17 @@ from itertools import count
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from . import _C
+from .compiled import KNOWN, Meta, Traced, find, keep, traced
+from .errors import MeshError, ShapeError
 from .layout import Block, Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
 
-Job, ShapeError, MeshError, PeerDied, PeerStalled = _C.Job, _C.ShapeError, _C.MeshError, _C.PeerDied, _C.PeerStalled
+Job = _C.Job
 version = _C.version
 set_num_threads = _C.set_num_threads
 device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
@@ -178,7 +179,7 @@ class Mesh:
             self._axes[frozenset(names)] = self._keys[key]
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
-        _by_handle[self.handle] = self
+        keep(self)
         self.depth_sums: Any = None
         self.ended = False
         self._background: Any = None
@@ -230,13 +231,18 @@ class Mesh:
         check_local(x, "scatter's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         cuts = self.cuts(operand, x.dim(), dim)
+        if torch.compiler.is_compiling():
+            return traced("scatter", [self.handle, operand, str(dim)], [x])[0]
         return _Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
 
-    def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0) -> torch.Tensor:
-        """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own.
-        Differentiable (the gradient is this rank's block of it); not counted as traffic."""
+    def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
+        """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
+        compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
+        is this rank's block of it); not counted as traffic."""
         check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
+        if torch.compiler.is_compiling():
+            return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
         return _Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
 
     def extents(self, layout: Layout, rows: int, features: int) -> tuple[Interval, int, Interval, int]:
@@ -337,6 +343,34 @@ class _Gather(torch.autograd.Function):
         return _Scatter.apply(grad, ctx.mesh, ctx.cuts, ctx.mine), None, None
 
 
+def _gather_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    x, mesh = tensors[0], find(words[0])
+    return [x, mesh, mesh.cuts(words[1], x.dim(), int(words[2]))]
+
+
+def _scatter_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    x, mesh, cuts = _gather_arguments(words, tensors)
+    return [x, mesh, cuts, block(x.shape, cuts, mesh.sizes, mesh.coordinates)]
+
+
+def _gathered(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    x, mesh, cuts = _gather_arguments(words, tensors)
+    shape = [length * mesh.parts(names) for length, names in zip(x.shape, cuts, strict=True)]
+    features = int(words[3])
+    if features and mesh.interval(features, cuts[-1])[1] == x.shape[-1]:
+        shape[-1] = features
+    return [(shape, x.dtype)]
+
+
+def _scattered(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
+    x, _, _, mine = _scatter_arguments(words, tensors)
+    return [([length for _, length in mine], x.dtype)]
+
+
+KNOWN["scatter"] = Traced(_Scatter, _scatter_arguments, _scattered, saves=False)
+KNOWN["gather"] = Traced(_Gather, _gather_arguments, _gathered, saves=False)
+
+
 def find_nccl() -> None:
     """Tells the C++ core where the nvidia-nccl wheel keeps its library, for processes whose torch has not loaded one."""
     try:
@@ -349,12 +383,6 @@ def find_nccl() -> None:
 
 _current: Mesh | None = None
 _numbers = count()
-_by_handle: WeakValueDictionary[str, Mesh] = WeakValueDictionary()
-
-
-def of_handle(handle: str) -> Mesh:
-    """The mesh whose `handle` this is, for ops of compiled graphs, which can name objects only by constants."""
-    return _by_handle[handle]
 
 
 def current(mesh: Mesh | None = None) -> Mesh:

@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table as Shown
 
 from . import formulas
+from .errors import MeshError
 from .formulas import Outline, largest
 from .layout import Layout
-from .mesh import MeshError, axes_of
+from .mesh import axes_of
 from .workload import Attention, Linears, Norm, Part, Table, Workload, gpt
 
 

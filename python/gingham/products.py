@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from .errors import ShapeError
 from .functional import make_step
-from .mesh import Mesh, ShapeError, check_local, current
+from .mesh import Mesh, check_local, current
 from .redistribute import cast_for_autocast
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from . import compiled
 from .compiled import traced
+from .errors import ShapeError
 from .layout import (
     Block,
     Cuts,
@@ -31,7 +32,7 @@ from .layout import (
     volume,
 )
 from .layout import relayout as relayout_plan
-from .mesh import Mesh, ShapeError
+from .mesh import Mesh
 
 
 def local_of(parameter: Any) -> Any:

@@ -28,6 +28,7 @@ import cloudpickle
 import torch
 
 from . import job, mesh
+from .errors import PeerDied, PeerStalled
 
 PR_SET_PDEATHSIG = 1
 GRACE = 5.0  # seconds that the other ranks get to notice a failure and say what they saw
@@ -152,10 +153,10 @@ def _receive(process: Any, pipe: Connection, rank: int) -> tuple[Any, BaseExcept
         value, error, text = cloudpickle.loads(pipe.recv_bytes())
     except (EOFError, ConnectionResetError):
         process.join()
-        died = mesh.PeerDied(f"rank {rank} died with exit code {process.exitcode}")
+        died = PeerDied(f"rank {rank} died with exit code {process.exitcode}")
         died.rank = rank
         return None, died, True
-    own = not isinstance(error, mesh.PeerDied | mesh.PeerStalled)
+    own = not isinstance(error, PeerDied | PeerStalled)
     if error is not None:
         if own:
             error.rank = rank

@@ -39,7 +39,8 @@ def build(kernels: str, sanitizer: str = "", binding: bool = False, source: Path
     check(tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja", *defines)
     check(tool("cmake"), "--build", str(folder), "--target", "pipeline_tests", *(["_C"] if binding else []))
     if binding:
-        for path in [*(ROOT / "python" / "gingham").glob("*.py"), ROOT / "python" / "gingham" / "nn"]:
+        ours = ROOT / "python" / "gingham"
+        for path in [*ours.glob("*.py"), *(path.parent for path in ours.glob("*/__init__.py"))]:
             link = package / path.name
             link.unlink(missing_ok=True)
             link.symlink_to(path)

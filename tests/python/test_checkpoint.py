@@ -1,6 +1,7 @@
 """Checkpoints: from any grid to any grid and to one process without a mesh, to the bit; runs that resume."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ class Run:
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=3e-3, fused=True)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        kind = gingham.GradScaler if self.mesh else partial(torch.amp.GradScaler, "cpu")
+        self.scaler = kind(init_scale=2.0, growth_interval=3)  # powers of two: a scaled run has the bits of a plain one
         self.step = 0
 
     def train(self, steps: int) -> list[float]:
@@ -56,8 +59,9 @@ class Run:
                 ids, target = self.mesh.scatter(ids), self.mesh.scatter(target) if self.mesh.inner.rows else target
             self.optimizer.zero_grad()
             loss = self.model.loss(self.model(ids), target)
-            loss.backward()
-            self.optimizer.step()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.scheduler.step()
             losses.append(loss.item())
             self.step += 1
@@ -66,14 +70,14 @@ class Run:
     def save(self, path: Path) -> None:
         import gingham
 
-        gingham.save(self.model, self.optimizer, path, self.scheduler, self.step)
+        gingham.save(self.model, self.optimizer, path, self.scheduler, self.step, scaler=self.scaler)
 
     def load(self, path: Path) -> None:
         import gingham
 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            self.step = gingham.load(self.model, self.optimizer, path, self.scheduler)
+            self.step = gingham.load(self.model, self.optimizer, path, self.scheduler, scaler=self.scaler)
 
     def bits(self) -> Bits:
         """Every number of the run, in full, by name."""
@@ -82,6 +86,7 @@ class Run:
             found |= {f"{name}/{key}": whole(value) for key, value in self.optimizer.state[weight].items()}
         for index, group in enumerate(self.optimizer.param_groups):
             found[f"group{index}"] = torch.tensor([group["lr"], group["initial_lr"], *group["betas"], group["weight_decay"]])
+        found["scaler"] = torch.tensor([self.scaler.get_scale(), float(self.scaler._get_growth_tracker())])
         found["scheduler"] = torch.tensor(self.scheduler.last_epoch)
         found["calls"] = torch.tensor([module.calls for module in self.model.modules() if hasattr(module, "calls")])
         return found | {"generator": torch.get_rng_state(), "seed": torch.tensor(torch.initial_seed())}
@@ -128,7 +133,7 @@ def home(pools: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Bi
 
 @pytest.mark.parametrize("grid", OTHERS, ids=lambda grid: words_of(grid) or "serial")
 def test_saved_at_25d_loads_bitwise_and_goes_back(ranks: Any, home: tuple[Path, Bits], grid: dict[str, Any], tmp_path: Path) -> None:
-    """Model, AdamW (fused) with two groups, scheduler, generator and dropout calls; nothing of it counts as traffic."""
+    """Model, AdamW (fused) with two groups, scheduler, scaler, generator and dropout calls; nothing of it counts as traffic."""
     path, bits = home
     there, traffic = call(ranks, grid, load_and_save, path, tmp_path / "there")[0]
     assert len(bits) > 60 and not differing(bits, there)

@@ -31,14 +31,16 @@ def save(
     scheduler: Any = None,
     step: int | None = None,
     keep: int = 2,
+    scaler: Any = None,
 ) -> None:
     """Adds a complete checkpoint to the folder `path` and removes all but the last `keep`. Every rank calls it alike.
 
-    Held are the model's parameters and persistent buffers, the optimizer's state and settings, the scheduler's state, the
-    state of torch's CPU generator, the call numbers of gingham.nn.Dropout and `step`, under the keys of the original torch
-    model. Every rank writes its own blocks, of replicas one rank does, into one file each; no rank ever holds more than
-    its own. The format is torch.distributed.checkpoint's. All files are on the disk before the checkpoint gets its name,
-    so that a kill at any moment leaves the previous or this one to load. All ranks must see `path`.
+    Held are the model's parameters and persistent buffers, the optimizer's state and settings, the state_dict of scheduler
+    and scaler (a GradScaler), the state of torch's CPU generator, the call numbers of gingham.nn.Dropout and `step`, under
+    the keys of the original torch model. Every rank writes its own blocks, of replicas one rank does, into one file each;
+    no rank ever holds more than its own. The format is torch.distributed.checkpoint's. All files are on the disk before
+    the checkpoint gets its name, so that a kill at any moment leaves the previous or this one to load. All ranks must see
+    `path`.
     Raises CheckpointError, on every rank, naming the rank and the key or file that failed; PeerDied where a rank dies.
     Bytes: none counted; the ranks' plans (some hundred bytes a block) to all ranks.
     """
@@ -47,7 +49,7 @@ def save(
     ranks, what = Ranks(), f"gingham.save to {path}"
     temporary, final = ranks.first(what, lambda: folders.begin(Path(path).absolute()))
     try:
-        _write(ranks, what, temporary, lambda: gathered(ranks, model, optimizer, scheduler, step))
+        _write(ranks, what, temporary, lambda: gathered(ranks, model, optimizer, {"scheduler": scheduler, "scaler": scaler}, step))
         ranks.first(what, lambda: folders.commit(temporary, final, keep))
     except CheckpointError:
         # every rank has stopped writing; what it wrote may be what filled the disk
@@ -88,11 +90,12 @@ def load(
     path: str | os.PathLike[str],
     scheduler: Any = None,
     strict: bool = True,
+    scaler: Any = None,
 ) -> int | None:
     """Loads the newest complete checkpoint of the folder `path` (or `path` itself, if it is one); returns save's `step`.
 
     The model may stand on any grid, or on none; each rank reads its blocks of what any grid wrote. With optimizer=None only
-    the model is read. With an optimizer, its state and settings, the scheduler, the generator and the dropout calls
+    the model is read. With an optimizer, its state and settings, scheduler, scaler, the generator and the dropout calls
     continue where they were: on the same grid to the bit. On another number of ranks all generators get rank 0's state.
     Everything is checked before the model is changed. Raises CheckpointError on every rank, naming rank and key, for keys
     missing in the checkpoint or left over in it, other shapes, and dtypes that the model's cannot hold exactly;
@@ -110,7 +113,8 @@ def load(
         damaged = folders.damaged(folder, metadata) if ranks.rank == 0 else []
         if damaged:
             raise CheckpointError(f"{'; '.join(damaged)}: the checkpoint is damaged; an older one loads by its own folder's path")
-        target = Target(ranks, model, optimizer, scheduler, saved, unpacked(extra[EXTRA]) if extra[EXTRA] else {}, strict)
+        beside = {"scheduler": scheduler, "scaler": scaler}
+        target = Target(ranks, model, optimizer, beside, saved, unpacked(extra[EXTRA]) if extra[EXTRA] else {}, strict)
         wrong = target.wrong + [
             reason
             for name, wanted in target.state.items()

@@ -68,7 +68,7 @@ def inspect(path: Path, console: Console) -> int:
         if isinstance(saved, TensorStorageMetadata)
     ]
     _show(console, folder.name, rows)
-    for name in ("scheduler", "groups", "scalars", "dropout", "modules"):
+    for name in ("scheduler", "scaler", "groups", "scalars", "dropout", "modules"):
         if extra.get(name):
             console.print(f"{name}: {str(extra[name])[:200]}", markup=False)
     return 1 if missing else 0

@@ -24,8 +24,9 @@ MODEL, STATE, RNG, EXTRA = "model.", "optimizer.state.", "rng", "extra"
 NOT_CUT = "step"  # the name under which torch's optimizers count steps: never shaped like the parameter
 
 
-def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, scheduler: Any, step: int | None) -> dict[str, Any]:
-    """The dict that this rank's part of a save writes. Raises CheckpointError where something cannot be saved."""
+def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[str, Any], step: int | None) -> dict[str, Any]:
+    """The dict that this rank's part of a save writes; `beside`: scheduler and scaler by name, or None for each.
+    Raises CheckpointError where something cannot be saved."""
     keys = plain_keys(model)
     state: dict[str, Any] = {MODEL + key: whole_of(key, parts) for key, parts in keys.items()}
     scalars: dict[str, Any] = {}
@@ -45,7 +46,7 @@ def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, scheduler: An
             "modules": dict(_module_state(model)),
             "groups": None if optimizer is None else _groups(optimizer, keys),
             "scalars": scalars,
-            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            **{name: None if each is None else each.state_dict() for name, each in beside.items()},
         }
         state[EXTRA] = _packed(extra)
     return state
@@ -58,7 +59,7 @@ def _packed(extra: dict[str, Any]) -> io.BytesIO:
         unpacked(packed)
     except Exception as error:
         raise CheckpointError(
-            f"{EXTRA}: the scheduler's, optimizer's or a module's state holds what a checkpoint cannot ({error});"
+            f"{EXTRA}: the scheduler's, scaler's, optimizer's or a module's state holds what a checkpoint cannot ({error});"
             " expected numbers, strings, tensors and their lists and dicts"
         ) from error
     return packed
@@ -143,13 +144,13 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 class Target:
-    """What a load fills: `state` for the reader; `apply` then hands it to optimizer, scheduler, modules and generator.
+    """What a load fills: `state` for the reader; `apply` then hands it to optimizer, scheduler, scaler, modules and generator.
     `wrong`: every reason why the checkpoint does not fit, found before a byte of the model is changed."""
 
     def __init__(
-        self, ranks: Ranks, model: torch.nn.Module, optimizer: Any, scheduler: Any, saved: Any, extra: dict[str, Any], strict: bool
+        self, ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[str, Any], saved: Any, extra: dict[str, Any], strict: bool
     ) -> None:
-        self.model, self.optimizer, self.scheduler, self.extra = model, optimizer, scheduler, extra
+        self.model, self.optimizer, self.beside, self.extra = model, optimizer, beside, extra
         self.keys = plain_keys(model)
         self.state: dict[str, Any] = {MODEL + key: whole_of(key, parts) for key, parts in self.keys.items()}
         self.optimizer_state: dict[Any, dict[str, Any]] = defaultdict(dict)
@@ -160,9 +161,10 @@ class Target:
             self._prepare_optimizer(saved, extra)
             self._prepare_generator(ranks, saved)
             wanted |= {name for name in saved if name.startswith((STATE, RNG))}
-            if (scheduler is None) != (extra.get("scheduler") is None):
-                holds, fix = ("no", "leave scheduler= out") if scheduler is not None else ("a", "pass scheduler=")
-                self.wrong.append(f"scheduler: the checkpoint holds {holds} scheduler's state; {fix}, or strict=False")
+            for name in beside:
+                if (beside[name] is None) != (extra.get(name) is None):
+                    holds, fix = ("no", f"leave {name}= out") if beside[name] is not None else ("a", f"pass {name}=")
+                    self.wrong.append(f"{name}: the checkpoint holds {holds} {name}'s state; {fix}, or strict=False")
         self.wrong += [f"{name}: got nothing, expected in the checkpoint" for name in self.state if name not in saved]
         self.wrong += [f"{name}: is in the checkpoint, expected nothing of that name" for name in sorted(wanted - self.state.keys())]
         modules = dict(_module_state(model)).keys() ^ extra.get("modules", {}).keys()
@@ -227,8 +229,9 @@ class Target:
             return
         if self.extra.get("groups") is not None:
             self._apply_optimizer()
-        if self.scheduler is not None and self.extra.get("scheduler") is not None:
-            self.scheduler.load_state_dict(self.extra["scheduler"])
+        for name, each in self.beside.items():
+            if each is not None and self.extra.get(name) is not None:
+                each.load_state_dict(self.extra[name])
         if self.generator is not None:
             torch.set_rng_state(self.generator[0])
         saved = dict(self.extra.get("dropout", {}))

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..mesh import MeshError, current, has_mesh
+from ..errors import MeshError
+from ..mesh import current, has_mesh
 
 BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled
 

@@ -79,7 +79,7 @@ def parallelize(
         meta.draw(model, made, recipes, old)
     for path in sorted(set(rules.unused()) & asked):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(model).__name__}", stacklevel=2)
-    inputs.attach(model, mesh, io, "outer" if top else rules.body, batch)
+    inputs.attach(model, mesh, io, "outer" if top else rules.body, batch, width_of(model) if top else None)
     model.gingham_plan = made.lines  # type: ignore[assignment]
     if verbose:
         show(made, tokens)

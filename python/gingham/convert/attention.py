@@ -11,9 +11,10 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout
 from ..layout import Layout
-from ..mesh import Mesh, ShapeError
+from ..mesh import Mesh
 
 NAME = "gingham"  # under which transformers finds the attention function
 

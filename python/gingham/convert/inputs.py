@@ -13,8 +13,10 @@ from zlib import crc32
 import torch
 from torch.utils import _pytree as pytree
 
+from ..compiled import define, find
+from ..errors import MeshError, ShapeError
 from ..layout import chunks
-from ..mesh import Mesh, MeshError, ShapeError
+from ..mesh import Mesh
 from .losses import Labelled, loss_of, takes_labels
 
 # arguments whose first dim is not the batch even where its size is
@@ -35,13 +37,15 @@ def streams(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 class Border:
-    """Both hooks of one model. body: the layout of its activations; batch: the dim of its batch (1: torch's default)."""
+    """Both hooks of one model. body: the layout of its activations; batch: the dim of its batch (1: torch's default);
+    width: the features of its output, where they may be cut."""
 
-    def __init__(self, model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int) -> None:
+    def __init__(self, model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int, width: int | None) -> None:
         self.mesh, self.full, self.body, self.batch = mesh, io == "full", body, batch
         self.hugging = takes_labels(model)
         self.names = list(inspect.signature(model.forward).parameters)
         self.stack = body == "outer" and not self.hugging
+        self.widths = widths_of(model) if self.hugging else {"": width}
         self.size: int | None = None
         self.missing = 0
         self.labels: dict[str, Any] = {}
@@ -90,23 +94,13 @@ class Border:
     def _check_alike(self, given: dict[str, Any]) -> None:
         """Raises MeshError, on every rank, where one was given other tensors than the rest: a loader that shuffles by itself, a
         sampled token. A control message of 8 bytes."""
-        if self.mesh.size == 1 or torch.compiler.is_compiling():
+        leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
+        if self.mesh.size == 1 or not leaves:
             return
-        sum_of = 0
-        for name, value in sorted(given.items()):
-            for x in pytree.tree_leaves(value):
-                if self._batched(name, x) and x.device.type == "cpu":
-                    sum_of = crc32(
-                        memoryview(x.detach().contiguous().view(torch.uint8).numpy()), crc32(repr(tuple(x.shape)).encode(), sum_of)
-                    )
-        sums = [each for (each,) in self.mesh.world.sizes([sum_of])]
-        usual = max(sums, key=sums.count)
-        odd = [rank for rank, each in enumerate(sums) if each != usual]
-        if odd:
-            raise MeshError(
-                f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {', '.join(sorted(given))}; io='full':"
-                " every rank must be given the same full tensors: seed samplers and generation alike, or pass io='local'"
-            )
+        if torch.compiler.is_compiling():
+            torch.ops.gingham.alike(leaves, self.mesh.handle, ", ".join(sorted(given)))
+        else:
+            _check_alike(leaves, self.mesh.handle, ", ".join(sorted(given)))
 
     def _missing(self, size: int) -> int:
         """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
@@ -146,15 +140,15 @@ class Border:
             return output.to_tuple() if self.tuples else output
         if not self.full:
             return output
-        return self._gather(type(model).__name__, output, "x" if self.body == "outer" else "rows")
+        return self._gather(type(model).__name__, output, "x" if self.body == "outer" else "rows", self.widths[""])
 
-    def _gather(self, what: str, value: Any, operand: str) -> Any:
+    def _gather(self, what: str, value: Any, operand: str, width: int | None) -> Any:
         samples = 0 if self.size is None else self.size + self.missing
 
         def gather(y: Any) -> Any:
             if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows":
                 return y
-            full = self.mesh.gather(y.contiguous(), operand) if y.dim() else y
+            full = self.mesh.gather(y.contiguous(), operand, features=width) if y.dim() else y
             if not y.dim() or samples and len(full) % samples:
                 raise NotImplementedError(
                     f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"
@@ -174,7 +168,7 @@ class Border:
                 if not known and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
                     raise NotImplementedError(f"{type(model).__name__}: nothing says how its output {name!r} is cut; use io='local'")
                 operand = "rows" if name in ROWS or self.body == "rows" else "inner" if name in INNER else "x"
-                output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand)
+                output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand, self.widths.get(name))
         # made anew: as a tuple it has its fields in the order of its class, the loss first
         return output if loss is None else type(output)(**{**output, "loss": loss})
 
@@ -191,6 +185,30 @@ class Border:
                 setattr(cache, name, refuse)
 
 
+def _check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Tensor:
+    mesh, sum_of = find(handle), 0
+    for x in leaves:
+        if x.device.type == "cpu":
+            sum_of = crc32(x.contiguous().view(torch.uint8).numpy().data, crc32(repr(tuple(x.shape)).encode(), sum_of))
+    sums = [each for (each,) in mesh.world.sizes([sum_of])]
+    usual = max(sums, key=sums.count)
+    odd = [rank for rank, each in enumerate(sums) if each != usual]
+    if odd:
+        raise MeshError(
+            f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"
+            " given the same full tensors: seed samplers and generation alike, or pass io='local'"
+        )
+    return torch.zeros(())
+
+
+define(
+    "alike",
+    "(Tensor[] leaves, str handle, str names) -> Tensor",
+    _check_alike,
+    lambda leaves, handle, names: torch.empty(()),
+)
+
+
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
@@ -198,10 +216,19 @@ def _first(*values: Any) -> Any:
 LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
 
 
-def attach(model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int) -> None:
+def widths_of(model: Any) -> dict[str, int]:
+    """The global features of a transformers model's outputs by field, where its configuration or its head says them."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    words = getattr(head, "out_features", None)
+    found = {name: getattr(config, "hidden_size", None) for name in OUTER}
+    found |= {"logits": words or getattr(model.config, "num_labels", None), "prediction_logits": words, "seq_relationship_logits": 2}
+    return {name: width for name, width in found.items() if width is not None}
+
+
+def attach(model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int, width: int | None) -> None:
     """Hangs both hooks on the model. Its inputs are by name: those in WHOLE are left as they are, of the others every tensor
     whose first dim is that of the first tensor is cut."""
-    border = Border(model, mesh, io, body, batch)
+    border = Border(model, mesh, io, body, batch, width)
     if border.full or border.hugging:
         model.register_forward_pre_hook(border.before, with_kwargs=True)
         model.register_forward_hook(border.after, with_kwargs=True)

@@ -11,8 +11,9 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout
-from ..mesh import Mesh, ShapeError
+from ..mesh import Mesh
 from .loose import hold
 from .rules import LOOSE, Rules, matches
 

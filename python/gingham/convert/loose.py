@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..compiled import KNOWN, Traced, block_of, find, traced
 from ..functional import like, local_of
 from ..layout import Cuts, Names
 from ..mesh import Mesh
@@ -56,7 +57,12 @@ def _readable(cls: type, name: str) -> None:
     def read(self: torch.nn.Module) -> Any:
         parameter = self._parameters.get(name)
         loose = self.__dict__.get("_loose", {})
-        return _Block.apply(parameter, *loose[name]) if name in loose and parameter is not None else parameter
+        if name not in loose or parameter is None:
+            return parameter
+        mesh, summed = loose[name]
+        if torch.compiler.is_compiling():
+            return traced("block", [mesh.handle, ",".join(summed)], [block_of(parameter)])[0]
+        return _Block.apply(parameter, mesh, summed)
 
     def write(self: torch.nn.Module, value: Any) -> None:
         torch.nn.Module.__setattr__(self, name, value)
@@ -80,3 +86,10 @@ class _Block(torch.autograd.Function):
             grad = grad.contiguous().clone()
             axis.all_reduce_(grad, ctx.mesh.source)
         return like(grad.contiguous(), ctx.parameter), None, None
+
+
+def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    return [tensors[0], find(words[0]), tuple(words[1].split(",")) if words[1] else ()]
+
+
+KNOWN["block"] = Traced(_Block, _arguments, lambda words, tensors: [(tensors[0].shape, tensors[0].dtype)])

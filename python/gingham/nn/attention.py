@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..errors import ShapeError
 from ..functional import autocast_dtype, linear, linear_plan
-from ..mesh import Mesh, ShapeError, check_local, current
+from ..mesh import Mesh, check_local, current
 from .dropout import Dropout
 from .linear import Linear
 from .parameter import Given, part_of

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..errors import MeshError
 from ..functional import local_of, owing
-from ..mesh import MeshError, current
+from ..mesh import current
 
 
 @torch.no_grad()

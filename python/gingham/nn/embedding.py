@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
+from ..errors import ShapeError
 from ..functional import like, local_of, settle, sum_or_defer, sum_over_depth
 from ..layout import chunks
-from ..mesh import Mesh, ShapeError, check_local, current
+from ..mesh import Mesh, check_local, current
 from .parameter import Given, make_parameter
 
 

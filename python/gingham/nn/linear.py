@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from ..errors import MeshError, ShapeError
 from ..functional import linear, linear_plan, local_of, reshard
 from ..layout import Cuts
-from ..mesh import Mesh, MeshError, ShapeError, current
+from ..mesh import Mesh, current
 from .bias import block_of_features, stored_axes
 from .embedding import Embedding
 from .parameter import Given, make_parameter

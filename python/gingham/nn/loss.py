@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
+from ..errors import ShapeError
 from ..functional import autocast_dtype, relayout
 from ..layout import Layout
-from ..mesh import Mesh, ShapeError, check_local, current
+from ..mesh import Mesh, check_local, current
 from .norm import gather_parts
 
 

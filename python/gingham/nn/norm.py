@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
+from ..errors import ShapeError
 from ..functional import autocast_dtype, deferring, like, local_of
 from ..layout import Names, coordinates_of, interval, members
-from ..mesh import Mesh, ShapeError, check_local, current
+from ..mesh import Mesh, check_local, current
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
 from .parameter import Given, make_parameter
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..errors import ShapeError
 from ..layout import Cuts
-from ..mesh import Mesh, ShapeError
+from ..mesh import Mesh
 
 Given = Mapping[str, torch.Tensor] | None
 

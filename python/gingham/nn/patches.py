@@ -6,9 +6,10 @@ from math import prod, sqrt
 
 import torch
 
+from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout, reshard
 from ..layout import Layout
-from ..mesh import Mesh, ShapeError, check_local, current
+from ..mesh import Mesh, check_local, current
 from .parameter import Given, make_parameter
 
 Pair = int | tuple[int, int]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, find, traced
+from ..errors import ShapeError
 from ..functional import relayout
 from ..layout import Layout
-from ..mesh import Mesh, ShapeError
+from ..mesh import Mesh
 
 
 def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:

@@ -1,0 +1,5 @@
+"""What the core raises, beside Python's own errors; each names the rank that it is about."""
+
+from . import _C
+
+MeshError, PeerDied, PeerStalled, ShapeError = _C.MeshError, _C.PeerDied, _C.PeerStalled, _C.ShapeError
