@@ -68,13 +68,14 @@ MORE_PYTHON_TESTS = {
     "products": PYTHON_TESTS["products"],
     "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
     "nn": ["tests/python/nn"],
+    "models": ["tests/python/convert", "tests/python/test_training_tools.py", "tests/python/test_compile.py"],
 }
 
 
-def python_tests(package: Path, names: list[str], marks: str) -> str:
+def python_tests(package: Path, names: list[str], marks: str, limit: float = 600) -> str:
     """These tests on the fake GPUs. Left out: those that ask for shared windows, which a GPU mesh refuses."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, "-k", "not window and not in_fp32", *names]
-    return run(command, fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1"))
+    return run(command, fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1"), limit)
 
 
 @pytest.mark.parametrize("name", PYTHON_TESTS)
@@ -88,7 +89,7 @@ def test_python_on_fake_devices(package: Path, name: str) -> None:
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", MORE_PYTHON_TESTS)
 def test_python_matrix_on_fake_devices(package: Path, name: str) -> None:
-    print(python_tests(package, MORE_PYTHON_TESTS[name], "matrix or not matrix").splitlines()[-1])
+    print(python_tests(package, MORE_PYTHON_TESTS[name], "matrix or not matrix", 3600).splitlines()[-1])
 
 
 def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
