@@ -93,7 +93,9 @@ def bench(arguments: list[str]) -> int:
 
 def cuda_rows(mesh: Any) -> list[tuple[str, str]]:
     """What was built for GPUs, what this machine has, and how far it was ever verified."""
-    mesh.find_nccl()
+    from .job import find_nccl
+
+    find_nccl()
     report = mesh.device_report()
     if not report["built"]:
         return [("CUDA", f"not built: {report['missing']}")]

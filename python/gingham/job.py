@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,7 +139,7 @@ def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> tuple[Any, Any]:
 def _use_gpu(job: Any) -> torch.device:
     """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
-    mesh.find_nccl()
+    find_nccl()
     job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
     if mesh.fake_device:  # the tests' runtime computes on torch's CPU tensors
         return torch.device("cpu")
@@ -190,3 +192,13 @@ def _watch_exceptions() -> None:
 def _report_and_print(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     report_failure(error)
     _previous_hook(kind, error, trace)
+
+
+def find_nccl() -> None:
+    """Tells the C++ core where the nvidia-nccl wheel keeps its library, for processes whose torch has not loaded one."""
+    try:
+        wheel = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        mesh.set_nccl_path(str(Path(folder) / "lib" / "libnccl.so.2"))

@@ -11,12 +11,10 @@ The only module that knows modes; to everything above, a mesh is axes and layout
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from math import isqrt, prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -369,16 +367,6 @@ def _scattered(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
 
 KNOWN["scatter"] = Traced(_Scatter, _scatter_arguments, _scattered, saves=False)
 KNOWN["gather"] = Traced(_Gather, _gather_arguments, _gathered, saves=False)
-
-
-def find_nccl() -> None:
-    """Tells the C++ core where the nvidia-nccl wheel keeps its library, for processes whose torch has not loaded one."""
-    try:
-        wheel = importlib.util.find_spec("nvidia.nccl")
-    except ModuleNotFoundError:
-        return
-    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
-        set_nccl_path(str(Path(folder) / "lib" / "libnccl.so.2"))
 
 
 _current: Mesh | None = None
