@@ -221,7 +221,9 @@ class _Linear(torch.autograd.Function):
         later = not put_off and bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
         here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
         need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
-        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (later or put_off))
+        # gradients of a cast are summed over depth after they are float32 again, not before
+        cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
+        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (later or put_off or cast))
         dbs = [
             _bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)
         ]
@@ -232,6 +234,8 @@ class _Linear(torch.autograd.Function):
                 gradients.sums_of(plan.mesh).add(weight, dw)
             elif put_off and dw is not None:
                 dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
+            elif cast and dw is not None:
+                dw.copy_(sum_over_depth(plan.mesh, dw))
         biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
         return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
 
@@ -239,26 +243,30 @@ class _Linear(torch.autograd.Function):
 def _traced_linear(
     x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], plan: LinearPlan, epilogue: str
 ) -> list[torch.Tensor]:
-    present = [cast_for_autocast(compiled.block_of(each)) for each in (*weights, *biases) if each is not None]
+    present = [compiled.block_of(each) for each in (*weights, *biases) if each is not None]
     there = "".join("0" if bias is None else "1" for bias in biases)
-    return traced("linear", [plan.handles[0], epilogue, there], [x, *present], len(plan.n))
+    dtype = autocast_dtype(x.device)
+    words = [plan.handles[0], epilogue, there, str(dtype).removeprefix("torch.") if dtype else ""]
+    return traced("linear", words, [x, *present], len(plan.n))
 
 
 def _linear_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
     plan, (x, *parameters) = compiled.find(words[0]), tensors
     biases = iter(parameters[len(plan.n) :])
-    return [x, plan, words[1], None, *parameters[: len(plan.n)], *(next(biases) if there == "1" else None for there in words[2])]
+    dtype = getattr(torch, words[3]) if words[3] else None
+    return [x, plan, words[1], dtype, *parameters[: len(plan.n)], *(next(biases) if there == "1" else None for there in words[2])]
 
 
 def _linear_results(words: list[str], tensors: list[torch.Tensor]) -> list[compiled.Meta]:
-    plan, x = compiled.find(words[0]), tensors[0]
+    x, plan, epilogue, dtype, *weights = _linear_arguments(words, tensors)
     rows = compiled.evenly(plan.mesh, x.shape[0], plan.x[1].rows, plan.y[1].rows)
     inner = x.shape[1:-1]
-    outputs: list[compiled.Meta] = [([rows, *inner, n], x.dtype) for n in plan.n_local]
-    if words[1] == "none":
-        return outputs
+    found: list[compiled.Meta] = [([rows, *inner, n], x.dtype) for n in plan.n_local]
+    found += [(list(weight.shape), dtype) for weight in weights[: len(plan.n)] if _casts(weight, dtype)]
+    if epilogue == "none":
+        return found
     # before the epilogue, flat where the number of rows changes
-    return [*outputs, *(([rows, *inner, n] if rows == x.shape[0] else [rows * prod(inner), n], x.dtype) for n in plan.n_local)]
+    return [*found, *(([rows, *inner, n] if rows == x.shape[0] else [rows * prod(inner), n], x.dtype) for n in plan.n_local)]
 
 
 compiled.KNOWN["linear"] = compiled.Traced(_Linear, _linear_arguments, _linear_results)
@@ -297,9 +305,11 @@ def _bias_gradient(plan: LinearPlan, dy: torch.Tensor, bias: torch.Tensor) -> to
 
 def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """A parameter's block in the dtype of an autocast region; in the shared heap, where peers read it in place."""
-    if block is None or block.dtype in (dtype, torch.float64):
-        return block
-    return mesh.empty(block.shape, dtype).copy_(block)
+    return mesh.empty(block.shape, dtype).copy_(block) if block is not None and _casts(block, dtype) else block
+
+
+def _casts(block: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and block.dtype not in (dtype, torch.float64)
 
 
 def _as(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
