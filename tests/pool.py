@@ -4,6 +4,7 @@ Functions and results travel as cloudpickle over one pipe a rank. A call that fa
 know, so the pool is replaced after it; the ranks are forked from a server that has imported torch but started no thread.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -58,6 +59,7 @@ def serve(rank: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     mesh.set_num_threads(1)
+    gc.freeze()  # what the server imported is never garbage: destroy() need not look through it after every call
     while True:
         try:
             message = pipe.recv_bytes()

@@ -147,10 +147,12 @@ def _use_gpu(job: Any) -> torch.device:
     return torch.device("cuda", ordinal)
 
 
-def _leave_group() -> None:
+def _leave_group(device_mesh: DeviceMesh | None = None) -> None:
     global _made_group
     if _made_group:
         rendezvous.destroy_process_group()
+        # DTensor and dynamo remember meshes for ever, and a mesh its groups, whose threads wake 100 times a second each
+        getattr(device_mesh, "_pg_registry", {}).clear()
     _made_group = False
 
 
@@ -164,7 +166,7 @@ def destroy() -> None:
             job.close()
         if ended.depth_sums is not None:
             ended.depth_sums.stop()
-        _leave_group()
+        _leave_group(ended.device_mesh)
         # process groups, their threads and sockets hang in reference cycles: many lives must not pile them up
         gc.collect()
 

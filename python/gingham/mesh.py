@@ -236,12 +236,15 @@ class Mesh:
     def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
         compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
-        is this rank's block of it); not counted as traffic."""
+        is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit together, or features."""
         check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         if torch.compiler.is_compiling():
             return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
-        return _Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
+        full: torch.Tensor = _Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
+        if features not in (None, full.shape[-1]):
+            raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
+        return full
 
     def extents(self, layout: Layout, rows: int, features: int) -> tuple[Interval, int, Interval, int]:
         """From every rank's own sizes: my rows' (offset, length) and the global number of rows, the same of features.

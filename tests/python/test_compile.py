@@ -1,7 +1,7 @@
 """torch.compile(fullgraph=True): no graph break, the bits of eager, gradients as DTensors, no op dropped, uneven rows refused."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +13,14 @@ from gingham import gpt, nn
 from grids import GRIDS, ranks_of, relative
 
 Model = Callable[..., torch.Tensor]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_ranks_afterwards(pools: Any) -> Iterator[None]:
+    """Dynamo's guards hold copies of the meshes of compiled graphs, with process groups whose threads never sleep long."""
+    yield
+    for pool in pools.values():
+        pool.stop()
 
 
 def results(mesh: Any, build: Callable[[], tuple[torch.nn.Module, Model]], inputs: list[torch.Tensor], wrap: Any) -> list[torch.Tensor]:

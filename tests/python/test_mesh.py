@@ -64,6 +64,8 @@ def round_trips(rank: int, options: dict[str, Any]) -> list[str]:
         # sizes that no rule gives: learned from the ranks
         expected = torch.cat([torch.full((other + 1, 2), float(other)) for other in range(mesh.size)])
         wrong += ["learned"] if not torch.equal(mesh.gather(own), expected) else []
+    with pytest.raises(gingham.ShapeError, match=f"rank {rank} got features=3, but .* make 2"):
+        mesh.gather(mesh.scatter(torch.ones(12, 2), "rows"), "rows", features=3)
     wrong += ["traffic"] if any(count for axis in mesh.traffic().values() for count in axis.values()) else []
     return wrong
 

@@ -148,7 +148,7 @@ class Border:
         def gather(y: Any) -> Any:
             if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows":
                 return y
-            full = self.mesh.gather(y.contiguous(), operand, features=width) if y.dim() else y
+            full = self.mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None) if y.dim() else y
             if not y.dim() or samples and len(full) % samples:
                 raise NotImplementedError(
                     f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"

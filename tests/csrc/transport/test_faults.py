@@ -253,9 +253,11 @@ def test_many_lives_leave_nothing(ranks) -> None:
         seen = []
         for life in range(21):
             mesh = gingham.init(**GRIDS["2.5d"])
-            layer = gingham.nn.Linear(8, 8)
-            y = layer(mesh.scatter(torch.ones(8, 8)))
+            width = 8 + 8 * life  # DTensor remembers operations by shape
+            layer = gingham.nn.Linear(width, width)
+            y = layer(mesh.scatter(torch.ones(8, width)))
             y.sum().backward()
+            torch.optim.AdamW(layer.parameters()).step()
             gingham.destroy()
             with pytest.raises(gingham.MeshError, match="destroy"):
                 layer(y.detach())
