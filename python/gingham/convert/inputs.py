@@ -134,7 +134,8 @@ class Border:
     def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         labels, self.labels = self.labels, {}
         if self.hugging:
-            call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, "inner" if self.body == "outer" else "rows")
+            layout = "inner" if self.body == "outer" else "rows"
+            call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, layout, self.widths)
             loss = loss_of(call) if labels else None
             output = self._fields(model, output, loss)
             return output.to_tuple() if self.tuples else output

@@ -23,7 +23,8 @@ def takes_labels(model: Any) -> bool:
 
 class Labelled:
     """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms.
-    missing: rows that were added to the inputs, to be ignored. layout: of the logits."""
+    missing: rows that were added to the inputs, to be ignored. layout: of the logits.
+    widths: global features by field, for a compiled graph."""
 
     def __init__(
         self,
@@ -35,9 +36,10 @@ class Labelled:
         full: bool,
         missing: int,
         layout: str,
+        widths: dict[str, Any],
     ) -> None:
         self.model, self.output, self.labels, self.kwargs = model, output, labels, kwargs
-        self.mesh, self.full, self.missing, self.layout = mesh, full, missing, layout
+        self.mesh, self.full, self.missing, self.layout, self.widths = mesh, full, missing, layout, widths
 
     def cut(self, name: str) -> torch.Tensor:
         if not self.full:
@@ -50,7 +52,8 @@ class Labelled:
         return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
 
     def gathered(self, field: str, layout: str | None = None) -> torch.Tensor:
-        full = self.mesh.gather(self.output[field], layout or self.layout)
+        features = self.widths.get(field) if torch.compiler.is_compiling() else None
+        full = self.mesh.gather(self.output[field], layout or self.layout, features=features)
         return full[: len(full) - self.missing]
 
     def _vocabulary(self, field: str, labels: torch.Tensor) -> torch.Tensor:
