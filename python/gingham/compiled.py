@@ -64,6 +64,11 @@ def find(handle: str) -> Any:
     return mesh.steps["handles"][int(index)] if index else mesh
 
 
+def names_of(word: str) -> tuple[str, ...]:
+    """Names of axes, which a call carries joined by commas."""
+    return tuple(word.split(",")) if word else ()
+
+
 def block_of(parameter: Any) -> Any:
     """A parameter's own block, while a graph is made."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter

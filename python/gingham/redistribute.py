@@ -13,7 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from . import compiled
-from .compiled import traced
+from .compiled import names_of, traced
 from .errors import ShapeError
 from .layout import (
     Block,
@@ -103,7 +103,7 @@ class _Relayout(torch.autograd.Function):
 
 
 def _relayout_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    names = [tuple(word.split(",")) if word else () for word in words[1:5]]
+    names = [names_of(word) for word in words[1:5]]
     return [tensors[0], compiled.find(words[0]), Layout(*names[:2]), Layout(*names[2:]), int(words[5])]
 
 
@@ -173,7 +173,7 @@ def _text(cuts: Cuts) -> str:
 
 
 def _reshard_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    source, target, shape = (tuple(tuple(part.split(",")) if part else () for part in word.split(";")) for word in words[1:])
+    source, target, shape = (tuple(map(names_of, word.split(";"))) for word in words[1:])
     return [tensors[0], compiled.find(words[0]), source, target, tuple(map(int, shape[0]))]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..compiled import KNOWN, Traced, block_of, find, traced
+from ..compiled import KNOWN, Traced, block_of, find, names_of, traced
 from ..functional import like, local_of
 from ..layout import Cuts, Names
 from ..mesh import Mesh
@@ -89,7 +89,7 @@ class _Block(torch.autograd.Function):
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    return [tensors[0], find(words[0]), tuple(words[1].split(",")) if words[1] else ()]
+    return [tensors[0], find(words[0]), names_of(words[1])]
 
 
 KNOWN["block"] = Traced(_Block, _arguments, lambda words, tensors: [(tensors[0].shape, tensors[0].dtype)])

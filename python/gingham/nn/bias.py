@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..compiled import KNOWN, Meta, Traced, block_of, find, traced
+from ..compiled import KNOWN, Meta, Traced, block_of, find, names_of, traced
 from ..functional import like, local_of, sum_or_defer
 from ..layout import Layout, Names
 from ..mesh import Mesh
@@ -66,7 +66,7 @@ class _BlockOfFeatures(torch.autograd.Function):
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    rows, features, stored = (tuple(word.split(",")) if word else () for word in words[1:4])
+    rows, features, stored = map(names_of, words[1:4])
     return [tensors[0], find(words[0]), Layout(rows, features), stored, int(words[4])]
 
 
