@@ -17,7 +17,7 @@ from ..compiled import define, find
 from ..errors import MeshError, ShapeError
 from ..layout import chunks
 from ..mesh import Mesh
-from .losses import Labelled, loss_of, takes_labels
+from .losses import Labelled, gather, loss_of, takes_labels
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -94,13 +94,14 @@ class Border:
     def _check_alike(self, given: dict[str, Any]) -> None:
         """Raises MeshError, on every rank, where one was given other tensors than the rest: a loader that shuffles by itself, a
         sampled token. A control message of 8 bytes."""
-        leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
-        if self.mesh.size == 1 or not leaves:
+        if self.mesh.size == 1:
             return
-        if torch.compiler.is_compiling():
-            torch.ops.gingham.alike(leaves, self.mesh.handle, ", ".join(sorted(given)))
-        else:
-            _check_alike(leaves, self.mesh.handle, ", ".join(sorted(given)))
+        leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
+        names = ", ".join(sorted(given))
+        if not torch.compiler.is_compiling():
+            _check_alike(leaves, self.mesh.handle, names)  # also where this rank was given none: the others wait for its word
+        elif leaves:
+            torch.ops.gingham.alike(leaves, self.mesh.handle, names)
 
     def _missing(self, size: int) -> int:
         """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
@@ -146,10 +147,10 @@ class Border:
     def _gather(self, what: str, value: Any, operand: str, width: int | None) -> Any:
         samples = 0 if self.size is None else self.size + self.missing
 
-        def gather(y: Any) -> Any:
+        def whole(y: Any) -> Any:
             if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows":
                 return y
-            full = self.mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None) if y.dim() else y
+            full = gather(self.mesh, y, operand, width) if y.dim() else y
             if not y.dim() or samples and len(full) % samples:
                 raise NotImplementedError(
                     f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"
@@ -158,7 +159,7 @@ class Border:
             full = full[: len(full) // samples * (self.size or 0)] if self.missing else full
             return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
 
-        return pytree.tree_map(gather, value)
+        return pytree.tree_map(whole, value)
 
     def _fields(self, model: Any, output: Any, loss: torch.Tensor | None) -> Any:
         for name, value in list(output.items()):

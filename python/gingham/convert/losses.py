@@ -21,6 +21,11 @@ def takes_labels(model: Any) -> bool:
     return hasattr(model, "config") and hasattr(model, "base_model_prefix")
 
 
+def gather(mesh: Mesh, y: torch.Tensor, operand: str, width: int | None) -> torch.Tensor:
+    """mesh.gather of a model's output; its configuration's `width` counts only where ranks cannot be asked, in a compiled graph."""
+    return mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None)
+
+
 class Labelled:
     """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms.
     missing: rows that were added to the inputs, to be ignored. layout: of the logits.
@@ -52,8 +57,7 @@ class Labelled:
         return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
 
     def gathered(self, field: str, layout: str | None = None) -> torch.Tensor:
-        features = self.widths.get(field) if torch.compiler.is_compiling() else None
-        full = self.mesh.gather(self.output[field], layout or self.layout, features=features)
+        full = gather(self.mesh, self.output[field], layout or self.layout, self.widths.get(field))
         return full[: len(full) - self.missing]
 
     def _vocabulary(self, field: str, labels: torch.Tensor) -> torch.Tensor:

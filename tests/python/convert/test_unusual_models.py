@@ -90,13 +90,14 @@ def refusals(rank: int) -> dict[str, str]:
         "weight norm": lambda: gingham.parallelize(normed, mesh),
         "softmax between": lambda: gingham.parallelize(softmax, mesh),
         "copied after": lambda: copy.deepcopy(gingham.parallelize(loss, mesh)),
+        "nothing on one rank": lambda: gingham.parallelize(nn.Sequential(nn.Linear(8, 8)), mesh)(torch.ones(6, 8) if rank < 3 else None),
         "no samples": lambda: gingham.parallelize(nn.TransformerEncoderLayer(8, 4, 16), mesh)(torch.randn(5, 8)),
     }
     found = {}
     for name, call in calls.items():
         try:
             found[name] = f"nothing was raised: {call()}"
-        except (NotImplementedError, TypeError, gingham.ShapeError) as error:
+        except (NotImplementedError, TypeError, gingham.MeshError, gingham.ShapeError) as error:
             found[name] = f"{type(error).__name__}: {error}"
     return found
 
@@ -107,6 +108,7 @@ def refusals(rank: int) -> dict[str, str]:
         ("weight norm", "weight_norm"),
         ("softmax between", "may mix features"),
         ("copied after", "cannot be copied"),
+        ("nothing on one rank", "rank 3 got other inputs"),
         ("no samples", "expected at least 3 dims"),
     ],
 )
