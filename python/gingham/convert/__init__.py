@@ -225,8 +225,8 @@ def _enter(made: Conversion, path: str, module: torch.nn.Module) -> None:
     def moved(x: Any, source: str, target: str) -> Any:
         if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
             return x
-        raise_features = x.shape[-1] if source == "rows" else width_of(module)
-        return relayout(x, mesh, mesh.layout(source), mesh.layout(target), raise_features)
+        width = x.shape[-1] if source == "rows" else width_of(module)
+        return relayout(x, mesh, mesh.layout(source), mesh.layout(target), width)
 
     def before(each: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         taken = {"src", "tgt", "memory", "input"}

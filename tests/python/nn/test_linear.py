@@ -35,16 +35,17 @@ def every_way(rank: int, options: dict[str, Any], dtype: torch.dtype, source: st
     return errors
 
 
+@pytest.mark.parametrize(
+    ("dtype", "source", "slices", "limit"),
+    [
+        pytest.param(torch.float32, "window", 1, 1e-6, id="fp32-window"),
+        pytest.param(torch.float64, "ring", 3, 1e-12, id="fp64-ring"),
+    ],
+)
 @every_grid
-def test_against_float64_in_fp32(ranks, name: str) -> None:
-    errors = ranks(ranks_of(name))(every_way, GRIDS[name], torch.float32, "window", 1)[0]
-    assert max(errors.values()) <= 1e-6, {key: error for key, error in errors.items() if error > 1e-6}
-
-
-@every_grid
-def test_ring_slices_in_fp64(ranks, name: str) -> None:
-    errors = ranks(ranks_of(name))(every_way, GRIDS[name], torch.float64, "ring", 3)[0]
-    assert max(errors.values()) <= 1e-12, {key: error for key, error in errors.items() if error > 1e-12}
+def test_against_float64(ranks, name: str, dtype: torch.dtype, source: str, slices: int, limit: float) -> None:
+    errors = ranks(ranks_of(name))(every_way, GRIDS[name], dtype, source, slices)[0]
+    assert max(errors.values()) <= limit, {key: error for key, error in errors.items() if error > limit}
 
 
 def residuals(rank: int, options: dict[str, Any]) -> float:
