@@ -11,25 +11,25 @@ import torch
 from grids import relative, whole
 
 FAMILIES = ("gpt2", "llama", "bert", "vit")
-VOCABULARY, WIDTH, HEADS, LAYERS, TIME, BATCH = 61, 32, 8, 2, 12, 6
+VOCABULARY, LAYERS, TIME, BATCH = 61, 2, 12, 6
 
 
-def build(family: str, dropout: float = 0.0, **changed: Any) -> Any:
+def build(family: str, dropout: float = 0.0, width: int = 32, heads: int = 8, kv_heads: int = 4, **changed: Any) -> Any:
     """The model after torch.manual_seed(5), from a configuration alone: nothing is downloaded."""
     import transformers as hf
 
     torch.manual_seed(5)
-    sizes: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=HEADS)
+    sizes: dict[str, Any] = dict(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=LAYERS, num_attention_heads=heads)
     if family == "gpt2":
         drops = dict(attn_pdrop=dropout, embd_pdrop=dropout, resid_pdrop=dropout)
         ends = dict(bos_token_id=0, eos_token_id=0)
         return hf.GPT2LMHeadModel(
-            hf.GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=32, **drops, **ends, **changed)
+            hf.GPT2Config(vocab_size=VOCABULARY, n_embd=width, n_layer=LAYERS, n_head=heads, n_positions=32, **drops, **ends, **changed)
         )
     if family == "llama":
-        rest = dict(intermediate_size=3 * WIDTH, num_key_value_heads=4, attention_dropout=dropout, max_position_embeddings=64)
+        rest = dict(intermediate_size=3 * width, num_key_value_heads=kv_heads, attention_dropout=dropout, max_position_embeddings=64)
         return hf.LlamaForCausalLM(hf.LlamaConfig(**(sizes | rest | dict(bos_token_id=0, eos_token_id=0, pad_token_id=1) | changed)))
-    rest = dict(intermediate_size=2 * WIDTH, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    rest = dict(intermediate_size=2 * width, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     if family == "bert":
         return hf.BertForMaskedLM(hf.BertConfig(**(sizes | rest | dict(max_position_embeddings=32) | changed)))
     sizes.pop("vocab_size")

@@ -15,17 +15,18 @@ every_mesh = pytest.mark.parametrize(
 )
 
 
-def compared(rank: int, family: str, grid: dict[str, Any]) -> tuple[dict[str, float], list[tuple[str, str]]]:
+def compared(rank: int, family: str, grid: dict[str, Any], sizes: dict[str, int]) -> tuple[dict[str, float], list[tuple[str, str]]]:
     import gingham
 
     mesh = gingham.init(**grid)
-    return families.beside(mesh, family)
+    return families.beside(mesh, family, **sizes)
 
 
 @every_mesh
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients(ranks, family: str, name: str) -> None:
-    errors, left = ranks(ranks_of(name))(compared, family, GRIDS[name])[0]
+    sizes = dict(width=48, heads=12, kv_heads=6) if name == "1x3x2" else {}  # six ranks cut features: heads that six divides
+    errors, left = ranks(ranks_of(name))(compared, family, GRIDS[name], sizes)[0]
     assert max(errors.values()) <= 2e-6, max(errors.items(), key=lambda pair: pair[1])
     assert left == [], "a linear, an embedding or a norm stayed serial"
 

@@ -15,11 +15,11 @@ from grids import GRIDS, grids, ranks_of, relative
 class Custom(nn.Module):
     """Mixes what has a layer of ours, what has none, and code between that needs whole features."""
 
-    def __init__(self) -> None:
+    def __init__(self, heads: int = 4) -> None:
         super().__init__()
         self.embedding, self.norm = nn.Embedding(20, 12), nn.LayerNorm(12)
         self.fc1, self.fc2, self.head = nn.Linear(12, 30), nn.Linear(30, 12), nn.Linear(12, 5)
-        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 4, 24, 0.0, batch_first=True), 1)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(12, heads, 24, 0.0, batch_first=True), 1)
         self.gru, self.scale = nn.GRU(12, 12, batch_first=True), nn.Parameter(torch.randn(12))
         self.chain = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12), nn.LayerNorm(12))
 
@@ -35,26 +35,37 @@ def causal(time: int) -> torch.Tensor:
     return nn.Transformer.generate_square_subsequent_mask(time)
 
 
-def cases() -> Iterator[tuple[str, nn.Module, list[torch.Tensor], dict[str, Any]]]:
+def cases(heads: int) -> Iterator[tuple[str, nn.Module, list[torch.Tensor], dict[str, Any]]]:
     torch.manual_seed(0)
+    width = 4 * heads
     padding = torch.arange(42).view(6, 7) % 7 > 5
-    encoder_layer = nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True, norm_first=True)
-    by_head = torch.randn(6 * 4, 7, 7)
-    yield "no rule", Custom(), [torch.randint(20, (6, 7))], {}
+    encoder_layer = nn.TransformerEncoderLayer(width, heads, 24, 0.0, batch_first=True, norm_first=True)
+    by_head = torch.randn(6 * heads, 7, 7)
+    yield "no rule", Custom(heads), [torch.randint(20, (6, 7))], {}
     yield (
         "encoder",
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 24, 0.0), 2),
-        [torch.randn(7, 6, 16)],
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, 24, 0.0), 2),
+        [torch.randn(7, 6, width)],
         dict(src_key_padding_mask=padding),
     )
-    yield "encoder layer", encoder_layer, [torch.randn(6, 7, 16)], dict(src_mask=causal(7), is_causal=True)
-    yield "a mask a head", nn.TransformerEncoderLayer(16, 4, 24, 0.0, batch_first=True), [torch.randn(6, 7, 16)], dict(src_mask=by_head)
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 24, 0.0), 2, nn.LayerNorm(16))
-    yield "decoder", decoder, [torch.randn(7, 6, 16), torch.randn(5, 6, 16)], dict(tgt_mask=causal(7))
-    yield "transformer", nn.Transformer(16, 4, 1, 1, 24, 0.0, batch_first=True), [torch.randn(6, 7, 16), torch.randn(6, 5, 16)], {}
-    chain = nn.Sequential(nn.Linear(16, 40), nn.GELU(), nn.Dropout(0.0), nn.Linear(40, 16), nn.LayerNorm(16), nn.Linear(16, 7))
-    yield "chain", chain, [torch.randn(6, 16)], {}
-    yield "linear", nn.Linear(16, 7), [torch.randn(6, 16)], {}
+    yield "encoder layer", encoder_layer, [torch.randn(6, 7, width)], dict(src_mask=causal(7), is_causal=True)
+    yield (
+        "a mask a head",
+        nn.TransformerEncoderLayer(width, heads, 24, 0.0, batch_first=True),
+        [torch.randn(6, 7, width)],
+        dict(src_mask=by_head),
+    )
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(width, heads, 24, 0.0), 2, nn.LayerNorm(width))
+    yield "decoder", decoder, [torch.randn(7, 6, width), torch.randn(5, 6, width)], dict(tgt_mask=causal(7))
+    yield (
+        "transformer",
+        nn.Transformer(width, heads, 1, 1, 24, 0.0, batch_first=True),
+        [torch.randn(6, 7, width), torch.randn(6, 5, width)],
+        {},
+    )
+    chain = nn.Sequential(nn.Linear(width, 40), nn.GELU(), nn.Dropout(0.0), nn.Linear(40, width), nn.LayerNorm(width), nn.Linear(width, 7))
+    yield "chain", chain, [torch.randn(6, width)], {}
+    yield "linear", nn.Linear(width, 7), [torch.randn(6, width)], {}
 
 
 def beside(rank: int, grid: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -62,7 +73,7 @@ def beside(rank: int, grid: dict[str, Any]) -> dict[str, dict[str, float]]:
 
     mesh = gingham.init(**grid)
     found = {}
-    for name, original, inputs, named in cases():
+    for name, original, inputs, named in cases(6 if mesh.parts(mesh.inner.features) == 6 else 4):
         model = gingham.parallelize(copy.deepcopy(original), mesh)
         mine, theirs = ([x.clone().requires_grad_(x.is_floating_point()) for x in inputs] for _ in range(2))
         got, expected = model(*mine, **named), original(*theirs, **named)
