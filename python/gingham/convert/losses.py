@@ -7,6 +7,7 @@ gathered logits, the same on every rank.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,25 +27,21 @@ def gather(mesh: Mesh, y: torch.Tensor, operand: str, width: int | None) -> torc
     return mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None)
 
 
+@dataclass
 class Labelled:
     """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms.
     missing: rows that were added to the inputs, to be ignored. layout: of the logits.
     widths: global features by field, for a compiled graph."""
 
-    def __init__(
-        self,
-        model: Any,
-        output: Any,
-        labels: dict[str, Any],
-        kwargs: dict[str, Any],
-        mesh: Mesh,
-        full: bool,
-        missing: int,
-        layout: str,
-        widths: dict[str, Any],
-    ) -> None:
-        self.model, self.output, self.labels, self.kwargs = model, output, labels, kwargs
-        self.mesh, self.full, self.missing, self.layout, self.widths = mesh, full, missing, layout, widths
+    model: Any
+    output: Any
+    labels: dict[str, Any]
+    kwargs: dict[str, Any]
+    mesh: Mesh
+    full: bool
+    missing: int
+    layout: str
+    widths: dict[str, Any]
 
     def cut(self, name: str) -> torch.Tensor:
         if not self.full:
