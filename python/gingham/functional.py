@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import _C, compiled, gradients
+from . import _C, compiled, gradients, second_order
 from .compiled import traced
 from .errors import MeshError, ShapeError
 from .gradients import deferring as deferring
@@ -29,6 +29,9 @@ from .redistribute import like as like
 from .redistribute import local_of as local_of
 from .redistribute import relayout as relayout
 from .redistribute import reshard as reshard
+from .second_order import check_versions as check_versions
+from .second_order import replay as replay
+from .second_order import shaped, versions_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class LinearPlan:
     bias_cuts: Cuts
     k_local: int
     n_local: tuple[int, ...]
+    label: str  # what it is called in errors
     handles: list[str] = field(default_factory=list)  # its own, once it is registered
 
 
@@ -86,6 +90,7 @@ def linear_plan(
         (second,),
         mesh.interval(k, given[0].features)[1],
         tuple(mesh.interval(size, y.features)[1] for size in n),
+        f"{name} {k} -> {', '.join(map(str, n))}",
     )
     plan.handles.append(compiled.register(mesh, plan))
     return plan
@@ -174,7 +179,7 @@ def linear(
     if x.dim() == 1:
         return [y.squeeze(0) for y in linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
     dtype = autocast_dtype(x.device)
-    x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k)
+    x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k).contiguous()
     if torch.compiler.is_compiling():
         outputs = _traced_linear(x, weights, biases, plan, epilogue)
     else:
@@ -194,18 +199,23 @@ class _Linear(torch.autograd.Function):
         if dtype is not None:
             local = [_cast(plan.mesh, block, dtype) for block in local]
         weights = local[:count]
-        x = x.contiguous()
         outputs = plan.step.forward(x, weights, local[count:], epilogue)
         ys, before = outputs[:count], outputs[count:]
-        ctx.plan, ctx.parameters, ctx.count = plan, parameters, count
+        ctx.plan, ctx.parameters, ctx.count, ctx.call = plan, parameters, count, (epilogue, dtype)
         ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
         ctx.shapes = [y.shape for y in ys]
+        # as torch.nn: a weight counts where the gradient of x is made of it; a cast one has been copied
+        read = ctx.needs_input_grad[0]
+        ctx.versions = versions_of([("weight", w) for w, block in zip(parameters, weights, strict=False) if read and local_of(w) is block])
         ctx.save_for_backward(x, *weights, *before)
         return tuple(_with_inner_dims(y, x, axis) for y, axis in zip(ys, plan.n_local, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         _Linear.passes += 1
+        check_versions(ctx.plan.label, ctx.plan.mesh, ctx.versions)
+        if torch.is_grad_enabled():
+            return _linear_again(ctx, cotangents)
         count, plan, parameters = ctx.count, ctx.plan, ctx.parameters
         x, *saved = ctx.saved_tensors
         weights, before = saved[:count], saved[count:]
@@ -238,6 +248,32 @@ class _Linear(torch.autograd.Function):
                 dw.copy_(sum_over_depth(plan.mesh, dw))
         biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
         return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
+
+
+def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
+    """The gradients of a linear map that will be differentiated again: see second_order."""
+    plan, count, (epilogue, dtype) = ctx.plan, ctx.count, ctx.call
+    second_order.refuse_deferred(plan.label, plan.mesh, deferring(ctx.parameters))
+
+    def compose(x: torch.Tensor, *blocks: torch.Tensor | None) -> list[torch.Tensor]:
+        if dtype is not None:
+            blocks = tuple(block.to(dtype) if block is not None and _casts(block, dtype) else block for block in blocks)
+        ys = second_order.product(x, blocks[:count], plan.step)  # type: ignore[arg-type]
+        ys = tuple(y if b is None else y + _bias_here(plan, b, n) for y, b, n in zip(ys, blocks[count:], plan.n, strict=True))
+        return [torch.nn.functional.gelu(y) if epilogue == "gelu" else y for y in ys]
+
+    x, *_ = ctx.saved_tensors
+    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
+    dx, *found = second_order.replay(compose, (x, *ctx.parameters), needs, cotangents)
+    return dx, None, None, None, *found
+
+
+def _bias_here(plan: LinearPlan, bias: torch.Tensor, size: int) -> torch.Tensor:
+    """The part of a bias block that y's features here take, its gradient summed over all who use the block."""
+    mesh, layout, (stored,) = plan.mesh, plan.y[1], plan.bias_cuts
+    (start, length), (origin, _) = mesh.interval(size, layout.features), mesh.interval(size, stored)
+    users = (*layout.rows, *(name for name in layout.features if name not in stored))
+    return second_order.shared(bias, mesh, users)[start - origin : start - origin + length]
 
 
 def _traced_linear(
@@ -321,49 +357,4 @@ def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.T
     """Y's rows may come flat, [rows, features], where their number changes; the dims between are X's."""
     inner = x.shape[1:-1]
     rows = y.numel() // features if features else y.shape[:-1].numel()
-    return y.view(rows // max(1, prod(inner)), *inner, features)
-
-
-def dropout(
-    x: torch.Tensor, p: float, key: tuple[int, int, int], mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1)
-) -> torch.Tensor:
-    """x * keep / (1 - p), keep drawn by Philox from key = (seed, name, call) and the global index of each element.
-
-    dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset.
-    """
-    check_local(x, "dropout's x", mesh)
-    return _Dropout.apply(x, p, key, *dropout_place(x, mesh, layout, dims), None if mesh is None else mesh.job)
-
-
-def dropout_place(x: torch.Tensor, mesh: Mesh | None, layout: str, dims: tuple[int, int]) -> tuple[list[int], list[int]]:
-    """The global shape of an activation and where x begins in it."""
-    shape, start = list(x.shape), [0] * x.dim()
-    if mesh is not None and mesh.size > 1:
-        row, feature = (dim % x.dim() for dim in dims)
-        named = mesh.layout(layout)
-        if row == feature:
-            named = Layout(named.rows, ())
-        rows, total, columns, width = mesh.extents(named, x.shape[row], x.shape[feature] if row != feature else 0)
-        start[row], shape[row] = rows[0], total
-        if row != feature:
-            start[feature], shape[feature] = columns[0], width
-    return shape, start
-
-
-def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
-    """dropout by numbers [3 + 2 dims]: the key, the global shape and the start; without a gradient."""
-    seed, name, call, *place = numbers.tolist()
-    return _C.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, p: float, key: tuple[int, int, int], shape: list[int], start: list[int], job: Any
-    ) -> torch.Tensor:
-        ctx.arguments = p, key, shape, start, job
-        return _C.dropout(x.contiguous(), p, *key, shape, start, job)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Dropout.apply(grad, *ctx.arguments), None, None, None, None, None
+    return shaped(y, (rows // max(1, prod(inner)), *inner, features))

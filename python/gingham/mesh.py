@@ -198,6 +198,12 @@ class Mesh:
             return self.world
         return self._axes[kept] if kept else None
 
+    def axes_over(self, names: Names) -> list[Any]:
+        """Communicators that together span the axes `names`: one where there is one, else one an axis."""
+        kept = frozenset(name for name in names if self.sizes[name] > 1)
+        joint = kept in self._axes or len(kept) == sum(size > 1 for size in self.sizes.values())
+        return [self.axis(names)] if joint and kept else [self._axes[frozenset((name,))] for name in self.sizes if name in kept]
+
     def layout(self, name: str) -> Layout:
         """ "outer", "inner" or "rows": outer's rows with whole features."""
         if name not in ("outer", "inner", "rows"):

@@ -33,11 +33,9 @@ from .layout import (
 )
 from .layout import relayout as relayout_plan
 from .mesh import Mesh
-
-
-def local_of(parameter: Any) -> Any:
-    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it; other tensors and None as they are."""
-    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+from .second_order import check_versions, shaped, to_parameter, versions_of
+from .second_order import like as like
+from .second_order import local_of as local_of
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -49,13 +47,6 @@ def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """What torch.autocast does to an operand of a product: in a region its dtype, unless x is float64 or of integers."""
     dtype = autocast_dtype(x.device)
     return x if dtype in (None, x.dtype) or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
-
-
-def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient in the form of its parameter."""
-    if local is None or not isinstance(parameter, DTensor):
-        return local
-    return DTensor(local, parameter._spec, requires_grad=False)
 
 
 def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
@@ -95,7 +86,7 @@ class _Relayout(torch.autograd.Function):
             arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed, features=features)
             for piece, tensor in zip(plan.receives, arrived, strict=True):
                 new[slices(piece.block)] = tensor
-        return new.view(new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else new.view(-1)
+        return shaped(new, (new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else (new.numel(),))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -158,13 +149,20 @@ def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cu
 class _Reshard(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:
-        ctx.weight, ctx.arguments = weight, (mesh, target, source, shape)
+        ctx.weight, ctx.arguments = weight, (mesh, source, target, shape)
+        # what is made of the weight here stands for it where a torch.nn layer would save the weight itself
+        ctx.versions = versions_of([("weight", weight)])
         held = [length for _, length in block(shape, source, mesh.sizes, mesh.coordinates)]
         return move_block(local_of(weight).view(held), mesh, source, target, shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        moved = move_block(grad, *ctx.arguments)
+        mesh, source, target, shape = ctx.arguments
+        check_versions("a resharded layer", mesh, ctx.versions)
+        if torch.is_grad_enabled():
+            moved = _Reshard.apply(grad, mesh, target, source, shape)
+            return to_parameter(moved.reshape(local_of(ctx.weight).shape), ctx.weight), None, None, None, None
+        moved = move_block(grad, mesh, target, source, shape)
         return like(moved.view(local_of(ctx.weight).shape), ctx.weight), None, None, None, None
 
 

@@ -5,6 +5,7 @@ Heads lie on inner's feature ranks and whole sequences on a rank, so that attent
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout
 from ..layout import Layout
 from ..mesh import Mesh
+from ..nn.attention import softmax
 
-NAME = "gingham"  # under which transformers finds the attention function
+# under which transformers finds the attention functions: torch's fused one, and for models made with "eager" plain operations,
+# whose gradients have gradients
+NAME, PLAIN = "gingham", "gingham_eager"
 
 
 def check_heads(mesh: Mesh, heads: int, what: str) -> None:
@@ -126,19 +130,22 @@ def attend(
     causal: bool,
     scale: float | None,
     dropout: nn.Dropout | None,
+    plain: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T scale + mask) v of [rows, heads, time, width]; mask: additive, or bool with True for what is seen.
     k and v may have fewer heads. dropout on the probabilities, its mask by global element."""
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-    if dropout is None or dropout.p == 0:
+    dropout = None if dropout is not None and dropout.p == 0 else dropout
+    if dropout is None and not plain:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     scores = q @ k.transpose(-2, -1) * (scale if scale is not None else q.shape[-1] ** -0.5)
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype)) @ v
+    probabilities = softmax(scores.to(torch.float64 if q.dtype == torch.float64 else torch.float32)).to(q.dtype)
+    return (probabilities if dropout is None else dropout(probabilities)) @ v
 
 
 def attention_function(
@@ -150,6 +157,7 @@ def attention_function(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    plain: bool = False,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls its attention interface, on this rank's rows and heads; rest: what it passes and sdpa ignores.
@@ -166,7 +174,7 @@ def attention_function(
     drop = dropout_of(module) if dropout else None
     if drop is not None and not isinstance(drop, nn.Dropout) or dropout and drop is None:
         raise NotImplementedError(f"{type(module).__name__}: dropout {dropout} was set after parallelize; set it before")
-    return attend(query, key, value, attention_mask, causal, scaling, drop).transpose(1, 2).contiguous(), None
+    return attend(query, key, value, attention_mask, causal, scaling, drop, plain).transpose(1, 2).contiguous(), None
 
 
 def register() -> None:
@@ -174,8 +182,9 @@ def register() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(NAME, attention_function)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    for name, function in ((NAME, attention_function), (PLAIN, partial(attention_function, plain=True))):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 DROPOUTS = ("probability_dropout", "attn_dropout", "dropout")  # children of an attention module, on its probabilities
@@ -206,4 +215,4 @@ def prepare(module: Any, mesh: Mesh) -> None:
         module.probability_dropout = torch.nn.Dropout(p)  # holds no tensor: the state dict stays as it was
     if hasattr(module, "split_size"):
         module.split_size = mesh.interval(module.split_size, mesh.inner.features)[1]
-    config._attn_implementation = NAME
+    config._attn_implementation = PLAIN if config._attn_implementation in ("eager", PLAIN) else NAME

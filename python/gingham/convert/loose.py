@@ -15,6 +15,7 @@ from ..compiled import KNOWN, Traced, block_of, find, names_of, traced
 from ..functional import like, local_of
 from ..layout import Cuts, Names
 from ..mesh import Mesh
+from ..second_order import alias, check_versions, summed, to_parameter, versions_of
 
 
 def hold(module: torch.nn.Module, name: str, mesh: Mesh, cuts: Cuts, summed: Names) -> torch.nn.Parameter:
@@ -76,11 +77,15 @@ class _Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, mesh: Mesh, summed: Names) -> torch.Tensor:
         ctx.parameter, ctx.mesh, ctx.summed = parameter, mesh, summed
-        local = local_of(parameter)
-        return local.view_as(local)
+        # the module's own operations save this block, whose version no in-place operation on the parameter counts up
+        ctx.versions = versions_of([("parameter", parameter)])
+        return alias(local_of(parameter))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        check_versions("a module kept whole", ctx.mesh, ctx.versions)
+        if torch.is_grad_enabled():
+            return to_parameter(summed(grad, ctx.mesh, ctx.summed), ctx.parameter), None, None
         axis = ctx.mesh.axis(ctx.summed)
         if axis is not None:
             grad = grad.contiguous().clone()

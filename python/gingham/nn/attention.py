@@ -139,13 +139,13 @@ class SelfAttention(torch.nn.Module):
         scores = q.to(wide) @ k.to(wide).transpose(-2, -1) * self.scale
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-        return (self.dropout(_softmax(scores)) @ v.to(wide)).to(q.dtype)  # type: ignore[misc]
+        return (self.dropout(softmax(scores)) @ v.to(wide)).to(q.dtype)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, dim={self.dim}"
 
 
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
+def softmax(scores: torch.Tensor) -> torch.Tensor:
     """Rows that see nothing are 0, as in scaled_dot_product_attention."""
     blind = scores.detach().amax(-1, keepdim=True) == -torch.inf if scores.shape[-1] else None
     return scores.softmax(-1) if blind is None else scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0)

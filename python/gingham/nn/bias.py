@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, names_of, traced
-from ..functional import like, local_of, sum_or_defer
+from ..functional import deferring, like, local_of, sum_or_defer
 from ..layout import Layout, Names
 from ..mesh import Mesh
+from ..second_order import refuse_deferred, replay, shared
 
 
 def stored_axes(mesh: Mesh, features: Names) -> Names:
@@ -59,9 +60,13 @@ class _BlockOfFeatures(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         local = local_of(ctx.parameter)
+        mesh, layout, stored = ctx.arguments
+        if torch.is_grad_enabled():
+            refuse_deferred("a bias", mesh, deferring([ctx.parameter]))
+            names = (*layout.rows, *(name for name in layout.features if name not in stored))
+            return *replay(lambda block: [shared(block, mesh, names)[ctx.place]], [ctx.parameter], [True], [grad]), None, None, None, None
         sums = torch.zeros(local.shape, dtype=grad.dtype if grad.dtype == torch.float64 else torch.float32, device=grad.device)
         sums[ctx.place] = grad.to(sums.dtype)
-        mesh, layout, stored = ctx.arguments
         return like(sum_parts(mesh, layout, stored, ctx.parameter, sums).to(local.dtype), ctx.parameter), None, None, None, None
 
 

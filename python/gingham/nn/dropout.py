@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..compiled import define
-from ..functional import dropout, dropout_again, dropout_place
+from ..dropout import dropout, dropout_again, dropout_place
 from ..mesh import Mesh, current, has_mesh
 
 KEPT_CALLS = 4096  # calls whose number a recomputation can still find

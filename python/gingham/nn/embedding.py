@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import ShapeError
-from ..functional import like, local_of, settle, sum_or_defer, sum_over_depth
+from ..functional import deferring, like, local_of, settle, sum_or_defer, sum_over_depth
 from ..layout import chunks
 from ..mesh import Mesh, check_local, current
+from ..second_order import gathered, refuse_deferred, replay, shared
 from .parameter import Given, make_parameter
 
 
@@ -90,6 +91,9 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,), layer, mesh = ctx.saved_tensors, ctx.layer, ctx.layer.mesh
+        if torch.is_grad_enabled():
+            refuse_deferred("an Embedding", mesh, deferring([ctx.weight]))
+            return *replay(lambda block: [_look_up(layer, block, ids)], [ctx.weight], [True], [dy]), None, None
         wide = dy if dy.dtype == torch.float64 else dy.float()
         table = wide.new_zeros(layer.count, dy.shape[-1])
         table.index_add_(0, ids.reshape(-1), wide.reshape(ids.numel(), dy.shape[-1]))
@@ -104,6 +108,14 @@ class _Embedding(torch.autograd.Function):
         settle(mesh, ctx.weight)
         table = sum_or_defer(mesh, mesh.axes.depth, ctx.weight, table, partial(sum_over_depth, mesh))
         return like(table.to(dy.dtype), ctx.weight), None, None
+
+
+def _look_up(layer: Any, block: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The forward pass in functions whose gradients have gradients."""
+    mesh = layer.mesh
+    lengths = chunks(layer.count, [mesh.sizes[name] for name in layer.cut])
+    table = gathered(shared(block, mesh, mesh.axes.depth), mesh, layer.cut, lengths, bool(layer.summed))
+    return F.embedding(ids, table, layer.padding_idx)
 
 
 def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:

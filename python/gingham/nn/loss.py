@@ -11,6 +11,7 @@ from ..errors import ShapeError
 from ..functional import autocast_dtype, relayout
 from ..layout import Layout
 from ..mesh import Mesh, check_local, current
+from ..second_order import replay, shaped, summed
 from .norm import gather_parts
 
 
@@ -116,7 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignored: int, smoothing: float, reduction: str
     ) -> Any:
-        named, shape = mesh.layout(layout), target.shape
+        named, target_shape = mesh.layout(layout), target.shape
         x, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).long()
         _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
         kept = _kept(target, ignored, vocabulary, "cross_entropy")
@@ -134,21 +135,44 @@ class _CrossEntropy(torch.autograd.Function):
         if smoothing:
             losses = losses - smoothing / vocabulary * parts[..., 3].sum(0)
         losses = torch.where(kept, losses, 0.0)
-        summed = gather_parts(mesh, named.rows, torch.stack([losses.sum(), kept.sum().double()])).sum(0)
-        divisor = summed[1] if reduction == "mean" else torch.ones((), dtype=torch.float64, device=x.device)
-        ctx.smoothing, ctx.vocabulary, ctx.reduction, ctx.shape = smoothing, vocabulary, reduction, logits.shape
-        ctx.save_for_backward(x, normaliser, column, mine & kept, kept, divisor)
-        return losses.to(logits.dtype).view(shape), (summed[0] / divisor).to(logits.dtype)
+        total_of = gather_parts(mesh, named.rows, torch.stack([losses.sum(), kept.sum().double()])).sum(0)
+        divisor = total_of[1] if reduction == "mean" else torch.ones((), dtype=torch.float64, device=x.device)
+        ctx.smoothing, ctx.vocabulary, ctx.reduction, ctx.shape = smoothing, vocabulary, reduction, target_shape
+        ctx.mesh, ctx.layout = mesh, layout
+        ctx.save_for_backward(logits, normaliser, column, mine & kept, kept, divisor)
+        return shaped(losses.to(logits.dtype), target_shape), (total_of[0] / divisor).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
-        x, normaliser, column, hit, kept, divisor = ctx.saved_tensors
+        logits, normaliser, column, hit, kept, divisor = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _again(ctx, d_losses, d_total)
+        x = logits.reshape(len(kept), logits.shape[-1])
         slope = d_losses.reshape(-1).double() if ctx.reduction == "none" else (d_total.double() / divisor).expand(len(x))
         slope = torch.where(kept, slope, 0.0).unsqueeze(1)
         grad = torch.exp(x.double() - normaliser.unsqueeze(1)) - ctx.smoothing / ctx.vocabulary
         if x.shape[1]:
             grad.scatter_add_(1, column, (hit.double() * (ctx.smoothing - 1.0)).unsqueeze(1))
-        return (grad * slope).to(x.dtype).view(ctx.shape), *[None] * 6
+        return (grad * slope).to(x.dtype).view(logits.shape), *[None] * 6
+
+
+def _again(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
+    """The gradient of the logits as one that has gradients itself."""
+    logits, normaliser, column, hit, kept, divisor = ctx.saved_tensors
+    mesh, named = ctx.mesh, ctx.mesh.layout(ctx.layout)
+
+    def compose(logits: torch.Tensor) -> list[torch.Tensor]:
+        x = logits.reshape(len(kept), logits.shape[-1]).double()
+        # relative to each row's normaliser as it was, so that no exponential overflows
+        exponentials = torch.exp(x - normaliser.unsqueeze(1)).sum(1)
+        target = torch.where(hit, x.gather(1, column).squeeze(1), 0.0) if x.shape[1] else x.sum(1)
+        sums = summed(torch.stack([exponentials, target, x.sum(1)]), mesh, named.features)
+        losses = normaliser + sums[0].log() - (1 - ctx.smoothing) * sums[1] - ctx.smoothing / ctx.vocabulary * sums[2]
+        losses = torch.where(kept, losses, 0.0)
+        total = summed(losses.sum(), mesh, named.rows) / divisor
+        return [losses.to(logits.dtype).view(ctx.shape), total.to(logits.dtype)]
+
+    return *replay(compose, [logits], [True], [d_losses, d_total]), *[None] * 6
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:

@@ -13,6 +13,7 @@ from ..errors import ShapeError
 from ..functional import autocast_dtype, deferring, like, local_of
 from ..layout import Names, coordinates_of, interval, members
 from ..mesh import Mesh, check_local, current
+from ..second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
 from .parameter import Given, make_parameter
 
@@ -166,6 +167,7 @@ class _Normalise(torch.autograd.Function):
         scale = (variance + eps).rsqrt().unsqueeze(-1)
         normal = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
         ctx.layer, ctx.parameters, ctx.centred, ctx.dtype = layer, (weight, bias), centred, x.dtype
+        ctx.eps, ctx.versions = eps, versions_of([("weight", weight), ("bias", bias)])
         ctx.place = place_of_features(mesh, names, layer.stored, layer.features)
         gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
         ctx.save_for_backward(x, mean, scale, gamma)
@@ -174,8 +176,11 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, mean, scale, gamma = ctx.saved_tensors
         layer, (weight, bias) = ctx.layer, ctx.parameters
+        check_versions("a norm", layer.mesh, ctx.versions)
+        if torch.is_grad_enabled():
+            return _again(ctx, dy)
+        x, mean, scale, gamma = ctx.saved_tensors
         layout = layer.mesh.layout(layer.layout)
         normal, wide = (x.double() - mean.unsqueeze(-1)) * scale, dy.double()
         dx = None
@@ -200,6 +205,27 @@ class _Normalise(torch.autograd.Function):
             both = sum_over_rows(layer.mesh, layout, layer.stored, both)
         grads = [None if each is None else both[index if weight is not None else 0] for index, each in enumerate((weight, bias))]
         return dx, *(like(None if g is None else g.to(p.dtype), p) for g, p in zip(grads, (weight, bias), strict=True)), None, None, None
+
+
+def _again(ctx: Any, dy: torch.Tensor) -> Any:
+    """The gradients as ones that have gradients themselves."""
+    layer, place = ctx.layer, ctx.place
+    mesh, layout = layer.mesh, layer.mesh.layout(layer.layout)
+    users = (*layout.rows, *(name for name in layout.features if name not in layer.stored))
+    refuse_deferred("a norm", mesh, deferring(ctx.parameters))
+
+    def compose(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> list[torch.Tensor]:
+        def mean_of(part: torch.Tensor) -> torch.Tensor:
+            return shared(summed(part.sum(-1, keepdim=True), mesh, layout.features) / layer.features, mesh, layout.features)
+
+        wide = x.double()
+        wide = wide - mean_of(wide) if ctx.centred else wide
+        y = (wide * (mean_of(wide * wide) + ctx.eps).rsqrt()).to(_wide(x.dtype))
+        y = y if weight is None else y * shared(weight, mesh, users)[place]
+        return [(y if bias is None else y + shared(bias, mesh, users)[place]).to(x.dtype)]
+
+    x, *_ = ctx.saved_tensors
+    return *replay(compose, (x, *ctx.parameters), ctx.needs_input_grad[:3], [dy]), None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

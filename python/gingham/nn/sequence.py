@@ -11,6 +11,7 @@ from ..errors import ShapeError
 from ..functional import relayout
 from ..layout import Layout
 from ..mesh import Mesh
+from ..second_order import scattered
 
 
 def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
@@ -43,6 +44,8 @@ class _GatherTime(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            return scattered(grad, ctx.mesh, ctx.mesh.inner.rows, ctx.lengths), None, None
         wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
         mine = ctx.mesh.axis(ctx.mesh.inner.rows).reduce_scatter(wide, ctx.lengths, ctx.mesh.source)
         return mine.to(ctx.dtype), None, None
