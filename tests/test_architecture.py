@@ -28,7 +28,8 @@ PYTHON_MODULES = {
     "layout": {"errors"},
     "rendezvous": set(),
     "compiled": {"errors"},
-    "mesh": {"layout", "compiled", "errors", "rendezvous", "_C"},
+    "modes": {"layout", "errors"},
+    "mesh": {"layout", "modes", "compiled", "errors", "rendezvous", "_C"},
     "gradients": {"layout", "mesh", "errors"},
     "second_order": {"layout", "mesh", "errors"},
     "redistribute": {"layout", "mesh", "compiled", "second_order", "errors"},
@@ -46,7 +47,7 @@ PYTHON_MODULES = {
     "job": {"layout", "mesh", "rendezvous", "config", "planner", "workload", "errors"},
     "spawn": {"job", "mesh", "rendezvous", "errors"},
 }
-MODE_FILES = {"mesh.py", "planner.py", "train.py", "cli.py"}
+MODE_FILES = {"modes.py", "planner.py", "train.py", "cli.py"}
 MODE = re.compile(r"""["'](1d|2d|2\.5d|3d)["']""")
 TEXT = {".py", ".cc", ".h", ".cu", ".cuh", ".sh", ".md", ".toml", ".txt", ".yaml", ".svg", ""}
 

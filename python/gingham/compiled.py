@@ -13,6 +13,7 @@ cut evenly: another size is a ShapeError when the graph runs, never a guess.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,6 +23,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch._library.effects import EffectType
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ShapeError
 
@@ -32,12 +34,14 @@ Meta = tuple[Sequence[int], torch.dtype]
 class Traced:
     """How an autograd function becomes an op. arguments(words, tensors): those of its forward; results(words, tensors):
     shape and dtype of its outputs and then of the tensors it saves beside its inputs; saves: whether backward looks at
-    the inputs' values."""
+    the inputs' values; reads(words, needs): the inputs that are parameters which backward reads, so that they must not
+    have changed since forward (needs: which inputs want a gradient; in forward, all)."""
 
     function: type[torch.autograd.Function]
     arguments: Callable[[list[str], list[torch.Tensor]], list[Any]]
     results: Callable[[list[str], list[torch.Tensor]], list[Meta]]
     saves: bool = True
+    reads: Callable[[list[str], Sequence[bool]], Sequence[int]] = lambda words, needs: ()
 
 
 KNOWN: dict[str, Traced] = {}
@@ -49,6 +53,28 @@ _by_handle: WeakValueDictionary[str, Any] = WeakValueDictionary()
 def keep(mesh: Any) -> None:
     """Makes a mesh known by its `handle`, for as long as it lives."""
     _by_handle[mesh.handle] = mesh
+
+
+# parameters by the address of their block: a graph sees blocks only, whose own versions tell nothing of the parameters'
+_owners: dict[int, weakref.ref[Any]] = {}
+_parameters = WeakIdKeyDictionary()
+
+
+def own(parameter: Any) -> None:
+    """Makes a DTensor known as the owner of its block."""
+    _parameters[parameter] = True
+
+
+def version_of(block: torch.Tensor) -> int:
+    """The version of the parameter that a block belongs to, -1 where it belongs to none that is known."""
+    address = block.data_ptr()
+    for _ in range(2):
+        parameter = _owners[address]() if address in _owners else None
+        if parameter is not None and parameter._local_tensor.data_ptr() == address:
+            return parameter._version
+        _owners.clear()  # blocks move: .to(), destroy
+        _owners.update((each._local_tensor.data_ptr(), weakref.ref(each)) for each in list(_parameters))
+    return -1
 
 
 def register(mesh: Any, thing: Any) -> str:
@@ -160,7 +186,8 @@ def _forward(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
             f"{name} in a compiled graph: got {got}, expected {expected}, what rows that the ranks cut evenly, none of them empty, would"
             " give; compile a batch that divides by the ranks, or do not compile this part"
         )
-    return [*made, torch.tensor(number)]
+    versions = [version_of(tensors[index]) for index in known.reads(words, [True] * len(tensors))]
+    return [*made, torch.tensor([number, *versions])]
 
 
 def _metas_of(tensors: list[torch.Tensor]) -> list[Meta]:
@@ -169,8 +196,9 @@ def _metas_of(tensors: list[torch.Tensor]) -> list[Meta]:
 
 def _forward_shapes(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
     name, *words = call.split("|")
-    made = [torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device) for shape, dtype in KNOWN[name].results(words, tensors)]
-    return [*made, torch.empty((), dtype=torch.int64, device="cpu")]
+    known = KNOWN[name]
+    made = [torch.empty(tuple(shape), dtype=dtype, device=tensors[0].device) for shape, dtype in known.results(words, tensors)]
+    return [*made, torch.empty(1 + len(known.reads(words, [True] * len(tensors))), dtype=torch.int64, device="cpu")]
 
 
 def _backward(
@@ -179,9 +207,11 @@ def _backward(
     name, *words = call.split("|")
     known = KNOWN[name]
     *saved, number = saved
-    places, attributes = _notes[int(number)]
+    place_of_notes, *versions = number.tolist()
+    places, attributes = _notes[place_of_notes]
     inputs = len(needs) if known.saves else 0
     tensors, kept = saved[:inputs], iter(saved[inputs:])
+    _check_versions(name, tensors, versions, known.reads(words, [True] * len(needs)), known.reads(words, needs))
     stand_ins = tensors or [torch.empty(0) for _ in needs]
     arguments = known.arguments(words, stand_ins)
     where = [next((index for index, tensor in enumerate(stand_ins) if tensor is argument), None) for argument in arguments]
@@ -199,6 +229,17 @@ def _backward(
             result = torch.zeros(shape, dtype=dtype) if result is None else result.to(dtype).contiguous().view(shape)
             found.append(_owned(result, [*gradients, *saved, *found]))
     return found
+
+
+def _check_versions(name: str, tensors: list[torch.Tensor], versions: list[int], written: Sequence[int], read: Sequence[int]) -> None:
+    for index, version in zip(written, versions, strict=True):
+        now = version_of(tensors[index]) if index in read and version >= 0 else version
+        if now != version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a parameter of"
+                f" {name} in a compiled graph, with a block of {tuple(tensors[index].shape)}, is at version {now}; expected version"
+                f" {version}, that of the forward pass, instead. Run backward before the step, load or other change in place."
+            )
 
 
 def _backward_shapes(

@@ -72,7 +72,7 @@ def _tensor(given: Any) -> dict[str, Any]:
     if given.get("mode") is None and "grid" not in given and size not in (None, 1):
         _size("tensor", size)
         try:
-            axes_of(None, size)  # mesh.py knows the modes' names
+            axes_of(None, size)  # modes.py knows the modes' names
         except MeshError as error:
             raise MeshError(f"tensor={size} without a mode, write tensor=dict(size={size}, mode=...): {error}") from None
     return dict(given)

@@ -7,6 +7,7 @@ DTensors of the same placements. Nothing here sums gradients over replicas of an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -305,7 +306,12 @@ def _linear_results(words: list[str], tensors: list[torch.Tensor]) -> list[compi
     return [*found, *(([rows, *inner, n] if rows == x.shape[0] else [rows * prod(inner), n], x.dtype) for n in plan.n_local)]
 
 
-compiled.KNOWN["linear"] = compiled.Traced(_Linear, _linear_arguments, _linear_results)
+def _weights_read(words: list[str], needs: Sequence[bool]) -> Sequence[int]:
+    """Those that the gradient of x is made of; autocast reads copies."""
+    return range(1, 1 + len(compiled.find(words[0]).n)) if needs[0] and not words[3] else ()
+
+
+compiled.KNOWN["linear"] = compiled.Traced(_Linear, _linear_arguments, _linear_results, reads=_weights_read)
 compiled.OUTPUTS["linear"] = lambda words: len(compiled.find(words[0]).n)
 
 

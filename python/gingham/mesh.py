@@ -1,147 +1,30 @@
-"""Mesh: the named axes of a job, this rank's place on them, one communicator an axis, and scatter and gather.
-
-The only module that knows modes; to everything above, a mesh is axes and layouts (THEORY.md section 2):
-
-    mode   axes (mesh order)     m            n      k     outer rows / features   inner features
-    1d     tp                    -            tp     -     - / - (or tp / -)       tp
-    2d     row, col              row          col    -     row / col               col
-    2.5d   depth, row, col       depth, row   col    -     depth, row / col        col
-    3d     k, n, m               m            n      k     m / k, n                n, k
-"""
+"""Mesh: the named axes of a job, this rank's place on them, one communicator an axis, and scatter and gather."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from itertools import count
-from math import isqrt, prod
+from math import prod
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _C
-from .compiled import KNOWN, Meta, Traced, find, keep, traced
+from .compiled import KNOWN, Meta, Traced, find, keep, own, traced
 from .errors import MeshError, ShapeError
 from .layout import Block, Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
+from .modes import Axes as Axes
+from .modes import axes_of as axes_of
+from .modes import axes_of_device_mesh as axes_of_device_mesh
 
 Job = _C.Job
 version = _C.version
 set_num_threads = _C.set_num_threads
 device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
 blas, hopper_status = _C.blas, _C.hopper_status
-
-
-@dataclass(frozen=True)
-class Axes:
-    """The grid of a job. `depth`: axes of m over which weights are replicated; sizes: in mesh order."""
-
-    sizes: Mapping[str, int]
-    m: Names
-    n: Names
-    k: Names
-    outer: Layout
-    inner: Layout
-    depth: Names = ()
-
-    @property
-    def size(self) -> int:
-        return prod(self.sizes.values())
-
-
-def axes_of(
-    mode: str | None,
-    size: int | None = None,
-    depth: int | None = None,
-    grid: Sequence[int] | None = None,
-    sequence: bool = False,
-    shard_depth: bool = False,
-) -> Axes:
-    """The axes of a mode. Raises MeshError, naming the nearest valid choices, where the numbers do not fit it."""
-    if grid is not None:
-        mode, size = "grid", _grid_size(mode, size, grid)
-    if mode is None:
-        if size not in (None, 1):
-            raise MeshError(f"size={size} without a mode: say mode='1d', '2d', '2.5d' or '3d', or grid=(pm, pn, pk)")
-        mode, size = "1d", 1
-    if mode == "sequence":
-        raise NotImplementedError("mode='sequence' is not built yet; mode='1d' with sequence=True shards the rows between layers")
-    if mode not in ("1d", "2d", "2.5d", "3d", "grid"):
-        raise MeshError(f"unknown mode {mode!r}: expected '1d', '2d', '2.5d', '3d' or grid=(pm, pn, pk)")
-    if not isinstance(size, int) or size < 1:
-        raise MeshError(f"mode {mode!r} needs size=, the number of ranks; got {size!r}")
-    if depth not in (None, 1) and mode != "2.5d":
-        raise MeshError(f"depth={depth} belongs to mode '2.5d'; got mode {mode!r}")
-    if sequence and mode != "1d":
-        raise MeshError(f"sequence=True belongs to mode '1d'; got mode {mode!r}")
-    if shard_depth and mode != "2.5d":
-        raise MeshError(f"shard_depth=True belongs to mode '2.5d'; got mode {mode!r}")
-    if mode == "1d":
-        outer = Layout(("tp",) if sequence else (), ())
-        return _without_size_one(Axes({"tp": size}, (), ("tp",), (), outer, Layout((), ("tp",))))
-    if mode in ("2d", "2.5d"):
-        return _square_axes(mode, size, depth or 1, shard_depth)
-    if mode == "3d":
-        side = round(size ** (1 / 3))
-        _require(size == side**3, "3d", size, "p*p*p", [p**3 for p in range(1, side + 2)])
-        grid = (side, side, side)
-    pm, pn, pk = grid  # type: ignore[misc]
-    outer, inner = Layout(("m",), ("k", "n")), Layout(("m",), ("n", "k"))
-    return _without_size_one(Axes({"k": pk, "n": pn, "m": pm}, ("m",), ("n",), ("k",), outer, inner))
-
-
-def _grid_size(mode: str | None, size: int | None, grid: Sequence[int]) -> int:
-    if mode is not None:
-        raise MeshError(f"mode={mode!r} and grid={tuple(grid)} exclude each other: give one of them")
-    if len(grid) != 3 or any(not isinstance(p, int) or p < 1 for p in grid):
-        raise MeshError(f"grid={grid!r}: expected three numbers (pm, pn, pk), each at least 1")
-    if size not in (None, prod(grid)):
-        raise MeshError(f"grid={tuple(grid)} has {prod(grid)} ranks; got size={size}")
-    return prod(grid)
-
-
-def _square_axes(mode: str, size: int, depth: int, shard_depth: bool) -> Axes:
-    if not isinstance(depth, int) or depth < 1:
-        raise MeshError(f"depth={depth!r}: expected a number of at least 1")
-    q = isqrt(size // depth)
-    wanted = "q*q*depth" if mode == "2.5d" else "q*q"
-    _require(size == q * q * depth, f"{mode}, depth={depth}" if depth > 1 else mode, size, wanted, [p * p * depth for p in range(1, q + 3)])
-    if mode == "2d":
-        both = Layout(("row",), ("col",))
-        return _without_size_one(Axes({"row": q, "col": q}, ("row",), ("col",), (), both, both))
-    both = Layout(("depth", "row"), ("col",))
-    sizes = {"depth": depth, "row": q, "col": q}
-    return _without_size_one(Axes(sizes, ("depth", "row"), ("col",), (), both, both, () if shard_depth else ("depth",)))
-
-
-def _require(good: bool, mode: str, size: int, formula: str, valid: list[int]) -> None:
-    if not good:
-        near = sorted(sorted(set(valid), key=lambda other: abs(other - size))[:3])
-        raise MeshError(f"mode {mode} needs size = {formula}; got size={size}, nearest valid sizes: {', '.join(map(str, near))}")
-
-
-def _without_size_one(axes: Axes) -> Axes:
-    """An axis of size 1 cuts nothing: leaving it out of the layouts lets equal layouts compare equal."""
-
-    def kept(names: Names) -> Names:
-        return tuple(name for name in names if axes.sizes[name] > 1)
-
-    outer, inner = (Layout(kept(layout.rows), kept(layout.features)) for layout in (axes.outer, axes.inner))
-    return replace(axes, m=kept(axes.m), n=kept(axes.n), k=kept(axes.k), depth=kept(axes.depth), outer=outer, inner=inner)
-
-
-def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
-    """The axes of a torch DeviceMesh, by its dim names: (tp), (row, col), (depth, row, col) or (k, n, m)."""
-    names, shape = tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape)
-    if names == ("k", "n", "m"):
-        return axes_of(None, grid=(shape[2], shape[1], shape[0]))
-    modes = {("tp",): "1d", ("row", "col"): "2d", ("depth", "row", "col"): "2.5d"}
-    if names not in modes:
-        raise MeshError(f"DeviceMesh with dims {names}: expected (tp), (row, col), (depth, row, col) or (k, n, m)")
-    if names[-1] == "col" and shape[-1] != shape[-2]:
-        raise MeshError(f"DeviceMesh of shape {shape}: row and col must have the same size")
-    return axes_of(modes[names], prod(shape), shape[0] if len(shape) == 3 else None)
 
 
 class Mesh:
@@ -270,7 +153,10 @@ class Mesh:
             local.copy_(full[slices(mine)])
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]
         stride = torch.empty(full.shape, device="meta").stride()
-        return torch.nn.Parameter(DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=stride))
+        made = DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=stride)
+        parameter = torch.nn.Parameter(made)
+        own(parameter)
+        return parameter
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU."""
@@ -391,6 +277,16 @@ def current(mesh: Mesh | None = None) -> Mesh:
 
 def has_mesh() -> bool:
     return _current is not None
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step: torch's foreach operations change DTensors without counting up their versions."""
+    if not torch.compiler.is_compiling():
+        changed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor) and p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_count_steps)
 
 
 def set_current(mesh: Mesh | None) -> None:

@@ -180,7 +180,7 @@ def _reshard_results(words: list[str], tensors: list[torch.Tensor]) -> list[comp
     return [([length for _, length in block(shape, target, mesh.sizes, mesh.coordinates)], weight.dtype)]
 
 
-compiled.KNOWN["reshard"] = compiled.Traced(_Reshard, _reshard_arguments, _reshard_results)
+compiled.KNOWN["reshard"] = compiled.Traced(_Reshard, _reshard_arguments, _reshard_results, reads=lambda words, needs: (0,))
 
 
 def move_block(local: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:

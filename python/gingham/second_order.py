@@ -129,7 +129,7 @@ class _ToParameter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, spec: Any) -> torch.Tensor:
         ctx.spec = spec
-        return DTensor(local.contiguous(), spec, requires_grad=False)
+        return DTensor(local.detach().contiguous(), spec, requires_grad=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

@@ -97,4 +97,4 @@ def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
     return [tensors[0], find(words[0]), names_of(words[1])]
 
 
-KNOWN["block"] = Traced(_Block, _arguments, lambda words, tensors: [(tensors[0].shape, tensors[0].dtype)])
+KNOWN["block"] = Traced(_Block, _arguments, lambda words, tensors: [(tensors[0].shape, tensors[0].dtype)], reads=lambda words, needs: (0,))

@@ -81,7 +81,7 @@ class SelfAttention(torch.nn.Module):
         parts = (self.q, self.k, self.v)
         weights: list[torch.Tensor] = [part.weight for part in parts]
         biases: list[torch.Tensor | None] = [part.bias for part in parts]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linear(x.transpose(0, self.dim), weights, biases, self.plan))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linear(self._rows_first(x), weights, biases, self.plan))
         past = 0 if cache is None else cache.length
         lengths, first = self._pieces(len(q))
         # to [batch, heads here, time, head_dim]
@@ -100,7 +100,11 @@ class SelfAttention(torch.nn.Module):
             mask = mask_here(mask, self.mesh, self.heads, self.dim, rows)
         y = self._attend(q, k, v, mask, start)
         y = y.permute((0, 2, 1, 3) if self.dim == 0 else (2, 0, 1, 3)).flatten(2)
-        return self.o(y).transpose(0, self.dim)
+        return self._rows_first(self.o(y))
+
+    def _rows_first(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, time, ..] with dim=1 as [time, batch, ..], and back."""
+        return x.transpose(0, 1) if self.dim else x
 
     def _pieces(self, time: int) -> tuple[list[int], int]:
         """With dim=1 the lengths of all pieces of the sequence that inner's row axes cut, and where this one begins."""

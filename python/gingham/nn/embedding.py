@@ -115,7 +115,10 @@ def _look_up(layer: Any, block: torch.Tensor, ids: torch.Tensor) -> torch.Tensor
     mesh = layer.mesh
     lengths = chunks(layer.count, [mesh.sizes[name] for name in layer.cut])
     table = gathered(shared(block, mesh, mesh.axes.depth), mesh, layer.cut, lengths, bool(layer.summed))
-    return F.embedding(ids, table, layer.padding_idx)
+    rows = table[ids]
+    if layer.padding_idx is None:
+        return rows
+    return torch.where((ids == layer.padding_idx).unsqueeze(-1), rows.detach(), rows)
 
 
 def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,7 +167,9 @@ class _Normalise(torch.autograd.Function):
         scale = (variance + eps).rsqrt().unsqueeze(-1)
         normal = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
         ctx.layer, ctx.parameters, ctx.centred, ctx.dtype = layer, (weight, bias), centred, x.dtype
-        ctx.eps, ctx.versions = eps, versions_of([("weight", weight), ("bias", bias)])
+        # as torch.nn: its layer norm reads them always, its RMS norm for the gradient of x
+        read = [("weight", weight), ("bias", bias)] if centred or ctx.needs_input_grad[0] else []
+        ctx.eps, ctx.versions = eps, versions_of(read)
         ctx.place = place_of_features(mesh, names, layer.stored, layer.features)
         gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
         ctx.save_for_backward(x, mean, scale, gamma)
@@ -245,4 +247,8 @@ def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
     return found if weight is None or weight.shape[0] == x.shape[-1] else [*found, ([x.shape[-1]], weight.dtype)]
 
 
-KNOWN["normalise"] = Traced(_Normalise, _arguments, _results)
+def _read(words: list[str], needs: Sequence[bool]) -> Sequence[int]:
+    return range(1, 1 + words[1].count("1")) if words[2] == "1" or needs[0] else ()
+
+
+KNOWN["normalise"] = Traced(_Normalise, _arguments, _results, reads=_read)

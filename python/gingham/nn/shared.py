@@ -57,5 +57,5 @@ class SharedInput:
             torch._C._autograd._top_saved_tensors_default_hooks(True),
             torch._C._current_graph_task_id(),
             backward_passes(),
-            [(id(each), id(local_of(each)), local_of(each)._version, each.requires_grad) for each in parameters],
+            [(id(each), id(local_of(each)), local_of(each)._version, each._version, each.requires_grad) for each in parameters],
         )
