@@ -121,6 +121,8 @@ py::dict memory_of(Job& job) {
 void define_job(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
+  py::class_<Label, std::shared_ptr<Label>>(m, "Label").def(py::init<std::string>(), py::arg("text")).def_readonly("text", &Label::text);
+
   py::class_<Job, std::shared_ptr<Job>>(m, "Job")
       .def(py::init<int, int, const std::string&, double>(), py::arg("rank"), py::arg("size"), py::arg("path") = "", py::arg("timeout") = 60.0)
       .def_property_readonly("path", &Job::path)
@@ -131,8 +133,14 @@ void define_job(py::module_& m) {
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)
-      .def("empty", [](const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape,
-                       const std::string& dtype) { return make_tensor(job, shape, dtype).object; })
+      .def(
+          "empty",
+          [](const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype, bool lasting) {
+            return make_tensor(job, shape, dtype, lasting ? Heap::Kind::lasting : Heap::Kind::tensor).object;
+          },
+          py::arg("shape"), py::arg("dtype"), py::arg("lasting") = false)
+      .def("say", [](Job& job, std::shared_ptr<Label> label) { job.control().say(std::move(label)); })
+      .def_property_readonly("orphaned", &Job::orphaned)
       .def("memory", &memory_of)
       .def("reset_peak", &Job::reset_peak);
 

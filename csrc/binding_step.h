@@ -14,9 +14,9 @@ class Results {
  public:
   explicit Results(std::shared_ptr<Job> job) : job_(std::move(job)) {}
   bool empty() const { return objects_.empty(); }
-  Matrix add(const std::vector<int64_t>& shape, const std::string& dtype) {
+  Matrix add(const std::vector<int64_t>& shape, const std::string& dtype, Heap::Kind kind = Heap::Kind::tensor) {
     py::gil_scoped_acquire gil;
-    const Made m = make_tensor(job_, shape, dtype);
+    const Made m = make_tensor(job_, shape, dtype, kind);
     objects_.push_back(m.object);
     data_.push_back(m.data);
     return Tensor{m.data, dtype_of(dtype), {}, shape}.matrix();
@@ -119,7 +119,7 @@ class BoundStep {
       // dX (and only dX) has the leading dims of X; it is the first tensor made.
       const bool as_x = need_x && made.empty() && rows == rows_there;
       if (as_x) shape.back() = cols;
-      return made.add(as_x ? shape : std::vector<int64_t>{rows, cols}, dtype);
+      return made.add(as_x ? shape : std::vector<int64_t>{rows, cols}, dtype, as_x ? Heap::Kind::tensor : Heap::Kind::lasting);
     };
     Step::Gradients g;
     {

@@ -214,10 +214,10 @@ Made from_torch(DLDevice device, const Known& type, const std::vector<int64_t>& 
 
 }  // namespace
 
-Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name) {
+Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name, Heap::Kind kind) {
   const Known& type = known(dtype_name);
   if (const Gpu* gpu = gpu_of(job.get())) return from_torch({kDLCUDA, gpu->ordinal()}, type, shape);
-  if (job->gpu()) return from_torch({kDLCPU, 0}, type, shape);
+  if (job->gpu() || job->orphaned()) return from_torch({kDLCPU, 0}, type, shape);
   auto owner = std::make_unique<Owner>();
   owner->job = job;
   owner->shape = shape;
@@ -229,7 +229,7 @@ Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& sh
   }
   for (int64_t s : shape)
     if (s == 0) count = 0;
-  owner->data = job->heap().allocate(static_cast<size_t>(count) * size_of(type.dtype), Heap::Kind::tensor);
+  owner->data = job->heap().allocate(static_cast<size_t>(count) * size_of(type.dtype), kind);
   const DLPackExchangeAPI* api = maker();
   auto managed = std::make_unique<DLManagedTensorVersioned>();
   managed->version = api->header.version;

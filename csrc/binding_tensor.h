@@ -49,7 +49,8 @@ struct Made {
   py::object object;
   void* data;
 };
-Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name);
+Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name,
+                 Heap::Kind kind = Heap::Kind::tensor);
 DType dtype_of(const std::string& name);
 
 }  // namespace gingham

@@ -57,6 +57,8 @@ def serve(rank: int, pipe: Connection) -> None:
     from gingham import job, mesh
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.current_process()._config["daemon"] = False  # ranks have data loaders with workers
+    multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     mesh.set_num_threads(1)
     gc.freeze()  # what the server imported is never garbage: destroy() need not look through it after every call

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cstring>
 
 #include "base/check.h"
 
@@ -44,7 +45,7 @@ void* Heap::allocate(size_t bytes, Kind kind) {
     top_ = end;
   }
   blocks_[offset] = {size, kind};
-  (kind == Kind::tensor ? usage_.tensors : usage_.workspace) += size;
+  (kind == Kind::workspace ? usage_.workspace : usage_.tensors) += size;
   usage_.workspace_peak = std::max(usage_.workspace_peak, usage_.workspace);
   return segment_.at(begin_ + offset);
 }
@@ -54,9 +55,14 @@ void Heap::free(void* p) {
   std::lock_guard lock(mutex_);
   auto it = blocks_.find(segment_.offset_of(p) - begin_);
   if (it == blocks_.end()) return;
-  (it->second.kind == Kind::tensor ? usage_.tensors : usage_.workspace) -= it->second.size;
+  (it->second.kind == Kind::workspace ? usage_.workspace : usage_.tensors) -= it->second.size;
   unused_[it->second.size].push_back(it->first);
   blocks_.erase(it);
+}
+
+void Heap::copy_tensors(char* copy) const {
+  for (const auto& [offset, block] : blocks_)
+    if (block.kind == Kind::tensor) memcpy(copy + begin_ + offset, segment_.at(begin_ + offset), block.size);
 }
 
 Heap::Usage Heap::usage() const {

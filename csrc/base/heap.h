@@ -16,13 +16,17 @@ class Heap {
     size_t tensors = 0, workspace = 0, workspace_peak = 0, reserved = 0;
     uint64_t grown = 0;  // times the heap took new memory from the host
   };
-  enum class Kind { tensor, workspace };
+  enum class Kind { tensor, lasting, workspace };  // lasting: parameters and gradients, which a fork does not copy
 
   Heap(Segment& segment, uint64_t begin, size_t bytes, int rank);
   void* allocate(size_t bytes, Kind kind);  // 64-byte aligned; throws OutOfMemory with the size needed
   void free(void* p);
   Usage usage() const;
   void reset_peak();
+  // Around a fork (transport/fork.h): no other thread may hold the heap; copy: where a private mapping of the segment begins.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+  void copy_tensors(char* copy) const;
 
  private:
   struct Block {

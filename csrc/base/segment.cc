@@ -51,6 +51,21 @@ Segment::~Segment() {
 
 std::string Segment::path() const { return concat("/proc/", getpid(), "/fd/", fd_); }
 
+char* Segment::map_copy() const {
+  void* p = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, fd_, 0);
+  return p == MAP_FAILED ? nullptr : static_cast<char*>(p);
+}
+
+void Segment::drop_copy(char* copy) const {
+  if (copy) munmap(copy, bytes_);
+}
+
+void Segment::become_copy(char* copy) {
+  const bool moved = copy && mremap(copy, bytes_, bytes_, MREMAP_MAYMOVE | MREMAP_FIXED, base_) != MAP_FAILED;
+  // Rather a crash of the child than one that writes into the ranks' memory.
+  if (!moved) mprotect(base_, bytes_, PROT_NONE);
+}
+
 bool Segment::reserve(uint64_t begin, size_t bytes) const {
   int result;
   do {

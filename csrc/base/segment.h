@@ -25,6 +25,10 @@ class Segment {
   uint64_t offset_of(const void* p) const { return static_cast<uint64_t>(static_cast<const char*>(p) - base_); }
   // Reserves memory for [begin, begin + bytes); false when the host has too little.
   bool reserve(uint64_t begin, size_t bytes) const;
+  // For a fork: a private mapping of the same memory elsewhere (null: none to be had), and in the child that mapping in this one's place.
+  char* map_copy() const;
+  void drop_copy(char* copy) const;
+  void become_copy(char* copy);
 
  private:
   void map();

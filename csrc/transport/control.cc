@@ -28,6 +28,13 @@ void nap(double seconds) {
   clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr);
 }
 
+constexpr uint64_t kSeed = 1469598103934665603ull;
+
+uint64_t mixed(uint64_t h, uint64_t v) {
+  h = (h ^ v) * 1099511628211ull;
+  return h ^ h >> 29;
+}
+
 std::string list(const std::vector<int>& ranks) {
   std::string out = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size(); i++) out += (i ? ", " : "") + std::to_string(ranks[i]);
@@ -38,28 +45,31 @@ std::string list(const std::vector<int>& ranks) {
 
 std::function<void()> Control::interrupt;
 
+Label::Label(std::string words) : text(std::move(words)), hash(kSeed) {
+  for (char c : text) hash = mixed(hash, static_cast<uint64_t>(static_cast<unsigned char>(c)));
+}
+
 void Call::set_name(const std::string& text) { copy_text(name, sizeof(name), text); }
 
 uint64_t Call::key() const {
-  uint64_t h = 1469598103934665603ull;
-  auto mix = [&h](uint64_t v) {
-    h = (h ^ v) * 1099511628211ull;
-    h ^= h >> 29;
-  };
+  uint64_t h = kSeed;
+  auto mix = [&h](uint64_t v) { h = mixed(h, v); };
   for (const char* c = name; *c; c++) mix(static_cast<uint64_t>(*c));
   mix(static_cast<uint64_t>(dtype));
   for (int g : grid) mix(static_cast<uint64_t>(g));
   mix(static_cast<uint64_t>(k));
   mix(static_cast<uint64_t>(n));
   mix(flags);
+  mix(options);
   if (invalid)
     for (const char* c = note; *c; c++) mix(static_cast<uint64_t>(*c));
   return h;
 }
 
 std::string Call::text() const {
-  if (invalid) return concat(name, " refused: ", note);
-  std::string out = concat(name, "(dtype=", name_of(static_cast<DType>(dtype)));
+  if (invalid) return concat(label, label[0] ? ": " : "", name, " refused: ", note);
+  std::string out = label[0] ? concat(label, ": ", name) : std::string(name);
+  out += concat("(dtype=", name_of(static_cast<DType>(dtype)));
   if (k || n) out += concat(", K=", k, ", N=", n);
   if (rows >= 0) out += concat(", local rows=", rows);
   if (grid[0] * grid[1] * grid[2] > 1) out += concat(", grid=", grid[0], "x", grid[1], "x", grid[2]);
@@ -110,11 +120,19 @@ void Control::attach(const std::string& version) {
 }
 
 void Control::begin(const Call& call) {
+  CHECK(MeshError, !orphaned_, "rank ", rank_, ": ", call.name, " in a process forked from this rank, such as a data loader's worker, which is",
+        " no rank of the mesh: call layers, gather and other collectives in the rank itself; mesh.scatter works in both");
   CHECK(MeshError, !closed_.load(), "rank ", rank_, ": ", call.name, " on a mesh after destroy; call gingham.init again");
   RankRecord& me = block_->ranks[rank_];
   const uint32_t sequence = me.sequence.load() + 1;
-  me.calls[sequence % 4] = call;
-  key_ = call.key() * 31 + sequence;
+  Call& mine = me.calls[sequence % 4];
+  mine = call;
+  if (label_) {
+    mine.options = label_->hash;
+    copy_text(mine.label, sizeof(mine.label), label_->text);
+    label_.reset();
+  }
+  key_ = mine.key() * 31 + sequence;
   me.sequence.store(sequence);
   check();
 }
@@ -164,7 +182,7 @@ void Control::raise() {
 
 void Control::fail(Kind kind, int rank, const std::string& message) {
   uint32_t none = 0;
-  if (!block_->error.value.compare_exchange_strong(none, 1)) return;
+  if (orphaned_ || !block_->error.value.compare_exchange_strong(none, 1)) return;
   block_->error_kind = static_cast<int32_t>(kind);
   block_->error_rank = rank;
   copy_text(block_->message, sizeof(block_->message), message);
@@ -325,6 +343,7 @@ void Control::mismatch(const std::vector<int>& members) {
 
 void Control::close() {
   closed_.store(true);
+  if (orphaned_) return;
   block_->ranks[rank_].closed.store(1);
 }
 

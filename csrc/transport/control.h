@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,14 @@
 namespace gingham {
 
 constexpr int kMaxRanks = 64;
+constexpr size_t kLabel = 200;
+
+// What a layer or function says of itself, made once: its kind, number and all options on which the ranks must agree.
+struct Label {
+  explicit Label(std::string words);
+  std::string text;
+  uint64_t hash;
+};
 
 // What a rank says of the call it is in; all fields but `rows` must be equal on all ranks of the job.
 struct Call {
@@ -28,6 +37,9 @@ struct Call {
   char note[240] = {};
 
   void set_name(const std::string& text);
+  uint64_t options = 0;     // hash of the label
+  char label[kLabel] = {};  // the layer or function whose call this is, with its options
+
   uint64_t key() const;  // hash of all that must agree
   std::string text() const;
 };
@@ -62,6 +74,7 @@ class Control {
 
   void attach(const std::string& version);  // publishes this rank and waits for all others
   void begin(const Call& call);             // publishes the call; throws the job's error if there is one
+  void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
   uint64_t key() const { return key_; }     // of the call begun last
   // Waits until word >= target (wrapping). `peer` (global rank) is who must advance it.
   void wait(Word& word, uint32_t target, int peer);
@@ -73,6 +86,8 @@ class Control {
   void fail(Kind kind, int rank, const std::string& message);   // sets the job's error unless one is set
   [[noreturn]] void mismatch(const std::vector<int>& members);  // judges who differs, tells all ranks, throws
   void close();                                                 // later waits for this rank raise PeerDied in the others
+  void orphan() { orphaned_ = true; }                           // this process was forked from the rank and is none itself
+  bool orphaned() const { return orphaned_; }
 
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -93,6 +108,8 @@ class Control {
   uint64_t key_ = 0;
   std::vector<int> pidfds_;
   std::atomic<bool> closed_{false};
+  bool orphaned_ = false;
+  std::shared_ptr<const Label> label_;
 };
 
 }  // namespace gingham

@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include "transport/fork.h"
 #include "transport/link.h"
 #include "transport/shm.h"
 
@@ -34,12 +35,17 @@ std::shared_ptr<Segment> Job::make_segment(int size) {
 
 Job::Job(int rank, int size, const std::string& path, double timeout) : Job(rank, size, open(rank, size, path), timeout) {}
 
-Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) : segment_(std::move(segment)), timeout_(timeout), pid_(getpid()) {
+Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) : segment_(std::move(segment)), timeout_(timeout) {
   control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, timeout);
   const uint64_t begin = shared_bytes(size) + heap_bytes() * static_cast<size_t>(rank);
   heap_ = std::make_unique<Heap>(*segment_, begin, heap_bytes(), rank);
   stream_ = std::make_unique<CpuStream>(*heap_);
+  watch_forks(this);
 }
+
+Job::~Job() { forget_forks(this); }
+
+void Job::orphan() { control_->orphan(); }
 
 void Job::use_gpu(int ordinal, Carrier carrier) { gpu_ = make_gpu(*control_, ordinal, carrier, timeout_); }
 
@@ -48,10 +54,7 @@ void Job::reset_peak() {
   heap_->reset_peak();
 }
 
-void Job::close() {
-  // A forked child (a data loader's worker) shares the segment but is no rank of the job.
-  if (getpid() == pid_) control_->close();
-}
+void Job::close() { control_->close(); }
 
 std::unique_ptr<Transport> Job::axis(int index, const std::vector<int>& members, double latency, double bandwidth) {
   CHECK(MeshError, index >= 0 && index < kMaxAxes, "axis index ", index, ", expected 0 to ", kMaxAxes - 1);

@@ -20,6 +20,9 @@ class Job {
   // path "": creates the segment (rank 0). Otherwise opens rank 0's.
   Job(int rank, int size, const std::string& path, double timeout);
   Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout);
+  ~Job();
+  Job(const Job&) = delete;
+  Job& operator=(const Job&) = delete;
   static std::shared_ptr<Segment> make_segment(int size);
 
   void attach(const std::string& version) { control_->attach(version); }
@@ -27,6 +30,10 @@ class Job {
   void use_gpu(int ordinal, Carrier carrier);
   Gpu* gpu() const { return gpu_.get(); }
   void close();
+  // In a process forked from this rank, from its first moment on: see transport/fork.h.
+  void orphan();
+  bool orphaned() const { return control_->orphaned(); }
+  Segment& segment() { return *segment_; }
   // index: the axis' number, the same on every rank; members: global ranks in axis order. bandwidth or latency > 0: behind a link.
   std::unique_ptr<Transport> axis(int index, const std::vector<int>& members, double latency, double bandwidth);
 
@@ -47,7 +54,6 @@ class Job {
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Gpu> gpu_;
   double timeout_;
-  int pid_;
 };
 
 }  // namespace gingham

@@ -162,6 +162,8 @@ def destroy() -> None:
         ended = mesh.current()
         mesh.set_current(None)
         ended.ended = True
+        if ended.job.orphaned:  # a forked process has the mesh of its rank and nothing to end
+            return
         for job in _jobs(ended):
             job.close()
         if ended.depth_sums is not None:

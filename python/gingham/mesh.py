@@ -148,7 +148,7 @@ class Mesh:
         """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
         the block is allocated only."""
         mine = block(full.shape, cuts, self.sizes, self.coordinates)
-        local = self.empty([length for _, length in mine], full.dtype)
+        local = self.empty([length for _, length in mine], full.dtype, lasting=True)
         if not full.is_meta:
             local.copy_(full[slices(mine)])
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]
@@ -158,11 +158,12 @@ class Mesh:
         own(parameter)
         return parameter
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU."""
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:
+        """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU; in a process
+        forked from a rank, its own. lasting: a parameter, which such a process sees as it stands and not as it was at the fork."""
         if self.ended:
             raise MeshError(f"{self} was used after destroy: call gingham.init again")
-        return self.job.empty(list(shape), str(dtype).removeprefix("torch."))
+        return self.job.empty(list(shape), str(dtype).removeprefix("torch."), lasting)
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the

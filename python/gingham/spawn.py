@@ -51,7 +51,10 @@ def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
                 ours, theirs = context.Pipe(duplex=False)
                 environment = {**os.environ, **rank_environment(rank, n, str(Path(folder) / "store"))}
                 process = context.Process(
-                    target=_serve, args=(rank, os.getpid(), environment, payload, theirs), daemon=True, name=f"rank {rank}"
+                    target=_serve,
+                    args=(rank, os.getpid(), environment, payload, theirs, multiprocessing.get_start_method()),
+                    daemon=True,
+                    name=f"rank {rank}",
                 )
                 with _main_hidden():
                     process.start()
@@ -103,8 +106,11 @@ def _die_with(caller: int) -> None:
     threading.Thread(target=watch, name="gingham caller watch", daemon=True).start()
 
 
-def _serve(rank: int, caller: int, environment: dict[str, str], payload: bytes, pipe: Connection) -> None:
+def _serve(rank: int, caller: int, environment: dict[str, str], payload: bytes, pipe: Connection, method: str) -> None:
     _die_with(caller)
+    # a rank may have children, a data loader's workers; it is a daemon only so that its caller's end ends it
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.set_start_method(method, force=True)  # as the caller's own children start, not as this one did
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
