@@ -29,7 +29,9 @@ PYTHON_MODULES = {
     "rendezvous": set(),
     "compiled": {"errors"},
     "modes": {"layout", "errors"},
-    "mesh": {"layout", "modes", "compiled", "errors", "rendezvous", "_C"},
+    "scatter": {"layout", "compiled", "errors"},
+    "mesh": {"layout", "modes", "scatter", "compiled", "errors", "rendezvous", "_C"},
+    "random": {"layout", "mesh"},
     "gradients": {"layout", "mesh", "errors"},
     "second_order": {"layout", "mesh", "errors"},
     "redistribute": {"layout", "mesh", "compiled", "second_order", "errors"},
@@ -44,7 +46,7 @@ PYTHON_MODULES = {
     "workload": {"errors"},
     "planner": {"mesh", "layout", "formulas", "workload", "errors"},
     "config": {"mesh", "errors"},
-    "job": {"layout", "mesh", "rendezvous", "config", "planner", "workload", "errors"},
+    "job": {"layout", "mesh", "random", "rendezvous", "config", "planner", "workload", "errors"},
     "spawn": {"job", "mesh", "rendezvous", "errors"},
 }
 MODE_FILES = {"modes.py", "planner.py", "train.py", "cli.py"}

@@ -18,12 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import torch
 from torch._library.effects import EffectType
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import ShapeError
 
@@ -55,25 +54,30 @@ def keep(mesh: Any) -> None:
     _by_handle[mesh.handle] = mesh
 
 
-# parameters by the address of their block: a graph sees blocks only, whose own versions tell nothing of the parameters'
-_owners: dict[int, weakref.ref[Any]] = {}
-_parameters = WeakIdKeyDictionary()
+# modules that hold parameters of a mesh, and theirs by the address of the block: a graph sees blocks only, whose own versions tell
+# nothing of the parameters'. No weak references to parameters: torch.utils.swap_tensors refuses tensors that have any.
+_owners: WeakSet[torch.nn.Module] = WeakSet()
+_by_address: dict[int, tuple[weakref.ref[torch.nn.Module], str]] = {}
 
 
-def own(parameter: Any) -> None:
-    """Makes a DTensor known as the owner of its block."""
-    _parameters[parameter] = True
+def own(module: torch.nn.Module) -> None:
+    """Makes a module known as one whose parameters are DTensors of a mesh."""
+    _owners.add(module)
 
 
 def version_of(block: torch.Tensor) -> int:
     """The version of the parameter that a block belongs to, -1 where it belongs to none that is known."""
     address = block.data_ptr()
     for _ in range(2):
-        parameter = _owners[address]() if address in _owners else None
-        if parameter is not None and parameter._local_tensor.data_ptr() == address:
+        module, name = _by_address.get(address, (lambda: None, ""))
+        parameter: Any = getattr(module(), "_parameters", {}).get(name)
+        if isinstance(parameter, DTensor) and parameter._local_tensor.data_ptr() == address:
             return parameter._version
-        _owners.clear()  # blocks move: .to(), destroy
-        _owners.update((each._local_tensor.data_ptr(), weakref.ref(each)) for each in list(_parameters))
+        _by_address.clear()  # blocks move: .to(), destroy
+        for owner in list(_owners):
+            for name, each in owner._parameters.items():
+                if isinstance(each, DTensor):
+                    _by_address[each._local_tensor.data_ptr()] = weakref.ref(owner), name
     return -1
 
 

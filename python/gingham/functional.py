@@ -7,6 +7,7 @@ DTensors of the same placements. Nothing here sums gradients over replicas of an
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -50,8 +51,19 @@ class LinearPlan:
     bias_cuts: Cuts
     k_local: int
     n_local: tuple[int, ...]
-    label: str  # what it is called in errors
+    name: str  # what it is called where no layer owns it
+    owners: list[Any] = field(default_factory=list)  # the layer whose plan it is
     handles: list[str] = field(default_factory=list)  # its own, once it is registered
+
+    @property
+    def label(self) -> str:
+        owner = self.owners[0]() if self.owners else None
+        return self.name if owner is None else owner.label()
+
+    def owned_by(self, layer: Any) -> LinearPlan:
+        """Whose calls these are."""
+        self.owners[:] = [weakref.ref(layer)]
+        return self
 
 
 def linear_plan(
@@ -91,7 +103,7 @@ def linear_plan(
         (second,),
         mesh.interval(k, given[0].features)[1],
         tuple(mesh.interval(size, y.features)[1] for size in n),
-        f"{name} {k} -> {', '.join(map(str, n))}",
+        name,
     )
     plan.handles.append(compiled.register(mesh, plan))
     return plan
@@ -174,11 +186,23 @@ def linear(
     float32, y and the bytes of panels are of that dtype, partial sums travel in float32; backward uses the same casts,
     and gradients come back in the dtypes of x and of the parameters.
     """
+    if torch.compiler.is_compiling():
+        return _linear(x, weights, biases, plan, epilogue)
+    try:
+        return _linear(x, weights, biases, plan, epilogue)
+    except (ShapeError, MeshError, TypeError) as error:
+        owner = plan.owners[0]() if plan.owners else None
+        raise error if owner is None else owner.named(error) from None
+
+
+def _linear(
+    x: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], plan: LinearPlan, epilogue: str
+) -> list[torch.Tensor]:
     check_local(x, "linear's x", plan.mesh)
     if x.dim() == 0:
         raise ShapeError(f"linear {plan.k} -> {plan.n}: got a tensor without dims, expected [..., {plan.k_local}]")
     if x.dim() == 1:
-        return [y.squeeze(0) for y in linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
+        return [y.squeeze(0) for y in _linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
     dtype = autocast_dtype(x.device)
     x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k).contiguous()
     if torch.compiler.is_compiling():
@@ -200,6 +224,8 @@ class _Linear(torch.autograd.Function):
         if dtype is not None:
             local = [_cast(plan.mesh, block, dtype) for block in local]
         weights = local[:count]
+        ctx.label = plan.label
+        plan.mesh.say(ctx.label)
         outputs = plan.step.forward(x, weights, local[count:], epilogue)
         ys, before = outputs[:count], outputs[count:]
         ctx.plan, ctx.parameters, ctx.count, ctx.call = plan, parameters, count, (epilogue, dtype)
@@ -214,7 +240,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         _Linear.passes += 1
-        check_versions(ctx.plan.label, ctx.plan.mesh, ctx.versions)
+        check_versions(ctx.label, ctx.plan.mesh, ctx.versions)
         if torch.is_grad_enabled():
             return _linear_again(ctx, cotangents)
         count, plan, parameters = ctx.count, ctx.plan, ctx.parameters
@@ -234,6 +260,7 @@ class _Linear(torch.autograd.Function):
         need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
         # gradients of a cast are summed over depth after they are float32 again, not before
         cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
+        plan.mesh.say(ctx.label)
         dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (later or put_off or cast))
         dbs = [
             _bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)
@@ -254,7 +281,7 @@ class _Linear(torch.autograd.Function):
 def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     """The gradients of a linear map that will be differentiated again: see second_order."""
     plan, count, (epilogue, dtype) = ctx.plan, ctx.count, ctx.call
-    second_order.refuse_deferred(plan.label, plan.mesh, deferring(ctx.parameters))
+    second_order.refuse_deferred(ctx.label, plan.mesh, deferring(ctx.parameters))
 
     def compose(x: torch.Tensor, *blocks: torch.Tensor | None) -> list[torch.Tensor]:
         if dtype is not None:

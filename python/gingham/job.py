@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import mesh, rendezvous
+from . import mesh, random, rendezvous
 from .config import parse_parallel
 from .errors import MeshError, PeerDied, PeerStalled
 from .mesh import Axes, Mesh, axes_of, axes_of_device_mesh
@@ -78,7 +78,7 @@ def init(
     except BaseException:
         _leave_group()
         raise
-    _watch_exceptions()
+    _watch()
     mesh.set_current(made)
     return made
 
@@ -187,7 +187,9 @@ def _jobs(of: Mesh) -> list[Any]:
 _previous_hook = sys.excepthook
 
 
-def _watch_exceptions() -> None:
+def _watch() -> None:
+    """Uncaught exceptions, and random operations on parameters."""
+    random.install()
     global _previous_hook
     if sys.excepthook is not _report_and_print:
         _previous_hook, sys.excepthook = sys.excepthook, _report_and_print

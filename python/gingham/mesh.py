@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import count
 from math import prod
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -13,18 +14,21 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import _C
-from .compiled import KNOWN, Meta, Traced, find, keep, own, traced
+from .compiled import keep, traced
 from .errors import MeshError, ShapeError
-from .layout import Block, Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
+from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
 from .modes import Axes as Axes
 from .modes import axes_of as axes_of
 from .modes import axes_of_device_mesh as axes_of_device_mesh
+from .scatter import Gather, Scatter
 
 Job = _C.Job
 version = _C.version
 set_num_threads = _C.set_num_threads
 device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
 blas, hopper_status = _C.blas, _C.hopper_status
+
+LABELS = 4096  # kept at a time
 
 
 class Mesh:
@@ -61,6 +65,9 @@ class Mesh:
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
         keep(self)
+        _by_device_mesh[id(device_mesh)] = self
+        self._labels: dict[str, Any] = {}
+        self._next_number = count()
         self.depth_sums: Any = None
         self.ended = False
         self._background: Any = None
@@ -120,7 +127,7 @@ class Mesh:
         cuts = self.cuts(operand, x.dim(), dim)
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim)], [x])[0]
-        return _Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
+        return Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
 
     def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
@@ -130,19 +137,25 @@ class Mesh:
         operand = operand or ("x" if x.is_floating_point() else "rows")
         if torch.compiler.is_compiling():
             return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
-        full: torch.Tensor = _Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
+        full: torch.Tensor = Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
         if features not in (None, full.shape[-1]):
             raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
         return full
 
-    def extents(self, layout: Layout, rows: int, features: int) -> tuple[Interval, int, Interval, int]:
+    def extents(self, layout: Layout, rows: int, features: int, label: str = "sizes") -> tuple[Interval, int, Interval, int]:
         """From every rank's own sizes: my rows' (offset, length) and the global number of rows, the same of features.
         A control message over the world; not cached, since a peer's size may change."""
+        return self.extents_and(layout, rows, features, label)[:4]
+
+    def extents_and(self, layout: Layout, rows: int, features: int, label: str, *numbers: int) -> tuple[Any, ...]:
+        """`extents`, and every rank's `numbers` (at most 6) as a list in rank order: they ride in the same message."""
         if self.size == 1:
-            return (0, rows), rows, (0, features), features
-        total, blocks = blocks_from_shapes(self.world.sizes([rows, features]), (layout.rows, layout.features), self.sizes)
+            return (0, rows), rows, (0, features), features, [numbers]
+        self.say(label)
+        told = self.world.sizes([rows, features, *numbers])
+        total, blocks = blocks_from_shapes([each[:2] for each in told], (layout.rows, layout.features), self.sizes)
         mine = blocks[self.rank]
-        return mine[0], total[0], mine[1], total[1]
+        return mine[0], total[0], mine[1], total[1], [tuple(each[2:]) for each in told]
 
     def parameter(self, full: torch.Tensor, cuts: Cuts) -> torch.nn.Parameter:
         """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
@@ -154,9 +167,7 @@ class Mesh:
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]
         stride = torch.empty(full.shape, device="meta").stride()
         made = DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=stride)
-        parameter = torch.nn.Parameter(made)
-        own(parameter)
-        return parameter
+        return torch.nn.Parameter(made)
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:
         """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU; in a process
@@ -164,6 +175,19 @@ class Mesh:
         if self.ended:
             raise MeshError(f"{self} was used after destroy: call gingham.init again")
         return self.job.empty(list(shape), str(dtype).removeprefix("torch."), lasting)
+
+    def next_number(self) -> int:
+        """Of a layer among those made on this mesh."""
+        return next(self._next_number)
+
+    def say(self, label: str) -> None:
+        """Whose call the next one is; ranks that say otherwise there disagree."""
+        known = self._labels.get(label)
+        if known is None:
+            if len(self._labels) >= LABELS:
+                self._labels.clear()
+            known = self._labels[label] = _C.Label(label)
+        self.job.say(known)
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
@@ -203,68 +227,6 @@ def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:
         raise TypeError(f"{what}: got {x.dtype}, {x.layout}, expected a dense tensor of real numbers")
 
 
-class _Scatter(torch.autograd.Function):
-    """Full -> block `mine`; the gradient is gathered from the ranks' blocks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, cuts: Cuts, mine: Block) -> torch.Tensor:
-        ctx.mesh, ctx.cuts = mesh, cuts
-        return mesh.empty([length for _, length in mine], x.dtype).copy_(x[slices(mine)])
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Gather.apply(grad, ctx.mesh, ctx.cuts), None, None, None
-
-
-class _Gather(torch.autograd.Function):
-    """Blocks -> full; the gradient is this rank's block of the full one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, cuts: Cuts) -> torch.Tensor:
-        parts = mesh.world.all_gather(x.contiguous(), mesh.source, False)
-        try:
-            total, blocks = blocks_from_shapes([part.shape for part in parts], cuts, mesh.sizes)
-        except ValueError as error:
-            raise ShapeError(f"gather: {error}") from None
-        ctx.mesh, ctx.cuts, ctx.mine = mesh, cuts, blocks[mesh.rank]
-        full = x.new_empty(total)
-        for part, place in zip(parts, blocks, strict=True):
-            full[slices(place)] = part
-        return full
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return _Scatter.apply(grad, ctx.mesh, ctx.cuts, ctx.mine), None, None
-
-
-def _gather_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    x, mesh = tensors[0], find(words[0])
-    return [x, mesh, mesh.cuts(words[1], x.dim(), int(words[2]))]
-
-
-def _scatter_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    x, mesh, cuts = _gather_arguments(words, tensors)
-    return [x, mesh, cuts, block(x.shape, cuts, mesh.sizes, mesh.coordinates)]
-
-
-def _gathered(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
-    x, mesh, cuts = _gather_arguments(words, tensors)
-    shape = [length * mesh.parts(names) for length, names in zip(x.shape, cuts, strict=True)]
-    features = int(words[3])
-    if features and mesh.interval(features, cuts[-1])[1] == x.shape[-1]:
-        shape[-1] = features
-    return [(shape, x.dtype)]
-
-
-def _scattered(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
-    x, _, _, mine = _scatter_arguments(words, tensors)
-    return [([length for _, length in mine], x.dtype)]
-
-
-KNOWN["scatter"] = Traced(_Scatter, _scatter_arguments, _scattered, saves=False)
-KNOWN["gather"] = Traced(_Gather, _gather_arguments, _gathered, saves=False)
-
-
 _current: Mesh | None = None
 _numbers = count()
 
@@ -278,6 +240,25 @@ def current(mesh: Mesh | None = None) -> Mesh:
 
 def has_mesh() -> bool:
     return _current is not None
+
+
+_by_device_mesh: WeakValueDictionary[int, Mesh] = WeakValueDictionary()
+
+
+def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:
+    """The mesh of gingham that lies on a torch DeviceMesh."""
+    found = _by_device_mesh.get(id(device_mesh))
+    return found if found is not None and found.device_mesh is device_mesh else None
+
+
+def mesh_of(parameter: DTensor) -> Mesh | None:
+    return mesh_on(parameter.device_mesh)
+
+
+def cuts_of(mesh: Mesh, placements: Sequence[Any], ndim: int) -> Cuts:
+    """The cuts of a DTensor of the mesh."""
+    placed = list(zip(mesh.sizes, placements, strict=True))
+    return tuple(tuple(name for name, placement in placed if placement.is_shard(dim)) for dim in range(ndim))
 
 
 def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

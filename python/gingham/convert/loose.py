@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..compiled import KNOWN, Traced, block_of, find, names_of, traced
+from ..compiled import KNOWN, Traced, block_of, find, names_of, own, traced
 from ..functional import like, local_of
 from ..layout import Cuts, Names
 from ..mesh import Mesh
@@ -28,6 +28,7 @@ def hold(module: torch.nn.Module, name: str, mesh: Mesh, cuts: Cuts, summed: Nam
     parameter = mesh.parameter(old.data, cuts)
     parameter.requires_grad_(old.requires_grad)
     module._parameters[name] = parameter
+    own(module)
     module.__class__ = _reading(type(module))
     module.__dict__.setdefault("_loose", {})[name] = (mesh, summed)
     _readable(type(module), name)

@@ -1,5 +1,6 @@
 """Layers: one class each, right on every mesh. Parameters are DTensors of torch.nn's global shapes and initial bits."""
 
+from . import init
 from .attention import SelfAttention
 from .cache import KVCache
 from .clip import clip_grad_norm_
@@ -27,5 +28,6 @@ __all__ = [
     "accuracy",
     "clip_grad_norm_",
     "cross_entropy",
+    "init",
     "share_input",
 ]

@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 from ..errors import ShapeError
 from ..functional import autocast_dtype, linear, linear_plan
-from ..mesh import Mesh, check_local, current
+from ..mesh import Mesh, check_local
 from .dropout import Dropout
+from .layer import Layer
 from .linear import Linear
 from .parameter import Given, part_of
 from .sequence import causal_mask, gather_time, mask_here, rotate
 
 
-class SelfAttention(torch.nn.Module):
+class SelfAttention(Layer):
     """x [batch, time, width] (outer, batch cut over the row axes; dim=1: time cut instead) -> the same.
 
     q, k, v and o are Linears; the three projections run as one step that gathers x once, outer -> inner, and o leads
@@ -51,9 +52,10 @@ class SelfAttention(torch.nn.Module):
         scale: float | None = None,
         out_bias: bool | None = None,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__()
-        self.mesh = mesh = current(mesh)
+        mesh = self.begin(mesh, device)
+        self.width = width
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(mesh, width, heads, kv_heads, head_dim)
         self.heads, self.kv_heads, self.causal, self.dim = heads, kv_heads, causal, _row_dim(dim, mesh)
@@ -64,7 +66,7 @@ class SelfAttention(torch.nn.Module):
         if rotary is not None and self.head_dim % 2:
             raise ShapeError(f"SelfAttention: rank {mesh.rank} got rotary with head_dim {self.head_dim}, expected an even one")
         outputs = {"q": heads * self.head_dim, "k": kv_heads * self.head_dim, "v": kv_heads * self.head_dim}
-        self.plan = linear_plan(mesh, width, list(outputs.values()), "outer->inner", swapped, "qkv")
+        self.plan = linear_plan(mesh, width, list(outputs.values()), "outer->inner", swapped, "qkv").owned_by(self)
         self.q, self.k, self.v = (
             Linear(width, size, bias, mesh, "outer->inner", self.plan.swapped, dtype=dtype, given=part_of(given, name))
             for name, size in outputs.items()
@@ -146,7 +148,14 @@ class SelfAttention(torch.nn.Module):
         return (self.dropout(softmax(scores)) @ v.to(wide)).to(q.dtype)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, kv_heads={self.kv_heads}, causal={self.causal}, dim={self.dim}"
+        shape = f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
+        return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}"
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.width, self.heads
+
+    def reset_parameters(self) -> None:
+        """Its linears have their own."""
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:

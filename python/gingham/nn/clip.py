@@ -13,12 +13,19 @@ from ..mesh import current
 
 
 @torch.no_grad()
-def clip_grad_norm_(parameters: torch.Tensor | Iterable[torch.Tensor], max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
+def clip_grad_norm_(
+    parameters: torch.Tensor | Iterable[torch.Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> torch.Tensor:
     """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, the
     same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
-    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power or torch.inf. Raises MeshError
-    where gradients are parts of sums that no_sync left out.
+    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power or torch.inf. error_if_nonfinite: a norm that
+    is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes nothing here. Raises MeshError
+    where gradients are parts of sums that no_sync left out, or the ranks ask for other norms.
     """
     mesh = current()
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
@@ -36,8 +43,15 @@ def clip_grad_norm_(parameters: torch.Tensor | Iterable[torch.Tensor], max_norm:
             mine = torch.maximum(mine, local.max().view(1) if local.numel() else mine)
         elif _counts_here(grad, mesh.coordinates):
             mine += local.pow(norm_type).sum()
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})")
     parts = torch.cat(mesh.world.all_gather(mine, mesh.source, False))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
+    if error_if_nonfinite and not torch.isfinite(norm):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients is non-finite ({float(norm)} on rank {mesh.rank}), so it cannot be clipped."
+            " To disable this error and scale the gradients by the non-finite norm anyway, set error_if_nonfinite=False"
+        )
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         local_of(grad).mul_(scale.to(grad.dtype))

@@ -37,12 +37,12 @@ def _restarting_numbers(seed: Callable[..., Any]) -> Callable[..., Any]:
 torch.manual_seed = torch.random.manual_seed = _restarting_numbers(torch.random.manual_seed)  # type: ignore[assignment]
 
 
-class Dropout(torch.nn.Module):
+class Dropout(torch.nn.Dropout):
     """torch.nn.Dropout with masks by Philox4x32-10, keyed by (seed, name, call number, global element index): the same
     bits on every grid and, without gingham.init, in one process.
 
-    seed: torch.initial_seed(). name: by default the number of this module among those constructed since
-    torch.manual_seed. A forward pass that activation checkpointing repeats reuses its call number (found by torch's
+    seed: torch.initial_seed(), rank 0's where the ranks have several. name: by default the number of this module among
+    those constructed since torch.manual_seed. A forward pass that activation checkpointing repeats reuses its call number (found by torch's
     random state, which checkpointing restores). layout: of the input; dims: its dims of rows and features. Bytes: none
     but a control message of 16 bytes a rank that tells the rows' offset, since ranks may hold uneven numbers of rows.
     """
@@ -54,11 +54,11 @@ class Dropout(torch.nn.Module):
         mesh: Mesh | None = None,
         layout: str = "outer",
         dims: tuple[int, int] = (0, -1),
+        *,
+        inplace: bool = False,
     ) -> None:
-        super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout probability {p}: expected 0 <= p < 1")
-        self.p, self.layout, self.dims = p, layout, dims
+        super().__init__(p, inplace)
+        self.layout, self.dims = layout, dims
         self.mesh = current(mesh) if mesh is not None or has_mesh() else None
         self.name = name if name is not None else f"dropout{next(_numbers)}"
         self.calls = 0
@@ -76,6 +76,10 @@ class Dropout(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
+        y = x * 0 if self.p == 1 else self._dropped(x)
+        return x.copy_(y) if self.inplace else y
+
+    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.gingham.dropout(x.contiguous(), self.p, self.handle)[0]
         return dropout(x, self.p, self.key(), self.mesh, self.layout, self.dims)
@@ -104,8 +108,8 @@ class Dropout(torch.nn.Module):
 def _draw(x: torch.Tensor, p: float, handle: str) -> tuple[torch.Tensor, torch.Tensor]:
     """In a compiled graph: the result, and the numbers that make the same mask for the gradient."""
     module = _modules[handle]
-    shape, start = dropout_place(x, module.mesh, module.layout, module.dims)
-    numbers = torch.tensor([*module.key(), *shape, *start])
+    key, shape, start = dropout_place(x, module.mesh, module.layout, module.dims, p, module.key())
+    numbers = torch.tensor([*key, *shape, *start])
     return dropout_again(x, p, numbers, module.mesh), numbers
 
 

@@ -10,15 +10,16 @@ import torch
 from torch.nn import functional as F
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
-from ..errors import ShapeError
+from ..errors import MeshError, ShapeError
 from ..functional import deferring, like, local_of, settle, sum_or_defer, sum_over_depth
 from ..layout import chunks
-from ..mesh import Mesh, check_local, current
+from ..mesh import Mesh, check_local
 from ..second_order import gathered, refuse_deferred, replay, shared
+from .layer import Layer
 from .parameter import Given, make_parameter
 
 
-class Embedding(torch.nn.Module):
+class Embedding(Layer, torch.nn.Embedding):
     """torch.nn.Embedding: ids [...] (cut like rows, mesh.scatter(ids)) -> [..., width], a block in the outer layout.
 
     weight: a DTensor [count, width]; width lies on outer's feature axes, count on the axes that the activations' rows
@@ -32,21 +33,32 @@ class Embedding(torch.nn.Module):
 
     def __init__(
         self,
-        count: int,
-        width: int,
+        num_embeddings: int,
+        embedding_dim: int,
         mesh: Mesh | None = None,
         dtype: torch.dtype | None = None,
         *,
         padding_idx: int | None = None,
         max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__()
-        self.mesh, self.count, self.width = current(mesh), count, width
+        self.begin(mesh, device)
+        count, width = num_embeddings, embedding_dim
+        self.num_embeddings, self.embedding_dim, self.count, self.width = count, width, count, width
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, norm_type, False, False
         if max_norm is not None:
             raise NotImplementedError(
                 f"Embedding: max_norm={max_norm} would renormalise rows of the table in place in forward, rows that lie on other ranks;"
                 " renormalise the table after the optimizer's step instead"
+            )
+        if scale_grad_by_freq or sparse:
+            raise NotImplementedError(
+                f"Embedding: scale_grad_by_freq={scale_grad_by_freq}, sparse={sparse}: the table's gradient is dense and summed over the"
+                " ranks; leave both out"
             )
         if padding_idx is not None and not -count <= padding_idx < count:
             raise ShapeError(f"Embedding({count}): rank {self.mesh.rank} got padding_idx={padding_idx}, expected {-count}..{count - 1}")
@@ -55,22 +67,46 @@ class Embedding(torch.nn.Module):
         self.summed = tuple(name for name in outer.rows if name not in axes.depth)
         self.cut = self.summed or tuple(name for name in axes.n + axes.k if name not in outer.features)
         self.cuts = (self.cut, outer.features)
-        self.weight = make_parameter(self.mesh, self.cuts, "weight", (count, width), self._draw, dtype, given)
-        place = SimpleNamespace(mesh=self.mesh, cut=self.cut, summed=self.summed, count=count, width=width, padding_idx=self.padding_idx)
-        self.handle = register(self.mesh, place)
+        self.weight = make_parameter(self.mesh, self.cuts, "weight", (count, width), partial(self.draw, "weight"), dtype, given)
+        self.place = SimpleNamespace(
+            mesh=self.mesh, cut=self.cut, summed=self.summed, count=count, width=width, padding_idx=self.padding_idx, label="Embedding"
+        )
+        self.handle = register(self.mesh, self.place)
 
-    def _draw(self, full: torch.Tensor) -> None:
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, embeddings: torch.Tensor, freeze: bool = True, padding_idx: int | None = None, mesh: Mesh | None = None, **others: Any
+    ) -> Embedding:
+        """Of a full table [num_embeddings, embedding_dim], the same on every rank; freeze: it is not trained."""
+        if embeddings.dim() != 2:
+            raise ShapeError(f"Embedding.from_pretrained: got a tensor {tuple(embeddings.shape)}, expected [num_embeddings, embedding_dim]")
+        count, width = embeddings.shape
+        made = cls(count, width, mesh, padding_idx=padding_idx, given={"weight": embeddings}, **others)
+        made.weight.requires_grad_(not freeze)
+        return made
+
+    def draw(self, name: str, full: torch.Tensor) -> None:
         torch.nn.init.normal_(full)
         if self.padding_idx is not None:
             full[self.padding_idx].fill_(0)
 
+    def sizes(self) -> tuple[int, ...]:
+        return self.num_embeddings, self.embedding_dim
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return traced("embedding", [self.handle], [block_of(self.weight), self._checked(ids)])[0]
+        self.place.label = self.label()
+        try:
+            return _Embedding.apply(self.weight, self._checked(ids), self.place)
+        except (ShapeError, MeshError, TypeError) as error:
+            raise self.named(error) from None
+
+    def _checked(self, ids: torch.Tensor) -> torch.Tensor:
         check_local(ids, "Embedding's ids", self.mesh)
         if ids.is_floating_point():
             raise TypeError(f"Embedding: got ids of {ids.dtype}, expected an integer dtype")
-        if torch.compiler.is_compiling():
-            return traced("embedding", [self.handle], [block_of(self.weight), ids])[0]
-        return _Embedding.apply(self.weight, ids, self)
+        return ids
 
     def extra_repr(self) -> str:
         return f"{self.count}, {self.width}" + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
@@ -85,6 +121,9 @@ class _Embedding(torch.autograd.Function):
         ctx.layer, ctx.weight = layer, weight
         ctx.save_for_backward(ids)
         axis, local = layer.mesh.axis(layer.cut), local_of(weight)
+        ctx.label = layer.label
+        if axis is not None:
+            layer.mesh.say(ctx.label)
         table = torch.cat(axis.all_gather(local, layer.mesh.source)) if axis is not None else local
         return F.embedding(ids, table)
 
@@ -101,6 +140,7 @@ class _Embedding(torch.autograd.Function):
             table[layer.padding_idx] = 0
         axis = mesh.axis(layer.cut)
         if axis is not None and layer.summed:
+            mesh.say(ctx.label)
             table = axis.reduce_scatter(table, chunks(layer.count, [mesh.sizes[name] for name in layer.cut]), mesh.source)
         elif axis is not None:
             table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 from typing import Any
 
@@ -14,13 +15,14 @@ from ..layout import Cuts
 from ..mesh import Mesh, current
 from .bias import block_of_features, stored_axes
 from .embedding import Embedding
+from .layer import Layer, bound_of
 from .parameter import Given, make_parameter
 from .shared import SharedInput
 
 Initialiser = Callable[[torch.Tensor], object] | None
 
 
-class Linear(torch.nn.Module):
+class Linear(Layer, torch.nn.Linear):
     """torch.nn.Linear on a mesh: x [..., in] -> [..., out], both this rank's blocks.
 
     weight, bias: DTensors of the global shapes [out, in] and [out], the same bits as torch.nn.Linear's after the same
@@ -53,38 +55,43 @@ class Linear(torch.nn.Module):
         init_weight: Initialiser = None,
         init_bias: Initialiser = None,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__()
-        self.mesh, self.in_features, self.out_features = current(mesh), in_features, out_features
+        self.begin(mesh, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.initialisers = {"weight": init_weight, "bias": init_bias}
         self.layout, self.epilogue, self.skip_bias_add, self.transposed = layout, epilogue, skip_bias_add, transposed
         self.asked = swapped
         self.group: Any = None
         if skip_bias_add and epilogue != "none":
             raise MeshError(f"Linear: skip_bias_add leaves out the bias that the epilogue {epilogue!r} needs before it; use one of them")
-        self.plan = linear_plan(self.mesh, in_features, [out_features], layout, swapped, transposed=transposed)
+        self.plan = linear_plan(self.mesh, in_features, [out_features], layout, swapped, transposed=transposed).owned_by(self)
         self.bias_cuts = (stored_axes(self.mesh, self.plan.y[0].features),) if skip_bias_add else self.plan.bias_cuts
-        self.weight = self._weight(init_weight or self._draw_weight, dtype, given)
-        self.bias: torch.nn.Parameter | None = None
-        if bias:
-            draw = init_bias or self._draw_bias
-            self.bias = make_parameter(self.mesh, self.bias_cuts, "bias", (out_features,), draw, dtype, given)
+        self.weight = self._weight(dtype, given)
+        self.bias = self._bias(dtype, given) if bias else None  # type: ignore[assignment]
 
-    def _weight(self, draw: Callable[[torch.Tensor], object], dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
+    def _weight(self, dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
         shape = (self.in_features, self.out_features) if self.transposed else (self.out_features, self.in_features)
-        return make_parameter(self.mesh, self.plan.weight_cuts, "weight", shape, draw, dtype, given)
+        return make_parameter(self.mesh, self.plan.weight_cuts, "weight", shape, partial(self.draw, "weight"), dtype, given)
 
-    def _draw_weight(self, full: torch.Tensor) -> None:
-        if self.transposed:
-            torch.nn.init.normal_(full, std=0.02)
-        else:
+    def _bias(self, dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
+        return make_parameter(self.mesh, self.bias_cuts, "bias", (self.out_features,), partial(self.draw, "bias"), dtype, given)
+
+    def draw(self, name: str, full: torch.Tensor) -> None:
+        initialise = self.initialisers[name]
+        if initialise is not None:
+            initialise(full)
+        elif self.transposed:
+            torch.nn.init.normal_(full, std=0.02) if name == "weight" else torch.nn.init.zeros_(full)
+        elif name == "weight":
             torch.nn.init.kaiming_uniform_(full, a=sqrt(5))
-
-    def _draw_bias(self, full: torch.Tensor) -> None:
-        bound = 0.0 if self.transposed or self.in_features == 0 else 1 / sqrt(self.in_features)
-        if bound:
-            torch.nn.init.uniform_(full, -bound, bound)
+        elif self.in_features:
+            torch.nn.init.uniform_(full, -bound_of(self.in_features), bound_of(self.in_features))
         else:
             torch.nn.init.zeros_(full)
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.in_features, self.out_features
 
     def forward(self, x: torch.Tensor) -> Any:
         if self.group is not None:
@@ -104,7 +111,9 @@ class Linear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, layout={self.layout}, swapped={self.plan.swapped}"
+        more = [f"{name}={value!r}" for name, value in (("epilogue", self.epilogue),) if value != "none"]
+        more += [f"{name}=True" for name in ("skip_bias_add", "transposed") if getattr(self, name)]
+        return ", ".join([f"{shape}, layout={self.layout!r}, swapped={self.plan.swapped}", *more])
 
 
 def share_input(*linears: Linear) -> None:
@@ -124,7 +133,7 @@ def share_input(*linears: Linear) -> None:
                     f" expected the same {name} of all"
                 )
     outputs = [each.out_features for each in linears]
-    plan = linear_plan(first.mesh, first.in_features, outputs, first.layout, first.asked, "shared", first.transposed)
+    plan = linear_plan(first.mesh, first.in_features, outputs, first.layout, first.asked, "shared", first.transposed).owned_by(first)
     for each in linears:
         if each.plan.swapped != plan.swapped:
             _cut_again(each, plan.swapped)
@@ -136,14 +145,15 @@ def share_input(*linears: Linear) -> None:
 @torch.no_grad()
 def _cut_again(layer: Linear, swapped: bool) -> None:
     old = layer.plan
-    layer.plan = linear_plan(layer.mesh, layer.in_features, [layer.out_features], layer.layout, swapped, transposed=layer.transposed)
-    layer.weight = _recut(layer.mesh, layer.weight, old.weight_cuts, layer.plan.weight_cuts)
+    sizes = [layer.out_features]
+    layer.plan = linear_plan(layer.mesh, layer.in_features, sizes, layer.layout, swapped, transposed=layer.transposed).owned_by(layer)
+    layer.weight = _recut(layer.mesh, layer._parameters["weight"], old.weight_cuts, layer.plan.weight_cuts)
     if layer.bias is not None and not layer.skip_bias_add:
-        layer.bias = _recut(layer.mesh, layer.bias, old.bias_cuts, layer.plan.bias_cuts)
+        layer.bias = _recut(layer.mesh, layer._parameters["bias"], old.bias_cuts, layer.plan.bias_cuts)
         layer.bias_cuts = layer.plan.bias_cuts
 
 
-def _recut(mesh: Mesh, parameter: torch.nn.Parameter, source: Cuts, target: Cuts) -> torch.nn.Parameter:
+def _recut(mesh: Mesh, parameter: Any, source: Cuts, target: Cuts) -> torch.nn.Parameter:
     new = mesh.parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), target)
     local_of(new).copy_(reshard(parameter, mesh, source, target))
     new.requires_grad_(parameter.requires_grad)
@@ -174,6 +184,7 @@ class Classifier(Linear):
         init_weight: Initialiser = None,
         init_bias: Initialiser = None,
         given: Given = None,
+        device: Any = None,
     ) -> None:
         mesh = current(mesh)
         self.tied_cuts: Cuts | None = None
@@ -190,13 +201,23 @@ class Classifier(Linear):
         object.__setattr__(self, "_tied_weight", None if tied is None else tied.weight)
         dtype = dtype if tied is None else tied.weight.dtype
         super().__init__(
-            in_features, out_features, bias, mesh, layout, swapped, dtype=dtype, init_weight=init_weight, init_bias=init_bias, given=given
+            in_features,
+            out_features,
+            bias,
+            mesh,
+            layout,
+            swapped,
+            dtype=dtype,
+            init_weight=init_weight,
+            init_bias=init_bias,
+            given=given,
+            device=device,
         )
         self.tied_cuts = None if tied is None or tied.cuts == self.plan.weight_cuts else tied.cuts
 
-    def _weight(self, draw: Callable[[torch.Tensor], object], dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
+    def _weight(self, dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
         tied = self.__dict__.pop("_tied_weight", None)
-        return super()._weight(draw, dtype, given) if tied is None else tied
+        return super()._weight(dtype, given) if tied is None else tied
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         weight = self.weight if self.tied_cuts is None else reshard(self.weight, self.mesh, self.tied_cuts, self.plan.weight_cuts)

@@ -91,7 +91,8 @@ def accuracy(
     named = mesh.layout(layout)
     x, target = logits.reshape(target.numel(), logits.shape[-1]).double(), target.reshape(-1).long()
     x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
-    _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
+    label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
+    _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1], label)
     kept = _kept(target, ignore_index, vocabulary, "accuracy")
     mine = (target >= start) & (target < start + width)
     column = torch.where(mine, target - start, 0).unsqueeze(1)
@@ -119,7 +120,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Any:
         named, target_shape = mesh.layout(layout), target.shape
         x, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).long()
-        _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1])
+        label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=})"
+        _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1], label)
         kept = _kept(target, ignored, vocabulary, "cross_entropy")
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)

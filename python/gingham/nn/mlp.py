@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from ..functional import linear, linear_plan
-from ..mesh import Mesh, current
+from ..mesh import Mesh
 from .dropout import Dropout
+from .layer import Layer
 from .linear import Linear
 from .parameter import Given, part_of
 
@@ -22,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class MLP(torch.nn.Module):
+class MLP(Layer):
     """x [..., width] -> fc2(act(fc1(x))) -> dropout, outer -> inner -> outer; gated: down(act(gate(x)) * up(x)).
 
     activation: "gelu" (exact; runs inside fc1's step where not gated), "gelu_tanh", "relu", "silu". gated: gate and up
@@ -44,14 +46,15 @@ class MLP(torch.nn.Module):
         activation: str = "gelu",
         gated: bool = False,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"MLP: activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-        mesh = current(mesh)
+        mesh = self.begin(mesh, device)
+        self.width, self.hidden = width, hidden
         self.activation, self.gated = activation, gated
         if gated:
-            self.plan = linear_plan(mesh, width, [hidden] * 2, "outer->inner", swapped, "gated")
+            self.plan = linear_plan(mesh, width, [hidden] * 2, "outer->inner", swapped, "gated").owned_by(self)
             self.gate, self.up = (
                 Linear(width, hidden, bias, mesh, "outer->inner", self.plan.swapped, dtype=dtype, given=part_of(given, name))
                 for name in ("gate", "up")
@@ -74,4 +77,10 @@ class MLP(torch.nn.Module):
         return y if self.dropout is None else self.dropout(y)
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation}, gated={self.gated}"
+        return f"width={self.width}, hidden={self.hidden}, activation={self.activation!r}, gated={self.gated}"
+
+    def sizes(self) -> tuple[int, ...]:
+        return self.width, self.hidden
+
+    def reset_parameters(self) -> None:
+        """Its linears have their own."""

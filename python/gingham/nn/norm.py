@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
-from ..errors import ShapeError
+from ..errors import MeshError, ShapeError
 from ..functional import autocast_dtype, deferring, like, local_of
 from ..layout import Names, coordinates_of, interval, members
-from ..mesh import Mesh, check_local, current
+from ..mesh import Mesh, check_local
 from ..second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
+from .layer import Layer
 from .parameter import Given, make_parameter
 
 
-class _Norm(torch.nn.Module):
+class _Norm(Layer):
     """What LayerNorm and RMSNorm share: their parameters' cuts, the check of x."""
 
-    weight: torch.nn.Parameter | None
-    bias: torch.nn.Parameter | None
+    weight: Any
+    bias: Any
+    eps: Any
+    layout: str
 
-    def __init__(self, features: int, eps: float | None, mesh: Mesh | None, layout: str) -> None:
-        super().__init__()
-        self.mesh, self.features, self.eps, self.layout = current(mesh), features, eps, layout
-        self.stored = stored_axes(self.mesh, self.mesh.layout(layout).features)
+    def _start(self, shape: int | Sequence[int], eps: float | None, mesh: Mesh | None, layout: str, affine: bool, device: Any) -> None:
+        mesh = self.begin(mesh, device)
+        self.normalized_shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        if len(self.normalized_shape) != 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}: normalized_shape={self.normalized_shape}, expected one dim, the last, which ranks cut"
+            )
+        (self.features,), self.eps, self.layout, self.elementwise_affine = self.normalized_shape, eps, layout, affine
+        self.stored = stored_axes(mesh, mesh.layout(layout).features)
         self.weight = self.bias = None
-        place = SimpleNamespace(mesh=self.mesh, layout=layout, stored=self.stored, features=features)
-        self.handle = register(self.mesh, place)
+        self.place = SimpleNamespace(mesh=mesh, layout=layout, stored=self.stored, features=self.features, label=type(self).__name__)
+        self.handle = register(mesh, self.place)
 
-    def _parameter(self, name: str, draw: Callable[[torch.Tensor], object], dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
-        return make_parameter(self.mesh, (self.stored,), name, (self.features,), draw, dtype, given)
+    def _parameter(self, name: str, dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
+        return make_parameter(self.mesh, (self.stored,), name, (self.features,), partial(self.draw, name), dtype, given)
+
+    def draw(self, name: str, full: torch.Tensor) -> None:
+        full.fill_(1.0 if name == "weight" else 0.0)
+
+    def sizes(self) -> tuple[int, ...]:
+        return (self.features,)
 
     def _check(self, x: torch.Tensor) -> torch.Tensor:
         """x, or in a region of torch.autocast on a GPU, whose norms return float32, x in that."""
@@ -47,18 +62,29 @@ class _Norm(torch.nn.Module):
             )
         return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x.device) is not None else x
 
-    def _normalise(self, x: torch.Tensor, centred: bool, eps: float) -> torch.Tensor:
+    def _call(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return self._normalise(self._check(x), centred, eps)
+        try:
+            return self._normalise(self._check(x), centred, eps)
+        except (ShapeError, MeshError, TypeError) as error:
+            raise self.named(error) from None
+
+    def _normalise(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
+        eps = torch.finfo(_wide(x.dtype)).eps if eps is None else eps
         if not torch.compiler.is_compiling():
-            return _Normalise.apply(x, self.weight, self.bias, self, centred, eps)
+            self.place.label = self.label()
+            return _Normalise.apply(x, self.weight, self.bias, self.place, centred, eps)
         present = [block_of(each) for each in (self.weight, self.bias) if each is not None]
         there = "".join("0" if each is None else "1" for each in (self.weight, self.bias))
         return traced("normalise", [self.handle, there, str(int(centred)), str(eps)], [x, *present])[0]
 
     def extra_repr(self) -> str:
-        return f"{self.features}, eps={self.eps}, layout={self.layout}"
+        affine = f"elementwise_affine={self.elementwise_affine}, bias={self.bias is not None}"
+        return f"{self.features}, eps={self.eps}, {affine}, layout={self.layout!r}"
 
 
-class LayerNorm(_Norm):
+class LayerNorm(_Norm, torch.nn.LayerNorm):  # type: ignore[misc]
     """torch.nn.LayerNorm over the last dim: x [..., features] -> the same, both blocks in `layout`.
 
     Each rank takes mean and M2 (summed squares about it) of its own features in float64; one all-gather over the
@@ -72,7 +98,7 @@ class LayerNorm(_Norm):
 
     def __init__(
         self,
-        normalized_shape: int,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         mesh: Mesh | None = None,
         layout: str = "outer",
@@ -81,18 +107,18 @@ class LayerNorm(_Norm):
         *,
         elementwise_affine: bool = True,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, mesh, layout)
+        self._start(normalized_shape, eps, mesh, layout, elementwise_affine, device)
         if elementwise_affine:
-            self.weight = self._parameter("weight", torch.nn.init.ones_, dtype, given)
-            self.bias = self._parameter("bias", torch.nn.init.zeros_, dtype, given) if bias else None
+            self.weight = self._parameter("weight", dtype, given)
+            self.bias = self._parameter("bias", dtype, given) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._check(x)
-        return self._normalise(x, True, self.eps)  # type: ignore[arg-type]
+        return self._call(x, True, self.eps)
 
 
-class RMSNorm(_Norm):
+class RMSNorm(_Norm, torch.nn.RMSNorm):  # type: ignore[misc]
     """torch.nn.RMSNorm over the last dim: x / sqrt(mean(x^2) + eps) * weight, blocks in `layout`.
 
     eps None: the finfo eps of x's dtype, of float32 for 16-bit x (what torch's kernel takes). Squares are summed in
@@ -103,7 +129,7 @@ class RMSNorm(_Norm):
 
     def __init__(
         self,
-        normalized_shape: int,
+        normalized_shape: int | Sequence[int],
         eps: float | None = None,
         mesh: Mesh | None = None,
         layout: str = "outer",
@@ -111,14 +137,14 @@ class RMSNorm(_Norm):
         *,
         elementwise_affine: bool = True,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__(normalized_shape, eps, mesh, layout)
+        self._start(normalized_shape, eps, mesh, layout, elementwise_affine, device)
         if elementwise_affine:
-            self.weight = self._parameter("weight", torch.nn.init.ones_, dtype, given)
+            self.weight = self._parameter("weight", dtype, given)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self._check(x)
-        return self._normalise(x, False, torch.finfo(_wide(x.dtype)).eps if self.eps is None else self.eps)
+        return self._call(x, False, self.eps)
 
 
 def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
@@ -159,10 +185,11 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: _Norm, centred: bool, eps: float
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: Any, centred: bool, eps: float
     ) -> torch.Tensor:
         mesh, names = layer.mesh, layer.mesh.layout(layer.layout).features
         wide = x.double()
+        mesh.say(layer.label) if mesh.axis(names) is not None else None
         mean, variance = _moments(wide, mesh, names, layer.features, centred)
         scale = (variance + eps).rsqrt().unsqueeze(-1)
         normal = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
@@ -179,7 +206,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         layer, (weight, bias) = ctx.layer, ctx.parameters
-        check_versions("a norm", layer.mesh, ctx.versions)
+        check_versions(layer.label, layer.mesh, ctx.versions)
         if torch.is_grad_enabled():
             return _again(ctx, dy)
         x, mean, scale, gamma = ctx.saved_tensors
@@ -214,7 +241,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> Any:
     layer, place = ctx.layer, ctx.place
     mesh, layout = layer.mesh, layer.mesh.layout(layer.layout)
     users = (*layout.rows, *(name for name in layout.features if name not in layer.stored))
-    refuse_deferred("a norm", mesh, deferring(ctx.parameters))
+    refuse_deferred(layer.label, mesh, deferring(ctx.parameters))
 
     def compose(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> list[torch.Tensor]:
         def mean_of(part: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ import torch
 from ..errors import ShapeError
 from ..layout import Cuts
 from ..mesh import Mesh
+from .layer import digest_of
 
 Given = Mapping[str, torch.Tensor] | None
 
@@ -32,14 +33,20 @@ def make_parameter(
         full = torch.empty(*shape, dtype=dtype)
         with torch.no_grad():
             draw(full)
-        return mesh.parameter(full, cuts)
+        return _noted(mesh.parameter(full, cuts), full)
     full = given.get(name)  # type: ignore[assignment]
     if full is None or tuple(full.shape) != tuple(shape):
         found = f"no {name!r} among {sorted(given)}" if full is None else f"{name!r} of shape {tuple(full.shape)}"
         raise ShapeError(f"given: rank {mesh.rank} got {found}, expected a full tensor of shape {tuple(shape)}")
-    parameter = mesh.parameter(full.detach(), cuts)
+    parameter = _noted(mesh.parameter(full.detach(), cuts), full)
     if isinstance(full, torch.nn.Parameter):
         parameter.requires_grad_(full.requires_grad)
+    return parameter
+
+
+def _noted(parameter: torch.nn.Parameter, full: torch.Tensor) -> torch.nn.Parameter:
+    """With a digest of the full tensor, on which the ranks must agree when the layer is first called."""
+    parameter._drawn = digest_of(full), parameter._version  # type: ignore[attr-defined]
     return parameter
 
 

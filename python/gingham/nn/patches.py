@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import prod, sqrt
+from typing import Any
 
 import torch
 
 from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout, reshard
 from ..layout import Layout
-from ..mesh import Mesh, check_local, current
+from ..mesh import Mesh, check_local
+from .layer import Layer, bound_of
 from .parameter import Given, make_parameter
 
 Pair = int | tuple[int, int]
 
 
-class PatchEmbedding(torch.nn.Module):
+class PatchEmbedding(Layer):
     """images [rows, channels, height, width], this rank's rows and all channels (mesh.scatter(images, operand="rows")),
     -> [rows, patches, width], a block in the outer layout; patches in the order of Conv2d(..).flatten(2).
 
@@ -39,9 +42,10 @@ class PatchEmbedding(torch.nn.Module):
         swapped: bool | str | None = None,
         dtype: torch.dtype | None = None,
         given: Given = None,
+        device: Any = None,
     ) -> None:
-        super().__init__()
-        self.mesh, self.channels, self.width = current(mesh), channels, width
+        self.begin(mesh, device)
+        self.channels, self.width = channels, width
         self.patch_size = _pair(patch_size)
         self.image_size = None if image_size is None else _pair(image_size)
         if self.image_size is not None and any(size % patch for size, patch in zip(self.image_size, self.patch_size, strict=True)):
@@ -49,19 +53,22 @@ class PatchEmbedding(torch.nn.Module):
                 f"PatchEmbedding: rank {self.mesh.rank} got images of {self.image_size}, expected multiples of {self.patch_size}"
             )
         self.fan_in = channels * prod(self.patch_size)
-        self.plan = linear_plan(self.mesh, self.fan_in, [width], "outer->outer", swapped, "patches")
+        self.plan = linear_plan(self.mesh, self.fan_in, [width], "outer->outer", swapped, "patches").owned_by(self)
         self.names = tuple(name for name, size in self.mesh.sizes.items() if size > 1 and name not in self.mesh.axes.depth)
         shape = (width, channels, *self.patch_size)
-        self.weight = make_parameter(self.mesh, (self.names, (), (), ()), "weight", shape, self._draw_weight, dtype, given)
+        self.weight = make_parameter(self.mesh, (self.names, (), (), ()), "weight", shape, partial(self.draw, "weight"), dtype, given)
         self.bias: torch.nn.Parameter | None = None
         if bias:
-            self.bias = make_parameter(self.mesh, self.plan.bias_cuts, "bias", (width,), self._draw_bias, dtype, given)
+            self.bias = make_parameter(self.mesh, self.plan.bias_cuts, "bias", (width,), partial(self.draw, "bias"), dtype, given)
 
-    def _draw_weight(self, full: torch.Tensor) -> None:
-        torch.nn.init.kaiming_uniform_(full, a=sqrt(5))
+    def draw(self, name: str, full: torch.Tensor) -> None:
+        if name == "weight":
+            torch.nn.init.kaiming_uniform_(full, a=sqrt(5))
+        else:
+            torch.nn.init.uniform_(full, -bound_of(self.fan_in), bound_of(self.fan_in))
 
-    def _draw_bias(self, full: torch.Tensor) -> None:
-        torch.nn.init.uniform_(full, -1 / sqrt(self.fan_in), 1 / sqrt(self.fan_in))
+    def sizes(self) -> tuple[int, ...]:
+        return self.channels, self.width
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         mesh, outer = self.mesh, self.mesh.outer
@@ -87,7 +94,8 @@ class PatchEmbedding(torch.nn.Module):
         return size == self.image_size if self.image_size else all(s % p == 0 for s, p in zip(size, self.patch_size, strict=True))
 
     def extra_repr(self) -> str:
-        return f"{self.channels}, {self.width}, patch_size={self.patch_size}"
+        sizes = f"image_size={self.image_size}, patch_size={self.patch_size}, bias={self.bias is not None}"
+        return f"{self.channels}, {self.width}, {sizes}, swapped={self.plan.swapped}"
 
 
 def _pair(size: Pair) -> tuple[int, int]:

@@ -1,0 +1,42 @@
+"""torch.nn.init on the parameters of layers: each function fills the whole parameter as it does for torch.nn and keeps this rank's
+block, so that fans are global, and bits those of one process after the same seed.
+
+    gingham.nn.init.orthogonal_(layer.weight)
+
+Every function of torch.nn.init that ends in "_" is here under its own name. Those that fill each element by itself
+(normal_, uniform_, constant_, kaiming_uniform_, ..) do the same when they are called as torch.nn.init's own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..errors import MeshError
+from ..mesh import mesh_of
+from .layer import fill
+
+
+def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def initialise(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not isinstance(tensor, DTensor):
+            return function(tensor, *args, **kwargs)
+        mesh = mesh_of(tensor)
+        if mesh is None:
+            raise MeshError(f"gingham.nn.init.{function.__name__}: the parameter lies on no mesh of gingham")
+        full = torch.empty(tensor.shape, dtype=tensor.dtype)
+        function(full, *args, **kwargs)
+        fill(mesh, tensor, full)
+        return tensor
+
+    return initialise
+
+
+_FUNCTIONS = {name: _whole(function) for name, function in vars(torch.nn.init).items() if name.endswith("_") and not name.startswith("_")}
+globals().update(_FUNCTIONS)
+__all__ = sorted(_FUNCTIONS)  # noqa: PLE0605

@@ -1,0 +1,110 @@
+"""What the layers share: their mesh and number, the label that their calls carry, parameters drawn anew as torch.nn draws them.
+
+A label says the layer's kind, all its options, its number among those made on the mesh and a digest of the full parameters
+it was made with. It is in the key of each call, so that ranks whose layers differ in any of these are told before a byte
+is used.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar
+from zlib import crc32
+
+import torch
+
+from ..compiled import own
+from ..errors import MeshError, ShapeError
+from ..functional import local_of
+from ..layout import block, slices
+from ..mesh import Mesh, current, cuts_of
+
+SAMPLE = 4096  # elements of a drawn parameter that its digest reads
+
+Raised = TypeVar("Raised", bound=BaseException)
+
+
+def digest_of(full: torch.Tensor) -> int:
+    """Of a full parameter's bits: of a sample in their order and, in any order, of all."""
+    if full.is_meta or not full.numel():
+        return 0
+    flat = full.detach().contiguous().flatten()
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    sample = bits[:: max(1, len(bits) // SAMPLE)].contiguous().numpy().tobytes()
+    return crc32(int(bits.sum(dtype=torch.int64)).to_bytes(8, "little", signed=True), crc32(sample))
+
+
+class Layer(torch.nn.Module):
+    """The base of every layer, before torch's own class of that kind where there is one."""
+
+    mesh: Mesh
+
+    def begin(self, mesh: Mesh | None, device: Any = None) -> Mesh:
+        """torch.nn.Module's part of a constructor; torch's own class would allocate whole parameters."""
+        torch.nn.Module.__init__(self)
+        if mesh is not None and not isinstance(mesh, Mesh):
+            raise TypeError(f"{type(self).__name__}: got mesh={mesh!r}, expected a gingham.Mesh; a device goes into device=")
+        self.mesh = current(mesh)
+        if device is not None and torch.device(device).type not in (self.mesh.device.type, "meta"):
+            raise MeshError(f"{type(self).__name__}: got device={device}, expected {self.mesh.device}, where the mesh lies")
+        own(self)
+        self.number = self.mesh.next_number()
+        self._label = ""
+        return self.mesh
+
+    def label(self) -> str:
+        """Made at the first call, when all parameters stand."""
+        if not self._label:
+            drawn = [getattr(each, "_drawn", None) for each in self.parameters()]
+            # a parameter that was loaded or drawn again since says nothing any more
+            digests = [value for value, version in filter(None, drawn) if version is not None]
+            valid = all(each is None or each[1] == p._version for each, p in zip(drawn, self.parameters(), strict=True))
+            made_of = f", made of {crc32(repr(digests).encode()):08x}" if digests and valid else ""
+            self._label = f"{type(self).__name__} #{self.number}({self.extra_repr()}{made_of})"
+        return self._label
+
+    def say(self) -> None:
+        """Before a call that communicates: whose it is."""
+        self.mesh.say(self.label())
+
+    def named(self, error: Raised) -> Raised:
+        """The error with the layer's name before it: its path in the model it is part of, found when it is needed."""
+        from .named import path_of
+
+        where = path_of(self)
+        kind = f"{type(self).__name__}({', '.join(map(str, self.sizes()))})"
+        text = f"{where} ({kind})" if where else kind
+        message = str(error)
+        return error if message.startswith(text) else type(error)(f"{text}: {message}").with_traceback(error.__traceback__)
+
+    def sizes(self) -> tuple[int, ...]:
+        """Global sizes, as the constructor takes them."""
+        return ()
+
+    def draw(self, name: str, full: torch.Tensor) -> None:
+        """Fills the full parameter `name` in place as torch's layer does at construction."""
+        raise NotImplementedError(f"{type(self).__name__} draws no {name}")
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the layer's own parameters again, in place: the bits of torch.nn's reset_parameters after the same seed."""
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                full = torch.empty(parameter.shape, dtype=parameter.dtype)
+                self.draw(name, full)
+                fill(self.mesh, parameter, full)
+
+
+@torch.no_grad()
+def fill(mesh: Mesh, parameter: torch.Tensor, full: torch.Tensor) -> None:
+    """Puts this rank's block of a full tensor into a DTensor of the mesh."""
+    if tuple(full.shape) != tuple(parameter.shape):
+        raise ShapeError(f"rank {mesh.rank} got a full tensor {tuple(full.shape)} for a parameter {tuple(parameter.shape)}")
+    cuts = cuts_of(mesh, parameter.placements, parameter.dim())  # type: ignore[attr-defined]
+    local_of(parameter).copy_(full[slices(block(full.shape, cuts, mesh.sizes, mesh.coordinates))])
+    torch.autograd.graph.increment_version(parameter)
+
+
+def bound_of(fan_in: int) -> float:
+    """Of torch.nn's uniform biases."""
+    return 1 / math.sqrt(fan_in) if fan_in > 0 else 0.0
