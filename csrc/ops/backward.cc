@@ -49,10 +49,10 @@ class BackwardRun {
 
   void begin() {
     const Step::Config& c = frame_.config;
-    frame_.flag(0, call_.need_x);
-    frame_.flag(1, call_.need_w);
-    frame_.flag(2, call_.reduce_depth);
-    for (size_t i = 0; i < lanes_.size(); i++) frame_.flag(3 + static_cast<int>(i), call_.need_bias[i]);
+    frame_.flag(kInputGradient, call_.need_x);
+    frame_.flag(kWeightGradient, call_.need_w);
+    frame_.flag(kDepthSum, call_.reduce_depth);
+    for (size_t i = 0; i < lanes_.size(); i++) frame_.flag(kBiasGradient + static_cast<int>(i % kMapBits), call_.need_bias[i]);
     frame_.begin([&] { validate(); });
     frame_.x_cuts = c.x.learned() ? frame_.learn(*c.x.axis, call_.x.rows) : c.x.offsets;
     std::vector<int64_t> n;

@@ -34,6 +34,8 @@ class ForwardRun {
 
   void begin() {
     const Step::Config& c = frame_.config;
+    frame_.flag(kEpilogue, active());
+    for (size_t i = 0; i < lanes_.size(); i++) frame_.flag(kBias + static_cast<int>(i % kMapBits), !call_.bias[i].empty());
     frame_.begin([&] {
       check_x(c.x, call_.x);
       const int64_t k = block_size(c.x, c.x.offsets, call_.x, 1);

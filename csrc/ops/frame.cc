@@ -22,7 +22,8 @@ Frame::Frame(Control& control, const Stream& used, const Step::Config& step, con
   call_.k = step.k;
   for (const Map& m : step.maps) call_.n += m.n;
   call_.rows = rows;
-  call_.flags = static_cast<uint64_t>(step.slices) << 8 | static_cast<uint64_t>(step.slice_dim) << 4 | static_cast<uint64_t>(step.source) << 3;
+  call_.flags = kStep | static_cast<uint64_t>(step.slices & 0xffffff) << 8 | static_cast<uint64_t>(step.slice_dim) << 1 |
+                static_cast<uint64_t>(step.source == Source::ring);
   groups.resize(d == Dim::N ? step.maps.size() : 1);
 }
 

@@ -73,7 +73,15 @@ std::string Call::text() const {
   if (k || n) out += concat(", K=", k, ", N=", n);
   if (rows >= 0) out += concat(", local rows=", rows);
   if (grid[0] * grid[1] * grid[2] > 1) out += concat(", grid=", grid[0], "x", grid[1], "x", grid[2]);
-  return out + concat(", flags=", flags, ")");
+  if (!(flags & kStep)) return out + concat(", axis ", flags, ")");
+  auto has = [this](int bit) { return (flags >> (32 + bit) & 1) != 0; };
+  out += concat(", ", flags & 1 ? "ring" : "window", ", slices=", flags >> 8 & 0xffffff, ", of");
+  static const char* words[] = {" the input's gradient", " the weights' gradients", " sums over depth"};
+  for (int bit = 0; bit < 3; bit++) out += has(bit) ? words[bit] : "";
+  for (int map = 0; map < kMapBits; map++) out += has(kBiasGradient + map) ? concat(" bias ", map, "'s gradient") : "";
+  out += has(kEpilogue) ? " the output with gelu" : "";
+  for (int map = 0; map < kMapBits; map++) out += has(kBias + map) ? concat(" bias ", map) : "";
+  return out + ")";
 }
 
 Control::Control(ControlBlock* block, int rank, int size, double timeout) : block_(block), rank_(rank), size_(size), timeout_(timeout) {}
@@ -318,11 +326,15 @@ void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::
   *odd = sides.back()[0];
   const Call& got = call_of(*odd);
   const bool same_op = strcmp(expected.name, got.name) == 0 && std::equal(expected.grid, expected.grid + 3, got.grid);
-  *kind = same_op ? Kind::shape : Kind::mesh;
+  const bool same_label = expected.options == got.options;
+  *kind = same_op && same_label ? Kind::shape : Kind::mesh;
   std::string text = concat("the ranks disagree in call ", sequence, ": ");
   for (size_t i = sides.size(); i-- > 1;) text += concat(list(sides[i]), " got ", call_of(sides[i][0]).text(), "; ");
   text += concat(list(sides[0]), tie ? " got " : " expected ", expected.text());
-  text += same_op ? "; pass the same global shapes, dtype and options on every rank" : "; every rank must make the same calls in the same order";
+  if (same_op && !same_label)
+    text += "; every rank must make the same calls in the same order, of layers made after the same torch.manual_seed with the same options";
+  else
+    text += same_op ? "; pass the same global shapes, dtype and options on every rank" : "; every rank must make the same calls in the same order";
   *message = text;
 }
 

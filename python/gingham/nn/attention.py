@@ -75,6 +75,7 @@ class SelfAttention(Layer):
         self.o = Linear(outputs["q"], width, out_bias, mesh, "inner->outer", swapped, dtype=dtype, given=part_of(given, "o"))
         dims = (0, 1) if self.dim == 0 else (2, 1)
         self.dropout = Dropout(dropout, mesh=mesh, layout="inner", dims=dims) if dropout else None
+        self.holds(self.q, self.k, self.v, self.o)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
         if x.dim() != 3:

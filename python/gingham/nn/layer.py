@@ -49,8 +49,13 @@ class Layer(torch.nn.Module):
             raise MeshError(f"{type(self).__name__}: got device={device}, expected {self.mesh.device}, where the mesh lies")
         own(self)
         self.number = self.mesh.next_number()
-        self._label = ""
+        self._label = self._within = ""
         return self.mesh
+
+    def holds(self, *parts: Layer) -> None:
+        """Layers that are parts of this one, whose options are part of their labels too."""
+        for part in parts:
+            part._within = f" in {type(self).__name__} #{self.number}({self.extra_repr()})"
 
     def label(self) -> str:
         """Made at the first call, when all parameters stand."""
@@ -60,7 +65,7 @@ class Layer(torch.nn.Module):
             digests = [value for value, version in filter(None, drawn) if version is not None]
             valid = all(each is None or each[1] == p._version for each, p in zip(drawn, self.parameters(), strict=True))
             made_of = f", made of {crc32(repr(digests).encode()):08x}" if digests and valid else ""
-            self._label = f"{type(self).__name__} #{self.number}({self.extra_repr()}{made_of})"
+            self._label = f"{type(self).__name__} #{self.number}({self.extra_repr()}{made_of}){self._within}"
         return self._label
 
     def say(self) -> None:

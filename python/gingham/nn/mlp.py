@@ -65,6 +65,7 @@ class MLP(Layer):
             self.fc1 = Linear(width, hidden, bias, mesh, "outer->inner", swapped, self.fused, dtype, given=part_of(given, "fc1"))
             self.fc2 = Linear(hidden, width, bias, mesh, "inner->outer", swapped, "none", dtype, given=part_of(given, "fc2"))
         self.dropout = Dropout(dropout, mesh=mesh) if dropout else None
+        self.holds(*(part for part in self.children() if isinstance(part, Layer)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         act = ACTIVATIONS[self.activation]

@@ -65,8 +65,8 @@ CASES: dict[str, tuple[Any, Any, tuple[str, str]]] = {
     "op": (product(8, 8, 8), gather, ("matmul", "all_gather")),
     "layer or matmul": (layer(8, 8), product(8, 8, 8), ("linear", "matmul")),
     "order": (norm(8), layer(8, 8), ("all_gather", "linear")),
-    "swapped": (layer(8, 8), layer(8, 8, swapped=True), ("flags", "flags")),
-    "which gradient": (backward(0), backward(1), ("backward", "flags")),
+    "swapped": (layer(8, 8), layer(8, 8, swapped=True), ("swapped=False", "swapped=True")),
+    "which gradient": (backward(0), backward(1), ("input's gradient", "backward")),
 }
 TYPICAL = {"K", "dtype", "op", "which gradient"}
 every_case = pytest.mark.parametrize("case", [pytest.param(case, marks=[] if case in TYPICAL else [pytest.mark.matrix]) for case in CASES])
