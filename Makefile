@@ -1,16 +1,19 @@
-# make demo: train a GPT on 8 ranks beside its serial twin.   make test: run the tests.   Both set up everything first.
-# TEXT=file or folder to train on;  TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU-only torch.
+# make demo: train a GPT on 8 ranks beside its serial twin.   make test: run the tests.   Both set up everything first, with the
+# versions of requirements.lock.   make lock: renew that file.   make test-newest: the same tests on the newest releases.
+# TEXT=file or folder to train on;  TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU-only torch;
+# TORCH=torch for the newest torch in make lock and make test-newest.
 PYTHON := $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-TORCH := torch==2.13.0
+TORCH ?= torch==2.13.0
+LOCK := requirements.lock
 TORCH_INDEX ?=
 TEXT ?=
 export OMP_NUM_THREADS ?= 1
 
 SOURCES := CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-all build lint sanitize clean
+.PHONY: demo test test-all test-newest lock build lint sanitize clean
 demo: build
 	$(BIN)/python -m gingham train --ranks 8 --mode 2.5d --depth 2 --steps 200 --compare-serial $(if $(TEXT),--text "$(TEXT)")
 
@@ -21,18 +24,35 @@ test-all: build
 	$(BIN)/python -m pytest
 
 build: $(VENV)/built
-$(VENV)/ready:
+$(VENV)/ready: $(LOCK)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gingham needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
-	$(BIN)/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24,<4' ninja
+	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' $(LOCK))
+	$(BIN)/python -m pip install --quiet --requirement $(LOCK)
 	touch $@
 
 # the editable install serves the Python half from python/, so that only a change of C++ builds again; without build
 # isolation it finds the objects of last time
 $(VENV)/built: $(SOURCES) | $(VENV)/ready
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev]'
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
+
+# The newest releases that the ranges of pyproject.toml allow, in an environment of their own.
+NEWEST := .venv-newest
+.PHONY: newest
+newest:
+	rm -rf $(NEWEST) && $(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pip install --quiet 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24,<4' ninja
+	PATH="$(abspath $(NEWEST)/bin):$$PATH" $(NEWEST)/bin/python -m pip install --quiet --no-build-isolation '.[dev]'
+
+test-newest: newest
+	$(NEWEST)/bin/python -m pytest -m "not matrix"
+
+# All packages with their versions, without the local part of torch's (+cpu) and without gingham itself.
+lock: newest
+	{ echo '# Made by make lock: what make demo and make test install. pyproject.toml has the ranges.'; \
+	  $(NEWEST)/bin/python -m pip freeze --all --exclude pip --exclude gingham | sed 's/+cpu$$//'; } > $(LOCK)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check python tests bench examples setup.py

@@ -140,6 +140,7 @@ void define_job(py::module_& m) {
           },
           py::arg("shape"), py::arg("dtype"), py::arg("lasting") = false)
       .def("say", [](Job& job, std::shared_ptr<Label> label) { job.control().say(std::move(label)); })
+      .def("note", [](Job& job, std::shared_ptr<Label> label) { job.control().note(std::move(label)); })
       .def_property_readonly("orphaned", &Job::orphaned)
       .def("memory", &memory_of)
       .def("reset_peak", &Job::reset_peak);

@@ -35,7 +35,7 @@ PYTHON_MODULES = {
     "gradients": {"layout", "mesh", "errors"},
     "second_order": {"layout", "mesh", "errors"},
     "redistribute": {"layout", "mesh", "compiled", "second_order", "errors"},
-    "functional": {"layout", "mesh", "gradients", "compiled", "redistribute", "second_order", "errors", "_C"},
+    "functional": {"layout", "mesh", "formulas", "gradients", "compiled", "redistribute", "second_order", "errors", "_C"},
     "dropout": {"layout", "mesh", "errors", "_C"},
     "products": {"mesh", "functional", "redistribute", "second_order", "errors"},
     "nn": {"layout", "mesh", "compiled", "dropout", "functional", "second_order", "errors", "nn"},

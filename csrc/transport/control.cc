@@ -133,16 +133,23 @@ void Control::begin(const Call& call) {
   CHECK(MeshError, !closed_.load(), "rank ", rank_, ": ", call.name, " on a mesh after destroy; call gingham.init again");
   RankRecord& me = block_->ranks[rank_];
   const uint32_t sequence = me.sequence.load() + 1;
-  Call& mine = me.calls[sequence % 4];
+  Call& mine = me.calls[sequence % kHistory];
   mine = call;
   if (label_) {
     mine.options = label_->hash;
     copy_text(mine.label, sizeof(mine.label), label_->text);
     label_.reset();
   }
-  key_ = mine.key() * 31 + sequence;
+  key_ = mixed(key_, mine.key());
   me.sequence.store(sequence);
   check();
+}
+
+void Control::note(std::shared_ptr<const Label> label) {
+  say(std::move(label));
+  Call call;
+  call.set_name("called");
+  begin(call);
 }
 
 void Control::check() {
@@ -231,7 +238,7 @@ void Control::slow_wait(Word& word, uint32_t target, int peer) {
     if (time - start > timeout_) {
       const int odd = culprit(peer);
       fail(Kind::stalled, odd,
-           concat("rank ", odd, " did not answer for ", timeout_, " s (in ", block_->ranks[rank_].calls[me.sequence.load() % 4].name,
+           concat("rank ", odd, " did not answer for ", timeout_, " s (in ", block_->ranks[rank_].calls[me.sequence.load() % kHistory].name,
                   "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
       raise();
     }
@@ -264,8 +271,8 @@ void Control::compare(int peer) {
   const uint32_t sequence = mine.sequence.load();
   for (int r = 0; r < size_ && sequence > 0; r++) {
     if (!reached(block_->ranks[r].sequence.load(), sequence)) continue;
-    const Call& theirs = block_->ranks[r].calls[sequence % 4];
-    if (theirs.invalid || (r == peer && theirs.key() != mine.calls[sequence % 4].key())) mismatch({rank_, r});
+    const Call& theirs = block_->ranks[r].calls[sequence % kHistory];
+    if (theirs.invalid || (r == peer && theirs.key() != mine.calls[sequence % kHistory].key())) mismatch({rank_, r});
   }
 }
 
@@ -292,35 +299,36 @@ void Control::sleep_until(double time) {
 }
 
 void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message) {
-  uint32_t sequence = block_->ranks[rank_].sequence.load(), lowest = sequence;
+  uint32_t sequence = block_->ranks[rank_].sequence.load(), newest = sequence;
   const double start = now();
-  auto arrived = [&](int r) { return reached(block_->ranks[r].sequence.load(), sequence); };
+  auto arrived = [&](int r, uint32_t at) { return reached(block_->ranks[r].sequence.load(), at); };
   std::vector<int> all;
   for (int r = 0; r < size_; r++) {
-    while (!arrived(r) && now() - start < kJudgePatience) nap(0.0005);
-    if (!arrived(r)) lowest = std::min(lowest, block_->ranks[r].sequence.load());
+    while (!arrived(r, sequence) && now() - start < kJudgePatience) nap(0.0005);
+    if (arrived(r, newest)) newest = block_->ranks[r].sequence.load();
     all.push_back(r);
   }
   std::map<uint64_t, std::vector<int>> groups;
   auto group = [&](const std::vector<int>& ranks, uint32_t at, bool by_rows) {
     groups.clear();
     for (int r : ranks)
-      if (reached(block_->ranks[r].sequence.load(), at)) {
-        const Call& call = block_->ranks[r].calls[at % 4];
+      if (arrived(r, at)) {
+        const Call& call = block_->ranks[r].calls[at % kHistory];
         groups[by_rows ? static_cast<uint64_t>(call.rows) : call.key()].push_back(r);
       }
   };
-  // A rank that is in an earlier call may have left the common path there: its record is kept for three calls.
-  if (sequence - lowest < 4) group(all, lowest, false);
-  if (groups.size() > 1)
-    sequence = lowest;
-  else
-    group(all, sequence, false);
+  // The oldest call on which the ranks differ: it may have moved nothing.
+  for (uint32_t at = newest < kHistory ? 1 : newest - kHistory + 2; reached(sequence, at); at++) {
+    group(all, at, false);
+    if (groups.size() < 2) continue;
+    sequence = at;
+    break;
+  }
   if (groups.size() < 2) group(members, sequence, true);
   std::vector<std::vector<int>> sides;
   for (auto& [key, ranks] : groups) sides.push_back(ranks);
   std::sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a[0] < b[0]; });
-  auto call_of = [&](int r) -> const Call& { return block_->ranks[r].calls[sequence % 4]; };
+  auto call_of = [&](int r) -> const Call& { return block_->ranks[r].calls[sequence % kHistory]; };
   const Call& expected = call_of(sides[0][0]);
   const bool tie = sides.size() > 1 && sides[0].size() == sides[1].size();
   *odd = sides.back()[0];

@@ -17,6 +17,7 @@ namespace gingham {
 
 constexpr int kMaxRanks = 64;
 constexpr size_t kLabel = 200;
+constexpr uint32_t kHistory = 8;  // calls of each rank that are remembered
 
 // What a layer or function says of itself, made once: its kind, number and all options on which the ranks must agree.
 struct Label {
@@ -55,7 +56,7 @@ struct RankRecord {
   std::atomic<int32_t> waiting_on{-1};
   std::atomic<double> heartbeat{0};
   Word sequence;
-  Call calls[4];
+  Call calls[kHistory];
 };
 
 struct ControlBlock {
@@ -80,7 +81,9 @@ class Control {
   void attach(const std::string& version);  // publishes this rank and waits for all others
   void begin(const Call& call);             // publishes the call; throws the job's error if there is one
   void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
-  uint64_t key() const { return key_; }     // of the call begun last
+  // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
+  uint64_t key() const { return key_; }
+  void note(std::shared_ptr<const Label> label);  // a call that moves nothing
   // Waits until word >= target (wrapping). `peer` (global rank) is who must advance it.
   void wait(Word& word, uint32_t target, int peer);
   void sleep_until(double time);

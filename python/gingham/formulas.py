@@ -83,10 +83,6 @@ def linear_messages(grid: Grid, maps: int, swapped: bool, bias: bool) -> int:
     return x + y + maps * (3 * (row - 1) + 2 * (depth - 1) + (db if bias else 0))
 
 
-def swapping_is_cheaper(grid: Grid, k: int, n: int) -> bool:
-    return linear_words(grid, 1, k, [n], True, False) < linear_words(grid, 1, k, [n], False, False)
-
-
 def relayout_words(grid: Grid, rows: int, features: int, source: Layout, target: Layout) -> int:
     """What every rank's new block has and its old one had not; nothing for ranks that hold the new block already."""
     words = 0
@@ -99,6 +95,20 @@ def relayout_words(grid: Grid, rows: int, features: int, source: Layout, target:
         both = [max(0, min(a + p, b + q) - max(a, b)) for (a, p), (b, q) in zip(old, new, strict=True)]
         words += new[0][1] * new[1][1] - both[0] * both[1]
     return words
+
+
+def swapping_is_cheaper(grid: Grid, k: int, n: Sequence[int], source: Layout, target: Layout) -> bool:
+    """Whether linear maps [.., k] -> [.., n_i] that share X, from layout source to target, move less with n and k traded, relayouts
+    counted. Both ways move as much of W, so that the number of rows does not matter; it is one that all ranks divide."""
+    rows = 2 * grid.size
+
+    def words(swapped: bool) -> int:
+        x, y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
+        moves = [(k, source, x), *((size, y, target) for size in n)]
+        between = sum(relayout_words(grid, rows, size, *way) for size, a, b in moves for way in ((a, b), (b, a)))
+        return linear_words(grid, rows, k, n, swapped, False) + between
+
+    return words(True) < words(False)
 
 
 def table_axes(grid: Grid) -> tuple[Names, Names]:

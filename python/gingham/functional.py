@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import _C, compiled, gradients, second_order
+from . import _C, compiled, formulas, gradients, second_order
 from .compiled import traced
 from .errors import MeshError, ShapeError
 from .gradients import deferring as deferring
@@ -84,7 +84,7 @@ def linear_plan(
             raise MeshError(f"swapped={swapped} disagrees with layout={layout!r}, which is swapped={needed} on {mesh}")
         swapped = needed
     elif swapped == "auto":
-        swapped = swapping_is_cheaper(mesh, k, sum(n))
+        swapped = formulas.swapping_is_cheaper(mesh, k, n, mesh.layout(ends[0]), mesh.layout(ends[1]))
     swapped = bool(swapped)
     given = [mesh.layout(end) for end in ends]
     first, second = (mesh.axes.n, mesh.axes.k) if swapped else (mesh.axes.k, mesh.axes.n)
@@ -107,12 +107,6 @@ def linear_plan(
     )
     plan.handles.append(compiled.register(mesh, plan))
     return plan
-
-
-def swapping_is_cheaper(mesh: Mesh, k: int, n: int) -> bool:
-    """Words of forward and backward (THEORY.md section 4), 3x(pn-1) + 2y(pk-1) against the same with n and k traded."""
-    _, pn, pk = mesh.grid
-    return 3 * k * (pk - 1) + 2 * n * (pn - 1) < 3 * k * (pn - 1) + 2 * n * (pk - 1)
 
 
 def make_step(
@@ -255,13 +249,14 @@ class _Linear(torch.autograd.Function):
         wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
         nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
         put_off = deferring(parameters)
-        later = not put_off and bool(wanted) and gradients.may_sum_later(plan.mesh, wanted, nodes)
         here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
         need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
         # gradients of a cast are summed over depth after they are float32 again, not before
         cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
         plan.mesh.say(ctx.label)
-        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (later or put_off or cast))
+        threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
+        later = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
+        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
         dbs = [
             _bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)
         ]
@@ -270,6 +265,8 @@ class _Linear(torch.autograd.Function):
         for weight, dw in zip(parameters, dws, strict=False):
             if later and dw is not None:
                 gradients.sums_of(plan.mesh).add(weight, dw)
+            elif threaded and dw is not None:
+                gradients.sums_of(plan.mesh).sum_now(dw)
             elif put_off and dw is not None:
                 dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
             elif cast and dw is not None:

@@ -2,8 +2,9 @@
 
 Where weights are replicated over depth, dW must be summed over it before backward() returns, but nobody reads it until
 then. A thread of each rank does the sums, in the order in which the layers ask (the same on every replica), on a
-communicator of its own; a callback at the end of the backward pass waits for them. A sum is done at once instead where
-something may read or add to the gradient earlier: .grad is already set, a hook, autograd.grad, a second use.
+communicator of its own; a callback at the end of the backward pass waits for them. Where something may read or add to
+the gradient earlier (.grad is already set, a hook, autograd.grad, a second use) the layer waits for its sum at once: the
+same message by the same way, so that a hook may stand on one rank only.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from queue import SimpleQueue
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch.utils.hooks import BackwardHook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .layout import Names
@@ -63,6 +66,13 @@ class DepthSums:
     def stop(self) -> None:
         self._queue.put(None)
         self._thread.join()
+
+    def sum_now(self, gradient: torch.Tensor) -> None:
+        """In place, behind all that was asked for before."""
+        entry = Pending(gradient, gradient, self.mesh.background_empty(gradient).copy_(gradient), -1)
+        self._queue.put(entry)
+        entry.wait()
+        gradient.copy_(entry.summed)
 
     def add(self, weight: torch.Tensor, gradient: torch.Tensor) -> None:
         task = torch._C._current_graph_task_id()
@@ -118,16 +128,39 @@ def may_sum_later(mesh: Mesh, weights: list[torch.Tensor], nodes: list[Any]) -> 
     nodes: the autograd nodes that receive the gradients. Gradients of the same weights already under way are completed
     when the answer is no, since autograd will add to them.
     """
-    # on a GPU the sum is queued on a stream and needs no thread
-    if mesh.axis(mesh.axes.depth) is None or mesh.background is None:
-        return False
-    free = not torch.is_grad_enabled() and all(_accumulates_alone(weight, node) for weight, node in zip(weights, nodes, strict=True))
+    alone = (_accumulates_alone(weight, node) for weight, node in zip(weights, nodes, strict=True))
+    free = not _hooked and not torch.is_grad_enabled() and all(alone)
     used = [sums_of(mesh).settle(weight) for weight in weights] if mesh.depth_sums is not None else []
     return free and not any(used)
 
 
+def has_thread(mesh: Mesh, weights: list[torch.Tensor]) -> bool:
+    """Whether the sums over depth of these weights' gradients are a thread's: on a GPU they are queued on a stream and need none,
+    those of 16-bit weights are made of wider ones inside the step."""
+    wide = all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+    return wide and mesh.axis(mesh.axes.depth) is not None and mesh.background is not None
+
+
+# Backward hooks of modules that live graphs hold: what such a hook reads must be complete. torch makes one object a call
+# of a module that has hooks, and tells nobody.
+_hooked: WeakSet[BackwardHook] = WeakSet()
+
+
+def _noting(make: Callable[..., None]) -> Callable[..., None]:
+    @wraps(make)
+    def make_and_note(self: BackwardHook, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _hooked.add(self)
+
+    return make_and_note
+
+
+BackwardHook.__init__ = _noting(BackwardHook.__init__)  # type: ignore[method-assign]
+
+
 def _accumulates_alone(weight: torch.Tensor, node: Any) -> bool:
-    if getattr(node, "variable", None) is not weight or weight.dtype not in (torch.float32, torch.float64):
+    if getattr(node, "variable", None) is not weight:
         return False
     if weight.grad is not None or weight._backward_hooks or weight._post_accumulate_grad_hooks:
         return False

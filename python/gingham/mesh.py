@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import count
 from math import prod
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -65,7 +65,7 @@ class Mesh:
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
         keep(self)
-        _by_device_mesh[id(device_mesh)] = self
+        _alive.add(self)
         self._labels: dict[str, Any] = {}
         self._next_number = count()
         self.depth_sums: Any = None
@@ -180,14 +180,15 @@ class Mesh:
         """Of a layer among those made on this mesh."""
         return next(self._next_number)
 
-    def say(self, label: str) -> None:
-        """Whose call the next one is; ranks that say otherwise there disagree."""
+    def say(self, label: str, moves: bool = True) -> None:
+        """Whose call the next one is; ranks that say otherwise there disagree. moves False: a call in itself, that moves nothing; ranks
+        that make another are told at the next that does."""
         known = self._labels.get(label)
         if known is None:
             if len(self._labels) >= LABELS:
                 self._labels.clear()
             known = self._labels[label] = _C.Label(label)
-        self.job.say(known)
+        self.job.say(known) if moves else self.job.note(known)
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
@@ -242,13 +243,12 @@ def has_mesh() -> bool:
     return _current is not None
 
 
-_by_device_mesh: WeakValueDictionary[int, Mesh] = WeakValueDictionary()
+_alive: WeakSet[Mesh] = WeakSet()
 
 
 def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:
-    """The mesh of gingham that lies on a torch DeviceMesh."""
-    found = _by_device_mesh.get(id(device_mesh))
-    return found if found is not None and found.device_mesh is device_mesh else None
+    """The mesh of gingham that lies on a torch DeviceMesh, or on an equal one: DTensor hands on meshes that it has seen before."""
+    return next((mesh for mesh in list(_alive) if not mesh.ended and mesh.device_mesh == device_mesh), None)
 
 
 def mesh_of(parameter: DTensor) -> Mesh | None:

@@ -166,7 +166,7 @@ def trades(grid: Outline, part: Linears) -> bool:
     """Whether n and k trade places in these linears: the layout decides where outer and inner differ, else the bytes."""
     if grid.outer != grid.inner:
         return part.layout == "inner->outer"
-    return part.layout != "outer->outer" and formulas.swapping_is_cheaper(grid, part.k, sum(part.n))
+    return part.layout != "outer->outer" and formulas.swapping_is_cheaper(grid, part.k, part.n, grid.outer, grid.outer)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -149,3 +149,36 @@ def test_replicas_keep_equal_bits_and_runs_repeat(ranks) -> None:
     for rank in range(4):
         assert all(torch.equal(a, b) for a, b in zip(first[rank], first[rank + 4], strict=True))
     assert all(torch.equal(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True))
+
+
+def summed_gradients(rank: int, kind: str) -> bool:
+    """A hook that reads weight.grad, or stands on one rank only, in a mesh with replicas over depth (A15, B10)."""
+    mesh = gingham.init(**OPTIONS)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(gingham.nn.Linear(16, 16), gingham.nn.Linear(16, 16))
+    seen = []
+
+    def note(module: torch.nn.Module) -> None:
+        if module.weight.grad is not None:  # torch too may call the hook first
+            seen.append(module.weight.grad.to_local().clone())
+
+    if kind == "module" or kind == "module on one rank" and rank == 3:
+        model[1].register_full_backward_hook(lambda module, *_: note(module))
+    if kind == "outer module":
+        model.register_full_backward_hook(lambda module, *_: note(module[1]))
+    if kind == "tensor on one rank" and rank == 3:
+        model[1].weight.register_hook(lambda gradient: seen.append(gradient.to_local().clone()))
+    if kind == "accumulated on one rank" and rank == 3:
+        model[1].weight.register_post_accumulate_grad_hook(lambda weight: seen.append(weight.grad.to_local().clone()))
+    x = mesh.scatter(torch.randn(8, 16, generator=torch.Generator().manual_seed(1)))
+    model(x).pow(2).sum().backward()
+    torch.manual_seed(0)
+    serial = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16))
+    serial(torch.randn(8, 16, generator=torch.Generator().manual_seed(1))).pow(2).sum().backward()
+    exact = [relative(whole(a.grad), b.grad) <= 1e-6 for a, b in zip(model.parameters(), serial.parameters(), strict=True)]
+    return all(exact) and all(torch.equal(each, model[1].weight.grad.to_local()) for each in seen)
+
+
+@pytest.mark.parametrize("kind", ["module", "outer module", "module on one rank", "tensor on one rank", "accumulated on one rank"])
+def test_a15_b10_hooks_read_whole_sums_and_may_differ_by_rank(ranks, kind: str) -> None:
+    assert all(ranks(8)(summed_gradients, kind))

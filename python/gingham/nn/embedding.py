@@ -122,8 +122,7 @@ class _Embedding(torch.autograd.Function):
         ctx.save_for_backward(ids)
         axis, local = layer.mesh.axis(layer.cut), local_of(weight)
         ctx.label = layer.label
-        if axis is not None:
-            layer.mesh.say(ctx.label)
+        layer.mesh.say(ctx.label, moves=axis is not None)
         table = torch.cat(axis.all_gather(local, layer.mesh.source)) if axis is not None else local
         return F.embedding(ids, table)
 

@@ -60,7 +60,7 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
     given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
     if target.is_floating_point():
         raise TypeError(f"{name}: target is {target.dtype}, expected class indices of an integer dtype")
-    moved = target.shape != logits.shape[:-1] and given != needed and target.dim() > 0
+    moved = target.dim() > 0 and logits.dim() > 1 and given != needed and _cut_as(target, logits, mesh, given)
     if moved:
         target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
@@ -68,6 +68,17 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
             f"{name}: rank {mesh.rank} got logits {tuple(logits.shape)} and target {tuple(target.shape)}; expected [..., V] and [...]"
         )
     return target, moved, given, needed
+
+
+def _cut_as(target: torch.Tensor, logits: torch.Tensor, mesh: Mesh, given: Layout) -> bool:
+    """Whether the ranks of `given` have pieces of the logits' rows, told by all their sizes: one rank's may fit by chance."""
+    if torch.compiler.is_compiling():
+        return target.shape[0] * mesh.parts(given.rows) == logits.shape[0]
+    axis = mesh.axis(given.rows)
+    if axis is None:
+        return target.shape != logits.shape[:-1]
+    counts = [count for (count,) in axis.sizes([len(target)])]
+    return any(count != logits.shape[0] for count in counts)
 
 
 @torch.no_grad()

@@ -189,7 +189,7 @@ class _Normalise(torch.autograd.Function):
     ) -> torch.Tensor:
         mesh, names = layer.mesh, layer.mesh.layout(layer.layout).features
         wide = x.double()
-        mesh.say(layer.label) if mesh.axis(names) is not None else None
+        mesh.say(layer.label, moves=mesh.axis(names) is not None)
         mean, variance = _moments(wide, mesh, names, layer.features, centred)
         scale = (variance + eps).rsqrt().unsqueeze(-1)
         normal = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))

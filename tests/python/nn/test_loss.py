@@ -108,3 +108,25 @@ def test_what_it_refuses() -> None:
             gingham.cross_entropy(logits, torch.zeros(4, dtype=torch.long), reduction="max")
     finally:
         gingham.destroy()
+
+
+def few_rows(rank: int) -> list[float]:
+    """Fewer rows than ranks, logits of all rows and targets cut (B10)."""
+    mesh, errors = gingham.init(**GRIDS["1d sequence"]), []
+    for rows in (1, 2, 3, 5):
+        generator = torch.Generator().manual_seed(rows)
+        logits, target = torch.randn(rows, 12, generator=generator), torch.randint(12, (rows,), generator=generator)
+        exact = logits.double().requires_grad_()
+        expected = torch.nn.functional.cross_entropy(exact, target)
+        expected.backward()
+        for given in (mesh.scatter(target), target):
+            x = logits.clone().requires_grad_()
+            loss = gingham.cross_entropy(mesh.scatter(x, "inner"), given, layout="inner")
+            loss.backward()
+            errors += [relative(loss, expected), relative(x.grad, exact.grad)]
+    return errors
+
+
+def test_b10_fewer_rows_than_ranks(ranks) -> None:
+    for errors in ranks(4)(few_rows):
+        assert max(errors) <= 2e-6, errors
