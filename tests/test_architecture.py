@@ -36,7 +36,7 @@ PYTHON_MODULES = {
     "nn": {"layout", "mesh", "compiled", "functional", "errors", "nn"},
     "convert": {"layout", "mesh", "compiled", "functional", "nn", "cost", "formulas", "errors", "convert"},
     "parallel": {"layout", "mesh", "errors", "parallel"},
-    "checkpoint": {"layout", "mesh", "errors", "checkpoint"},
+    "checkpoint": {"layout", "mesh", "errors", "checkpoint", "_C"},
     "formulas": {"mesh", "layout", "errors"},
     "workload": {"errors"},
     "planner": {"mesh", "layout", "formulas", "workload", "errors"},

@@ -14,12 +14,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors
 import torch
 
 from . import folders, hub
+from .blocks import Summed
+from .metadata import is_plain
 from .tensors import Offsets, Part, Whole, check_dtype, plain_keys, whole_of
 from .together import CheckpointError, Ranks
 
@@ -57,14 +59,16 @@ class Line:
 
 
 class Files:
-    """A set of files being written beside the ones they replace. `lines` in the order in which tensors must be added."""
+    """A set of files being written in a folder of its own beside the ones they replace. `lines` in the order in which tensors must
+    be added."""
 
     def __init__(self, path: Path, lines: Iterable[Line], limit: int) -> None:
         self.single = path if path.suffix == ".safetensors" else None
         self.folder = path.parent if self.single else path
         self.shards = _shards(lines, 1 << 62 if self.single else limit)
         self.lines = [line for shard in self.shards for line in shard]
-        self._open: BinaryIO | None = None
+        self._open: Summed | None = None
+        self._writing: folders.Writing | None = None
         self._starts = {shard[0].key: index for index, shard in enumerate(self.shards) if shard}
 
     def name(self, index: int) -> str:
@@ -72,16 +76,17 @@ class Files:
             return self.single.name
         return SINGLE if len(self.shards) == 1 else f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
-    def _temporary(self, index: int) -> Path:
-        return self.folder / f"{folders.WRITING}{self.name(index)}"
-
     def begin(self) -> None:
         for line in self.lines:
             if line.dtype not in NAMES:
                 raise CheckpointError(f"{line.key}: is {line.dtype}, which safetensors files cannot hold; expected one of {list(DTYPES)}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._writing = folders.begin(self.folder, "export")
         if not self.lines:
             self._start(0)
+
+    def _new(self, name: str) -> Summed:
+        assert self._writing is not None
+        return Summed(self._writing.folder / name, f"{sum(line.bytes for line in self.lines):,} bytes of weights")
 
     def _start(self, index: int) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -92,14 +97,12 @@ class Files:
         packed = json.dumps(header, separators=(",", ":")).encode()
         packed += b" " * (-len(packed) % 8)
         self._finish()
-        self._open = open(self._temporary(index), "wb")  # noqa: SIM115
+        self._open = self._new(self.name(index))
         self._open.write(len(packed).to_bytes(8, "little") + packed)
 
     def _finish(self) -> None:
         if self._open is not None:
-            self._open.flush()
-            os.fsync(self._open.fileno())
-            self._open.close()
+            self._open.finish()
             self._open = None
 
     def add(self, line: Line, tensor: torch.Tensor) -> None:
@@ -108,27 +111,35 @@ class Files:
         assert self._open is not None
         self._open.write(_bytes_of(tensor).numpy().data)
 
+    def give_up(self) -> None:
+        """Removes what was written of a set that is not complete."""
+        if self._open is not None:
+            self._open.abandon()
+        if self._writing is not None:
+            self._writing.give_up()
+
     def commit(self) -> None:
-        """Gives the files their names, the index last, and removes an earlier export's that are no longer part of the set."""
+        """Gives the files their names, the index last, and removes an earlier export's that are no longer part of the set. Exports
+        of several jobs into one folder do so one after the other: the last one's set is what stays."""
         self._finish()
-        for index in range(len(self.shards)):
-            os.replace(self._temporary(index), self.folder / self.name(index))
-        if not self.single:
-            written = {self.name(index) for index in range(len(self.shards))}
-            if len(self.shards) > 1:
-                places = {line.key: self.name(index) for index, shard in enumerate(self.shards) for line in shard}
-                total = {"total_size": sum(line.bytes for line in self.lines)}
-                temporary = self.folder / f"{folders.WRITING}{INDEX}"
-                with open(temporary, "w") as file:
-                    json.dump({"metadata": total, "weight_map": places}, file, indent=2, sort_keys=True)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder / INDEX)
-                written.add(INDEX)
-            for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / SINGLE, self.folder / INDEX]:
-                if old.name not in written:
-                    old.unlink(missing_ok=True)
-        folders.sync(self.folder)
+        assert self._writing is not None
+        written = [self.name(index) for index in range(len(self.shards))]
+        if not self.single and len(self.shards) > 1:
+            places = {line.key: self.name(index) for index, shard in enumerate(self.shards) for line in shard}
+            total = {"total_size": sum(line.bytes for line in self.lines)}
+            index = self._new(INDEX)
+            index.write(json.dumps({"metadata": total, "weight_map": places}, indent=2, sort_keys=True).encode())
+            index.finish()
+            written.append(INDEX)
+        with folders.turn(self.folder):
+            for name in written:
+                os.replace(self._writing.folder / name, self.folder / name)
+            if not self.single:
+                for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / SINGLE, self.folder / INDEX]:
+                    if old.name not in written:
+                        old.unlink(missing_ok=True)
+            folders.sync(self.folder)
+        self._writing.give_up()
 
 
 def _shards(lines: Iterable[Line], limit: int) -> list[list[Line]]:
@@ -164,7 +175,8 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
     its first. Bytes: every block that rank 0 lacks, sent to it once; not counted as traffic. Raises CheckpointError on
     every rank where one fails.
     """
-    ranks, what = Ranks(), f"gingham.export_safetensors to {path}"
+    what = f"gingham.export_safetensors to {path}"
+    ranks = Ranks(what, writes=True)
     limit = size_of(shard_size)
     wholes: dict[str, Whole] = {}
 
@@ -178,12 +190,22 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
         return {key: [(place, lengths) for place, (lengths, _) in whole.chunks.items()] for key, whole in wholes.items()}
 
     tables = ranks.together(what, describe)
-    files = Files(Path(path).absolute(), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit)
-    ranks.first(what, files.begin)
-    for line in files.lines:
-        tensor = _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables])
-        ranks.first(what, lambda line=line, tensor=tensor: files.add(line, tensor))  # type: ignore[misc]
-    ranks.first(what, files.commit)
+    made: list[Files] = []
+
+    def begin() -> list[Line]:
+        made.append(Files(folders.absolute(path), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit))
+        made[0].begin()
+        return made[0].lines
+
+    try:
+        for line in ranks.first(what, begin):
+            tensor = _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables])
+            ranks.first(what, lambda line=line, tensor=tensor: made[0].add(line, tensor))  # type: ignore[misc]
+        ranks.first(what, lambda: made[0].commit())
+    except BaseException:
+        for files in made:
+            files.give_up()
+        raise
 
 
 def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> torch.Tensor | None:
@@ -218,7 +240,11 @@ class Stored:
     """The tensors of safetensors files, opened one file at a time."""
 
     def __init__(self, path: Path) -> None:
-        self.places = {key: file for file in _files_of(path) for key in _keys_of(file)}
+        self.places: dict[str, Path] = {}
+        for file in _files_of(path):
+            for key in _keys_of(file):
+                if self.places.setdefault(key, file) != file:
+                    raise CheckpointError(f"{key}: is in {self.places[key]} and in {file}; the files are of different models")
         self._file: Path | None = None
         self._opened: Any = None
 
@@ -244,22 +270,45 @@ class Stored:
 
 
 def _keys_of(file: Path) -> list[str]:
-    with safetensors.safe_open(str(file), framework="pt") as opened:
-        return list(opened.keys())
+    try:
+        with safetensors.safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except Exception as error:
+        raise CheckpointError(f"{file}: is no safetensors file, or a damaged one: {type(error).__name__}: {error}") from error
 
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / SINGLE).is_file():
-        return [path / SINGLE]
+        return [_within(path, SINGLE)]
     if not (path / INDEX).is_file():
         raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX} in it, or a .safetensors file; there is neither")
-    places = json.loads((path / INDEX).read_text())["weight_map"]
-    missing = sorted({name for name in places.values() if not (path / name).is_file()})
+    index = _within(path, INDEX)
+    try:
+        places = json.loads(index.read_text())["weight_map"]
+        names = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: got no table of files ({type(error).__name__}: {error}), expected a weight_map") from error
+    missing = [name for name in names if is_plain(name) and not (path / name).is_file()]
     if missing:
-        raise CheckpointError(f"{path / INDEX}: names {missing}, which are not there")
-    return [path / name for name in sorted(set(places.values()))]
+        raise CheckpointError(f"{index}: names {missing}, which are not there")
+    files = {name: _within(path, name) for name in names}
+    held = {key: name for name, file in files.items() for key in _keys_of(file)}
+    wrong = [f"{key} in {name}" for key, name in places.items() if held.get(key) != name]
+    if wrong:
+        raise CheckpointError(f"{index}: names {'; '.join(wrong[:8])}, where it is not; the files are of different models")
+    return list(files.values())
+
+
+def _within(folder: Path, name: Any) -> Path:
+    """A file of a folder. Raises CheckpointError where the name or a link leads out of it, but for the hub's cache, whose
+    snapshots/<revision>/ are links into blobs/ beside them."""
+    if is_plain(name) and folder.parent.name == "snapshots":
+        blobs = (folder.parent.parent / "blobs").resolve()
+        if (folder / name).resolve().parent == blobs:
+            return folder / name
+    return folders.inside(folder, name)
 
 
 def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], strict: bool = True) -> None:
@@ -269,14 +318,16 @@ def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], str
     Keys may carry or lack the model's `base_model_prefix` or be names that transformers has since changed; a tensor with two
     keys needs one of them. Everything is
     checked before the model is changed. Raises CheckpointError on every rank, naming rank, key, got and expected, for
-    missing and unused keys (but those that the model's _keys_to_ignore_on_load_unexpected names), other shapes, and
-    dtypes that the model's cannot hold exactly; strict=False loads what is there, and casts.
+    missing and unused keys (but those that transformers passes over: what the model's _keys_to_ignore_on_load_unexpected
+    names, buffers that are not saved), other shapes, and dtypes that the model's cannot hold exactly; strict=False loads
+    what is there, and casts. Names in an index with folders in them and links that leave the folder are refused.
     """
-    ranks, what = Ranks(), f"gingham.import_safetensors from {path}"
+    what = f"gingham.import_safetensors from {path}"
+    ranks = Ranks(what)
     found: list[tuple[Stored, list[tuple[str, Whole]]]] = []
 
     def prepare() -> None:
-        stored = Stored(Path(path).absolute())
+        stored = Stored(folders.absolute(path))
         found.append((stored, _matched(model, stored, strict)))
 
     ranks.together(what, prepare)
@@ -310,8 +361,8 @@ def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple
         matched.append((name, whole))
     if strict:
         wrong += [f"{key}: got nothing, expected in the files" for key, parts in keys.items() if not here[_identity(parts)]]
-        unused = [name for name in stored.places if name not in used and not hub.ignored(model, name)]
-        wrong += [f"{name}: is in the files, expected nothing of that name" for name in unused]
+        unused = [name for name in stored.places if name not in used and not hub.ignored(model, name, renamed[name])]
+        wrong += [f"{name}: is in the files, expected nothing of that name (strict=False passes over it)" for name in unused]
     if wrong:
         raise CheckpointError("; ".join(wrong[:8]) + (f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""))
     return matched
