@@ -49,16 +49,17 @@ def save(
         raise ValueError(f"keep={keep}: expected the number of checkpoints to keep, at least 1")
     what = f"gingham.save to {path}"
     ranks = Ranks(what, writes=True)
+    planner, merged, metadata = _plan(ranks, lambda: gathered(ranks, model, optimizer, {"scheduler": scheduler, "scaler": scaler}, step))
     begun: list[folders.Writing] = []
 
     def begin() -> Path:
         begun.append(folders.begin(folders.absolute(path)))
         return begun[0].folder
 
-    temporary = ranks.first(what, begin)
+    folder = ranks.first(what, begin)
     try:
-        _write(ranks, what, temporary, lambda: gathered(ranks, model, optimizer, {"scheduler": scheduler, "scaler": scaler}, step))
-        ranks.first(what, lambda: folders.commit(begun[0], keep))
+        results = ranks.together(what, lambda: blocks.write(folder, planner.finish_plan(merged[ranks.rank]), planner))
+        ranks.first(what, lambda: _finish(begun[0], metadata, results, keep))
     except CheckpointError:
         # every rank has stopped writing; what it wrote may be what filled the disk
         for writing in begun:
@@ -69,14 +70,15 @@ def save(
             writing.lock.release()
 
 
-def _write(ranks: Ranks, what: str, folder: Path, state: Callable[[], dict[str, Any]]) -> None:
+def _plan(ranks: Ranks, state: Callable[[], dict[str, Any]]) -> tuple[SavePlanner, Any, Any]:
+    """The planner, what each rank will write, and the metadata (of rank 0). Raises CheckpointError where that is not all."""
     planner = SavePlanner()
 
     def plan() -> Any:
         planner.set_up_planner(state(), None, ranks.rank == 0)
         return planner.create_local_plan()
 
-    plans = ranks.together(what, plan)
+    plans = ranks.together(ranks.what, plan)
 
     def merge() -> Any:
         lacking = missing_blocks(plans)
@@ -85,17 +87,16 @@ def _write(ranks: Ranks, what: str, folder: Path, state: Callable[[], dict[str, 
         merged, metadata = planner.create_global_plan(plans)
         return [replace(part, storage_data=_StoragePrefix(f"__{rank}_")) for rank, part in enumerate(merged)], metadata
 
-    merged, metadata = ranks.first(what, merge)
-    results = ranks.together(what, lambda: blocks.write(folder, planner.finish_plan(merged[ranks.rank]), planner))
+    return planner, *ranks.first(ranks.what, merge)
 
-    def finish() -> None:
-        blocks.finish(folder, metadata, [result for part in results for result in part])
-        try:
-            blocks.open_checkpoint(folder)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}, as its ranks wrote: all ranks must write to one file system") from error
 
-    ranks.first(what, finish)
+def _finish(writing: folders.Writing, metadata: Any, results: list[Any], keep: int) -> None:
+    blocks.finish(writing.folder, metadata, [result for part in results for result in part])
+    try:
+        blocks.open_checkpoint(writing.folder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}, as its ranks wrote: all ranks must write to one file system") from error
+    folders.commit(writing, keep)
 
 
 def load(

@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO, cast
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -160,7 +160,11 @@ class Opened:
         return [(name, block) for name, blocks in sorted((self.sums or {}).items()) for block in blocks]
 
     def verify(self, rank: int = 0, size: int = 1) -> None:
-        """Reads this rank's share of all blocks and raises CheckpointError where a sum is another. Bytes: a `size`-th of all."""
+        """Reads this rank's share of all blocks and raises CheckpointError where a sum is another; without sums, where one is no
+        tensor of its shape and dtype. Bytes: a `size`-th of all."""
+        if self.sums is None:
+            self._try(rank, size)
+            return
         blocks = self.blocks()
         total, before = sum(length for _, (_, length, _) in blocks), 0
         wrong, buffer = [], memoryview(bytearray(BUFFER))
@@ -177,6 +181,23 @@ class Opened:
                 wrong.append(f"{self.folder / name}: {', '.join(keys)}: got checksum {found:08x}, expected {expected:08x}")
         if wrong:
             raise CheckpointError(_damaged(wrong))
+
+    def _try(self, rank: int, size: int) -> None:
+        for index, info in list(self.metadata.storage_data.items())[rank::size]:
+            saved = self.metadata.state_dict_metadata.get(index.fqn)
+            if not isinstance(saved, TensorStorageMetadata):
+                continue
+            with open(self.folder / info.relative_path, "rb") as file:
+                file.seek(info.offset)
+                packed = io.BytesIO(file.read(info.length))
+            try:
+                tensor = torch.load(packed, map_location="cpu", weights_only=True)
+                found = (tensor.shape, tensor.dtype)
+            except Exception as error:
+                raise CheckpointError(_damaged([f"{file.name}: {index.fqn}: {type(error).__name__}: {error}"])) from error
+            expected = [(chunk.sizes, saved.properties.dtype) for chunk in saved.chunks if chunk.offsets == index.offset]
+            if found not in expected:
+                raise CheckpointError(_damaged([f"{file.name}: {index.fqn}: got {found}, expected {expected}"]))
 
 
 def _damaged(wrong: list[str]) -> str:

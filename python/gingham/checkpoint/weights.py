@@ -18,10 +18,11 @@ from typing import Any
 
 import safetensors
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from . import folders, hub
 from .blocks import Summed
-from .metadata import is_plain
+from .metadata import is_plain, uncovered
 from .tensors import Offsets, Part, Whole, check_dtype, plain_keys, whole_of
 from .together import CheckpointError, Ranks
 
@@ -193,6 +194,9 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
     made: list[Files] = []
 
     def begin() -> list[Line]:
+        lacking = [reason for key, whole in wholes.items() for reason in _lacking(key, whole, [table[key] for table in tables])]
+        if lacking:
+            raise CheckpointError(f"{'; '.join(lacking[:8])}: the ranks do not hold the whole model")
         made.append(Files(folders.absolute(path), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit))
         made[0].begin()
         return made[0].lines
@@ -206,6 +210,12 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
         for files in made:
             files.give_up()
         raise
+
+
+def _lacking(key: str, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> list[str]:
+    blocks = {place: lengths for held in table for place, lengths in held}
+    chunks = [ChunkStorageMetadata(torch.Size(place), lengths) for place, lengths in blocks.items()]
+    return uncovered(key, TensorStorageMetadata(TensorProperties(whole.dtype), whole.shape, chunks))
 
 
 def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> torch.Tensor | None:
