@@ -183,7 +183,7 @@ def signed(files: Files, metadata: Any) -> Files:
     table: dict[str, list[Any]] = {}
     for info in metadata.storage_data.values():
         data = files[info.relative_path][info.offset : info.offset + info.length]
-        table.setdefault(info.relative_path, []).append([info.offset, info.length, blocks.crc32c(data)])
+        table.setdefault(info.relative_path, []).append([info.offset, info.length, blocks.crc32c(data), -1])
     body = json.dumps({"format": 2, "metadata": [0, 0], "files": table})[1:].encode()
     return with_metadata({**files, "checksums.json": blocks._head(body) + body}, pickle.dumps(metadata))
 
@@ -232,7 +232,7 @@ def test_b3_code_in_blocks_never_runs(pair: tuple[Files, Files], tmp_path: Path)
     """A block and the extra state are read by torch.load(weights_only=True), whatever their checksums say."""
     flag, file = tmp_path / "flag", io.BytesIO()
     torch.save(Run(os.mkdir, str(flag)), file)
-    for name, word in (("extra", "extra cannot be read"), ("model.second.bias", "a block cannot be read")):
+    for name, word in (("extra", "extra cannot be read"), ("model.second.bias", "cannot be read")):
         folder = put(tmp_path / "x", files := dict(pair[0]))
         metadata = FileSystemReader(folder).read_metadata()
         for number, (index, info) in enumerate(metadata.storage_data.items(), 10):

@@ -17,8 +17,9 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 
 from . import blocks, folders
-from .state import Target, extra_of, gathered
-from .tensors import SavePlanner, Whole, check, missing_blocks, read
+from .reading import fill
+from .state import EXTRA, MODEL, RNG, Target, extra_of, gathered
+from .tensors import SavePlanner, Whole, check, missing_blocks
 from .together import CheckpointError, Ranks
 from .weights import export_safetensors, import_safetensors
 
@@ -112,9 +113,11 @@ def load(
     The model may stand on any grid, or on none; each rank reads its blocks of what any grid wrote. With optimizer=None only
     the model is read. With an optimizer, its state and settings, scheduler, scaler, the generator and the dropout calls
     continue where they were: on the same grid to the bit. On another number of ranks all generators get rank 0's state.
-    Everything is checked before the model is changed. Raises CheckpointError on every rank, naming rank and key, for keys
-    missing in the checkpoint or left over in it, other shapes, and dtypes that the model's cannot hold exactly;
-    strict=False loads what fits by name and casts (shapes must agree all the same).
+    Everything is checked before the model is changed: every byte of the checkpoint against its checksums, and whether it fits;
+    until then a rank holds its part of the model twice. A folder without checksums loads with a warning. Raises
+    CheckpointError on every rank, naming rank and key, for damage, keys missing in the checkpoint or left over in it, other
+    shapes, and dtypes that the model's cannot hold exactly; strict=False loads what fits by name and casts (shapes must
+    agree all the same). No code that the files may hold is run, and no path in them leaves the folder.
     """
     what = f"gingham.load from {path}"
     ranks = Ranks(what)
@@ -127,16 +130,16 @@ def load(
 
     try:
         folder = ranks.first(what, find)
-        prepared: list[tuple[blocks.Opened, Target]] = []
+        prepared: list[tuple[blocks.Opened, Target, Callable[[], None]]] = []
         beside = {"scheduler": scheduler, "scaler": scaler}
         ranks.together(what, lambda: prepared.append(_prepare(ranks, folder, model, optimizer, beside, strict)))
-        opened, target = prepared[0]
+        opened, target, fill_model = prepared[0]
         if opened.sums is None:
             warnings.warn(
                 f"gingham.load: {folder} has no {folders.LOCK}: an earlier gingham or another tool wrote it, damage would go unseen",
                 stacklevel=2,
             )
-        ranks.together(f"{what} (the model may be half loaded)", lambda: read(opened.reader, opened.metadata, target.state))
+        fill_model()
         target.apply()
         return target.extra.get("step")
     finally:
@@ -145,9 +148,9 @@ def load(
 
 
 def _prepare(ranks: Ranks, folder: Path, model: torch.nn.Module, optimizer: Any, beside: dict[str, Any], strict: bool) -> Any:
-    """The checkpoint and what it will fill, once everything has been looked at: its share of all bytes, and whether it fits."""
+    """The checkpoint, what it fills, and what fills the model, once everything has been looked at: whether it fits, and every sum.
+    What is the optimizer's has been read into tensors that it gets at the end."""
     opened = blocks.open_checkpoint(folder)
-    opened.verify(ranks.rank, ranks.size)
     saved = opened.metadata.state_dict_metadata
     target = Target(ranks, model, optimizer, beside, saved, extra_of(opened), strict)
     wrong = target.wrong + [
@@ -159,4 +162,5 @@ def _prepare(ranks: Ranks, folder: Path, model: torch.nn.Module, optimizer: Any,
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise CheckpointError("; ".join(wrong[:8]) + more)
-    return opened, target
+    opened.verify(ranks.rank, ranks.size, lambda key: key == EXTRA or key != RNG and key in target.state)
+    return opened, target, fill(opened, target.state, lambda key: not key.startswith(MODEL))

@@ -2,7 +2,7 @@
 CRC-32C of each, of `.metadata` and of itself, all looked at before a load touches a model.
 
 {"crc32c": "<sum of the bytes after this value>", "format": 2, "metadata": [bytes, sum],
- "files": {"__0_0.distcp": [[offset, bytes, sum], ...], ...}}
+ "files": {"__0_0.distcp": [[offset, bytes, sum, where in it the tensor's own bytes begin], ...], ...}}
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import os
 import pickle
 import shutil
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
@@ -30,9 +30,10 @@ from . import folders
 from .metadata import METADATA, read_metadata
 from .together import CheckpointError
 
+Written = tuple[WriteResult, int, int]  # where a block lies, its sum, where in it the tensor's bytes begin
 FORMAT = 2  # 1: without checksums
 BUFFER = 1 << 18  # bytes read at a time: they stay in the processor's cache
-Block = tuple[int, int, int]  # offset, bytes, sum
+Block = tuple[int, int, int, int]  # offset, bytes, sum, where in it a tensor's bytes begin (-1: not known)
 
 
 class Summed:
@@ -41,11 +42,12 @@ class Summed:
 
     def __init__(self, file: Path, doing: str = "") -> None:
         self.path, self.doing, self.at, self.sum = file, doing, 0, 0
+        self.places: dict[int, int] = {}  # by the length of a write, where it began
         self.failed: CheckpointError | None = None
         self._file: BinaryIO = open(file, "wb")  # noqa: SIM115
 
     def restart(self, doing: str) -> None:
-        self.doing, self.sum = doing, 0
+        self.doing, self.sum, self.places = doing, 0, {}
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -54,6 +56,7 @@ class Summed:
         except OSError as error:
             raise self._named(error) from error
         self.sum = crc32c(view, self.sum)
+        self.places[len(view)] = self.at
         self.at += len(view)
         return len(view)
 
@@ -85,12 +88,12 @@ class Summed:
         return self.failed
 
 
-def write(folder: Path, plan: SavePlan, planner: Any, limit: int | None = None) -> list[tuple[WriteResult, int]]:
+def write(folder: Path, plan: SavePlan, planner: Any, limit: int | None = None) -> list[Written]:
     """Writes a plan's blocks into files of this rank, each of at most `limit` blocks, and gives back where each lies and its sum."""
     if not isinstance(plan.storage_data, _StoragePrefix):
         raise TypeError(f"got storage_data {plan.storage_data!r}, expected a prefix of names")
     needed, step = sum(_bytes(item) for item in plan.items), limit or max(1, len(plan.items))
-    written: list[tuple[WriteResult, int]] = []
+    written: list[Written] = []
     for number, first in enumerate(range(0, len(plan.items), step)):
         name = f"{plan.storage_data.prefix}{number}.distcp"
         file = Summed(folder / name, f"{needed:,} bytes of this rank")
@@ -104,7 +107,7 @@ def write(folder: Path, plan: SavePlan, planner: Any, limit: int | None = None) 
     return written
 
 
-def _write_block(file: Summed, name: str, item: WriteItem, planner: Any, needed: int) -> tuple[WriteResult, int]:
+def _write_block(file: Summed, name: str, item: WriteItem, planner: Any, needed: int) -> Written:
     file.restart(f"{item.index.fqn} ({_bytes(item):,} of this rank's {needed:,} bytes)")
     offset, data = file.at, planner.resolve_data(item)
     if item.type == WriteItemType.BYTE_IO:
@@ -113,8 +116,8 @@ def _write_block(file: Summed, name: str, item: WriteItem, planner: Any, needed:
         tensor = data.detach().cpu()
         # a view would be written with all of its storage
         torch.save(tensor if tensor.untyped_storage().size() == tensor.nbytes else tensor.clone(), cast(IO[bytes], file))
-    length = file.at - offset
-    return WriteResult(item.index, length, _StorageInfo(name, offset, length)), file.sum
+    length, start = file.at - offset, file.places.get(_bytes(item), -1)
+    return WriteResult(item.index, length, _StorageInfo(name, offset, length)), file.sum, start - offset if start >= 0 else -1
 
 
 def _bytes(item: WriteItem) -> int:
@@ -122,16 +125,16 @@ def _bytes(item: WriteItem) -> int:
     return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
-def finish(folder: Path, metadata: Metadata, written: list[tuple[WriteResult, int]]) -> None:
+def finish(folder: Path, metadata: Metadata, written: list[Written]) -> None:
     """Writes `.metadata` and checksums.json, whose file is the lock that the folder's writer holds."""
     metadata.version = "1.0.0"  # of torch.distributed.checkpoint's format
-    metadata.storage_data = {result.index: result.storage_data for result, _ in written}
+    metadata.storage_data = {result.index: result.storage_data for result, *_ in written}
     file, packed = Summed(folder / METADATA, "the metadata"), pickle.dumps(metadata)
     file.write(packed)
     file.finish()
     files: dict[str, list[Block]] = defaultdict(list)
-    for result, total in written:
-        files[result.storage_data.relative_path].append((result.storage_data.offset, result.storage_data.length, total))
+    for result, total, start in written:
+        files[result.storage_data.relative_path].append((result.storage_data.offset, result.storage_data.length, total, start))
     body = json.dumps({"format": FORMAT, "metadata": [len(packed), file.sum], "files": files}, separators=(",", ":"))[1:].encode()
     sums = Summed(folder / folders.LOCK, "the checksums")
     sums.write(_head(body) + body)
@@ -150,57 +153,40 @@ class Opened:
     metadata: Metadata
     sums: dict[str, list[Block]] | None
     lock: folders.Lock | None = None
-    reader: FileSystemReader = field(init=False)
+    _sums: dict[tuple[str, int], Block] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.reader = FileSystemReader(self.folder)
-        self.reader.set_up_storage_reader(self.metadata, False)
+        self._sums = {(name, block[0]): block for name, block in self.blocks()}
+
+    def sum_of(self, info: _StorageInfo) -> Block | None:
+        """What the checksums say of a block, or None where there are none."""
+        return None if self.sums is None else self._sums[info.relative_path, info.offset]
 
     def blocks(self) -> list[tuple[str, Block]]:
         return [(name, block) for name, blocks in sorted((self.sums or {}).items()) for block in blocks]
 
-    def verify(self, rank: int = 0, size: int = 1) -> None:
-        """Reads this rank's share of all blocks and raises CheckpointError where a sum is another; without sums, where one is no
-        tensor of its shape and dtype. Bytes: a `size`-th of all."""
-        if self.sums is None:
-            self._try(rank, size)
-            return
-        blocks = self.blocks()
-        total, before = sum(length for _, (_, length, _) in blocks), 0
+    def verify(self, rank: int = 0, size: int = 1, elsewhere: Callable[[str], bool] = lambda key: False) -> None:
+        """Reads this rank's share of the blocks, but of those keys that are looked at elsewhere, and raises CheckpointError where a
+        sum is another. Bytes: a `size`-th of all."""
+        keys = defaultdict(list)
+        for index, info in self.metadata.storage_data.items():
+            keys[info.relative_path, info.offset].append(index.fqn)
+        blocks = [(name, block) for name, block in self.blocks() if not all(elsewhere(key) for key in keys[name, block[0]])]
+        total, before = sum(block[1] for _, block in blocks), 0
         wrong, buffer = [], memoryview(bytearray(BUFFER))
-        for name, (offset, length, expected) in blocks:
+        for name, (offset, length, expected, _) in blocks:
             middle = before + length // 2
             before += length
             if not rank * total <= middle * size < (rank + 1) * total and total:
                 continue
             found = _sum_of(self.folder / name, offset, length, buffer)
             if found != expected:
-                keys = [
-                    index.fqn for index, info in self.metadata.storage_data.items() if (info.relative_path, info.offset) == (name, offset)
-                ]
-                wrong.append(f"{self.folder / name}: {', '.join(keys)}: got checksum {found:08x}, expected {expected:08x}")
+                wrong.append(f"{self.folder / name}: {', '.join(keys[name, offset])}: got checksum {found:08x}, expected {expected:08x}")
         if wrong:
-            raise CheckpointError(_damaged(wrong))
-
-    def _try(self, rank: int, size: int) -> None:
-        for index, info in list(self.metadata.storage_data.items())[rank::size]:
-            saved = self.metadata.state_dict_metadata.get(index.fqn)
-            if not isinstance(saved, TensorStorageMetadata):
-                continue
-            with open(self.folder / info.relative_path, "rb") as file:
-                file.seek(info.offset)
-                packed = io.BytesIO(file.read(info.length))
-            try:
-                tensor = torch.load(packed, map_location="cpu", weights_only=True)
-                found = (tensor.shape, tensor.dtype)
-            except Exception as error:
-                raise CheckpointError(_damaged([f"{file.name}: {index.fqn}: {type(error).__name__}: {error}"])) from error
-            expected = [(chunk.sizes, saved.properties.dtype) for chunk in saved.chunks if chunk.offsets == index.offset]
-            if found not in expected:
-                raise CheckpointError(_damaged([f"{file.name}: {index.fqn}: got {found}, expected {expected}"]))
+            raise CheckpointError(damaged(wrong))
 
 
-def _damaged(wrong: list[str]) -> str:
+def damaged(wrong: list[str]) -> str:
     more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
     return f"{'; '.join(wrong[:8])}{more}: the checkpoint is damaged; an older one loads by its own folder's path"
 
@@ -212,7 +198,7 @@ def _sum_of(file: Path, offset: int, length: int, buffer: memoryview) -> int:
         while length > 0:
             count = opened.readinto(buffer[: min(length, BUFFER)])  # type: ignore[attr-defined]
             if not count:
-                raise CheckpointError(_damaged([f"{file}: ended {length} bytes early"]))
+                raise CheckpointError(damaged([f"{file}: ended {length} bytes early"]))
             found = crc32c(buffer[:count], found)
             length -= count
     return found
@@ -227,7 +213,7 @@ def open_checkpoint(folder: Path, lock: folders.Lock | None = None) -> Opened:
     opened = Opened(folder, metadata, sums, lock)
     wrong = _misplaced(opened)
     if wrong:
-        raise CheckpointError(_damaged(wrong))
+        raise CheckpointError(damaged(wrong))
     return opened
 
 
@@ -245,12 +231,13 @@ def _sums(folder: Path, packed: bytes) -> dict[str, list[Block]] | None:
     data = _read(folder, folders.LOCK)
     start = len(_head(b""))
     if data[:start] != _head(data[start:]):
-        raise CheckpointError(_damaged([f"{file}: its own checksum is {data[:start]!r}, expected {_head(data[start:])!r}"]))
+        raise CheckpointError(damaged([f"{file}: its own checksum is {data[:start]!r}, expected {_head(data[start:])!r}"]))
     try:
         found = json.loads(b"{" + data[start:])
         check_format(file, found["format"])
         files = {
-            str(name): [(int(offset), int(length), int(total)) for offset, length, total in each] for name, each in found["files"].items()
+            str(name): [(int(offset), int(length), int(total), int(start)) for offset, length, total, start in each]
+            for name, each in found["files"].items()
         }
         described = tuple(found["metadata"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -259,7 +246,7 @@ def _sums(folder: Path, packed: bytes) -> dict[str, list[Block]] | None:
         wrong = (
             f"{folder / METADATA}: got {len(packed)} bytes of checksum {crc32c(packed):08x}, expected {described[0]} of {described[1]:08x}"
         )
-        raise CheckpointError(_damaged([wrong]))
+        raise CheckpointError(damaged([wrong]))
     return files
 
 
@@ -283,7 +270,7 @@ def _misplaced(opened: Opened) -> list[str]:
         if size < end or opened.sums is not None and size != end:
             wrong.append(f"{file}: got {size} bytes, expected {end}")
         elif opened.sums is not None:
-            summed = [(offset, length) for offset, length, _ in opened.sums.get(name, [])]
+            summed = [(offset, length) for offset, length, *_ in opened.sums.get(name, [])]
             starts = [0, *(offset + length for offset, length in sorted(summed))]
             if sorted(places) != sorted(summed) or starts[:-1] != [offset for offset, _ in sorted(summed)]:
                 wrong.append(f"{file}: the checksums are of other blocks than the metadata's")

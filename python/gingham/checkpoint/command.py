@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from . import blocks, folders
+from .reading import fill
 from .state import EXTRA, MODEL, extra_of, packed
-from .tensors import SavePlanner, Whole, read
+from .tensors import SavePlanner, Whole
 from .together import CheckpointError
 from .weights import Files, Line, Stored, size_of
 
@@ -97,7 +98,7 @@ def verify(path: Path, console: Console) -> int:
     if opened.sums is None:
         raise CheckpointError(f"{folder}: has no {folders.LOCK} to compare with: an earlier gingham or another tool wrote it")
     found = opened.blocks()
-    console.print(f"{folder}: {len(found)} blocks, {sum(length for _, (_, length, _) in found):,} bytes: all as written", markup=False)
+    console.print(f"{folder}: {len(found)} blocks, {sum(block[1] for _, block in found):,} bytes: all as written", markup=False)
     return 0
 
 
@@ -151,11 +152,7 @@ def _write_weights(folder: Path, target: Path, limit: int, console: Console) -> 
         files.begin()
         for line in files.lines:
             full = torch.empty(line.shape, dtype=line.dtype)
-            read(
-                opened.reader,
-                opened.metadata,
-                {prefix + line.key: Whole(line.shape, line.dtype, {(0,) * len(line.shape): (line.shape, full)})},
-            )
+            fill(opened, {prefix + line.key: Whole(line.shape, line.dtype, {(0,) * len(line.shape): (line.shape, full)})})()
             files.add(line, full)
         files.commit()
     except BaseException:

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from .blocks import FORMAT, Opened, check_format, unpacked
 from .folders import LOCK
-from .tensors import Part, Whole, plain_keys, read, whole_of
+from .reading import fill
+from .tensors import Part, Whole, plain_keys, whole_of
 from .together import CheckpointError, Ranks
 
 MODEL, STATE, RNG, EXTRA = "model.", "optimizer.state.", "rng", "extra"
@@ -73,7 +74,7 @@ def extra_of(opened: Opened) -> dict[str, Any]:
         return {}
     held: dict[str, Any] = {EXTRA: None}
     try:
-        read(opened.reader, opened.metadata, held)
+        fill(opened, held)
         extra = unpacked(held[EXTRA])
     except Exception as error:
         raise CheckpointError(f"{opened.folder}: {EXTRA} cannot be read: {type(error).__name__}: {error}") from error

@@ -198,18 +198,6 @@ class LoadPlanner(DefaultLoadPlanner):
         self.state_dict[read_item.dest_index.fqn] = value
 
 
-def read(reader: Any, metadata: Any, state: dict[str, Any]) -> None:
-    """Fills `state` from a checkpoint, in this process; entries are Whole, or None for bytes. Raises CheckpointError."""
-    planner = LoadPlanner()
-    planner.set_up_planner(state, metadata)
-    reader.set_up_storage_reader(metadata, False)
-    plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-    try:
-        reader.read_data(plan, planner).wait()
-    except Exception as error:  # a block that is no tensor, or another one
-        raise CheckpointError(f"{reader.path}: a block cannot be read: {type(error).__name__}: {error}") from error
-
-
 def check(key: str, saved: Any, wanted: Whole, strict: bool) -> list[str]:
     """What is wrong with loading the saved tensor into `wanted`: another shape, or (strict) a dtype with fewer digits."""
     if not hasattr(saved, "size") or saved.size != wanted.shape:
