@@ -25,6 +25,7 @@ from . import _C
 from .compiled import KNOWN, Meta, Traced, find, keep, traced
 from .errors import MeshError, ShapeError
 from .layout import Block, Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
+from .live import Live
 
 Job = _C.Job
 version = _C.version
@@ -144,7 +145,7 @@ def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
     return axes_of(modes[names], prod(shape), shape[0] if len(shape) == 3 else None)
 
 
-class Mesh:
+class Mesh(Live):
     """Made by `gingham.init`. `coordinates`: this rank's place by axis; `outer`, `inner`: the two activation layouts;
     `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 
-from . import blocks, folders
+from . import blocks, folders, state_dicts  # noqa: F401 (state_dicts lets load_state_dict take full tensors)
 from .reading import fill
 from .state import EXTRA, MODEL, RNG, Target, extra_of, gathered
 from .tensors import SavePlanner, Whole, check, missing_blocks

@@ -179,24 +179,10 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
     what = f"gingham.export_safetensors to {path}"
     ranks = Ranks(what, writes=True)
     limit = size_of(shard_size)
-    wholes: dict[str, Whole] = {}
-
-    def describe() -> dict[str, list[tuple[Offsets, torch.Size]]]:
-        seen: set[tuple[int, ...]] = set()
-        for key, parts in plain_keys(model).items():
-            tensors = tuple(id(part.tensor) for part in parts)
-            if tensors not in seen:
-                wholes[key] = whole_of(key, parts)
-                seen.add(tensors)
-        return {key: [(place, lengths) for place, (lengths, _) in whole.chunks.items()] for key, whole in wholes.items()}
-
-    tables = ranks.together(what, describe)
+    wholes, tables = _described(ranks, model)
     made: list[Files] = []
 
     def begin() -> list[Line]:
-        lacking = [reason for key, whole in wholes.items() for reason in _lacking(key, whole, [table[key] for table in tables])]
-        if lacking:
-            raise CheckpointError(f"{'; '.join(lacking[:8])}: the ranks do not hold the whole model")
         made.append(Files(folders.absolute(path), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit))
         made[0].begin()
         return made[0].lines
@@ -210,6 +196,38 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
         for files in made:
             files.give_up()
         raise
+
+
+def full_tensors(ranks: Ranks, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's full tensors by plain key on rank 0, those with several keys under the first; {} on the other ranks."""
+    wholes, tables = _described(ranks, model)
+    lines = [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()]
+    found = {line.key: _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables]) for line in lines}
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+
+def _described(ranks: Ranks, model: torch.nn.Module) -> tuple[dict[str, Whole], list[dict[str, list[tuple[Offsets, torch.Size]]]]]:
+    """This rank's tensors by their first key, and every rank's blocks of each. Raises CheckpointError where they are not the whole."""
+    wholes: dict[str, Whole] = {}
+
+    def describe() -> dict[str, list[tuple[Offsets, torch.Size]]]:
+        seen: set[tuple[int, ...]] = set()
+        for key, parts in plain_keys(model).items():
+            tensors = tuple(id(part.tensor) for part in parts)
+            if tensors not in seen:
+                wholes[key] = whole_of(key, parts)
+                seen.add(tensors)
+        return {key: [(place, lengths) for place, (lengths, _) in whole.chunks.items()] for key, whole in wholes.items()}
+
+    tables = ranks.together(ranks.what, describe)
+
+    def check() -> None:
+        lacking = [reason for key, whole in wholes.items() for reason in _lacking(key, whole, [table[key] for table in tables])]
+        if lacking:
+            raise CheckpointError(f"{'; '.join(lacking[:8])}: the ranks do not hold the whole model")
+
+    ranks.together(ranks.what, check)
+    return wholes, tables
 
 
 def _lacking(key: str, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> list[str]:
