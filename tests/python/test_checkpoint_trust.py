@@ -153,6 +153,37 @@ def test_a25_verify_and_lost_or_missing_checksums(pair: tuple[Files, Files], tmp
     assert main(["ckpt", "verify", str(tmp_path / "torch")]) == 2
 
 
+def test_a25_a_folder_of_format_1_loads_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What gingham wrote before there were checksums; the next save has them."""
+    model, other = Net(3.0), Net()
+    monkeypatch.setattr("gingham.checkpoint.state.FORMAT", 1)
+    gingham.save(model, None, tmp_path, step=4)
+    monkeypatch.undo()
+    (tmp_path / "00000001" / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match=r"has no checksums\.json"):
+        assert gingham.load(other, None, tmp_path) == 4
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+    gingham.save(model, None, tmp_path, step=5, keep=1)
+    assert gingham.load(other, None, tmp_path) == 5 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_b3_metadata_of_torch_itself_is_read(tmp_path: Path, capsys: Any) -> None:
+    """Nested dicts and lists, bytes, 16-bit and whole numbers, a scalar, an empty tensor."""
+    from torch.distributed.checkpoint import save
+
+    state = {
+        "a": torch.zeros(3, dtype=torch.bfloat16),
+        "n": {"b": 5, "l": [torch.ones(2, 2), "x"]},
+        "s": torch.tensor(1),
+        "e": torch.empty(0, 4),
+    }
+    with pytest.warns(UserWarning):
+        save(state, checkpoint_id=tmp_path / "torch", no_dist=True)
+    assert main(["ckpt", "inspect", str(tmp_path / "torch")]) == 0
+    assert "bfloat16" in capsys.readouterr().out
+    assert main(["ckpt", "convert", str(tmp_path / "torch"), str(tmp_path / "out")]) == 0
+
+
 def load_damaged(rank: int, path: Path) -> str:
     gingham.init(mode="2d", size=4)
     model = Net(7.0, gingham.nn)
