@@ -58,16 +58,22 @@ def test_b4_two_jobs_save_into_one_folder(ranks: Any, tmp_path: Path, pairs: int
         assert not list(path.glob(".writing-*")) and 2 <= len(folders.complete(path)) <= 4
 
 
-def export_beside(rank: int, path: Path, count: int) -> None:
+def export_beside(rank: int, path: Path, count: int) -> int:
+    """Imports, among exports, that held values of one export only."""
     alone()
+    good = 0
     for step in range(count):
         gingham.export_safetensors(Numbers(100.0 * rank + step), path, shard_size=300 if rank else 600)
+        model = Numbers(-1.0)
+        gingham.import_safetensors(model, path)
+        good += len(model.values()) == 1
+    return good
 
 
 def test_b4_two_jobs_export_into_one_folder(ranks: Any, tmp_path: Path) -> None:
     """The set that stays is one job's."""
     for _ in range(3):
-        ranks(2)(export_beside, tmp_path, 5)
+        assert ranks(2)(export_beside, tmp_path, 6) == [6, 6]
         model = Numbers(-1.0)
         gingham.import_safetensors(model, tmp_path)
         assert len(model.values()) == 1

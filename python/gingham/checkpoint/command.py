@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from . import blocks, folders
 from .reading import fill
 from .state import EXTRA, MODEL, extra_of, packed
+from .stored import Line, Stored
 from .tensors import SavePlanner, Whole
 from .together import CheckpointError
-from .weights import Files, Line, Stored, size_of
+from .weights import Files, size_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -238,12 +238,12 @@ def _remove_old(old: Path) -> None:
 
 
 @contextmanager
-def turn(folder: Path) -> Iterator[None]:
-    """One job at a time in a folder, where its file system has locks."""
+def turn(folder: Path, kind: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """One job at a time in a folder, or (LOCK_SH) any number that only read, where its file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, kind)
         yield
     finally:
         os.close(descriptor)
