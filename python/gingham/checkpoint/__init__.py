@@ -40,10 +40,12 @@ def save(
     Held are the model's parameters and persistent buffers, the optimizer's state and settings, the state_dict of scheduler
     and scaler (a GradScaler), the state of torch's CPU generator, the call numbers of gingham.nn.Dropout and `step`, under
     the keys of the original torch model. Every rank writes its own blocks, of replicas one rank does, into one file each;
-    no rank ever holds more than its own. The format is torch.distributed.checkpoint's. All files are on the disk before
-    the checkpoint gets its name, so that a kill at any moment leaves the previous or this one to load. All ranks must see
-    `path`.
-    Raises CheckpointError, on every rank, naming the rank and the key or file that failed; PeerDied where a rank dies.
+    no rank ever holds more than its own. The format is torch.distributed.checkpoint's, and beside it checksums of every
+    block. All files are on the disk before the checkpoint gets its name, so that a kill at any moment leaves the previous or
+    this one to load; what killed processes left is removed by a later save. Several jobs may save into one folder (each
+    keeps the last `keep` of all). All ranks must see `path`, and its file system should have locks (flock).
+    Raises CheckpointError, on every rank, naming the rank and the key or file that failed, a full disk with the bytes that
+    are needed; MeshError on a rank of several without a mesh (before init, after destroy); PeerDied where a rank dies.
     Bytes: none counted; the ranks' plans (some hundred bytes a block) to all ranks.
     """
     if keep < 1:
