@@ -131,6 +131,23 @@ def test_a25_damage_is_refused_before_the_model_is_touched(pair: tuple[Files, Fi
         assert index % 8 or main(["ckpt", "verify", str(folder)]) == 1
 
 
+def test_a25_large_blocks_are_summed_as_they_arrive(tmp_path: Path) -> None:
+    """A block beyond the small ones: flips in its head, its numbers and its end; and a view that is not contiguous."""
+    model = torch.nn.Linear(300, 300)
+    model.weight = torch.nn.Parameter(torch.randn(300, 300).t())
+    gingham.save(model, None, tmp_path / "run")
+    files, other = bytes_of(tmp_path / "run" / "00000001"), torch.nn.Linear(300, 300)
+    assert gingham.load(other, None, tmp_path / "run") is None and torch.equal(other.weight, model.weight)
+    draw, size = random.Random(1), len(files["__0_0.distcp"])
+    for at in [*range(1500, 4000, 97), *(draw.randrange(size) for _ in range(60)), *range(size - 3000, size, 97)]:
+        changed = bytearray(files["__0_0.distcp"])
+        changed[at] ^= 1 << draw.randrange(8)
+        before = other.weight.detach().clone()
+        with pytest.raises(gingham.CheckpointError):
+            gingham.load(other, None, put(tmp_path / "x", {**files, "__0_0.distcp": bytes(changed)}))
+        assert torch.equal(other.weight, before)
+
+
 def test_a25_verify_and_lost_or_missing_checksums(pair: tuple[Files, Files], tmp_path: Path, capsys: Any) -> None:
     whole = put(tmp_path / "whole", pair[0])
     assert main(["ckpt", "verify", str(whole)]) == 0

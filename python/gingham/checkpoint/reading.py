@@ -12,11 +12,10 @@ from typing import Any, BinaryIO, cast
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from .._C import crc32c
 from . import folders
-from .blocks import Opened, damaged
+from .blocks import BUFFER, Block, Opened, damaged
 from .tensors import LoadPlanner
 from .together import CheckpointError
 
@@ -89,9 +88,7 @@ def _tensor(opened: Opened, path: Path, file: BinaryIO, item: ReadItem) -> torch
     info, saved = opened.metadata.storage_data[index], cast(TensorStorageMetadata, opened.metadata.state_dict_metadata[index.fqn])
     expected = opened.sum_of(info)
     small = info.length <= SMALL or expected is not None and expected[3] < 0
-    source: Any = (
-        io.BytesIO(_bytes(opened, path, file, item)) if small else _create_file_view(cast(io.IOBase, file), info.offset, info.length)
-    )
+    source: Any = io.BytesIO(_bytes(opened, path, file, item)) if small else _Summing(file, info.offset, info.length, expected)
     try:
         tensor = torch.load(source, map_location="cpu", weights_only=True)
         found = (tensor.shape, tensor.dtype)
@@ -101,10 +98,56 @@ def _tensor(opened: Opened, path: Path, file: BinaryIO, item: ReadItem) -> torch
     if found not in wanted:
         raise CheckpointError(damaged([f"{path}: {index.fqn}: got {found}, expected {wanted}"]))
     if not small and expected is not None:
-        held = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
-        end = expected[3] + len(held)
-        total = crc32c(_at(file, info.offset, expected[3]))
-        total = crc32c(_at(file, info.offset + end, max(0, info.length - end)), crc32c(held, total))
-        if end > info.length or total != expected[2]:
+        total = source.sum_of(tensor)
+        if total != expected[2]:
             raise CheckpointError(damaged([f"{path}: {index.fqn}: got checksum {total:08x}, expected {expected[2]:08x}"]))
     return tensor
+
+
+class _Summing(io.RawIOBase):
+    """A block in its file for torch.load: the tensor's bytes are summed piece by piece as they arrive, while the processor's cache
+    holds them."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int, block: Block | None) -> None:
+        self._file, self._offset, self._length, self._at = file, offset, length, 0
+        self._start = -1 if block is None else block[3]
+        self._sum = crc32c(_at(file, offset, self._start)) if self._start >= 0 else 0
+        self._seen = 0  # bytes from `start` on that are in the sum
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view, done = memoryview(buffer).cast("B"), 0
+        wanted = min(len(view), max(0, self._length - self._at))
+        self._file.seek(self._offset + self._at)
+        summing = self._at == self._start and wanted > SMALL // 2 and not self._seen
+        while done < wanted:
+            piece = view[done : min(done + BUFFER, wanted)]
+            count = self._file.readinto(piece)  # type: ignore[attr-defined]
+            if not count:
+                break
+            self._sum = crc32c(piece[:count], self._sum) if summing else self._sum
+            done += count
+        self._seen += done if summing else 0
+        self._at += done
+        return done
+
+    def sum_of(self, tensor: torch.Tensor) -> int:
+        """The block's sum, once its tensor has been read; from memory where it was not read in one go."""
+        if self._seen != tensor.untyped_storage().nbytes():
+            held = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+            self._sum, self._seen = crc32c(held, crc32c(_at(self._file, self._offset, self._start))), len(held)
+        end = self._start + self._seen
+        rest = _at(self._file, self._offset + end, max(0, self._length - end))
+        return crc32c(rest, self._sum) if end <= self._length else ~self._sum & 0xFFFFFFFF
