@@ -2,6 +2,7 @@
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include "base/crc32c.h"
 #include "binding_step.h"
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
@@ -45,6 +46,19 @@ py::object dropout_of(const py::object& x, double p, uint64_t seed, uint64_t nam
     dropout(in.data, data, in.dtype, in.shape, global, offsets, {seed, name, call, p}, job ? job->stream() : kHere);
   }
   return out;
+}
+
+// The CRC-32C of a buffer that follows bytes whose sum is `before`.
+uint32_t crc32c_of(const py::buffer& data, uint32_t before) {
+  const py::buffer_info info = data.request();
+  py::ssize_t expected = info.itemsize;
+  for (auto dim = info.ndim; dim-- > 0; expected *= info.shape[static_cast<size_t>(dim)]) {
+    const auto at = static_cast<size_t>(dim);
+    CHECK(ShapeError, info.shape[at] < 2 || info.strides[at] == expected, "crc32c of a buffer that is not contiguous");
+  }
+  const auto bytes = static_cast<size_t>(info.size) * static_cast<size_t>(info.itemsize);
+  py::gil_scoped_release nogil;
+  return crc32c(before, info.ptr, bytes);
 }
 
 void check_signals() {
@@ -184,6 +198,7 @@ void define_functions(py::module_& m) {
   m.def("gelu_backward", &gelu_gradient, py::arg("job"), py::arg("dy"), py::arg("x"));
   m.def("dropout", &dropout_of, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("name"), py::arg("call"), py::arg("global_shape"),
         py::arg("offsets"), py::arg("job") = std::shared_ptr<Job>());
+  m.def("crc32c", &crc32c_of, py::arg("data"), py::arg("before") = 0);
   m.def("version", [] { return GINGHAM_VERSION; });
   m.def("device_report", &report_of);
   m.def("hopper_status", &hopper_status);

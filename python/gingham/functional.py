@@ -24,6 +24,7 @@ from .gradients import no_sync as no_sync
 from .gradients import owing as owing
 from .gradients import sum_or_defer as sum_or_defer
 from .layout import Cuts, Layout, Names, offsets
+from .live import Live
 from .mesh import Mesh, check_local
 from .redistribute import autocast_dtype as autocast_dtype
 from .redistribute import cast_for_autocast as cast_for_autocast
@@ -37,7 +38,7 @@ from .second_order import shaped, versions_of
 
 
 @dataclass(frozen=True)
-class LinearPlan:
+class LinearPlan(Live):
     """What one linear map, or several that share X, needs on every call. x, y: (the caller's layout, the step's)."""
 
     mesh: Mesh

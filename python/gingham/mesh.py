@@ -17,6 +17,7 @@ from . import _C
 from .compiled import keep, traced
 from .errors import MeshError, ShapeError
 from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
+from .live import Live
 from .modes import Axes as Axes
 from .modes import axes_of as axes_of
 from .modes import axes_of_device_mesh as axes_of_device_mesh
@@ -31,7 +32,7 @@ blas, hopper_status = _C.blas, _C.hopper_status
 LABELS = 4096  # kept at a time
 
 
-class Mesh:
+class Mesh(Live):
     """Made by `gingham.init`. `coordinates`: this rank's place by axis; `outer`, `inner`: the two activation layouts;
     `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
 

@@ -7,6 +7,7 @@
 #include <functional>
 #include <thread>
 
+#include "base/crc32c.h"
 #include "cases.h"
 #include "collectives/all_gather.h"
 #include "collectives/resident.h"
@@ -188,6 +189,18 @@ void lanes_keep_their_order() {
   });
 }
 
+void checksums_are_crc_32c_in_any_pieces() {
+  EXPECT(crc32c(0, "123456789", 9) == 0xe3069283 && crc32c_by_tables(0, "123456789", 9) == 0xe3069283 && crc32c(5, nullptr, 0) == 5);
+  std::vector<unsigned char> bytes(100003);
+  uint32_t state = 1;
+  for (unsigned char& byte : bytes) byte = static_cast<unsigned char>((state = state * 1664525 + 1013904223) >> 24);
+  for (size_t size : {size_t{0}, size_t{1}, size_t{7}, size_t{8}, size_t{4096}, size_t{12287}, size_t{12288}, size_t{12289}, bytes.size() - 3}) {
+    const uint32_t whole = crc32c(0, bytes.data() + 3, size);  // not aligned
+    EXPECT(whole == crc32c_by_tables(0, bytes.data() + 3, size));
+    EXPECT(whole == crc32c(crc32c(0, bytes.data() + 3, size / 3), bytes.data() + 3 + size / 3, size - size / 3));
+  }
+}
+
 void dropout_is_the_same_in_pieces() {
   const std::vector<int64_t> whole{5, 6, 7};
   std::vector<float> x(5 * 6 * 7, 1.0f), y(x.size()), piece(2 * 3 * 7), out(piece.size());
@@ -258,6 +271,7 @@ int run_all() {
                           {"stalled rank is named", stalled_rank_is_named},
                           {"failure message reaches the peers", failure_message_reaches_the_peers},
                           {"lanes keep their order", lanes_keep_their_order},
+                          {"checksums are CRC-32C in any pieces", checksums_are_crc_32c_in_any_pieces},
                           {"dropout is the same in pieces", dropout_is_the_same_in_pieces},
                           {"collectives are exact", collectives_are_exact}};
   for (std::array<int, 3> grid : {std::array<int, 3>{1, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 3, 2}, {3, 2, 1}, {2, 2, 2}})

@@ -1,10 +1,11 @@
-"""`python -m gingham ckpt inspect|convert`: what lies in a checkpoint, and folders to safetensors and back, without ranks."""
+"""`python -m gingham ckpt inspect|verify|convert`: what lies in a checkpoint, whether it is whole, and folders to safetensors and
+back, without ranks."""
 
 from __future__ import annotations
 
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +13,24 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from . import folders
-from .state import EXTRA, MODEL, unpacked
-from .tensors import SavePlanner, Whole, read
+from . import blocks, folders
+from .reading import fill
+from .state import EXTRA, MODEL, extra_of, packed
+from .stored import Line, Stored
+from .tensors import SavePlanner, Whole
 from .together import CheckpointError
-from .weights import Files, Line, Stored, size_of
+from .weights import Files, size_of
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="action", required=True, metavar="inspect|convert")
+    commands = parser.add_subparsers(dest="action", required=True, metavar="inspect|verify|convert")
     inspect = commands.add_parser("inspect", help="keys, shapes, bytes, and the grid and step it was saved on")
     inspect.add_argument("path", type=Path)
+    verify = commands.add_parser("verify", help="reads every byte of a checkpoint and compares it with its checksums")
+    verify.add_argument("path", type=Path)
     convert = commands.add_parser("convert", help="a checkpoint's weights to safetensors, or safetensors to a checkpoint")
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
@@ -33,8 +38,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """The command; returns its exit code: 0, or 2 where a path holds nothing that can be used."""
+    """The command; returns its exit code: 0, 1 for a damaged checkpoint, or 2 where a path holds nothing that can be used."""
     try:
+        if options.action == "verify":
+            return verify(options.path, Console())
         if options.action == "inspect":
             return inspect(options.path, Console())
         convert(options.source, options.target, options.shard_size, Console())
@@ -49,19 +56,21 @@ def inspect(path: Path, console: Console) -> int:
         lines = Stored(path).lines()
         _show(console, f"{path}: safetensors", [(key, line.shape, line.dtype, 1) for key, line in lines.items()])
         return 0
-    unfinished = sorted(path.glob(f"{folders.WRITING}*")) if path.is_dir() else []
-    for folder in unfinished:
-        console.print(f"{folder.name}: not complete (being written, or its writer was killed); load does not look at it", markup=False)
+    for left in folders.unfinished(path):
+        console.print(f"{left.name}: not complete (being written, or its writer was killed); load does not look at it", markup=False)
     folder = folders.newest(path)
     for older in folders.complete(path)[:-1]:
         console.print(f"{older.name}: complete, older", markup=False)
-    metadata, extra = _opened(folder)
-    grid = extra.get("grid")
+    try:
+        opened = blocks.open_checkpoint(folder)
+        extra = extra_of(opened)
+    except CheckpointError as error:
+        console.print(f"{folder}: DAMAGED: {error}", markup=False)
+        return 1
+    metadata, grid = opened.metadata, extra.get("grid")
     on = " x ".join(f"{name} {size}" for name, size in grid.items()) if grid else "one process" if extra else "unknown"
-    missing = folders.damaged(folder, metadata)
-    console.print(f"{folder}: {'complete' if not missing else 'DAMAGED'}, step {extra.get('step')}, saved on {on}", markup=False)
-    for text in missing:
-        console.print(text, markup=False)
+    sums = "its blocks have checksums (ckpt verify compares them)" if opened.sums is not None else "it has no checksums"
+    console.print(f"{folder}: complete, step {extra.get('step')}, saved on {on}; {sums}", markup=False)
     rows = [
         (name, saved.size, saved.properties.dtype, len(saved.chunks))
         for name, saved in metadata.state_dict_metadata.items()
@@ -71,7 +80,27 @@ def inspect(path: Path, console: Console) -> int:
     for name in ("scheduler", "scaler", "groups", "scalars", "dropout", "modules"):
         if extra.get(name):
             console.print(f"{name}: {str(extra[name])[:200]}", markup=False)
-    return 1 if missing else 0
+    return 0
+
+
+def verify(path: Path, console: Console) -> int:
+    """Prints what is wrong and returns 1, or returns 0. Raises CheckpointError for a checkpoint without checksums."""
+    folder, lock = folders.reading(folders.absolute(path))
+    try:
+        opened = blocks.open_checkpoint(folder)
+        opened.verify()
+        extra_of(opened)
+    except CheckpointError as error:
+        console.print(f"{folder}: DAMAGED: {error}", markup=False)
+        return 1
+    finally:
+        if lock is not None:
+            lock.release()
+    if opened.sums is None:
+        raise CheckpointError(f"{folder}: has no {folders.LOCK} to compare with: an earlier gingham or another tool wrote it")
+    found = opened.blocks()
+    console.print(f"{folder}: {len(found)} blocks, {sum(block[1] for _, block in found):,} bytes: all as written", markup=False)
+    return 0
 
 
 def _show(console: Console, title: str, rows: list[tuple[str, Any, Any, int]]) -> None:
@@ -80,10 +109,10 @@ def _show(console: Console, title: str, rows: list[tuple[str, Any, Any, int]]) -
     for heading in ("shape", "dtype", "bytes", "blocks"):
         table.add_column(heading, justify="right")
     total = 0
-    for name, shape, dtype, blocks in rows:
+    for name, shape, dtype, count in rows:
         size = shape.numel() * dtype.itemsize
         total += size
-        table.add_row(name, " x ".join(map(str, shape)) or "-", str(dtype).removeprefix("torch."), f"{size:,}", str(blocks))
+        table.add_row(name, " x ".join(map(str, shape)) or "-", str(dtype).removeprefix("torch."), f"{size:,}", str(count))
     table.add_section()
     table.add_row(f"all {len(rows)}", "", "", f"{total:,}", "")
     console.print(table)
@@ -91,15 +120,6 @@ def _show(console: Console, title: str, rows: list[tuple[str, Any, Any, int]]) -
 
 def _is_safetensors(path: Path) -> bool:
     return path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("model*.safetensors*")))
-
-
-def _opened(folder: Path) -> tuple[Metadata, dict[str, Any]]:
-    reader = FileSystemReader(folder)
-    metadata, extra = reader.read_metadata(), {EXTRA: None}
-    if EXTRA not in metadata.state_dict_metadata:
-        return metadata, {}
-    read(reader, metadata, extra)
-    return metadata, unpacked(extra[EXTRA])  # type: ignore[arg-type]
 
 
 def convert(source: Path, target: Path, shard_size: str, console: Console) -> None:
@@ -111,21 +131,34 @@ def convert(source: Path, target: Path, shard_size: str, console: Console) -> No
 
 
 def _to_safetensors(source: Path, target: Path, limit: int, console: Console) -> None:
-    folder = folders.newest(source)
-    reader = FileSystemReader(folder)
-    metadata = reader.read_metadata()
-    saved = metadata.state_dict_metadata
+    folder, lock = folders.reading(folders.absolute(source))
+    try:
+        _write_weights(folder, target, limit, console)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _write_weights(folder: Path, target: Path, limit: int, console: Console) -> None:
+    opened = blocks.open_checkpoint(folder)
+    opened.verify()
+    extra_of(opened)
+    saved = opened.metadata.state_dict_metadata
     tensors = {name: value for name, value in saved.items() if isinstance(value, TensorStorageMetadata)}
     # a folder that torch.distributed.checkpoint wrote of a bare state_dict has no prefixes
     prefix = MODEL if any(name.startswith(MODEL) for name in tensors) else ""
     lines = [Line(name[len(prefix) :], of.size, of.properties.dtype) for name, of in tensors.items() if name.startswith(prefix)]
-    files = Files(target.absolute(), lines, limit)
-    files.begin()
-    for line in files.lines:
-        full = torch.empty(line.shape, dtype=line.dtype)
-        read(reader, metadata, {prefix + line.key: Whole(line.shape, line.dtype, {(0,) * len(line.shape): (line.shape, full)})})
-        files.add(line, full)
-    files.commit()
+    files = Files(folders.absolute(target), lines, limit)
+    try:
+        files.begin()
+        for line in files.lines:
+            full = torch.empty(line.shape, dtype=line.dtype)
+            fill(opened, {prefix + line.key: Whole(line.shape, line.dtype, {(0,) * len(line.shape): (line.shape, full)})})()
+            files.add(line, full)
+        files.commit()
+    except BaseException:
+        files.give_up()
+        raise
     console.print(f"{len(lines)} tensors of {folder} to {target}", markup=False)
     left = [name for name in saved if not name.startswith(prefix)]
     if left:
@@ -139,16 +172,17 @@ def _to_checkpoint(source: Path, target: Path, console: Console) -> None:
     for key, line in stored.lines().items():
         place = (0,) * len(line.shape)
         state[MODEL + key] = Whole(line.shape, line.dtype, {place: (line.shape, partial(stored.read, key, place, line.shape))})
-    temporary, final = folders.begin(target.absolute())
-    # one file a tensor: torch's writer keeps what it has written to a file until the file is done
-    planner, writer = SavePlanner(), FileSystemWriter(temporary, single_file_per_rank=False, sync_files=True)
-    planner.set_up_planner(state, writer.storage_meta(), True)
-    writer.set_up_storage_writer(True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        plan = writer.prepare_local_plan(planner.create_local_plan())
-    merged, metadata = planner.create_global_plan([plan])
-    results = writer.write_data(planner.finish_plan(writer.prepare_global_plan(merged)[0]), planner).value()
-    writer.finish(metadata, [results])
-    folders.commit(temporary, final, keep=1 << 30)
-    console.print(f"{len(state)} tensors of {source} to {final}", markup=False)
+    state[EXTRA] = packed({"format": blocks.FORMAT, "step": None})
+    writing = folders.begin(folders.absolute(target))
+    try:
+        planner = SavePlanner()
+        planner.set_up_planner(state, None, True)
+        merged, metadata = planner.create_global_plan([planner.create_local_plan()])
+        plan = replace(merged[0], storage_data=_StoragePrefix("__0_"))
+        # one file a tensor: what was written of a file stays in memory until the disk has it
+        blocks.finish(writing.folder, metadata, blocks.write(writing.folder, planner.finish_plan(plan), planner, limit=1))
+        final = folders.commit(writing, keep=1 << 30)
+    except BaseException:
+        writing.give_up()
+        raise
+    console.print(f"{len(state) - 1} tensors of {source} to {final}", markup=False)

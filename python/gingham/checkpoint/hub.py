@@ -38,7 +38,22 @@ def own_key(key: str, model: torch.nn.Module, by_key: dict[str, str]) -> str | N
     return next((by_key[name] for name in tries if name in by_key), None)
 
 
-def ignored(model: torch.nn.Module, name: str) -> bool:
-    """Whether the model wants a key of its files to be passed over."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
+# what transformers passes over in every model that has a buffer of that name (it was saved with the weights once)
+FORMER_BUFFERS = {"rotary_emb.inv_freq": r"rotary_emb\.inv_freq", "position_ids": r"(^|\.)position_ids$"}
+
+
+def ignored(model: torch.nn.Module, name: str, key: str) -> bool:
+    """Whether a key of the model's files, `key` by today's name, is passed over: the model says so, or it is of a buffer that is
+    computed, not saved."""
+    patterns = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if hasattr(model, "base_model_prefix"):
+        buffers = [buffer for buffer, _ in model.named_buffers()]
+        patterns += [pattern for end, pattern in FORMER_BUFFERS.items() if any(buffer.endswith(end) for buffer in buffers)]
+    if any(re.search(pattern, each) for pattern in patterns for each in (name, key)):
+        return True
+    computed = {
+        f"{path}.{buffer}".lstrip(".")
+        for path, module in model.named_modules(remove_duplicate=False)
+        for buffer in module._non_persistent_buffers_set
+    }
+    return any(own_key(buffer, model, {name: name, key: key}) is not None for buffer in computed)

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from .blocks import FORMAT, Opened, check_format, unpacked
+from .folders import LOCK
+from .reading import fill
 from .tensors import Part, Whole, plain_keys, whole_of
 from .together import CheckpointError, Ranks
 
@@ -39,7 +42,7 @@ def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[
     )
     if ranks.rank == 0:
         extra = {
-            "format": 1,
+            "format": FORMAT,
             "step": step,
             "grid": None if ranks.mesh is None else dict(ranks.mesh.sizes),
             "dropout": {path: (module.name, module.calls) for path, module in _dropouts(model)},
@@ -48,26 +51,39 @@ def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[
             "scalars": scalars,
             **{name: None if each is None else each.state_dict() for name, each in beside.items()},
         }
-        state[EXTRA] = _packed(extra)
+        state[EXTRA] = packed(extra)
     return state
 
 
-def _packed(extra: dict[str, Any]) -> io.BytesIO:
-    packed = io.BytesIO()
-    torch.save(extra, packed)
+def packed(extra: dict[str, Any]) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(extra, file)
     try:
-        unpacked(packed)
+        unpacked(file)
     except Exception as error:
         raise CheckpointError(
             f"{EXTRA}: the scheduler's, scaler's, optimizer's or a module's state holds what a checkpoint cannot ({error});"
             " expected numbers, strings, tensors and their lists and dicts"
         ) from error
-    return packed
+    return file
 
 
-def unpacked(packed: io.BytesIO) -> dict[str, Any]:
-    packed.seek(0)
-    return torch.load(packed, map_location="cpu", weights_only=True)
+def extra_of(opened: Opened) -> dict[str, Any]:
+    """Everything of a checkpoint that is not a tensor; {} where another tool wrote it. Raises CheckpointError for another format."""
+    if EXTRA not in opened.metadata.state_dict_metadata:
+        return {}
+    held: dict[str, Any] = {EXTRA: None}
+    try:
+        fill(opened, held)
+        extra = unpacked(held[EXTRA])
+    except Exception as error:
+        raise CheckpointError(f"{opened.folder}: {EXTRA} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(extra, dict):
+        raise CheckpointError(f"{opened.folder}: {EXTRA} holds a {type(extra).__name__}, expected a dict")
+    check_format(opened.folder, extra.get("format"))
+    if extra["format"] > 1 and opened.sums is None:
+        raise CheckpointError(f"{opened.folder}: has lost its {LOCK}, which format {extra['format']} has: the checkpoint is damaged")
+    return extra
 
 
 def _dropouts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

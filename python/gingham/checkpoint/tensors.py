@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..layout import block
+from ..mesh import has_mesh
+from .metadata import uncovered
 from .together import CheckpointError
 
 Offsets = tuple[int, ...]
@@ -132,6 +134,11 @@ def block_of(name: str, tensor: torch.Tensor) -> tuple[Offsets, torch.Tensor]:
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tensor.detach()
     mesh, local = tensor.device_mesh, tensor._local_tensor.detach()
+    if mesh.size() > 1 and not has_mesh():
+        raise CheckpointError(
+            f"{name}: is one block of {mesh.size()} on a mesh that has ended, {tuple(local.shape)} of {tuple(tensor.shape)}; save before"
+            " gingham.destroy(), or load into a model that was made after gingham.init(...)"
+        )
     for placement in tensor.placements:
         if type(placement) not in (Shard, Replicate):
             raise CheckpointError(f"{name}: has placements {tensor.placements}, expected Shard and Replicate only")
@@ -161,6 +168,20 @@ class SavePlanner(DefaultSavePlanner):
         return object
 
 
+def missing_blocks(plans: list[Any]) -> list[str]:
+    """What is wrong with the blocks that all ranks are about to write, as they say in their plans: replicas count once."""
+    held: dict[str, TensorStorageMetadata] = {}
+    seen: set[tuple[str, Offsets]] = set()
+    for item in (item for plan in plans for item in plan.items if item.tensor_data is not None):
+        data, at = item.tensor_data, (item.index.fqn, tuple(item.index.offset or ()))
+        saved = held.setdefault(item.index.fqn, TensorStorageMetadata(data.properties, data.size, []))
+        if data.size != saved.size:
+            return [f"{item.index.fqn}: has shape {tuple(saved.size)} on one rank and {tuple(data.size)} on another"]
+        saved.chunks += [] if at in seen else [data.chunk]
+        seen.add(at)
+    return [reason for name, saved in held.items() for reason in uncovered(name, saved)]
+
+
 class LoadPlanner(DefaultLoadPlanner):
     """Fills the tensors of a flat dict of Whole; bytes arrive as BytesIO."""
 
@@ -175,15 +196,6 @@ class LoadPlanner(DefaultLoadPlanner):
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = value
-
-
-def read(reader: Any, metadata: Any, state: dict[str, Any]) -> None:
-    """Fills `state` from a checkpoint, in this process; entries are Whole, or None for bytes."""
-    planner = LoadPlanner()
-    planner.set_up_planner(state, metadata)
-    reader.set_up_storage_reader(metadata, False)
-    plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
-    reader.read_data(plan, planner).wait()
 
 
 def check(key: str, saved: Any, wanted: Whole, strict: bool) -> list[str]:

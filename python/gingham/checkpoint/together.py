@@ -3,6 +3,7 @@ dies is named within a second, however long the others' disks take."""
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..errors import MeshError
+from ..errors import MeshError, PeerDied, PeerStalled
 from ..mesh import current, has_mesh
 
 BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled
@@ -22,21 +23,38 @@ class CheckpointError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of gingham.init's mesh, or this process alone where there is none."""
+    """The ranks of gingham.init's mesh, or this process alone where there is none. Raises MeshError for a rank of several that only
+    believes to be alone, whose part would pass for the whole: `what` is about to be done, `writes`: it leaves files."""
 
-    def __init__(self) -> None:
+    def __init__(self, what: str, writes: bool = False) -> None:
+        self.what = what
         self.mesh = current() if has_mesh() else None
-        if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise MeshError(f"{dist.get_world_size()} ranks without a mesh: call gingham.init(...) before saving or loading")
         self.rank, self.size = (self.mesh.rank, self.mesh.size) if self.mesh is not None else (0, 1)
+        if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise MeshError(f"{what}: {dist.get_world_size()} ranks without a mesh: call gingham.init(...) before saving or loading")
+        world = os.environ.get("WORLD_SIZE", "1")
+        if writes and world.isdecimal() and int(world) > self.size:
+            raise MeshError(
+                f"{what}: rank {os.environ.get('RANK', '?')} of {world} (WORLD_SIZE) would write alone, as each of the others: expected a"
+                f" mesh of {world} ranks, got {'none' if self.mesh is None else f'one of {self.size}'}; call it between gingham.init(...)"
+                " and gingham.destroy(), or unset WORLD_SIZE where this process is alone"
+            )
 
     def tell(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order; pickled, so it may be anything. Not counted as traffic."""
         if self.mesh is None or self.size == 1:
             return [value]
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.mesh.device)
-        parts = self.mesh.world.all_gather(mine, self.mesh.source, False)
-        return [pickle.loads(part.cpu().numpy().tobytes()) for part in parts]
+        return [pickle.loads(part.cpu().numpy().tobytes()) for part in self._gather(mine)]
+
+    def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's bytes. An error that a rank elsewhere causes says that all must be here."""
+        assert self.mesh is not None
+        try:
+            return self.mesh.world.all_gather(mine, self.mesh.source, False)
+        except (MeshError, PeerDied, PeerStalled) as error:
+            error.args = (f"{error} ({self.what}: every rank of the mesh must call it, also those that hold or write nothing)",)
+            raise
 
     def together(self, what: str, work: Callable[[], Any]) -> list[Any]:
         """work() on every rank, their results in rank order. Where any raises, all raise CheckpointError naming it."""
@@ -78,5 +96,5 @@ class Ranks:
         while True:
             done.wait(BEAT)
             flag = torch.tensor([done.is_set()], dtype=torch.uint8, device=mesh.device)
-            if bool(torch.cat(mesh.world.all_gather(flag, mesh.source, False)).all()):
+            if bool(torch.cat(self._gather(flag)).all()):
                 return

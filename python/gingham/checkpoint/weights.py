@@ -12,59 +12,35 @@ import json
 import os
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from fcntl import LOCK_SH
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import safetensors
 import torch
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
 from . import folders, hub
+from .blocks import Summed
+from .metadata import uncovered
+from .stored import DTYPES, INDEX, NAMES, SINGLE, Line, Stored
 from .tensors import Offsets, Part, Whole, check_dtype, plain_keys, whole_of
 from .together import CheckpointError, Ranks
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
-}
-DTYPES = {name: dtype for dtype, name in NAMES.items()}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
-@dataclass(frozen=True)
-class Line:
-    """A tensor to write: its key, shape and dtype."""
-
-    key: str
-    shape: torch.Size
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
 class Files:
-    """A set of files being written beside the ones they replace. `lines` in the order in which tensors must be added."""
+    """A set of files being written in a folder of its own beside the ones they replace. `lines` in the order in which tensors must
+    be added."""
 
     def __init__(self, path: Path, lines: Iterable[Line], limit: int) -> None:
         self.single = path if path.suffix == ".safetensors" else None
         self.folder = path.parent if self.single else path
         self.shards = _shards(lines, 1 << 62 if self.single else limit)
         self.lines = [line for shard in self.shards for line in shard]
-        self._open: BinaryIO | None = None
+        self._open: Summed | None = None
+        self._writing: folders.Writing | None = None
         self._starts = {shard[0].key: index for index, shard in enumerate(self.shards) if shard}
 
     def name(self, index: int) -> str:
@@ -72,16 +48,17 @@ class Files:
             return self.single.name
         return SINGLE if len(self.shards) == 1 else f"model-{index + 1:05d}-of-{len(self.shards):05d}.safetensors"
 
-    def _temporary(self, index: int) -> Path:
-        return self.folder / f"{folders.WRITING}{self.name(index)}"
-
     def begin(self) -> None:
         for line in self.lines:
             if line.dtype not in NAMES:
                 raise CheckpointError(f"{line.key}: is {line.dtype}, which safetensors files cannot hold; expected one of {list(DTYPES)}")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._writing = folders.begin(self.folder, "export")
         if not self.lines:
             self._start(0)
+
+    def _new(self, name: str) -> Summed:
+        assert self._writing is not None
+        return Summed(self._writing.folder / name, f"{sum(line.bytes for line in self.lines):,} bytes of weights")
 
     def _start(self, index: int) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -92,14 +69,12 @@ class Files:
         packed = json.dumps(header, separators=(",", ":")).encode()
         packed += b" " * (-len(packed) % 8)
         self._finish()
-        self._open = open(self._temporary(index), "wb")  # noqa: SIM115
+        self._open = self._new(self.name(index))
         self._open.write(len(packed).to_bytes(8, "little") + packed)
 
     def _finish(self) -> None:
         if self._open is not None:
-            self._open.flush()
-            os.fsync(self._open.fileno())
-            self._open.close()
+            self._open.finish()
             self._open = None
 
     def add(self, line: Line, tensor: torch.Tensor) -> None:
@@ -108,27 +83,35 @@ class Files:
         assert self._open is not None
         self._open.write(_bytes_of(tensor).numpy().data)
 
+    def give_up(self) -> None:
+        """Removes what was written of a set that is not complete."""
+        if self._open is not None:
+            self._open.abandon()
+        if self._writing is not None:
+            self._writing.give_up()
+
     def commit(self) -> None:
-        """Gives the files their names, the index last, and removes an earlier export's that are no longer part of the set."""
+        """Gives the files their names, the index last, and removes an earlier export's that are no longer part of the set. Exports
+        of several jobs into one folder do so one after the other: the last one's set is what stays."""
         self._finish()
-        for index in range(len(self.shards)):
-            os.replace(self._temporary(index), self.folder / self.name(index))
-        if not self.single:
-            written = {self.name(index) for index in range(len(self.shards))}
-            if len(self.shards) > 1:
-                places = {line.key: self.name(index) for index, shard in enumerate(self.shards) for line in shard}
-                total = {"total_size": sum(line.bytes for line in self.lines)}
-                temporary = self.folder / f"{folders.WRITING}{INDEX}"
-                with open(temporary, "w") as file:
-                    json.dump({"metadata": total, "weight_map": places}, file, indent=2, sort_keys=True)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.folder / INDEX)
-                written.add(INDEX)
-            for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / SINGLE, self.folder / INDEX]:
-                if old.name not in written:
-                    old.unlink(missing_ok=True)
-        folders.sync(self.folder)
+        assert self._writing is not None
+        written = [self.name(index) for index in range(len(self.shards))]
+        if not self.single and len(self.shards) > 1:
+            places = {line.key: self.name(index) for index, shard in enumerate(self.shards) for line in shard}
+            total = {"total_size": sum(line.bytes for line in self.lines)}
+            index = self._new(INDEX)
+            index.write(json.dumps({"metadata": total, "weight_map": places}, indent=2, sort_keys=True).encode())
+            index.finish()
+            written.append(INDEX)
+        with folders.turn(self.folder):
+            for name in written:
+                os.replace(self._writing.folder / name, self.folder / name)
+            if not self.single:
+                for old in [*self.folder.glob("model-*-of-*.safetensors"), self.folder / SINGLE, self.folder / INDEX]:
+                    if old.name not in written:
+                        old.unlink(missing_ok=True)
+            folders.sync(self.folder)
+        self._writing.give_up()
 
 
 def _shards(lines: Iterable[Line], limit: int) -> list[list[Line]]:
@@ -164,8 +147,38 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
     its first. Bytes: every block that rank 0 lacks, sent to it once; not counted as traffic. Raises CheckpointError on
     every rank where one fails.
     """
-    ranks, what = Ranks(), f"gingham.export_safetensors to {path}"
+    what = f"gingham.export_safetensors to {path}"
+    ranks = Ranks(what, writes=True)
     limit = size_of(shard_size)
+    wholes, tables = _described(ranks, model)
+    made: list[Files] = []
+
+    def begin() -> list[Line]:
+        made.append(Files(folders.absolute(path), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit))
+        made[0].begin()
+        return made[0].lines
+
+    try:
+        for line in ranks.first(what, begin):
+            tensor = _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables])
+            ranks.first(what, lambda line=line, tensor=tensor: made[0].add(line, tensor))  # type: ignore[misc]
+        ranks.first(what, lambda: made[0].commit())
+    except BaseException:
+        for files in made:
+            files.give_up()
+        raise
+
+
+def full_tensors(ranks: Ranks, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's full tensors by plain key on rank 0, those with several keys under the first; {} on the other ranks."""
+    wholes, tables = _described(ranks, model)
+    lines = [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()]
+    found = {line.key: _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables]) for line in lines}
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+
+def _described(ranks: Ranks, model: torch.nn.Module) -> tuple[dict[str, Whole], list[dict[str, list[tuple[Offsets, torch.Size]]]]]:
+    """This rank's tensors by their first key, and every rank's blocks of each. Raises CheckpointError where they are not the whole."""
     wholes: dict[str, Whole] = {}
 
     def describe() -> dict[str, list[tuple[Offsets, torch.Size]]]:
@@ -177,13 +190,21 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
                 seen.add(tensors)
         return {key: [(place, lengths) for place, (lengths, _) in whole.chunks.items()] for key, whole in wholes.items()}
 
-    tables = ranks.together(what, describe)
-    files = Files(Path(path).absolute(), [Line(key, whole.shape, whole.dtype) for key, whole in wholes.items()], limit)
-    ranks.first(what, files.begin)
-    for line in files.lines:
-        tensor = _to_rank_0(ranks, line, wholes[line.key], [table[line.key] for table in tables])
-        ranks.first(what, lambda line=line, tensor=tensor: files.add(line, tensor))  # type: ignore[misc]
-    ranks.first(what, files.commit)
+    tables = ranks.together(ranks.what, describe)
+
+    def check() -> None:
+        lacking = [reason for key, whole in wholes.items() for reason in _lacking(key, whole, [table[key] for table in tables])]
+        if lacking:
+            raise CheckpointError(f"{'; '.join(lacking[:8])}: the ranks do not hold the whole model")
+
+    ranks.together(ranks.what, check)
+    return wholes, tables
+
+
+def _lacking(key: str, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> list[str]:
+    blocks = {place: lengths for held in table for place, lengths in held}
+    chunks = [ChunkStorageMetadata(torch.Size(place), lengths) for place, lengths in blocks.items()]
+    return uncovered(key, TensorStorageMetadata(TensorProperties(whole.dtype), whole.shape, chunks))
 
 
 def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Offsets, torch.Size]]]) -> torch.Tensor | None:
@@ -214,54 +235,6 @@ def _narrowed(full: torch.Tensor, place: Offsets, lengths: torch.Size) -> torch.
     return full[tuple(slice(start, start + length) for start, length in zip(place, lengths, strict=True))]
 
 
-class Stored:
-    """The tensors of safetensors files, opened one file at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self.places = {key: file for file in _files_of(path) for key in _keys_of(file)}
-        self._file: Path | None = None
-        self._opened: Any = None
-
-    def lines(self) -> dict[str, Line]:
-        return {key: self.line(key) for key in self.places}
-
-    def _in(self, key: str) -> Any:
-        if self._file != self.places[key]:
-            self._file = self.places[key]
-            self._opened = safetensors.safe_open(str(self._file), framework="pt", device="cpu")
-        return self._opened
-
-    def line(self, key: str) -> Line:
-        described = self._in(key).get_slice(key)
-        if described.get_dtype() not in DTYPES:
-            raise CheckpointError(f"{key} in {self.places[key]}: has dtype {described.get_dtype()}, expected one of {list(DTYPES)}")
-        return Line(key, torch.Size(described.get_shape()), DTYPES[described.get_dtype()])
-
-    def read(self, key: str, place: Offsets, lengths: torch.Size) -> torch.Tensor:
-        if not lengths:
-            return self._in(key).get_tensor(key)
-        return self._in(key).get_slice(key)[tuple(slice(start, start + length) for start, length in zip(place, lengths, strict=True))]
-
-
-def _keys_of(file: Path) -> list[str]:
-    with safetensors.safe_open(str(file), framework="pt") as opened:
-        return list(opened.keys())
-
-
-def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if not (path / INDEX).is_file():
-        raise CheckpointError(f"{path}: expected {SINGLE} or {INDEX} in it, or a .safetensors file; there is neither")
-    places = json.loads((path / INDEX).read_text())["weight_map"]
-    missing = sorted({name for name in places.values() if not (path / name).is_file()})
-    if missing:
-        raise CheckpointError(f"{path / INDEX}: names {missing}, which are not there")
-    return [path / name for name in sorted(set(places.values()))]
-
-
 def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], strict: bool = True) -> None:
     """Fills the model from safetensors files with plain torch keys, such as Hugging Face's save_pretrained writes: a folder
     or one file. Every rank reads its own blocks and nothing else. Bytes between ranks: none.
@@ -269,25 +242,35 @@ def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], str
     Keys may carry or lack the model's `base_model_prefix` or be names that transformers has since changed; a tensor with two
     keys needs one of them. Everything is
     checked before the model is changed. Raises CheckpointError on every rank, naming rank, key, got and expected, for
-    missing and unused keys (but those that the model's _keys_to_ignore_on_load_unexpected names), other shapes, and
-    dtypes that the model's cannot hold exactly; strict=False loads what is there, and casts.
+    missing and unused keys (but those that transformers passes over: what the model's _keys_to_ignore_on_load_unexpected
+    names, buffers that are not saved), other shapes, and dtypes that the model's cannot hold exactly; strict=False loads
+    what is there, and casts. Names in an index with folders in them and links that leave the folder are refused.
     """
-    ranks, what = Ranks(), f"gingham.import_safetensors from {path}"
+    what = f"gingham.import_safetensors from {path}"
+    ranks = Ranks(what)
     found: list[tuple[Stored, list[tuple[str, Whole]]]] = []
 
     def prepare() -> None:
-        stored = Stored(Path(path).absolute())
+        stored = Stored(folders.absolute(path))
         found.append((stored, _matched(model, stored, strict)))
 
-    ranks.together(what, prepare)
-    stored, matched = found[0]
+    with ExitStack() as reads:
+        ranks.first(what, lambda: _hold(reads, folders.absolute(path)))
+        ranks.together(what, prepare)
+        stored, matched = found[0]
 
-    def fill() -> None:
-        for key, whole in sorted(matched, key=lambda pair: str(stored.places[pair[0]])):
-            for place, (lengths, _) in whole.chunks.items():
-                whole.tensor(place).copy_(stored.read(key, place, lengths))
+        def fill() -> None:
+            for key, whole in sorted(matched, key=lambda pair: str(stored.places[pair[0]])):
+                for place, (lengths, _) in whole.chunks.items():
+                    whole.tensor(place).copy_(stored.read(key, place, lengths))
 
-    ranks.together(f"{what} (the model may be half loaded)", fill)
+        ranks.together(f"{what} (the model may be half loaded)", fill)
+
+
+def _hold(reads: ExitStack, path: Path) -> None:
+    """Until `reads` ends no export of another job changes the folder."""
+    if path.is_dir():
+        reads.enter_context(folders.turn(path, LOCK_SH))
 
 
 def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple[str, Whole]]:
@@ -310,8 +293,8 @@ def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple
         matched.append((name, whole))
     if strict:
         wrong += [f"{key}: got nothing, expected in the files" for key, parts in keys.items() if not here[_identity(parts)]]
-        unused = [name for name in stored.places if name not in used and not hub.ignored(model, name)]
-        wrong += [f"{name}: is in the files, expected nothing of that name" for name in unused]
+        unused = [name for name in stored.places if name not in used and not hub.ignored(model, name, renamed[name])]
+        wrong += [f"{name}: is in the files, expected nothing of that name (strict=False passes over it)" for name in unused]
     if wrong:
         raise CheckpointError("; ".join(wrong[:8]) + (f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""))
     return matched

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import nn
+from ..checkpoint import pretrained
 from ..functional import relayout
 from ..mesh import Mesh, current
 from . import attention, inputs, layers, meta
@@ -80,6 +81,7 @@ def parallelize(
     for path in sorted(set(rules.unused()) & asked):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(model).__name__}", stacklevel=2)
     inputs.attach(model, mesh, io, "outer" if top else rules.body, batch, width_of(model) if top else None)
+    pretrained.attach(model)
     model.gingham_plan = made.lines  # type: ignore[assignment]
     if verbose:
         show(made, tokens)

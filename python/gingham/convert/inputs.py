@@ -51,12 +51,6 @@ class Border:
         self.labels: dict[str, Any] = {}
         self.tuples = False
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "a model that parallelize has converted cannot be copied or pickled, it holds a mesh: copy the model before, or use"
-            " gingham.save or its state_dict"
-        )
-
     def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(self.names, args, strict=False))
         named |= {f"*{index}": x for index, x in enumerate(args[len(named) :])}

@@ -27,6 +27,10 @@ class SharedInput:
         self.x: Any = None
         self.kept: dict[int, torch.Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no results: they belong to calls of the original."""
+        return {**self.__dict__, "key": None, "x": None, "kept": {}}
+
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         index = next(index for index, each in enumerate(self.linears) if each is layer)
         # compiled graphs have no object to tie results to, and inference tensors no version
