@@ -69,6 +69,7 @@ class Mesh(Live):
         _alive.add(self)
         self._labels: dict[str, Any] = {}
         self._next_number = count()
+        self.checks: Any = None  # while the first step is checked: see checked.py
         self.depth_sums: Any = None
         self.ended = False
         self._background: Any = None
@@ -123,19 +124,25 @@ class Mesh(Live):
         """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
         dim: where the rows lie. Differentiable; not counted as traffic. Its gradient is gathered, never summed."""
+        if self.checks is not None:
+            x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         cuts = self.cuts(operand, x.dim(), dim)
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim)], [x])[0]
-        return Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
+        mine = Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
+        return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 
     def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
         compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
         is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit together, or features."""
-        check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
+        if self.checks is not None:
+            fix = "name the layout it has: mesh.gather(y, operand='inner'), 'rows', 'x' or 'c'"
+            x = self.checks.take(x, self.cuts(operand, x.dim(), dim), f"gather(operand={operand!r})", fix)
+        check_local(x, "gather's x", self)
         if torch.compiler.is_compiling():
             return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
         full: torch.Tensor = Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
@@ -217,7 +224,7 @@ class Mesh(Live):
 
 def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:
     """Raises TypeError unless x is a plain tensor of real numbers on the device of `mesh` (none: of the current mesh, or the CPU)."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) and not hasattr(x, "checks"):
         found = f"a {type(x).__name__}"
         fix = "pass x.to_local()" if isinstance(x, DTensor) else "pass this rank's block as a torch.Tensor"
         raise TypeError(f"{what}: got {found}, expected a plain local torch.Tensor; {fix}")

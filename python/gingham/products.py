@@ -22,6 +22,16 @@ def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tu
     torch.autocast casts a and b, as it does torch.matmul's.
     """
     mesh = current(mesh)
+    checks = mesh.checks
+    if checks is not None:
+        marked = any(hasattr(each, "checks") for each in (a, b))
+        a, b = (checks.take(each, mesh.cuts(name, each.dim()), f"matmul's {name}") for each, name in ((a, "a"), (b, "b")))
+        if marked:
+            return checks.give(_matmul(a, b, mesh, shape), mesh.cuts("c", 2))
+    return _matmul(a, b, mesh, shape)
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh, shape: tuple[int, int, int] | None) -> torch.Tensor:
     for tensor, name in ((a, "a"), (b, "b")):
         check_local(tensor, f"matmul's {name}", mesh)
         if tensor.dim() != 2:

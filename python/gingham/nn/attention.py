@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ..errors import ShapeError
 from ..functional import autocast_dtype, linear, linear_plan
+from ..layout import Cuts
 from ..mesh import Mesh, check_local
 from .dropout import Dropout
 from .layer import Layer
@@ -151,6 +152,10 @@ class SelfAttention(Layer):
     def extra_repr(self) -> str:
         shape = f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
         return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}"
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
+        cuts = self.mesh.outer.cuts(x.dim(), self.dim) if x.dim() == 3 else None
+        return None if cuts is None else (cuts, cuts)
 
     def sizes(self) -> tuple[int, ...]:
         return self.width, self.heads

@@ -11,8 +11,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ..checked import cuts_of_block, layer_forward
 from ..compiled import define
 from ..dropout import dropout, dropout_again, dropout_place
+from ..layout import Cuts
 from ..mesh import Mesh, current, has_mesh
 
 KEPT_CALLS = 4096  # calls whose number a recomputation can still find
@@ -73,6 +75,14 @@ class Dropout(torch.nn.Dropout):
         super().__setstate__(state)
         self._find_by_handle()  # a copy draws its own masks
 
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
+        """Of its first call, while it is checked."""
+        if self.mesh is None or self.dims not in ((0, -1), (1, -1)):
+            return None
+        cuts = cuts_of_block(self.mesh.layout(self.layout), x.dim(), self.dims[0])
+        return cuts, cuts
+
+    @layer_forward
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x

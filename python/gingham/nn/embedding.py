@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
 from ..functional import deferring, like, local_of, settle, sum_or_defer, sum_over_depth
-from ..layout import chunks
+from ..layout import Cuts, Layout, chunks
 from ..mesh import Mesh, check_local
 from ..second_order import gathered, refuse_deferred, replay, shared
 from .layer import Layer
@@ -89,6 +89,10 @@ class Embedding(Layer, torch.nn.Embedding):
         torch.nn.init.normal_(full)
         if self.padding_idx is not None:
             full[self.padding_idx].fill_(0)
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
+        outer = self.mesh.outer
+        return Layout(outer.rows, ()).cuts(x.dim()), outer.cuts(x.dim() + 1)
 
     def sizes(self) -> tuple[int, ...]:
         return self.num_embeddings, self.embedding_dim

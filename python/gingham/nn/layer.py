@@ -13,10 +13,11 @@ from zlib import crc32
 
 import torch
 
+from ..checked import layer_forward
 from ..compiled import own
 from ..errors import MeshError, ShapeError
 from ..functional import local_of
-from ..layout import block, slices
+from ..layout import Cuts, block, slices
 from ..mesh import Mesh, current, cuts_of
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads
@@ -56,6 +57,15 @@ class Layer(torch.nn.Module):
         """Layers that are parts of this one, whose options are part of their labels too."""
         for part in parts:
             part._within = f" in {type(self).__name__} #{self.number}({self.extra_repr()})"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "forward" in cls.__dict__:
+            cls.forward = layer_forward(cls.__dict__["forward"])  # type: ignore[method-assign]
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
+        """The cuts of the input x and of the output; None: not checked."""
+        return None
 
     def label(self) -> str:
         """Made at the first call, when all parameters stand."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..checked import cuts_of_block
 from ..errors import MeshError, ShapeError
 from ..functional import linear, linear_plan, local_of, reshard
 from ..layout import Cuts
@@ -89,6 +90,9 @@ class Linear(Layer, torch.nn.Linear):
             torch.nn.init.uniform_(full, -bound_of(self.in_features), bound_of(self.in_features))
         else:
             torch.nn.init.zeros_(full)
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
+        return cuts_of_block(self.plan.x[0], x.dim()), cuts_of_block(self.plan.y[0], x.dim())
 
     def sizes(self) -> tuple[int, ...]:
         return self.in_features, self.out_features

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..checked import cuts_of_block
 from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..errors import ShapeError
 from ..functional import autocast_dtype, relayout
@@ -36,6 +37,9 @@ def cross_entropy(
     NotImplementedError for class weights.
     """
     mesh = current(mesh)
+    checks = mesh.checks
+    if checks is not None:
+        logits, target = _taken(checks, mesh, logits, target, layout, "cross_entropy")
     if weight is not None:
         raise NotImplementedError("cross_entropy: weight= is not built; take reduction='none' and weigh the losses by weight[target]")
     target, moved, given, needed = _fitting(logits, target, mesh, layout, "cross_entropy")
@@ -70,6 +74,13 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
     return target, moved, given, needed
 
 
+def _taken(checks: Any, mesh: Mesh, logits: Any, target: Any, layout: str, what: str) -> tuple[Any, Any]:
+    """The plain tensors, if they lie where the first step's check expects them."""
+    expected = cuts_of_block(mesh.layout(layout), logits.dim()) if isinstance(logits, torch.Tensor) else None
+    fix = f"name the logits' layout: {what}(logits, target, layout='inner') after a Linear that ends in inner or a Classifier"
+    return checks.take(logits, expected, f"{what}(layout={layout!r})", fix), checks.take(target, None, what)
+
+
 def _cut_as(target: torch.Tensor, logits: torch.Tensor, mesh: Mesh, given: Layout) -> bool:
     """Whether the ranks of `given` have pieces of the logits' rows, told by all their sizes: one rank's may fit by chance."""
     if torch.compiler.is_compiling():
@@ -98,6 +109,8 @@ def accuracy(
     before it, 8 bytes a row, and one of (right, count), 16 bytes, over the row axes. Raises ShapeError as cross_entropy.
     """
     mesh = current(mesh)
+    if mesh.checks is not None:
+        logits, target = _taken(mesh.checks, mesh, logits, target, layout, "accuracy")
     target, *_ = _fitting(logits, target, mesh, layout, "accuracy")
     named = mesh.layout(layout)
     x, target = logits.reshape(target.numel(), logits.shape[-1]).double(), target.reshape(-1).long()

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..checked import cuts_of_block
 from ..functional import linear, linear_plan
+from ..layout import Cuts
 from ..mesh import Mesh
 from .dropout import Dropout
 from .layer import Layer
@@ -79,6 +81,10 @@ class MLP(Layer):
 
     def extra_repr(self) -> str:
         return f"width={self.width}, hidden={self.hidden}, activation={self.activation!r}, gated={self.gated}"
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
+        cuts = cuts_of_block(self.mesh.outer, x.dim())
+        return cuts, cuts
 
     def sizes(self) -> tuple[int, ...]:
         return self.width, self.hidden

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ..checked import cuts_of_block
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
 from ..functional import autocast_dtype, deferring, like, local_of
-from ..layout import Names, coordinates_of, interval, members
+from ..layout import Cuts, Names, coordinates_of, interval, members
 from ..mesh import Mesh, check_local
 from ..second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
@@ -46,6 +47,10 @@ class _Norm(Layer):
 
     def draw(self, name: str, full: torch.Tensor) -> None:
         full.fill_(1.0 if name == "weight" else 0.0)
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
+        cuts = cuts_of_block(self.mesh.layout(self.layout), x.dim())
+        return cuts, cuts
 
     def sizes(self) -> tuple[int, ...]:
         return (self.features,)

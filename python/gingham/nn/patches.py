@@ -10,7 +10,7 @@ import torch
 
 from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout, reshard
-from ..layout import Layout
+from ..layout import Cuts, Layout
 from ..mesh import Mesh, check_local
 from .layer import Layer, bound_of
 from .parameter import Given, make_parameter
@@ -66,6 +66,9 @@ class PatchEmbedding(Layer):
             torch.nn.init.kaiming_uniform_(full, a=sqrt(5))
         else:
             torch.nn.init.uniform_(full, -bound_of(self.fan_in), bound_of(self.fan_in))
+
+    def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
+        return Layout(self.mesh.outer.rows, ()).cuts(x.dim()), self.mesh.outer.cuts(3)
 
     def sizes(self) -> tuple[int, ...]:
         return self.channels, self.width

@@ -1,0 +1,213 @@
+"""The first step is checked: tensors say how they are cut, and an operation that is wrong on a block is an error with its line.
+
+scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or an optimizer's step,
+or the second call from the same place where nothing is trained). Each of torch's operations on them goes by a rule
+(check_rules): elementwise ones keep the cuts, views move them, a sum over a cut dim is a part, and what would give this
+rank's answer instead of the job's is a LayoutError. After that plain tensors flow and nothing is paid.
+
+    GINGHAM_CHECK=0 never, =1 always; torch.compile switches it off.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from . import check_rules
+from .errors import LayoutError
+from .layout import Cuts, Layout, Names
+from .mesh import Mesh
+
+log = logging.getLogger("gingham")
+
+OURS, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+_compiled = False  # torch.compile was called in this process
+
+
+class Checked(torch.Tensor):
+    """A block with its cuts, one tuple of axes a dim; partial: the axes over which it is a part of a sum."""
+
+    cuts: Cuts
+    partial: Names
+    checks: Checks
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        leaves = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Checked)]
+        with torch._C.DisableTorchFunctionSubclass():
+            if not leaves or not leaves[0].checks.on:
+                return plain(func(*plain(args), **plain(kwargs))) if leaves and not _in_place(func) else func(*args, **kwargs)
+            checks = leaves[0].checks
+            try:
+                after = check_rules.rule_of(func)(func, args, kwargs)
+            except check_rules.Wrong as wrong:
+                raise checks.error(wrong) from None
+            except check_rules.Unknown as unknown:
+                checks.leave(str(unknown))
+                return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            return after(result) if after is not None else result
+
+
+def _in_place(func: Any) -> bool:
+    return getattr(func, "__name__", "").strip("_") != getattr(func, "__name__", "").lstrip("_") or func is torch.Tensor.requires_grad_
+
+
+def plain(value: Any) -> Any:
+    """With every Checked tensor as the plain one that it is."""
+    return pytree.tree_map_only(Checked, lambda x: x.as_subclass(torch.Tensor), value)
+
+
+def marked(x: Any, cuts: Cuts, checks: Checks, partial: Names = ()) -> Any:
+    """x as a Checked tensor."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    made = x if isinstance(x, Checked) else x.as_subclass(Checked)
+    made.cuts, made.partial, made.checks = cuts, partial, checks
+    return made
+
+
+class Checks:
+    """Of one mesh: whether the step is still checked, and what to say when something is wrong."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.always = os.environ.get("GINGHAM_CHECK", "") == "1"
+        self.on = True
+        self.sites: set[tuple[str, int]] = set()
+        self.told: set[str] = set()
+
+    def hand_out(self, block: torch.Tensor, cuts: Cuts) -> torch.Tensor:
+        """For scatter."""
+        if _compiled or torch.compiler.is_compiling():
+            self.end()
+            return block
+        site = here()
+        if site in self.sites and not self.always:
+            self.end()  # the second time round
+        self.sites.add(site)
+        return marked(block, cuts, self) if self.on else block
+
+    def take(self, x: Any, cuts: Cuts | None, what: str, fix: str = "") -> Any:
+        """The plain tensor, if it is cut as `what` expects; None: any cuts."""
+        if not isinstance(x, Checked):
+            return x
+        if x.partial and self.on:
+            raise self.error(check_rules.Wrong(f"{what} got this rank's part of a sum over {said(x.partial)}", "gather first, then sum"))
+        if cuts is not None and x.cuts != cuts and self.on:
+            raise self.error(
+                check_rules.Wrong(
+                    f"{what} got a tensor {tuple(x.shape)} cut {words(x.cuts)}, expected it cut {words(cuts)}",
+                    fix or "use the layout that the layer before gives, or mesh.gather and mesh.scatter between them",
+                )
+            )
+        return x.as_subclass(torch.Tensor)
+
+    def give(self, y: Any, cuts: Cuts) -> Any:
+        """What a function of ours returns."""
+        if not self.on or not isinstance(y, torch.Tensor):
+            return y
+        made = marked(y, cuts, self)
+        if made.requires_grad and not self.always:
+            with torch._C.DisableTorchFunctionSubclass():
+                made.register_hook(self._end_with_backward)
+        return made
+
+    def _end_with_backward(self, gradient: torch.Tensor) -> None:
+        if self.on:
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+
+    def end(self) -> None:
+        """From here on plain tensors."""
+        if not self.always or _compiled:
+            self.on = False
+            self.mesh.checks = None
+
+    def leave(self, what: str) -> None:
+        """Says once that an operation is not followed."""
+        if what not in self.told:
+            self.told.add(what)
+            file, line = here()
+            log.info("checked mode does not follow %s (%s:%d); what comes of it is not checked", what, file, line)
+
+    def error(self, wrong: check_rules.Wrong) -> LayoutError:
+        file, line = here()
+        return LayoutError(f"rank {self.mesh.rank}: {file}:{line}: {wrong.what}. {wrong.fix[:1].upper()}{wrong.fix[1:]}.")
+
+
+def here() -> tuple[str, int]:
+    """The innermost line that is neither ours nor torch's."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((OURS, TORCH, "<frozen")):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
+def said(names: Names) -> str:
+    return ", ".join(names)
+
+
+def words(cuts: Cuts) -> str:
+    cut = [f"dim {dim} over {said(names)}" for dim, names in enumerate(cuts) if names]
+    return ", ".join(cut) or "nowhere (whole on every rank)"
+
+
+def layer_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A layer's forward that takes Checked tensors and gives them while the step is checked."""
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        checks = None if torch.compiler.is_compiling() or self.mesh is None else self.mesh.checks
+        if checks is None or not any(isinstance(x, Checked) for x in (*args, *kwargs.values())):
+            return forward(self, *(plain(args) if checks is None and _any(args) else args), **kwargs)
+        x = args[0] if args else kwargs.get("x")
+        ends = self.ends(x) if isinstance(x, Checked) else None
+        if ends is not None and isinstance(x, Checked):
+            checks.take(x, ends[0], type(self).__name__)
+        y = forward(self, *plain(args), **plain(kwargs))
+        if ends is None:
+            return y
+        if isinstance(y, tuple):
+            return checks.give(y[0], ends[1]), *y[1:]
+        return checks.give(y, ends[1])
+
+    return call
+
+
+def _any(args: Sequence[Any]) -> bool:
+    return any(isinstance(x, Checked) for x in args)
+
+
+def cuts_of_block(layout: Layout, ndim: int, dim: int = 0) -> Cuts:
+    """Of an activation in a layout; one of a single dim has features only."""
+    return (layout.features,) if ndim == 1 else layout.cuts(ndim, dim)
+
+
+def install(mesh: Mesh) -> None:
+    """For init."""
+    if os.environ.get("GINGHAM_CHECK", "") != "0" and mesh.size > 1 and not _compiled:
+        mesh.checks = Checks(mesh)
+
+
+def _noting(compile: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(compile)
+    def compile_and_note(*args: Any, **kwargs: Any) -> Any:
+        global _compiled
+        if not _compiled:
+            _compiled = True
+            log.info("torch.compile was called: the first step is not checked")
+        return compile(*args, **kwargs)
+
+    return compile_and_note
+
+
+torch.compile = _noting(torch.compile)  # type: ignore[assignment]
