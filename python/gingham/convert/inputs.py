@@ -73,6 +73,9 @@ class Border:
         if self.full:
             self._check_dims(model, given)
             self._check_alike({**given, **self.labels})
+            for value in given.values():  # a cache that the caller made is filled in place, whatever is returned
+                if is_cache(value):
+                    self._keep_rows(value)
             named = {name: self._cut(name, x) for name, x in named.items()}
             kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
         return tuple(named.values()), kwargs
@@ -163,7 +166,7 @@ class Border:
 
     def _fields(self, model: Any, output: Any, loss: torch.Tensor | None) -> Any:
         for name, value in list(output.items()):
-            if name == "past_key_values":
+            if is_cache(value):
                 self._keep_rows(value)
             elif self.full and not (name == "loss" and loss is not None):
                 known = self.body == "rows" or name in INNER | ROWS | OUTER
@@ -182,9 +185,18 @@ class Border:
                 "generation that reorders rows (beams, contrastive search) on a mesh that cuts rows; use greedy or sampling"
             )
 
-        for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
+        for name in REORDERING:
             if self.mesh.outer.rows and hasattr(cache, name):
                 setattr(cache, name, refuse)
+
+
+REORDERING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values, known by what it can do: transformers has called the argument and the field
+    both past_key_values and cache."""
+    return not isinstance(value, torch.Tensor) and any(callable(getattr(value, name, None)) for name in REORDERING)
 
 
 def _check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Tensor:
