@@ -48,6 +48,9 @@ class LinearPlan:
     n_local: tuple[int, ...]
     handles: list[str] = field(default_factory=list)  # its own, once it is registered
 
+    def __deepcopy__(self, memo: Any) -> LinearPlan:
+        return self  # a layer's copy makes the same step
+
 
 def linear_plan(
     mesh: Mesh, k: int, n: list[int], layout: str, swapped: bool | str | None, name: str = "linear", transposed: bool = False

@@ -188,6 +188,9 @@ class Mesh:
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
 
+    def __deepcopy__(self, memo: Any) -> Mesh:
+        return self  # copies of a model stand on its mesh
+
     def parts(self, names: Names) -> int:
         return prod(self.sizes[name] for name in names)
 

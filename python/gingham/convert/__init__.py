@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import nn
-from ..functional import relayout
 from ..mesh import Mesh, current
-from . import attention, inputs, layers, meta
-from .layers import ELEMENTWISE, Conversion
+from . import attention, identity, inputs, layers, meta
+from .agree import agree, agreed_seed
+from .entry import register_forward_method
+from .heads import base_of, keep_whole, known_loss
+from .layers import Conversion
+from .losses import is_transformers
 from .plan import show
-from .rules import SHARED, TORCH, rules_of
+from .regions import STACKS, batch_dim, enter, region_of, roles_of_children, width_of
+from .rules import REQUIRED, SHARED, Rules, matches, rules_of
+from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, seen_paths
 
-__all__ = ["parallelize"]
-
-STACKS = (
-    torch.nn.Transformer,
-    torch.nn.TransformerEncoder,
-    torch.nn.TransformerDecoder,
-    torch.nn.TransformerEncoderLayer,
-    torch.nn.TransformerDecoderLayer,
-)
+__all__ = ["parallelize", "register_forward_method"]
 
 
 def parallelize(
@@ -34,6 +31,7 @@ def parallelize(
     io: str = "full",
     plan: Mapping[str, str] | None = None,
     tokens: int = 1024,
+    whole: Sequence[str] = (),
 ) -> Any:
     """Turns a torch.nn model or a transformers model (GPT-2, Llama, BERT, ViT, or any with a tp_plan of colwise and rowwise
     linears) into layers of gingham.nn in place, with its weights; returns the model (a new one if it is itself one layer).
@@ -57,62 +55,99 @@ def parallelize(
     be wrong on a part of the rows or features; warns of rules of a plan that fit nothing. A call with io "full" raises MeshError
     where a rank is given other inputs than the rest.
     """
-    mesh = current(mesh)
-    _check_call(model, io)
-    rules, asked = rules_of(model, plan)
-    config = getattr(model, "config", None)
-    _check_mesh(model, mesh, rules.body)
-    if rules.body == "outer":
-        attention.register()
-        config = config.get_text_config()  # type: ignore[union-attr]
-    recipes = meta.record(model) if any(parameter.is_meta for parameter in model.parameters()) else None
-    made = Conversion(model, mesh, rules, getattr(config, "hidden_size", None) if rules.body == "outer" else None)
-    old = dict(model.named_parameters())
-    ties = tied_names(model)
+    mesh, inner = current(mesh), core(model)
+    _check_call(model, inner, io)
+    agree(model, mesh)
+    rules, asked = rules_of(inner, plan)
+    loss, apart = _look(model, inner, mesh, rules, io)
+    recipes = meta.record(inner) if any(parameter.is_meta for parameter in model.parameters()) else None
+    seed = agreed_seed(mesh) if recipes is not None else 0
+    made = Conversion(model, mesh, rules, _width(inner) if rules.body == "outer" else None, read=layers.read_by_others(model))
+    old, ties = dict(model.named_parameters()), tied_names(model)
     top = region_of(model) if rules.body == "rows" else ""
-    batch = batch_dim(model) if top else 0
+    batch, body = batch_dim(model) if top else 0, "outer" if top else rules.body
     _embeddings(made, model, rules.body)
-    model = _convert(made, "", model, "outer" if top else rules.body, None)
+    if apart:
+        _convert_base(made, path_of(model, inner), inner)
+    else:
+        model = _convert(made, "", model, body, None)
     _retie(made, model)
     _check_ties(model, ties)
+    _check_rules(made, inner)
     if recipes is not None:
-        meta.draw(model, made, recipes, old)
+        meta.draw(model, made, recipes, old, seed)
+    _keep_parameters(made, old)
     for path in sorted(set(rules.unused()) & asked):
-        warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(model).__name__}", stacklevel=2)
-    inputs.attach(model, mesh, io, "outer" if top else rules.body, batch, width_of(model) if top else None)
-    model.gingham_plan = made.lines  # type: ignore[assignment]
+        warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=2)
+    _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
     if verbose:
         show(made, tokens)
     return model
 
 
-def _check_call(model: torch.nn.Module, io: str) -> None:
+def _keep_parameters(made: Conversion, old: dict[str, torch.nn.Parameter]) -> None:
+    names = {id(parameter): name for name, parameter in reversed(old.items())}
+    own = (old, *(module._parameters for _, module in made.paths.values()))
+    identity.keep(made.mesh, names, old.values(), made.parameters, own)
+
+
+def _attach(
+    made: Conversion, model: torch.nn.Module, io: str, body: str, rest: tuple[int, int | None, str | None, Sequence[str]], apart: bool
+) -> None:
+    """Puts the border around the model, or around its base where the head stands apart."""
+    inner = core(model)
+    base = base_of(inner)
+    stand = core(base) if apart else inner
+    border = inputs.Border(stand, made.mesh, io, body, *rest, made.rules.cut_heads)
+    inputs.attach(stand, border, core(base) if base is not None and not apart else None)
+    for each in {id(each): each for each in (model, inner)}.values():
+        each.gingham_plan = made.lines  # type: ignore[assignment]
+
+
+def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str) -> tuple[str | None, bool]:
+    """What a model is, before anything of it changes: the method of its loss, and whether its head stands apart, on whole features
+    of the whole batch, since nothing vouches for it. Raises NotImplementedError for code that nothing vouches for."""
+    rules.seen = {path: plain for path, plain in seen_paths(model).items() if path != plain}
+    base, path = base_of(inner), path_of(model, inner)
+    if rules.body == "outer":
+        check_known(inner, core(base or inner), f"{path}.{inner.base_model_prefix}" if base else path)
+    loss = known_loss(inner) if is_transformers(inner) else None
+    if base is not None and loss is None and io == "local" and rules.body == "outer":
+        raise NotImplementedError(f"{type(inner).__name__}: nothing vouches for its head on cut features; use io='full'")
+    if rules.cut_heads:
+        if mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):
+            raise NotImplementedError(f"{type(inner).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
+        attention.register()
+    return loss, base is not None and loss is None and io == "full"
+
+
+def _width(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "hidden_size", None)
+
+
+def _convert_base(made: Conversion, path: str, inner: Any) -> None:
+    prefix = inner.base_model_prefix
+    inner._modules[prefix] = _convert(made, f"{path}.{prefix}".lstrip("."), base_of(inner), made.rules.body, inner)
+    keep_whole(made, path, inner, inner._modules[prefix])
+
+
+def _check_call(model: torch.nn.Module, inner: torch.nn.Module, io: str) -> None:
     if io not in ("full", "local"):
         raise ValueError(f"io={io!r}: expected 'full' or 'local'")
-    if hasattr(model, "gingham_plan"):
+    if hasattr(model, "gingham_plan") or hasattr(inner, "gingham_plan"):
         raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
 
 
-def _check_mesh(model: torch.nn.Module, mesh: Mesh, body: str) -> None:
-    if body == "outer" and mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):
-        raise NotImplementedError(f"{type(model).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
-
-
-def region_of(module: torch.nn.Module) -> str:
-    """Why a module's inside may lie in outer and inner: a stack of torch's transformer layers, or a chain of linears."""
-    if isinstance(module, STACKS) and layers.is_plain(module):
-        return "stack"
-    if isinstance(module, torch.nn.Sequential) and layers.is_plain(module) and any(isinstance(child, torch.nn.Linear) for child in module):
-        links = (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm, *ELEMENTWISE)
-        if all(type(child) in links and layers.is_plain(child) for child in module):
-            return "chain"
-    return ""
-
-
-def batch_dim(model: torch.nn.Module) -> int:
-    """Which dim of a stack's input is the batch."""
-    firsts = [module.batch_first for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
-    return 0 if all(firsts) else 1
+def _check_rules(made: Conversion, model: Any) -> None:
+    """Raises NotImplementedError where a rule that every model of the family needs has fitted no linear."""
+    left = set(REQUIRED.get(made.rules.family or "", ())) - made.rules.fitted
+    if left and model.config.get_text_config().num_hidden_layers:
+        rule = min(left)
+        stands = {type(module).__name__ for path, (_, module) in made.paths.items() if matches(rule, made.rules.seen.get(path, path))}
+        raise NotImplementedError(
+            f"{type(model).__name__}: the rule {rule!r} of the family {made.rules.family!r} fits no linear;"
+            f" {', '.join(sorted(stands)) or 'nothing'} stands there. Convert before the layer is replaced, or give plan="
+        )
 
 
 def _embeddings(made: Conversion, model: torch.nn.Module, body: str) -> None:
@@ -137,8 +172,9 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
     if type(module).__module__.startswith("gingham."):
         return module
     layers.check_plain(path, module)
+    made.paths[path] = (path, module)
     if body == "rows" and region_of(module):
-        _enter(made, path, module)
+        enter(made, path, module)
         body = "outer"
     leaf = _leaf(made, path, module, body, parent)
     if leaf is not None:
@@ -146,21 +182,37 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
     if isinstance(module, torch.nn.Transformer):  # it compares its inputs' sizes with these
         module.d_model = made.mesh.interval(module.d_model, made.mesh.outer.features)[1]
         module.batch_first = True
-    if attention.is_attention(module) and body == "outer" and made.rules.body == "outer":
+    if attention.is_attention(module) and made.rules.cut_heads:
         attention.prepare(module, made.mesh)
-    roles = _roles_of_children(module)
+    _adapters(made, path, module)
+    roles = roles_of_children(module)
     made.rules.roles.update({f"{path}.{name}".lstrip("."): role for name, role in roles.items()})
     made.rules.used.update(f"{path}.{name}".lstrip(".") for name in roles)
     for name, child in [pair for pair in module._modules.items() if pair[1] is not None]:
         module._modules[name] = _convert(made, f"{path}.{name}".lstrip("."), child, body, module)
     for group in SHARED:
-        linears = [module._modules.get(name) for name in group]
+        linears: list[Any] = [layers.base_layer(module._modules.get(name)) for name in group]
         if "CrossAttention" in type(module).__name__:
             linears = linears[1:]
-        if linears and all(type(layer) is nn.Linear for layer in linears):
+        if linears and all(type(layer) is nn.Linear for layer in linears) and len({layer.in_features for layer in linears}) == 1:
             layers.share(made, linears)
+    if attention.is_attention(module) and made.rules.cut_heads:
+        attention.copy_heads(module, made.mesh)
     _own_parameters(made, path, module, body)
     return module
+
+
+def _adapters(made: Conversion, path: str, module: torch.nn.Module) -> None:
+    """What stands beside a linear in peft's wrapper goes by that linear's role."""
+    if "base_layer" not in module._modules:
+        return
+    role = made.rules.role(f"{path}.base_layer")
+    roles = adapter_roles(path, module, role)
+    made.rules.roles.update(roles)
+    made.rules.used.update(roles)
+    if role == "rowwise":
+        for dropout in dropouts_of_adapter(module):
+            dropout._between = True  # type: ignore[assignment]
 
 
 def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.Module | None) -> torch.nn.Module | None:
@@ -186,65 +238,6 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
     if layers.is_patches(module) and body == "outer":
         return layers.convert_patches(made, path, module, body)
     return None
-
-
-def _roles_of_children(module: torch.nn.Module) -> dict[str, str]:
-    """Roles that a module of torch gives its linears: a transformer layer by name, a chain by pairs of them."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in TORCH and cls.__module__.startswith("torch."):
-            return TORCH[cls.__name__]
-    if region_of(module) != "chain":
-        return {}
-    roles: dict[str, str] = {}
-    first: str | None = None
-    between: list[torch.nn.Module] = []
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.Linear):
-            if first is None:
-                first, between = name, []
-            else:
-                roles |= {first: "colwise", name: "rowwise"}
-                for each in between:
-                    each._between = True  # type: ignore[assignment]
-                first = None
-        elif first is not None and type(child) not in ELEMENTWISE:
-            first = None
-        elif first is not None:
-            between.append(child)
-    return roles
-
-
-def _enter(made: Conversion, path: str, module: torch.nn.Module) -> None:
-    """A region inside a model of whole features: its input loses the features of other ranks, its output regains them."""
-    mesh = made.mesh
-    if not path or mesh.outer == mesh.layout("rows"):
-        return
-    if isinstance(module, STACKS) and batch_dim(module) != 0:
-        raise NotImplementedError(f"{path}: {type(module).__name__} with batch_first=False inside another model; make it batch_first")
-
-    def moved(x: Any, source: str, target: str) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
-            return x
-        width = x.shape[-1] if source == "rows" else width_of(module)
-        return relayout(x, mesh, mesh.layout(source), mesh.layout(target), width)
-
-    def before(each: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        taken = {"src", "tgt", "memory", "input"}
-        return (
-            tuple(moved(x, "rows", "outer") if index < len(inputs.streams(module)) else x for index, x in enumerate(args)),
-            {name: moved(x, "rows", "outer") if name in taken else x for name, x in kwargs.items()},
-        )
-
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(lambda each, args, y: moved(y, "outer", "rows"))
-
-
-def width_of(module: torch.nn.Module) -> int:
-    """Features of a region's output."""
-    linears = [each for each in module.modules() if isinstance(each, nn.Linear)]
-    if isinstance(module, torch.nn.Sequential):
-        return linears[-1].out_features
-    return next(each.embed_dim for each in module.modules() if isinstance(each, attention.MultiheadAttention))
 
 
 def _own_parameters(made: Conversion, path: str, module: torch.nn.Module, body: str) -> None:

@@ -15,6 +15,7 @@ from ..errors import ShapeError
 from ..functional import linear, linear_plan, relayout
 from ..layout import Layout
 from ..mesh import Mesh
+from .loose import shared_gradient
 
 NAME = "gingham"  # under which transformers finds the attention function
 
@@ -24,7 +25,16 @@ def check_heads(mesh: Mesh, heads: int, what: str) -> None:
     ranks = mesh.parts(mesh.inner.features)
     if heads % ranks:
         near = sorted({max(ranks, heads // ranks * ranks), (heads // ranks + 1) * ranks})
-        raise ShapeError(f"{what}: {heads} heads on {ranks} ranks that cut features: need a multiple of {ranks}, for example {near}")
+        raise ShapeError(
+            f"{what}: {heads} heads on {ranks} ranks that cut features: need a multiple of {ranks}, for example {near};"
+            f" or a grid (m, n, k) whose n x k divides {heads}, for example {_grids(mesh.size, heads)}"
+        )
+
+
+def _grids(size: int, heads: int) -> list[tuple[int, int, int]]:
+    """Grids of as many ranks that cut features over a divisor of the heads, the most first."""
+    ways = [parts for parts in range(size, 0, -1) if size % parts == 0 and heads % parts == 0]
+    return [(size // parts, parts, 1) for parts in ways[:2]]
 
 
 class MultiheadAttention(torch.nn.Module):
@@ -196,9 +206,10 @@ def prepare(module: Any, mesh: Mesh) -> None:
     Raises ShapeError where the heads do not divide by the ranks, NotImplementedError for GPT-2's cross-attention.
     """
     config = module.config
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if getattr(config, name, None):
-            check_heads(mesh, getattr(config, name), f"{type(module).__name__}'s {name}")
+    if getattr(config, "num_attention_heads", None):
+        check_heads(mesh, config.num_attention_heads, f"{type(module).__name__}'s num_attention_heads")
+    if _fewer(module, mesh) and not all(isinstance(module._modules.get(name), torch.nn.Module) for name in KEYS_AND_VALUES):
+        check_heads(mesh, config.num_key_value_heads, f"{type(module).__name__}'s num_key_value_heads")
     if getattr(module, "is_cross_attention", False) and hasattr(module, "c_attn"):
         raise NotImplementedError("GPT-2 with cross-attention is not built yet")
     p = getattr(module, "attention_dropout", 0.0)
@@ -207,3 +218,40 @@ def prepare(module: Any, mesh: Mesh) -> None:
     if hasattr(module, "split_size"):
         module.split_size = mesh.interval(module.split_size, mesh.inner.features)[1]
     config._attn_implementation = NAME
+
+
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+
+
+def _fewer(module: Any, mesh: Mesh) -> bool:
+    """Whether the key and value heads do not divide by the ranks that cut features."""
+    return bool((getattr(module.config, "num_key_value_heads", None) or 0) % mesh.parts(mesh.inner.features))
+
+
+def copy_heads(module: Any, mesh: Mesh) -> None:
+    """Where there are fewer key and value heads than ranks that cut features, each rank gets those that its query heads attend to,
+    after its children were converted. Bytes: the outputs of both projections gathered over the feature ranks, and their gradients
+    summed over them: (g-1)/g and 2 (g-1)/g of the whole."""
+    if not _fewer(module, mesh):
+        return
+    heads, fewer = module.config.num_attention_heads, module.config.num_key_value_heads
+    first, count = mesh.interval(heads, mesh.inner.features)
+    wanted = [head * fewer // heads for head in range(first, first + count)]
+    groups = len(set(wanted))
+    if count % groups == 0 and wanted == [wanted[0] + index * groups // count for index in range(count)]:
+        wanted = sorted(set(wanted))  # each of them serves as many query heads, as attend repeats them
+    whole = Layout(mesh.inner.rows, ())
+    for name in KEYS_AND_VALUES:
+        width = layers_of(module._modules[name]).out_features
+
+        def take(layer: Any, args: Any, y: torch.Tensor, width: int = width) -> torch.Tensor:
+            full = shared_gradient(relayout(y, mesh, mesh.inner, whole, width), mesh, mesh.inner.features)
+            picked = torch.tensor(wanted, device=y.device)
+            return full.unflatten(-1, (fewer, -1)).index_select(-2, picked).flatten(-2)
+
+        module._modules[name].register_forward_hook(take)
+
+
+def layers_of(module: Any) -> Any:
+    """The layer inside peft's wrapper."""
+    return module._modules.get("base_layer", module)

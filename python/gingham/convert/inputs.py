@@ -6,7 +6,10 @@ gathered by the name of their field. labels= are taken out of the call: the loss
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
+from collections.abc import Sequence
 from typing import Any
 from zlib import crc32
 
@@ -17,7 +20,9 @@ from ..compiled import define, find
 from ..errors import MeshError, ShapeError
 from ..layout import chunks
 from ..mesh import Mesh
-from .losses import Labelled, gather, loss_of, takes_labels
+from .entry import Inside, enclose
+from .loose import shared_gradient
+from .losses import Labelled, gather, is_transformers, loss_of
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -37,13 +42,30 @@ def streams(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 class Border:
-    """Both hooks of one model. body: the layout of its activations; batch: the dim of its batch (1: torch's default);
-    width: the features of its output, where they may be cut."""
+    """What one model's calls cross. body: the layout of its activations; batch: the dim of its batch (1: torch's default);
+    width: the features of its output, where they may be cut; loss: the method of losses.Labelled that gives its loss; whole: names of
+    arguments that are no batch; heads: whether a tp_plan or a rule cuts its linears."""
 
-    def __init__(self, model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int, width: int | None) -> None:
-        self.mesh, self.full, self.body, self.batch = mesh, io == "full", body, batch
-        self.hugging = takes_labels(model)
-        self.names = list(inspect.signature(model.forward).parameters)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        mesh: Mesh,
+        io: str,
+        body: str,
+        batch: int,
+        width: int | None,
+        loss: str | None = None,
+        whole: Sequence[str] = (),
+        heads: bool = False,
+    ) -> None:
+        self.mesh, self.full, self.body, self.batch, self.loss = mesh, io == "full", body, batch, loss
+        self.hugging = is_transformers(model)
+        self.inside = Inside()
+        self.names = self._names_of(model.forward)
+        self.whole = WHOLE | self._checked(model, whole)
+        self.told: set[str] = set()
+        self.first: Any = None
+        self.heads = heads
         self.stack = body == "outer" and not self.hugging
         self.widths = widths_of(model) if self.hugging else {"": width}
         self.size: int | None = None
@@ -51,24 +73,56 @@ class Border:
         self.labels: dict[str, Any] = {}
         self.tuples = False
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "a model that parallelize has converted cannot be copied or pickled, it holds a mesh: copy the model before, or use"
-            " gingham.save or its state_dict"
-        )
+    @staticmethod
+    def _names_of(function: Any) -> list[str]:
+        """The arguments that may be given by position; what else is given so has no name."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
 
-    def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        named = dict(zip(self.names, args, strict=False))
+    def _checked(self, model: Any, whole: Sequence[str]) -> set[str]:
+        if isinstance(whole, str):
+            raise TypeError(f"whole={whole!r}: expected a sequence of names, ({whole!r},)")
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = [name for name in whole if name not in parameters and not open_ended]
+        if unknown:
+            raise ValueError(
+                f"whole={tuple(whole)}: {type(model).__name__}.forward has no argument {unknown[0]!r}, only {list(parameters)}"
+            )
+        return set(whole)
+
+    def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
+        forward = name == "forward"
+        args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
+        self.inside.depth += 1
+        try:
+            output = function(model, *args, **kwargs)
+        finally:
+            self.inside.depth -= 1
+        return self.after(model, kwargs, output, type(model).__name__ + ("" if forward else f".{name}"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """For a copy of the model, on the same mesh."""
+        new = object.__new__(Border)
+        vars(new).update(vars(self))
+        new.inside, new.told, new.first, new.labels = copy.deepcopy(self.inside, memo), set(), None, {}
+        memo[id(self)] = new
+        return new
+
+    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(names, args, strict=False))
         named |= {f"*{index}": x for index, x in enumerate(args[len(named) :])}
         self.labels, self.tuples = {}, False
-        if self.hugging:
+        if self.hugging and len(args) <= len(names):
             kwargs, named = {**kwargs, **named}, {}
             self.labels = {name: kwargs.pop(name) for name in LABELS if kwargs.get(name) is not None}
             self.tuples = not _first(kwargs.pop("return_dict", None), getattr(model.config, "return_dict", True))
             if self.tuples:
                 kwargs["return_dict"] = True
         given = {**named, **kwargs}
-        self.size = next((x.shape[self._dim(name, x)] for name, x in self._in_order(given) if self._batched(name, x)), None)
+        self.first = next((x for name, x in self._in_order(given) if self._batched(name, x)), None)
+        self.size = next((x.shape[self._dim(name, x)] for name, x in self._in_order(given) if x is self.first and x is not None), None)
         self.missing = self._missing(self.size or 0)
         if self.full:
             self._check_dims(model, given)
@@ -113,7 +167,7 @@ class Border:
         return -size % len(held) if self.full and size and min(held) == 0 else 0
 
     def _batched(self, name: str, x: Any) -> bool:
-        return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in WHOLE
+        return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in self.whole
 
     def _dim(self, name: str, x: torch.Tensor) -> int:
         return self.batch if self.stack and name in STREAMS and x.dim() > 2 else 0
@@ -124,7 +178,8 @@ class Border:
                 return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
             dim = self._dim(name, x) if isinstance(x, torch.Tensor) else 0
             if not self._batched(name, x) or x.shape[dim] != self.size:
-                return x
+                return self._uncut(name, x)
+            self._tell(name, x)
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
@@ -135,17 +190,46 @@ class Border:
 
         return pytree.tree_map(cut, value)
 
-    def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _uncut(self, name: str, x: Any) -> Any:
+        """A tensor that every rank uses whole on its own rows: its gradient is the sum over them."""
+        if not isinstance(x, torch.Tensor) or not x.requires_grad or not torch.is_grad_enabled():
+            return x
+        if self.body == "outer":
+            raise NotImplementedError(
+                f"{name} of shape {tuple(x.shape)} needs a gradient and is no batch of {self.size} samples: on cut features no rank's part"
+                " of it is known; give it once for each sample"
+            )
+        return shared_gradient(x, self.mesh, self.mesh.outer.rows)
+
+    def _tell(self, name: str, x: torch.Tensor) -> None:
+        """Warns once of an argument that is cut for no other reason than its length."""
+        first = self.first is x
+        if name in self.told or first or not self.mesh.outer.rows or not (x.dim() == 1 or name.startswith("*")):
+            return
+        self.told.add(name)
+        warnings.warn(
+            f"argument {name!r} of shape {tuple(x.shape)} is cut like the batch, since it is as long ({self.size}); where it is one for"
+            f" all samples, say parallelize(..., whole=({name!r},))",
+            stacklevel=2,
+        )
+
+    def after(self, model: Any, kwargs: Any, output: Any, what: str) -> Any:
         labels, self.labels = self.labels, {}
-        if self.hugging:
-            layout = "inner" if self.body == "outer" else "rows"
+        if self.hugging and isinstance(output, dict):
+            layout = "inner" if self._cut_logits() else "rows"
             call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, layout, self.widths)
-            loss = loss_of(call) if labels else None
+            loss = loss_of(call, self.loss) if labels else None
             output = self._fields(model, output, loss)
             return output.to_tuple() if self.tuples else output
         if not self.full:
             return output
-        return self._gather(type(model).__name__, output, "x" if self.body == "outer" else "rows", self.widths[""])
+        if self.hugging and self.body == "outer" and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(output)):
+            raise NotImplementedError(f"{what}: nothing says how what it returns is cut; call the model, or use io='local'")
+        return self._gather(what, output, "x" if self.body == "outer" else "rows", self.widths.get(""))
+
+    def _cut_logits(self) -> bool:
+        """Whether logits lie in inner: under a head that is known, of a model whose code was written for linears cut so."""
+        return self.body == "outer" or self.heads and self.loss is not None
 
     def _gather(self, what: str, value: Any, operand: str, width: int | None) -> Any:
         samples = 0 if self.size is None else self.size + self.missing
@@ -170,9 +254,10 @@ class Border:
                 self._keep_rows(value)
             elif self.full and not (name == "loss" and loss is not None):
                 known = self.body == "rows" or name in INNER | ROWS | OUTER
+                inner = name in INNER and self._cut_logits()
                 if not known and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
                     raise NotImplementedError(f"{type(model).__name__}: nothing says how its output {name!r} is cut; use io='local'")
-                operand = "rows" if name in ROWS or self.body == "rows" else "inner" if name in INNER else "x"
+                operand = "inner" if inner else "rows" if name in ROWS or self.body == "rows" else "x"
                 output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand, self.widths.get(name))
         # made anew: as a tuple it has its fields in the order of its class, the loss first
         return output if loss is None else type(output)(**{**output, "loss": loss})
@@ -239,10 +324,14 @@ def widths_of(model: Any) -> dict[str, int]:
     return {name: width for name, width in found.items() if width is not None}
 
 
-def attach(model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int, width: int | None) -> None:
-    """Hangs both hooks on the model. Its inputs are by name: those in WHOLE are left as they are, of the others every tensor
-    whose first dim is that of the first tensor is cut."""
-    border = Border(model, mesh, io, body, batch, width)
-    if border.full or border.hugging:
-        model.register_forward_pre_hook(border.before, with_kwargs=True)
-        model.register_forward_hook(border.after, with_kwargs=True)
+def attach(stand: Any, border: Border, base: Any) -> None:
+    """Puts the border around the methods of `stand`: the model, or its base where the head has whole features. Its inputs are by
+    name: those in WHOLE are left as they are, of the others every tensor whose first dim is that of the first tensor is cut.
+    base: the base of a model that has the border itself; called alone, it has one too."""
+    if not (border.full or border.hugging):
+        return
+    if base is not None and border.full:
+        inner = Border(base, border.mesh, "full", border.body, border.batch, None, heads=border.heads)
+        inner.inside = border.inside
+        enclose(base, inner)
+    enclose(stand, border)

@@ -1,6 +1,7 @@
 """Models and calls that a conversion could get wrong in silence: they are right, or refused with the reason."""
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -89,7 +90,7 @@ def refusals(rank: int) -> dict[str, str]:
     calls: dict[str, Callable[[], Any]] = {
         "weight norm": lambda: gingham.parallelize(normed, mesh),
         "softmax between": lambda: gingham.parallelize(softmax, mesh),
-        "copied after": lambda: copy.deepcopy(gingham.parallelize(loss, mesh)),
+        "pickled after": lambda: pickle.dumps(gingham.parallelize(loss, mesh)),
         "nothing on one rank": lambda: gingham.parallelize(nn.Sequential(nn.Linear(8, 8)), mesh)(torch.ones(6, 8) if rank < 3 else None),
         "no samples": lambda: gingham.parallelize(nn.TransformerEncoderLayer(8, 4, 16), mesh)(torch.randn(5, 8)),
     }
@@ -107,7 +108,7 @@ def refusals(rank: int) -> dict[str, str]:
     [
         ("weight norm", "weight_norm"),
         ("softmax between", "may mix features"),
-        ("copied after", "cannot be copied"),
+        ("pickled after", "cannot be pickled"),
         ("nothing on one rank", "rank 3 got other inputs"),
         ("no samples", "expected at least 3 dims"),
     ],
