@@ -12,7 +12,7 @@ from .. import nn
 from ..mesh import Mesh, current
 from . import attention, identity, inputs, layers, meta
 from .agree import agree, agreed_seed
-from .entry import register_forward_method
+from .entry import enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
 from .layers import Conversion
 from .losses import is_transformers
@@ -68,7 +68,7 @@ def parallelize(
     batch, body = batch_dim(model) if top else 0, "outer" if top else rules.body
     _embeddings(made, model, rules.body)
     if apart:
-        _convert_base(made, path_of(model, inner), inner)
+        _convert_base(made, inner)
     else:
         model = _convert(made, "", model, body, None)
     _retie(made, model)
@@ -77,7 +77,8 @@ def parallelize(
     if recipes is not None:
         meta.draw(model, made, recipes, old, seed)
     _keep_parameters(made, old)
-    for path in sorted(set(rules.unused()) & asked):
+    apart_from = set(type(inner)._tp_plan or ()) if apart else set()  # rules for the head, which stands apart
+    for path in sorted((set(rules.unused()) & asked) - apart_from):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=2)
     _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
     if verbose:
@@ -96,10 +97,14 @@ def _attach(
 ) -> None:
     """Puts the border around the model, or around its base where the head stands apart."""
     inner = core(model)
-    base = base_of(inner)
+    base: Any = base_of(inner)
     stand = core(base) if apart else inner
     border = inputs.Border(stand, made.mesh, io, body, *rest, made.rules.cut_heads)
     inputs.attach(stand, border, core(base) if base is not None and not apart else None)
+    if apart:
+        holder = path_of(inner, base).partition(".")[0]
+        enclose(inner, inputs.Above(border, holder))
+    border.watch(made.cutting, made.joining)
     for each in {id(each): each for each in (model, inner)}.values():
         each.gingham_plan = made.lines  # type: ignore[assignment]
 
@@ -108,9 +113,9 @@ def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str)
     """What a model is, before anything of it changes: the method of its loss, and whether its head stands apart, on whole features
     of the whole batch, since nothing vouches for it. Raises NotImplementedError for code that nothing vouches for."""
     rules.seen = {path: plain for path, plain in seen_paths(model).items() if path != plain}
-    base, path = base_of(inner), path_of(model, inner)
+    base = base_of(inner)
     if rules.body == "outer":
-        check_known(inner, core(base or inner), f"{path}.{inner.base_model_prefix}" if base else path)
+        check_known(inner, core(base or inner), path_of(model, core(base or inner)))
     loss = known_loss(inner) if is_transformers(inner) else None
     if base is not None and loss is None and io == "local" and rules.body == "outer":
         raise NotImplementedError(f"{type(inner).__name__}: nothing vouches for its head on cut features; use io='full'")
@@ -125,10 +130,13 @@ def _width(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "hidden_size", None)
 
 
-def _convert_base(made: Conversion, path: str, inner: Any) -> None:
-    prefix = inner.base_model_prefix
-    inner._modules[prefix] = _convert(made, f"{path}.{prefix}".lstrip("."), base_of(inner), made.rules.body, inner)
-    keep_whole(made, path, inner, inner._modules[prefix])
+def _convert_base(made: Conversion, inner: Any) -> None:
+    base = base_of(inner)
+    path = path_of(made.model, base)  # type: ignore[arg-type]
+    owner, _, name = path.rpartition(".")
+    new = _convert(made, path, base, made.rules.body, made.model.get_submodule(owner))
+    made.model.get_submodule(owner)._modules[name] = new
+    keep_whole(made, path_of(made.model, inner), inner, new)
 
 
 def _check_call(model: torch.nn.Module, inner: torch.nn.Module, io: str) -> None:
@@ -182,8 +190,9 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
     if isinstance(module, torch.nn.Transformer):  # it compares its inputs' sizes with these
         module.d_model = made.mesh.interval(module.d_model, made.mesh.outer.features)[1]
         module.batch_first = True
-    if attention.is_attention(module) and made.rules.cut_heads:
-        attention.prepare(module, made.mesh)
+    cut = _cuts_heads(made, path, module)
+    if cut is not None:
+        attention.prepare(module, made.mesh, cut)
     _adapters(made, path, module)
     roles = roles_of_children(module)
     made.rules.roles.update({f"{path}.{name}".lstrip("."): role for name, role in roles.items()})
@@ -196,10 +205,17 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
             linears = linears[1:]
         if linears and all(type(layer) is nn.Linear for layer in linears) and len({layer.in_features for layer in linears}) == 1:
             layers.share(made, linears)
-    if attention.is_attention(module) and made.rules.cut_heads:
+    if cut:
         attention.copy_heads(module, made.mesh)
     _own_parameters(made, path, module, body)
     return module
+
+
+def _cuts_heads(made: Conversion, path: str, module: torch.nn.Module) -> bool | None:
+    """Whether a transformers attention module works on some of the heads, by the roles of its projections; None for other modules."""
+    if not attention.is_attention(module) or not made.rules.cut_heads:
+        return None
+    return any(made.rules.role(f"{path}.{name}") in ("colwise", "qkv") for name, _ in module.named_modules() if name)
 
 
 def _adapters(made: Conversion, path: str, module: torch.nn.Module) -> None:
@@ -232,7 +248,8 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
         return made.adopt(path, "attention", module, new, "outer->outer", {"in_proj_weight": "", "in_proj_bias": ""})
     if isinstance(module, torch.nn.Dropout):
         if parent is not None and attention.is_attention(parent) and attention.dropout_of(parent) is module:
-            return layers.convert_dropout(made, path, module, "inner", (0, 1))
+            cut = _cuts_heads(made, path.rpartition(".")[0], parent)
+            return layers.convert_dropout(made, path, module, "inner" if cut else "rows", (0, 1))
         inner = isinstance(parent, STACKS) and parent._modules.get("dropout") is module or getattr(module, "_between", False)
         return layers.convert_dropout(made, path, module, "inner" if inner else body)
     if layers.is_patches(module) and body == "outer":
@@ -248,7 +265,8 @@ def _own_parameters(made: Conversion, path: str, module: torch.nn.Module, body: 
         )
     if body == "outer" and made.rules.body == "outer":
         layers.cut_loose(made, path, module, body)
-    left = [name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in _held(made)]
+    held = _held(made) if body == "outer" else {id(parameter) for parameter in made.parameters.values()}
+    left = [name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in held]
     if not left:
         return
     if body == "outer":

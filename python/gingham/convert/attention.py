@@ -136,19 +136,23 @@ def attend(
     causal: bool,
     scale: float | None,
     dropout: nn.Dropout | None,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """softmax(q k^T scale + mask) v of [rows, heads, time, width]; mask: additive, or bool with True for what is seen.
-    k and v may have fewer heads. dropout on the probabilities, its mask by global element."""
+    k and v may have fewer heads. dropout on the probabilities, its mask by global element. softcap c: scores s become c tanh(s / c)."""
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
-    if dropout is None or dropout.p == 0:
+    if (dropout is None or dropout.p == 0) and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     scores = q @ k.transpose(-2, -1) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype)) @ v
+    probabilities = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return (probabilities if dropout is None else dropout(probabilities)) @ v
 
 
 def attention_function(
@@ -164,9 +168,9 @@ def attention_function(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls its attention interface, on this rank's rows and heads; rest: what it passes and sdpa ignores.
 
-    Raises NotImplementedError for output_attentions, softcap, sinks and position_bias.
+    Raises NotImplementedError for output_attentions, sinks and position_bias.
     """
-    asked = [name for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache") if rest.get(name)]
+    asked = [name for name in ("output_attentions", "s_aux", "position_bias", "cache") if rest.get(name)]
     if asked:
         raise NotImplementedError(f"{type(module).__name__}: {', '.join(asked)} has no distributed form here")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -176,7 +180,7 @@ def attention_function(
     drop = dropout_of(module) if dropout else None
     if drop is not None and not isinstance(drop, nn.Dropout) or dropout and drop is None:
         raise NotImplementedError(f"{type(module).__name__}: dropout {dropout} was set after parallelize; set it before")
-    return attend(query, key, value, attention_mask, causal, scaling, drop).transpose(1, 2).contiguous(), None
+    return attend(query, key, value, attention_mask, causal, scaling, drop, rest.get("softcap")).transpose(1, 2).contiguous(), None
 
 
 def register() -> None:
@@ -200,22 +204,22 @@ def dropout_of(module: torch.nn.Module) -> torch.nn.Module | None:
     return next((module._modules[name] for name in DROPOUTS if module._modules.get(name) is not None), None)
 
 
-def prepare(module: Any, mesh: Mesh) -> None:
-    """Makes a transformers attention module work on this rank's heads, before its children are converted.
+def prepare(module: Any, mesh: Mesh, cut: bool) -> None:
+    """Makes a transformers attention module work on this rank's heads (not cut: on all), before its children are converted.
 
     Raises ShapeError where the heads do not divide by the ranks, NotImplementedError for GPT-2's cross-attention.
     """
     config = module.config
-    if getattr(config, "num_attention_heads", None):
+    if cut and getattr(config, "num_attention_heads", None):
         check_heads(mesh, config.num_attention_heads, f"{type(module).__name__}'s num_attention_heads")
-    if _fewer(module, mesh) and not all(isinstance(module._modules.get(name), torch.nn.Module) for name in KEYS_AND_VALUES):
+    if cut and _fewer(module, mesh) and not all(isinstance(module._modules.get(name), torch.nn.Module) for name in KEYS_AND_VALUES):
         check_heads(mesh, config.num_key_value_heads, f"{type(module).__name__}'s num_key_value_heads")
     if getattr(module, "is_cross_attention", False) and hasattr(module, "c_attn"):
         raise NotImplementedError("GPT-2 with cross-attention is not built yet")
     p = getattr(module, "attention_dropout", 0.0)
     if dropout_of(module) is None and isinstance(p, float) and p > 0:
         module.probability_dropout = torch.nn.Dropout(p)  # holds no tensor: the state dict stays as it was
-    if hasattr(module, "split_size"):
+    if cut and hasattr(module, "split_size"):
         module.split_size = mesh.interval(module.split_size, mesh.inner.features)[1]
     config._attn_implementation = NAME
 

@@ -88,9 +88,7 @@ def _bordered(original: Callable[..., Any], name: str, way: str) -> Callable[...
 
 
 def _unpicklable(self: Any, protocol: Any) -> Any:
-    raise TypeError(
-        f"{type(self).__name__}: a model that parallelize has converted cannot be pickled, it holds a mesh; use gingham.save or its state_dict"
-    )
+    raise TypeError(f"{type(self).__name__}: a model that parallelize has converted cannot be pickled, it holds a mesh; use gingham.save")
 
 
 def _copied(self: Any) -> Any:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from .. import nn
-from .layers import Conversion, Line
+from .bytecode import chains
+from .layers import Conversion, Line, is_plain
 from .loose import hold
 from .vouched import text_of
 from .wrappers import is_foreign
@@ -52,7 +53,7 @@ def known_loss(model: Any) -> str | None:
     from transformers import PreTrainedModel
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    if is_foreign(model) or not _plain_head(model) or "_loss_function" in vars(model):
+    if is_foreign(model) or not _plain_head(model) or _is_cut_apart(model) or "_loss_function" in vars(model):
         return None
     text = text_of(type(model).forward)
     method = _compared().get(text)
@@ -61,6 +62,14 @@ def known_loss(model: Any) -> str | None:
         if used is not LOSS_MAPPING[NAMED[method]] or type(model).loss_function is not PreTrainedModel.loss_function:
             return None
     return method
+
+
+def _is_cut_apart(model: Any) -> bool:
+    """Whether the output embedding shares its weight with a table whose class computes more than a lookup, which stays whole."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    return weight is not None and any(
+        each._parameters.get("weight") is weight and isinstance(each, torch.nn.Embedding) and not is_plain(each) for each in model.modules()
+    )
 
 
 def _plain_head(model: torch.nn.Module) -> bool:
@@ -75,9 +84,19 @@ def _plain_head(model: torch.nn.Module) -> bool:
 
 
 def base_of(model: Any) -> torch.nn.Module | None:
-    """The base model inside a model with a head; None where the model is its own base."""
+    """The module inside a model with a head that its forward calls for hidden states, which is mostly the one that base_model_prefix
+    names; None where the model is its own base."""
     base = model._modules.get(getattr(model, "base_model_prefix", ""))
-    return base if isinstance(base, torch.nn.Module) else None
+    if not isinstance(base, torch.nn.Module):
+        return None
+    inside = set()
+    for first, *rest in (chain for chain in chains(type(model).forward) or () if chain):
+        if first == model.base_model_prefix:
+            each: Any = base
+            for name in rest:
+                each = each._modules.get(name, each)
+            inside.add(each)
+    return inside.pop() if len(inside) == 1 else base
 
 
 def keep_whole(made: Conversion, path: str, model: torch.nn.Module, base: torch.nn.Module) -> None:

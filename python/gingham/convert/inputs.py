@@ -16,10 +16,12 @@ from zlib import crc32
 import torch
 from torch.utils import _pytree as pytree
 
+from .. import nn
 from ..compiled import define, find
 from ..errors import MeshError, ShapeError
 from ..layout import chunks
 from ..mesh import Mesh
+from .bytecode import chains
 from .entry import Inside, enclose
 from .loose import shared_gradient
 from .losses import Labelled, gather, is_transformers, loss_of
@@ -64,6 +66,8 @@ class Border:
         self.names = self._names_of(model.forward)
         self.whole = WHOLE | self._checked(model, whole)
         self.told: set[str] = set()
+        self.crossed = 0
+        self.open: list[tuple[str, Any, int]] = []
         self.first: Any = None
         self.heads = heads
         self.stack = body == "outer" and not self.hugging
@@ -94,6 +98,8 @@ class Border:
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
         forward = name == "forward"
+        self.crossed += 1
+        self.open.clear()
         args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
         self.inside.depth += 1
         try:
@@ -106,7 +112,7 @@ class Border:
         """For a copy of the model, on the same mesh."""
         new = object.__new__(Border)
         vars(new).update(vars(self))
-        new.inside, new.told, new.first, new.labels = copy.deepcopy(self.inside, memo), set(), None, {}
+        new.inside, new.told, new.first, new.labels, new.open = copy.deepcopy(self.inside, memo), set(), None, {}, []
         memo[id(self)] = new
         return new
 
@@ -231,13 +237,36 @@ class Border:
         """Whether logits lie in inner: under a head that is known, of a model whose code was written for linears cut so."""
         return self.body == "outer" or self.heads and self.loss is not None
 
+    def watch(self, cutting: dict[str, torch.nn.Module], joining: list[torch.nn.Module]) -> None:
+        """Follows the linears that a plan cuts between whole features, so that an output that none of the second kind joined is known."""
+        for path, layer in cutting.items():
+            layer.register_forward_hook(lambda layer, args, y, path=path: self.open.append((path, layer, y.shape[-1])))
+        for layer in joining:
+            layer.register_forward_hook(lambda layer, args, y: self.open.clear())
+
+    def _open(self, what: str, y: torch.Tensor) -> bool:
+        """Whether an output is the part of its features that a linear of the plan has here. Raises ShapeError where nothing tells."""
+        for path, layer, width in self.open:
+            if width == layer.out_features:
+                continue
+            if y.dim() > 1 and y.shape[-1] == width and isinstance(layer, nn.Linear):
+                return True
+            raise ShapeError(
+                f"{what}: {path} gives {width} of its {layer.out_features} features on rank {self.mesh.rank}, and no 'rowwise' linear"
+                f" follows it before the output of shape {tuple(y.shape)}; make it 'keep' in the plan"
+            )
+        return False
+
     def _gather(self, what: str, value: Any, operand: str, width: int | None) -> Any:
         samples = 0 if self.size is None else self.size + self.missing
 
         def whole(y: Any) -> Any:
-            if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows":
+            opened = isinstance(y, torch.Tensor) and operand == "rows" and self._open(what, y)
+            if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows" and not opened:
                 return y
-            full = gather(self.mesh, y, operand, width) if y.dim() else y
+            full = (
+                gather(self.mesh, y, "inner" if opened else operand, self.open[-1][1].out_features if opened else width) if y.dim() else y
+            )
             if not y.dim() or samples and len(full) % samples:
                 raise NotImplementedError(
                     f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"
@@ -273,6 +302,25 @@ class Border:
         for name in REORDERING:
             if self.mesh.outer.rows and hasattr(cache, name):
                 setattr(cache, name, refuse)
+
+
+class Above:
+    """What stands on the methods of a model whose border is around its base: they see whole tensors, and must cross that border."""
+
+    def __init__(self, border: Border, child: str) -> None:
+        """child: the model's child that is or holds the base."""
+        self.border, self.inside, self.child = border, border.inside, child
+
+    def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        before = self.border.crossed
+        output = function(model, *args, **kwargs)
+        runs = name == "forward" or any(chain[:1] == (self.child,) for chain in chains(function) or ())
+        if runs and self.border.crossed == before:
+            raise NotImplementedError(
+                f"{type(model).__name__}.{name} runs layers of its base without calling the base, so that every rank has run the whole"
+                " batch and gradients would be counted several times; call the base, or use io='local'"
+            )
+        return output
 
 
 REORDERING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")

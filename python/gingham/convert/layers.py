@@ -45,6 +45,8 @@ class Conversion:
     lines: list[Line] = field(default_factory=list)
     paths: dict[str, tuple[str, torch.nn.Module]] = field(default_factory=dict)  # the old modules, by the paths they were met at
     read: set[str] = field(default_factory=set)  # paths of layers whose parameters other code reads
+    cutting: dict[str, torch.nn.Module] = field(default_factory=dict)  # linears that a caller's plan cuts, and those that join
+    joining: list[torch.nn.Module] = field(default_factory=list)
     copied: set[int] = field(default_factory=set)  # old parameters that every rank has whole, by id
     notes: list[str] = field(default_factory=list)
 
@@ -71,6 +73,14 @@ class Conversion:
         self._hand_on_hooks(path, old, new)
         self.lines.append(Line(path, kind, new, layout))
         return new
+
+    def follow(self, path: str, role: str, layer: torch.nn.Module) -> None:
+        """Notes a linear by whose output whole features end or begin again, where nothing but a caller's plan says so."""
+        if self.rules.body == "rows" and not self.rules.cut_heads:
+            if role in ("colwise", "head", "qkv"):
+                self.cutting[path] = layer
+            elif role == "rowwise":
+                self.joining.append(layer)
 
     def _place(self, before: int, new: torch.nn.Module, name: str, parameter: Any) -> None:
         """A parameter that several modules share stays one where it is cut alike in them; see also _check_ties."""
@@ -161,6 +171,7 @@ def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed:
         )
     if role == "qkv":
         fused = FusedLinears(path, into, out, made.mesh, given_of(old), made.ends(role, body), transposed)
+        made.follow(path, role, fused)
         return made.adopt(path, "linear x 3", old, fused, made.ends(role, body), {})
     layout = made.ends(role, body)
     tied = made.embeddings.get(id(old.weight))
@@ -172,6 +183,7 @@ def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed:
         return made.adopt(path, "classifier, tied", old, new, layout)
     swapped = None if made.mesh.outer != made.mesh.inner else "auto"
     new = nn.Linear(into, out, old.bias is not None, made.mesh, layout, swapped, transposed=transposed, given=given_of(old))
+    made.follow(path, role, new)
     return made.adopt(path, "linear", old, new, layout)
 
 

@@ -33,7 +33,7 @@ WORDS_OF_PLANS = {
     "rowwise_split_input": "keep",
     "replicated_with_grad_allreduce": "copied",
 }
-GATHERED = ("rowwise_split_input",)  # words for linears whose input or output a layer's code has whole
+SPLIT = ("rowwise_split_input",)  # words for linears whose input or output a layer's code has whole
 NEEDS_NO_RULE = ("replicate", "embedding_rowwise", "embedding_colwise")  # embeddings and norms are known by their class
 
 _HEADS = {"lm_head": "head", "score": "head", "classifier": "head", "qa_outputs": "whole", "summary": "keep"}
@@ -157,7 +157,9 @@ def rules_of(model: Any, plan: Mapping[str, str] | None) -> tuple[Rules, set[str
             if role not in ROLES:
                 known = sorted({*ROLES, *WORDS_OF_PLANS, *NEEDS_NO_RULE})
                 raise NotImplementedError(f"plan of {type(model).__name__}: {pattern!r} is {word!r}; layers here know {known}")
-            if word in GATHERED or role == "head" and word != "head" and "layers." in pattern:
+            if role == "head" and word != "head" and not hasattr(model, "base_model_prefix"):
+                role = "keep"  # its output is whole
+            if word in SPLIT or role == "head" and word != "head" and "layers." in pattern:
                 role, gathers = "keep", True  # whole features inside a layer, whose code takes them apart
             asked[pattern] = role
     return Rules({**roles, **asked}, _body(model, family, own, gathers), set(), family=family, cut_heads=bool(family or own)), set(asked)
