@@ -55,14 +55,15 @@ def parallelize(
     be wrong on a part of the rows or features; warns of rules of a plan that fit nothing. A call with io "full" raises MeshError
     where a rank is given other inputs than the rest.
     """
-    mesh, inner = current(mesh), core(model)
-    _check_call(model, inner, io)
+    mesh, inner = current(mesh), _checked(model, io)
     agree(model, mesh)
     rules, asked = rules_of(inner, plan)
     loss, apart = _look(model, inner, mesh, rules, io)
     recipes = meta.record(inner) if any(parameter.is_meta for parameter in model.parameters()) else None
     seed = agreed_seed(mesh) if recipes is not None else 0
     made = Conversion(model, mesh, rules, _width(inner) if rules.body == "outer" else None, read=layers.read_by_others(model))
+    if rules.cut_heads and rules.body == "rows":
+        made.lines.append(layers.whole_features(base_of(inner) or inner))
     old, ties = dict(model.named_parameters()), tied_names(model)
     top = region_of(model) if rules.body == "rows" else ""
     batch, body = batch_dim(model) if top else 0, "outer" if top else rules.body
@@ -77,8 +78,7 @@ def parallelize(
     if recipes is not None:
         meta.draw(model, made, recipes, old, seed)
     _keep_parameters(made, old)
-    apart_from = set(type(inner)._tp_plan or ()) if apart else set()  # rules for the head, which stands apart
-    for path in sorted((set(rules.unused()) & asked) - apart_from):
+    for path in sorted((set(rules.unused()) & asked) - set(type(inner)._tp_plan or () if apart else ())):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=2)
     _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
     if verbose:
@@ -139,11 +139,13 @@ def _convert_base(made: Conversion, inner: Any) -> None:
     keep_whole(made, path_of(made.model, inner), inner, new)
 
 
-def _check_call(model: torch.nn.Module, inner: torch.nn.Module, io: str) -> None:
+def _checked(model: torch.nn.Module, io: str) -> Any:
+    inner = core(model)
     if io not in ("full", "local"):
         raise ValueError(f"io={io!r}: expected 'full' or 'local'")
     if hasattr(model, "gingham_plan") or hasattr(inner, "gingham_plan"):
         raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
+    return inner
 
 
 def _check_rules(made: Conversion, model: Any) -> None:
@@ -162,7 +164,7 @@ def _embeddings(made: Conversion, model: torch.nn.Module, body: str) -> None:
     """Before all else: a classifier that shares an embedding's weight may stand before it."""
     for path, module in list(model.named_modules()):
         for name, child in list(module._modules.items()):
-            if type(child) is torch.nn.Embedding and layers.is_plain(child):
+            if type(child) is torch.nn.Embedding and layers.is_plain(child) and f"{path}.{name}".lstrip(".") not in made.read:
                 if id(child) not in made.modules:
                     new = layers.convert_embedding(made, f"{path}.{name}".lstrip("."), child, body)
                     made.modules[id(child)] = (child, new)
@@ -236,6 +238,13 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
     kind = type(module)
     if made.rules.role(path) == "copied":
         layers.copy_parameters(made, path, module, "the plan says so: it serves single heads")
+        return module
+    if path in made.read:
+        if body != "rows":
+            raise NotImplementedError(
+                f"{path}: other code reads the weight of this {kind.__name__}, of which a rank has a part; call it there"
+            )
+        layers.copy_parameters(made, path, module, "other code reads its weight")
         return module
     if layers.is_plain(module) and isinstance(module, torch.nn.Linear) or kind.__name__ == "Conv1D" and hasattr(module, "nf"):
         return layers.convert_linear(made, path, module, body, not isinstance(module, torch.nn.Linear))

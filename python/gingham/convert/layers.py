@@ -16,7 +16,7 @@ from ..functional import linear, linear_plan, relayout
 from ..mesh import Mesh
 from .loose import hold
 from .rules import LOOSE, Rules, matches
-from .vouched import reads
+from .vouched import reads, unknown
 
 
 @dataclass
@@ -28,6 +28,9 @@ class Line:
     layer: torch.nn.Module | None
     layout: str = ""
     reason: str = ""
+
+
+PLAIN_VALUES = (int, float, str, bool, tuple, torch.dtype, type(None))
 
 
 @dataclass
@@ -69,6 +72,9 @@ class Conversion:
         for before, after in names.items():
             if after in made and old._parameters.get(before) is not None:
                 self._place(id(old._parameters[before]), new, after, made[after])
+        for name, value in vars(old).items():  # what other code may ask of the layer: num_embeddings, normalized_shape, nf, a user's own
+            if not name.startswith("_") and not hasattr(new, name) and isinstance(value, PLAIN_VALUES):
+                setattr(new, name, value)
         new.train(old.training)
         self._hand_on_hooks(path, old, new)
         self.lines.append(Line(path, kind, new, layout))
@@ -315,6 +321,14 @@ def copy_parameters(made: Conversion, path: str, module: torch.nn.Module, reason
             made.copied.add(id(parameter))
             made.parameters[id(parameter)] = hold(module, name, mesh, whole, summed, made.parameters.get(id(parameter)))
     made.lines.append(Line(path, type(module).__name__, module, "heads" if heads else "rows", reason))
+
+
+def whole_features(base: torch.nn.Module) -> Line:
+    """The line of the plan that says why activations between the blocks of a model with a tp_plan are not cut along features."""
+    left = unknown(base)
+    why = f"nothing vouches for {', '.join(left)} on a part of them" if left else "its plan has layers whose code needs them"
+    words = f"whole features between its layers, since {why}; the bytes of gathering them are in the lines of the linears and norms"
+    return Line("", type(base).__name__, torch.nn.Identity(), "rows", words)
 
 
 def base_layer(module: torch.nn.Module | None) -> torch.nn.Module | None:

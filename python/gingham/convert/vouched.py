@@ -9,6 +9,7 @@ elsewhere its code sees whole features of this rank's rows ("rows"), which is al
 from __future__ import annotations
 
 import ast
+import inspect
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -84,11 +85,17 @@ def _plain(node: ast.stmt) -> ast.stmt:
 
 @cache
 def reads(cls: Any) -> frozenset[str]:
-    """The children whose weight or bias a class's own forward reads, but for its dtype, device or shape: {"embed_positions"}."""
-    found = set()
-    for chain in (chains(cls.forward) or ()) if "forward" in vars(cls) else ():
-        for name in ("weight", "bias"):
-            at = chain.index(name) if name in chain else 0
-            if at and (chain[at + 1 :] or ("",))[0] not in ("dtype", "device", "shape"):
-                found.add(".".join(chain[:at]))
+    """The children whose weight or bias a class's own forward, or a method that it calls, reads, but for its dtype, device or shape:
+    {"embed_positions"}."""
+    found, left, seen = set(), ["forward"] if "forward" in vars(cls) else [], set()
+    while left:
+        name = left.pop()
+        seen.add(name)
+        for chain in chains(getattr(cls, name)) or ():
+            for last in ("weight", "bias"):
+                at = chain.index(last) if last in chain else 0
+                if at and (chain[at + 1 :] or ("",))[0] not in ("dtype", "device", "shape"):
+                    found.add(".".join(chain[:at]))
+            if chain and inspect.isfunction(vars(cls).get(chain[0])) and chain[0] not in seen:
+                left.append(chain[0])
     return frozenset(found)

@@ -69,7 +69,6 @@ def adapted(rank: int, grid: dict[str, Any], kinds: tuple[str, ...]) -> dict[str
 
 @pytest.mark.parametrize("name", ["2d", "3d", pytest.param("1d", marks=pytest.mark.matrix), pytest.param("2.5d", marks=pytest.mark.matrix)])
 def test_a7_lora_before_parallelize_is_serial(ranks, name: str) -> None:
-    pytest.importorskip("peft")
     for what, error in ranks(ranks_of(name))(adapted, GRIDS[name], tuple(TARGETS))[0].items():
         assert error <= 2e-6, (what, error)
 
