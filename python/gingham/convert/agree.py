@@ -1,4 +1,6 @@
-"""Do the ranks hold the same model? Blocks of different matrices patched together would be a model that no rank was given.
+"""Do the ranks hold the same model, and are they given the same inputs?
+
+Blocks of different matrices patched together would be a model that no rank was given.
 
 One message of two numbers a rank: a checksum of all names, shapes and dtypes, and one of all values. Equal: nothing more travels.
 Other values: as DistributedDataParallel does, every rank takes rank 0's, and a warning says so. Another structure: MeshError.
@@ -15,6 +17,7 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..compiled import define, find
 from ..errors import MeshError
 from ..mesh import Mesh
 
@@ -109,3 +112,28 @@ def _broadcast(mesh: Mesh, x: Any) -> None:
     for piece in data.split(PIECE):
         mesh.world.broadcast_(piece, 0, False)
     x.copy_(data.view(x.dtype).view(x.shape))
+
+
+def check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Tensor:
+    """Raises MeshError, on every rank, where one was given other inputs `names`, whose tensors are `leaves`."""
+    mesh, sum_of = find(handle), 0
+    for x in leaves:
+        if x.device.type == "cpu":
+            sum_of = crc32(x.contiguous().view(torch.uint8).numpy().data, crc32(repr(tuple(x.shape)).encode(), sum_of))
+    sums = [each for (each,) in mesh.world.sizes([sum_of])]
+    usual = max(sums, key=sums.count)
+    odd = [rank for rank, each in enumerate(sums) if each != usual]
+    if odd:
+        raise MeshError(
+            f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"
+            " given the same full tensors: seed samplers and generation alike, or pass io='local'"
+        )
+    return torch.zeros(())
+
+
+define(
+    "alike",
+    "(Tensor[] leaves, str handle, str names) -> Tensor",
+    check_alike,
+    lambda leaves, handle, names: torch.empty(()),
+)

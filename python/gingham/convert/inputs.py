@@ -11,16 +11,16 @@ import inspect
 import warnings
 from collections.abc import Sequence
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch.utils import _pytree as pytree
 
 from .. import nn
-from ..compiled import define, find
-from ..errors import MeshError, ShapeError
+from ..errors import ShapeError
 from ..layout import chunks
 from ..mesh import Mesh
+from . import late, probe
+from .agree import check_alike
 from .bytecode import chains
 from .entry import Inside, enclose
 from .loose import shared_gradient
@@ -66,7 +66,8 @@ class Border:
         self.names = self._names_of(model.forward)
         self.whole = WHOLE | self._checked(model, whole)
         self.told: set[str] = set()
-        self.crossed = 0
+        self.crossed, self.modules = 0, 0
+        self.probed: set[str] = set()
         self.open: list[tuple[str, Any, int]] = []
         self.first: Any = None
         self.heads = heads
@@ -98,21 +99,40 @@ class Border:
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
         forward = name == "forward"
+        if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
+            late.adopt(model, self.mesh, self.body)
+            self.modules = late.fingerprint(model)
         self.crossed += 1
         self.open.clear()
         args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
+        what = type(model).__name__ + ("" if forward else f".{name}")
+        probed = name in self.probed or torch.compiler.is_compiling()
         self.inside.depth += 1
         try:
+            other = None if probed else self._probe(function, name, model, args, kwargs)
             output = function(model, *args, **kwargs)
         finally:
             self.inside.depth -= 1
-        return self.after(model, kwargs, output, type(model).__name__ + ("" if forward else f".{name}"))
+        if other is not None:
+            probe.check(what, self.mesh, output, *other)
+        return self.after(model, kwargs, output, what)
+
+    def _probe(self, function: Any, name: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
+        """At the first call of a method: what it gives beside other samples, and how many there are here."""
+        self.probed.add(name)
+        if not self.full or not self.size or not probe.is_needed(model, self.mesh):
+            return None
+        rows = self.mesh.interval(self.size + self.missing, self.mesh.outer.rows)[1]
+        other = probe.run(function, model, args, kwargs, rows)
+        self.open.clear()
+        return other, rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """For a copy of the model, on the same mesh."""
         new = object.__new__(Border)
         vars(new).update(vars(self))
         new.inside, new.told, new.first, new.labels, new.open = copy.deepcopy(self.inside, memo), set(), None, {}, []
+        new.probed, new.modules = set(self.probed), 0
         memo[id(self)] = new
         return new
 
@@ -162,7 +182,7 @@ class Border:
         leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
         names = ", ".join(sorted(given))
         if not torch.compiler.is_compiling():
-            _check_alike(leaves, self.mesh.handle, names)  # also where this rank was given none: the others wait for its word
+            check_alike(leaves, self.mesh.handle, names)  # also where this rank was given none: the others wait for its word
         elif leaves:
             torch.ops.gingham.alike(leaves, self.mesh.handle, names)
 
@@ -332,30 +352,6 @@ def is_cache(value: Any) -> bool:
     return not isinstance(value, torch.Tensor) and any(callable(getattr(value, name, None)) for name in REORDERING)
 
 
-def _check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Tensor:
-    mesh, sum_of = find(handle), 0
-    for x in leaves:
-        if x.device.type == "cpu":
-            sum_of = crc32(x.contiguous().view(torch.uint8).numpy().data, crc32(repr(tuple(x.shape)).encode(), sum_of))
-    sums = [each for (each,) in mesh.world.sizes([sum_of])]
-    usual = max(sums, key=sums.count)
-    odd = [rank for rank, each in enumerate(sums) if each != usual]
-    if odd:
-        raise MeshError(
-            f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"
-            " given the same full tensors: seed samplers and generation alike, or pass io='local'"
-        )
-    return torch.zeros(())
-
-
-define(
-    "alike",
-    "(Tensor[] leaves, str handle, str names) -> Tensor",
-    _check_alike,
-    lambda leaves, handle, names: torch.empty(()),
-)
-
-
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
 
@@ -382,4 +378,6 @@ def attach(stand: Any, border: Border, base: Any) -> None:
         inner = Border(base, border.mesh, "full", border.body, border.batch, None, heads=border.heads)
         inner.inside = border.inside
         enclose(base, inner)
+        inner.modules = late.fingerprint(base)
     enclose(stand, border)
+    border.modules = late.fingerprint(stand)

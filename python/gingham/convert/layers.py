@@ -193,6 +193,16 @@ def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed:
     return made.adopt(path, "linear", old, new, layout)
 
 
+def convert_late(path: str, old: torch.nn.Linear, mesh: Mesh, layout: str, three: bool) -> torch.nn.Module:
+    """A linear that came into the model after it was converted; three: beside one whose weight is three."""
+    if three:
+        new: torch.nn.Module = FusedLinears(path, old.in_features, old.out_features, mesh, given_of(old), layout, False)
+    else:
+        swapped = None if mesh.outer != mesh.inner else "auto"
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, mesh, layout, swapped, given=given_of(old))
+    return new.train(old.training)
+
+
 def share(made: Conversion, linears: list[Any]) -> None:
     """Linears called on one x: one step. Their weights may be cut anew, which replaces them."""
     before = {id(parameter): (layer, name) for layer in linears for name, parameter in layer.named_parameters()}

@@ -193,3 +193,65 @@ def test_a21_c14_a_plan_that_ends_in_cut_features_gives_full_outputs_or_names_th
         assert "fc2" in found["summed"] and "rowwise" in found["summed"]
         assert "wqkv" in found["not three"] and "25 outputs" in found["not three"]
         assert "wqkv" in str(found["three"]) and found["split"] == 0.0
+
+
+class Mixer(nn.Module):
+    def __init__(self, mix: Any, p: float = 0.0) -> None:
+        super().__init__()
+        self.fc, self.drop, self.mix, self.calls = nn.Linear(8, 8), nn.Dropout(p), mix, 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return self.mix(self.drop(self.fc(x)))
+
+
+MIXES = {
+    "centred": lambda y: y - y.mean(0),
+    "softmax": lambda y: y.softmax(0),
+    "deviation": lambda y: y / y.std(0),
+    "cumsum": lambda y: y.cumsum(0),
+    "sort": lambda y: y.sort(0).values,
+    "roll": lambda y: y.roll(1, 0),
+    "product": lambda y: y @ y.T,
+}
+KEEPS = {
+    "softmax of features": lambda y: y.softmax(-1),
+    "two samples' worth": lambda y: y.repeat_interleave(2, 0),
+    "square": lambda y: y @ y.mT,
+}
+
+
+def mixers(rank: int) -> dict[str, Any]:
+    import gingham
+
+    mesh = gingham.init(mode="2d", size=4)
+    found: dict[str, Any] = {}
+    x = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+    for name, mix in MIXES.items():
+        torch.manual_seed(0)
+        model = gingham.parallelize(Mixer(mix), mesh)
+        try:
+            found[name] = model(x)
+        except NotImplementedError as error:
+            found[name] = str(error)
+    for name, mix in KEEPS.items():
+        torch.manual_seed(0)
+        original = Mixer(mix)
+        model, given = gingham.parallelize(copy.deepcopy(original), mesh), x[:, None] if name == "square" else x
+        found[name] = relative(model(given), original(given)), float(model.count)
+    torch.manual_seed(0)
+    model = gingham.parallelize(Mixer(torch.relu, 0.5).train(), mesh)
+    first = model(x)
+    found["dropout"] = relative(first, model(x)) > 0.1, model.drop.calls
+    return found
+
+
+def test_a8_code_that_mixes_samples_is_refused_at_the_first_call(ranks) -> None:
+    for found in ranks(4)(mixers):
+        for name in MIXES:
+            assert "mixes samples" in str(found[name]), (name, found[name])
+        for name in KEEPS:
+            error, count = found[name]
+            assert error <= 2e-6 and count == 1, (name, found[name])
+        assert found["dropout"] == (True, 2)

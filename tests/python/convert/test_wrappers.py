@@ -117,3 +117,49 @@ def test_a7_wrappers_are_seen_through_or_named(ranks) -> None:
     assert "transformer.h.0.attn.c_attn: Mixing" in found["mixing"]
     assert "'h.*.attn.c_attn'" in found["no linear"] and "Identity" in found["no linear"]
     assert "transformer.h.0.mlp.0" in found["another linear"]
+
+
+def adapted_later(rank: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.layer import Linear
+
+    import gingham
+    from gingham.convert.layers import FusedLinears
+
+    mesh = gingham.init(mode="2d", size=4)
+    found: dict[str, Any] = {}
+    for family in kinds:
+        models, optimizers = [], []
+        for model in (gingham.parallelize(families.build(family), mesh), families.build(family)):
+            config = LoraConfig(r=4, target_modules=TARGETS[family], lora_dropout=0.0)
+            config._register_custom_module({gingham.nn.Linear: Linear, FusedLinears: Linear})
+            torch.manual_seed(3)
+            models.append(get_peft_model(model, config))
+            for name, parameter in models[-1].named_parameters():
+                if "lora_" in name:
+                    nn.init.normal_(parameter, std=0.1)
+            optimizers.append(torch.optim.SGD([p for p in models[-1].parameters() if p.requires_grad], lr=0.1))
+        outputs = [each(**families.batch(family)) for each in models]
+        for output in outputs:
+            output.loss.backward()
+        found[f"{family} logits"] = relative(outputs[0].logits, outputs[1].logits)
+        found[f"{family} gradients"] = families.joint_error(*map(families.plain, models))
+        if family != "gpt2":  # whose joined adapter is three parameters now
+            for optimizer in optimizers:
+                optimizer.step()
+            found[f"{family} moved"] = families.joint_error(*(families.plain(each, False) for each in models))
+    late = gingham.parallelize(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), mesh)
+    late(torch.ones(4, 8))
+    late.append(nn.Linear(8, 3))
+    try:
+        late(torch.ones(4, 8))
+    except NotImplementedError as error:
+        found["a head"] = str(error)
+    return found
+
+
+def test_a7_lora_after_parallelize_is_serial_and_other_late_modules_are_named(ranks) -> None:
+    found = ranks(4)(adapted_later, tuple(TARGETS))[0]
+    assert "2.weight of Linear" in found.pop("a head")
+    for what, error in found.items():
+        assert error <= 2e-6, (what, error)
