@@ -36,26 +36,42 @@ def parallelize(
     """Turns a torch.nn model or a transformers model (GPT-2, Llama, BERT, ViT, or any with a tp_plan of colwise and rowwise
     linears) into layers of gingham.nn in place, with its weights; returns the model (a new one if it is itself one layer).
 
-    Known models keep activations cut over the whole grid between their layers. In a model that no rule knows, every linear
-    takes and gives whole features of this rank's rows, which is right for any code that treats samples independently;
-    plan={"path.*.fc1": "colwise", "path.*.fc2": "rowwise"} says more. Modules without a rule stay as they are, on this
-    rank's rows, their weights copied and their gradients summed over the rows' ranks.
+    Known models, and word for word copies of their code, keep activations cut over the whole grid between their layers. In other
+    models with a tp_plan code between the linears sees whole features of this rank's rows, as the plan assumes; the plan's first
+    line says so. In a model that no rule knows, every linear takes and gives whole features of this rank's rows, which is right for
+    any code that treats samples independently (the first call checks that: NotImplementedError);
+    plan={"path.*.fc1": "colwise", "path.*.fc2": "rowwise"} says more. Modules without a rule stay as they are, on this rank's rows,
+    their weights copied and their gradients summed over the rows' ranks. A head of transformers that is not known runs whole on
+    every rank, on the gathered output of its base, with its class's own loss. Wrappers are seen through: torch.compile's, FSDP's,
+    peft's LoRA (also when it comes after: its adapters are converted at the next call), modules that hand on their arguments.
 
-    io "full": the model takes full inputs, the same on every rank, and gives full outputs, so that the calling code stays as
-    it was; labels= gives the one loss of the whole batch. io "local": inputs and outputs are this rank's blocks (ids and
-    masks as mesh.scatter cuts them, features in outer, logits in inner).
-    A model on the `meta` device gets its blocks only, drawn by Philox from (torch.initial_seed(), name, global element index)
-    with the distributions of its own initialisation: the same bits on every grid, not those of the serial model.
+    io "full": the model's forward, and each public method that runs its layers, takes full inputs, the same on every rank, and gives
+    full outputs, so that the calling code stays as it was (register_forward_method: other methods); labels= gives the one loss of the
+    whole batch. Tensors whose first dim is that of the first are cut like it; whole=("positions",) names those that are none of a
+    batch. io "local": inputs and outputs are this rank's blocks (ids and masks as mesh.scatter cuts them, features in outer, logits
+    in inner).
+    Ranks that hold other values than rank 0 get rank 0's, with a warning. Optimizers that hold the parameters hold the new ones;
+    those of a weight that becomes several raise at their step. A model on the `meta` device gets its blocks only, drawn by Philox from
+    (rank 0's torch.initial_seed(), name, global element index) with the distributions of its own initialisation: the same bits on
+    every grid, not those of the serial model.
     verbose prints the plan: every layer with its grid, its stationary operand, its block, bytes received in a step of
     `tokens` rows and memory, and every module left serial with the reason. Names of parameters stay, but for weights stored
     as one and held as three (GPT-2's c_attn, MultiheadAttention's in_proj): see the attribute `joins`.
     The lines of the plan are in `gingham_plan`. Dropout that a model's own code calls as a function, not as a module, draws
     from each rank's own generator.
     Raises ShapeError where heads do not divide by the ranks that cut features; NotImplementedError for a module that would
-    be wrong on a part of the rows or features; warns of rules of a plan that fit nothing. A call with io "full" raises MeshError
-    where a rank is given other inputs than the rest.
+    be wrong on a part of the rows or features, or that stands where a rule expects a linear; MeshError where a rank's model has other
+    parameters, and in a call with io "full" where a rank is given other inputs than the rest; warns of rules of a plan that fit
+    nothing.
     """
-    mesh, inner = current(mesh), _checked(model, io)
+    made = _parallelize(model, current(mesh), io, plan, whole)
+    if verbose:
+        show(made, tokens)
+    return made.model
+
+
+def _parallelize(model: torch.nn.Module, mesh: Mesh, io: str, plan: Mapping[str, str] | None, whole: Sequence[str]) -> Conversion:
+    inner = _checked(model, io)
     agree(model, mesh)
     rules, asked = rules_of(inner, plan)
     loss, apart = _look(model, inner, mesh, rules, io)
@@ -79,11 +95,10 @@ def parallelize(
         meta.draw(model, made, recipes, old, seed)
     _keep_parameters(made, old)
     for path in sorted((set(rules.unused()) & asked) - set(type(inner)._tp_plan or () if apart else ())):
-        warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=2)
+        warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=3)
     _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
-    if verbose:
-        show(made, tokens)
-    return model
+    made.model = model
+    return made
 
 
 def _keep_parameters(made: Conversion, old: dict[str, torch.nn.Parameter]) -> None:

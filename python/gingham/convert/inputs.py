@@ -62,6 +62,7 @@ class Border:
     ) -> None:
         self.mesh, self.full, self.body, self.batch, self.loss = mesh, io == "full", body, batch, loss
         self.hugging = is_transformers(model)
+        self.origin = next(cls for cls in type(model).__mro__ if "_reads_blocks" not in vars(cls))  # before it was converted
         self.inside = Inside()
         self.names = self._names_of(model.forward)
         self.whole = WHOLE | self._checked(model, whole)
@@ -119,8 +120,10 @@ class Border:
 
     def _probe(self, function: Any, name: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
         """At the first call of a method: what it gives beside other samples, and how many there are here."""
+        if any(is_cache(value) for value in (*args, *kwargs.values())):
+            return None  # which would be filled twice
         self.probed.add(name)
-        if not self.full or not self.size or not probe.is_needed(model, self.mesh):
+        if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
             return None
         rows = self.mesh.interval(self.size + self.missing, self.mesh.outer.rows)[1]
         other = probe.run(function, model, args, kwargs, rows)

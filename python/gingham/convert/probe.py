@@ -1,6 +1,6 @@
 """Does a model's code mix samples? On a part of the batch a mean or a softmax over it, or x @ x.T, would be of this rank's part.
 
-The first call of a model with code of the user's own runs once more, without gradients, on this rank's rows all made equal to the
+The first call of a model with code that nothing vouches for runs once more, without gradients, on this rank's rows all made equal to the
 last one: what comes out for the last sample must be the same. Generators, buffers and dropout's numbers are put back, so that the
 call itself sees what it would have seen. One row, and code that mixes samples in training only after the first call, are not seen.
 """
@@ -21,14 +21,16 @@ from .wrappers import is_foreign
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding
 
 
-def is_needed(model: torch.nn.Module, mesh: Mesh) -> bool:
-    """Whether some code in the model is not a library's, on a mesh that cuts rows, and nothing listens to its calls."""
-    return bool(mesh.outer.rows) and any(is_foreign(module) for module in model.modules()) and not _is_heard(model)
+def is_needed(model: torch.nn.Module, mesh: Mesh, known: bool) -> bool:
+    """Whether nothing vouches for some code in the model, on a mesh that cuts rows, and nothing listens to its calls.
+    known: whether the code of transformers in it was compared."""
+    strange = any(is_foreign(each) or not known and type(each).__module__.startswith("transformers.") for each in model.modules())
+    return bool(mesh.outer.rows) and strange and not _is_heard(model)
 
 
 def _is_heard(model: torch.nn.Module) -> bool:
     hooks = (hook for each in model.modules() for kind in (each._forward_hooks, each._forward_pre_hooks) for hook in kind.values())
-    return any(not str(getattr(hook, "__module__", "")).startswith("gingham.") for hook in hooks)
+    return any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
 
 
 def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int) -> Any:

@@ -72,6 +72,38 @@ def ways_in(rank: int) -> dict[str, Any]:
     return found
 
 
+def two_towers(rank: int) -> dict[str, Any]:
+    import transformers as hf
+
+    import gingham
+
+    mesh = gingham.init(mode="2d", size=4)
+    tower = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4)
+    text = dict(vocab_size=61, max_position_embeddings=16, eos_token_id=60, **tower)
+    torch.manual_seed(0)
+    original = hf.CLIPModel(
+        hf.CLIPConfig(text_config=text, vision_config=dict(image_size=8, patch_size=4, **tower), projection_dim=8)
+    ).eval()
+    model = gingham.parallelize(copy.deepcopy(original), mesh)
+    ids, images = torch.arange(24).view(4, 6), torch.randn(4, 3, 8, 8)
+    found: dict[str, Any] = {}
+    for name, given in {"get_text_features": ids, "get_image_features": images}.items():
+        got, expected = (getattr(each, name)(given) for each in (model, original))
+        pooled = [y if isinstance(y, torch.Tensor) else y.pooler_output for y in (got, expected)]
+        found[name] = relative(*pooled)
+    try:
+        found["contrast"] = str(model(input_ids=ids, pixel_values=images))
+    except NotImplementedError as error:
+        found["contrast"] = str(error)
+    return found
+
+
+def test_a10_a8_documented_methods_of_transformers_and_a_contrast_over_the_batch(ranks) -> None:
+    found = ranks(4)(two_towers)[0]
+    assert max(found["get_text_features"], found["get_image_features"]) <= 2e-6, found
+    assert "mixes samples" in found["contrast"]
+
+
 def test_a10_every_way_in_crosses_the_border_once(ranks) -> None:
     found = ranks(4)(ways_in)[0]
     assert found.pop("hooks") == {(4, 8)}

@@ -67,7 +67,15 @@ def adapted(rank: int, grid: dict[str, Any], kinds: tuple[str, ...]) -> dict[str
     return found
 
 
-@pytest.mark.parametrize("name", ["2d", "3d", pytest.param("1d", marks=pytest.mark.matrix), pytest.param("2.5d", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "2d",
+        pytest.param("3d", marks=pytest.mark.matrix),
+        pytest.param("1d", marks=pytest.mark.matrix),
+        pytest.param("2.5d", marks=pytest.mark.matrix),
+    ],
+)
 def test_a7_lora_before_parallelize_is_serial(ranks, name: str) -> None:
     for what, error in ranks(ranks_of(name))(adapted, GRIDS[name], tuple(TARGETS))[0].items():
         assert error <= 2e-6, (what, error)
@@ -94,7 +102,7 @@ def wrapped(rank: int) -> dict[str, Any]:
         "around a block": lambda: around("transformer.h.{}", Around),
         "compiled block": lambda: around("transformer.h.{}.mlp", lambda each: torch.compile(each, backend="eager")),
         "around the model": lambda: Around(families.build("gpt2")),
-        "compiled": lambda: torch.compile(families.build("gpt2"), backend="aot_eager"),
+        "compiled": lambda: torch.compile(families.build("gpt2"), backend="eager"),
     }.items():
         output = gingham.parallelize(make(), mesh)(**inputs)
         found[name] = max(relative(output.loss, expected.loss), relative(output.logits, expected.logits))
