@@ -67,7 +67,7 @@ class Border:
         self.names = self._names_of(model.forward)
         self.whole = WHOLE | self._checked(model, whole)
         self.told: set[str] = set()
-        self.crossed, self.modules = 0, 0
+        self.crossed, self.modules = False, 0
         self.probed: set[str] = set()
         self.open: list[tuple[str, Any, int]] = []
         self.first: Any = None
@@ -103,11 +103,11 @@ class Border:
         if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
             late.adopt(model, self.mesh, self.body)
             self.modules = late.fingerprint(model)
-        self.crossed += 1
+        self.crossed = True
         self.open.clear()
         args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
         what = type(model).__name__ + ("" if forward else f".{name}")
-        probed = name in self.probed or torch.compiler.is_compiling()
+        probed = torch.compiler.is_compiling() or name in self.probed
         self.inside.depth += 1
         try:
             other = None if probed else self._probe(function, name, model, args, kwargs)
@@ -335,10 +335,10 @@ class Above:
         self.border, self.inside, self.child = border, border.inside, child
 
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        before = self.border.crossed
+        self.border.crossed = False
         output = function(model, *args, **kwargs)
         runs = name == "forward" or any(chain[:1] == (self.child,) for chain in chains(function) or ())
-        if runs and self.border.crossed == before:
+        if runs and not self.border.crossed:
             raise NotImplementedError(
                 f"{type(model).__name__}.{name} runs layers of its base without calling the base, so that every rank has run the whole"
                 " batch and gradients would be counted several times; call the base, or use io='local'"
