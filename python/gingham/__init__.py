@@ -11,7 +11,7 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from . import nn  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
-from .convert import parallelize  # noqa: E402
+from .convert import parallelize, register_forward_method  # noqa: E402
 from .errors import LayoutError, MeshError, PeerDied, PeerStalled, ShapeError  # noqa: E402
 from .functional import no_sync  # noqa: E402
 from .job import destroy, init  # noqa: E402
@@ -42,6 +42,7 @@ __all__ = [
     "nn",
     "no_sync",
     "parallelize",
+    "register_forward_method",
     "save",
     "spawn",
 ]

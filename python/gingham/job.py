@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import checked, mesh, random, rendezvous
+from . import checks, mesh, random, rendezvous
 from .config import parse_parallel
 from .errors import MeshError, PeerDied, PeerStalled
 from .mesh import Axes, Mesh, axes_of, axes_of_device_mesh
@@ -190,7 +190,7 @@ _previous_hook = sys.excepthook
 def _watch() -> None:
     """Uncaught exceptions, random operations on parameters, the first step."""
     random.install()
-    checked.install(mesh.current())
+    checks.install(mesh.current())
     global _previous_hook
     if sys.excepthook is not _report_and_print:
         _previous_hook, sys.excepthook = sys.excepthook, _report_and_print

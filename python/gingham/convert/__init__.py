@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from .. import nn
 from ..checkpoint import pretrained
-from ..functional import relayout
 from ..mesh import Mesh, current
-from . import attention, inputs, layers, meta
-from .layers import ELEMENTWISE, Conversion
+from . import attention, identity, inputs, layers, meta
+from .agree import agree, agreed_seed
+from .entry import enclose, register_forward_method
+from .heads import base_of, keep_whole, known_loss
+from .layers import Conversion
+from .losses import is_transformers
 from .plan import show
-from .rules import SHARED, TORCH, rules_of
+from .regions import STACKS, batch_dim, enter, region_of, roles_of_children, width_of
+from .rules import REQUIRED, SHARED, Rules, matches, rules_of
+from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, seen_paths
 
-__all__ = ["parallelize"]
-
-STACKS = (
-    torch.nn.Transformer,
-    torch.nn.TransformerEncoder,
-    torch.nn.TransformerDecoder,
-    torch.nn.TransformerEncoderLayer,
-    torch.nn.TransformerDecoderLayer,
-)
+__all__ = ["parallelize", "register_forward_method"]
 
 
 def parallelize(
@@ -35,93 +32,156 @@ def parallelize(
     io: str = "full",
     plan: Mapping[str, str] | None = None,
     tokens: int = 1024,
+    whole: Sequence[str] = (),
 ) -> Any:
     """Turns a torch.nn model or a transformers model (GPT-2, Llama, BERT, ViT, or any with a tp_plan of colwise and rowwise
     linears) into layers of gingham.nn in place, with its weights; returns the model (a new one if it is itself one layer).
 
-    Known models keep activations cut over the whole grid between their layers. In a model that no rule knows, every linear
-    takes and gives whole features of this rank's rows, which is right for any code that treats samples independently;
-    plan={"path.*.fc1": "colwise", "path.*.fc2": "rowwise"} says more. Modules without a rule stay as they are, on this
-    rank's rows, their weights copied and their gradients summed over the rows' ranks.
+    Known models, and word for word copies of their code, keep activations cut over the whole grid between their layers. In other
+    models with a tp_plan code between the linears sees whole features of this rank's rows, as the plan assumes; the plan's first
+    line says so. In a model that no rule knows, every linear takes and gives whole features of this rank's rows, which is right for
+    any code that treats samples independently (the first call checks that: NotImplementedError);
+    plan={"path.*.fc1": "colwise", "path.*.fc2": "rowwise"} says more. Modules without a rule stay as they are, on this rank's rows,
+    their weights copied and their gradients summed over the rows' ranks. A head of transformers that is not known runs whole on
+    every rank, on the gathered output of its base, with its class's own loss. Wrappers are seen through: torch.compile's, FSDP's,
+    peft's LoRA (also when it comes after: its adapters are converted at the next call), modules that hand on their arguments.
 
-    io "full": the model takes full inputs, the same on every rank, and gives full outputs, so that the calling code stays as
-    it was; labels= gives the one loss of the whole batch. io "local": inputs and outputs are this rank's blocks (ids and
-    masks as mesh.scatter cuts them, features in outer, logits in inner).
-    A model on the `meta` device gets its blocks only, drawn by Philox from (torch.initial_seed(), name, global element index)
-    with the distributions of its own initialisation: the same bits on every grid, not those of the serial model.
+    io "full": the model's forward, and each public method that runs its layers, takes full inputs, the same on every rank, and gives
+    full outputs, so that the calling code stays as it was (register_forward_method: other methods); labels= gives the one loss of the
+    whole batch. Tensors whose first dim is that of the first are cut like it; whole=("positions",) names those that are none of a
+    batch. io "local": inputs and outputs are this rank's blocks (ids and masks as mesh.scatter cuts them, features in outer, logits
+    in inner).
+    Ranks that hold other values than rank 0 get rank 0's, with a warning. Optimizers that hold the parameters hold the new ones;
+    those of a weight that becomes several raise at their step. A model on the `meta` device gets its blocks only, drawn by Philox from
+    (rank 0's torch.initial_seed(), name, global element index) with the distributions of its own initialisation: the same bits on
+    every grid, not those of the serial model.
     verbose prints the plan: every layer with its grid, its stationary operand, its block, bytes received in a step of
     `tokens` rows and memory, and every module left serial with the reason. Names of parameters stay, but for weights stored
     as one and held as three (GPT-2's c_attn, MultiheadAttention's in_proj): see the attribute `joins`.
     The lines of the plan are in `gingham_plan`. Dropout that a model's own code calls as a function, not as a module, draws
     from each rank's own generator.
     Raises ShapeError where heads do not divide by the ranks that cut features; NotImplementedError for a module that would
-    be wrong on a part of the rows or features; warns of rules of a plan that fit nothing. A call with io "full" raises MeshError
-    where a rank is given other inputs than the rest.
+    be wrong on a part of the rows or features, or that stands where a rule expects a linear; MeshError where a rank's model has other
+    parameters, and in a call with io "full" where a rank is given other inputs than the rest; warns of rules of a plan that fit
+    nothing.
     """
-    mesh = current(mesh)
-    _check_call(model, io)
-    rules, asked = rules_of(model, plan)
-    config = getattr(model, "config", None)
-    _check_mesh(model, mesh, rules.body)
-    if rules.body == "outer":
-        attention.register()
-        config = config.get_text_config()  # type: ignore[union-attr]
-    recipes = meta.record(model) if any(parameter.is_meta for parameter in model.parameters()) else None
-    made = Conversion(model, mesh, rules, getattr(config, "hidden_size", None) if rules.body == "outer" else None)
-    old = dict(model.named_parameters())
-    ties = tied_names(model)
-    top = region_of(model) if rules.body == "rows" else ""
-    batch = batch_dim(model) if top else 0
-    _embeddings(made, model, rules.body)
-    model = _convert(made, "", model, "outer" if top else rules.body, None)
-    _retie(made, model)
-    _check_ties(model, ties)
-    if recipes is not None:
-        meta.draw(model, made, recipes, old)
-    for path in sorted(set(rules.unused()) & asked):
-        warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(model).__name__}", stacklevel=2)
-    inputs.attach(model, mesh, io, "outer" if top else rules.body, batch, width_of(model) if top else None)
-    pretrained.attach(model)
-    model.gingham_plan = made.lines  # type: ignore[assignment]
+    made = _parallelize(model, current(mesh), io, plan, whole)
     if verbose:
         show(made, tokens)
-    return model
+    return made.model
 
 
-def _check_call(model: torch.nn.Module, io: str) -> None:
+def _parallelize(model: torch.nn.Module, mesh: Mesh, io: str, plan: Mapping[str, str] | None, whole: Sequence[str]) -> Conversion:
+    inner = _checked(model, io)
+    agree(model, mesh)
+    rules, asked = rules_of(inner, plan)
+    loss, apart = _look(model, inner, mesh, rules, io)
+    recipes = meta.record(inner) if any(parameter.is_meta for parameter in model.parameters()) else None
+    seed = agreed_seed(mesh) if recipes is not None else 0
+    made = Conversion(model, mesh, rules, _width(inner) if rules.body == "outer" else None, read=layers.read_by_others(model))
+    if rules.cut_heads and rules.body == "rows":
+        made.lines.append(layers.whole_features(base_of(inner) or inner))
+    old, ties = dict(model.named_parameters()), tied_names(model)
+    top = region_of(model) if rules.body == "rows" else ""
+    batch, body = batch_dim(model) if top else 0, "outer" if top else rules.body
+    _embeddings(made, model, rules.body)
+    if apart:
+        _convert_base(made, inner)
+    else:
+        model = _convert(made, "", model, body, None)
+    _retie(made, model)
+    _check_ties(model, ties)
+    _check_rules(made, inner)
+    if recipes is not None:
+        meta.draw(model, made, recipes, old, seed)
+    _keep_parameters(made, old)
+    for path in sorted((set(rules.unused()) & asked) - set(type(inner)._tp_plan or () if apart else ())):
+        warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=3)
+    _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
+    pretrained.attach(model)
+    made.model = model
+    return made
+
+
+def _keep_parameters(made: Conversion, old: dict[str, torch.nn.Parameter]) -> None:
+    names = {id(parameter): name for name, parameter in reversed(old.items())}
+    own = (old, *(module._parameters for _, module in made.paths.values()))
+    identity.keep(made.mesh, names, old.values(), made.parameters, own)
+
+
+def _attach(
+    made: Conversion, model: torch.nn.Module, io: str, body: str, rest: tuple[int, int | None, str | None, Sequence[str]], apart: bool
+) -> None:
+    """Puts the border around the model, or around its base where the head stands apart."""
+    inner = core(model)
+    base: Any = base_of(inner)
+    stand = core(base) if apart else inner
+    border = inputs.Border(stand, made.mesh, io, body, *rest, made.rules.cut_heads)
+    inputs.attach(stand, border, core(base) if base is not None and not apart else None)
+    if apart:
+        holder = path_of(inner, base).partition(".")[0]
+        enclose(inner, inputs.Above(border, holder))
+    border.watch(made.cutting, made.joining)
+    for each in {id(each): each for each in (model, inner)}.values():
+        each.gingham_plan = made.lines  # type: ignore[assignment]
+
+
+def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str) -> tuple[str | None, bool]:
+    """What a model is, before anything of it changes: the method of its loss, and whether its head stands apart, on whole features
+    of the whole batch, since nothing vouches for it. Raises NotImplementedError for code that nothing vouches for."""
+    rules.seen = {path: plain for path, plain in seen_paths(model).items() if path != plain}
+    base = base_of(inner)
+    if rules.body == "outer":
+        check_known(inner, core(base or inner), path_of(model, core(base or inner)))
+    loss = known_loss(inner) if is_transformers(inner) else None
+    if base is not None and loss is None and io == "local" and rules.body == "outer":
+        raise NotImplementedError(f"{type(inner).__name__}: nothing vouches for its head on cut features; use io='full'")
+    if rules.cut_heads:
+        if mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):
+            raise NotImplementedError(f"{type(inner).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
+        attention.register()
+    return loss, base is not None and loss is None and io == "full"
+
+
+def _width(model: Any) -> int | None:
+    return getattr(model.config.get_text_config(), "hidden_size", None)
+
+
+def _convert_base(made: Conversion, inner: Any) -> None:
+    base = base_of(inner)
+    path = path_of(made.model, base)  # type: ignore[arg-type]
+    owner, _, name = path.rpartition(".")
+    new = _convert(made, path, base, made.rules.body, made.model.get_submodule(owner))
+    made.model.get_submodule(owner)._modules[name] = new
+    keep_whole(made, path_of(made.model, inner), inner, new)
+
+
+def _checked(model: torch.nn.Module, io: str) -> Any:
+    inner = core(model)
     if io not in ("full", "local"):
         raise ValueError(f"io={io!r}: expected 'full' or 'local'")
-    if hasattr(model, "gingham_plan"):
+    if hasattr(model, "gingham_plan") or hasattr(inner, "gingham_plan"):
         raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
+    return inner
 
 
-def _check_mesh(model: torch.nn.Module, mesh: Mesh, body: str) -> None:
-    if body == "outer" and mesh.outer.rows and set(mesh.outer.rows) & set(mesh.inner.features):
-        raise NotImplementedError(f"{type(model).__name__} on {mesh}: sequence=True is not built for transformers models; leave it out")
-
-
-def region_of(module: torch.nn.Module) -> str:
-    """Why a module's inside may lie in outer and inner: a stack of torch's transformer layers, or a chain of linears."""
-    if isinstance(module, STACKS) and layers.is_plain(module):
-        return "stack"
-    if isinstance(module, torch.nn.Sequential) and layers.is_plain(module) and any(isinstance(child, torch.nn.Linear) for child in module):
-        links = (torch.nn.Linear, torch.nn.LayerNorm, torch.nn.RMSNorm, *ELEMENTWISE)
-        if all(type(child) in links and layers.is_plain(child) for child in module):
-            return "chain"
-    return ""
-
-
-def batch_dim(model: torch.nn.Module) -> int:
-    """Which dim of a stack's input is the batch."""
-    firsts = [module.batch_first for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
-    return 0 if all(firsts) else 1
+def _check_rules(made: Conversion, model: Any) -> None:
+    """Raises NotImplementedError where a rule that every model of the family needs has fitted no linear."""
+    left = set(REQUIRED.get(made.rules.family or "", ())) - made.rules.fitted
+    if left and model.config.get_text_config().num_hidden_layers:
+        rule = min(left)
+        stands = {type(module).__name__ for path, (_, module) in made.paths.items() if matches(rule, made.rules.seen.get(path, path))}
+        raise NotImplementedError(
+            f"{type(model).__name__}: the rule {rule!r} of the family {made.rules.family!r} fits no linear;"
+            f" {', '.join(sorted(stands)) or 'nothing'} stands there. Convert before the layer is replaced, or give plan="
+        )
 
 
 def _embeddings(made: Conversion, model: torch.nn.Module, body: str) -> None:
     """Before all else: a classifier that shares an embedding's weight may stand before it."""
     for path, module in list(model.named_modules()):
         for name, child in list(module._modules.items()):
-            if type(child) is torch.nn.Embedding and layers.is_plain(child):
+            if type(child) is torch.nn.Embedding and layers.is_plain(child) and f"{path}.{name}".lstrip(".") not in made.read:
                 if id(child) not in made.modules:
                     new = layers.convert_embedding(made, f"{path}.{name}".lstrip("."), child, body)
                     made.modules[id(child)] = (child, new)
@@ -139,8 +199,9 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
     if type(module).__module__.startswith("gingham."):
         return module
     layers.check_plain(path, module)
+    made.paths[path] = (path, module)
     if body == "rows" and region_of(module):
-        _enter(made, path, module)
+        enter(made, path, module)
         body = "outer"
     leaf = _leaf(made, path, module, body, parent)
     if leaf is not None:
@@ -148,21 +209,45 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
     if isinstance(module, torch.nn.Transformer):  # it compares its inputs' sizes with these
         module.d_model = made.mesh.interval(module.d_model, made.mesh.outer.features)[1]
         module.batch_first = True
-    if attention.is_attention(module) and body == "outer" and made.rules.body == "outer":
-        attention.prepare(module, made.mesh)
-    roles = _roles_of_children(module)
+    cut = _cuts_heads(made, path, module)
+    if cut is not None:
+        attention.prepare(module, made.mesh, cut)
+    _adapters(made, path, module)
+    roles = roles_of_children(module)
     made.rules.roles.update({f"{path}.{name}".lstrip("."): role for name, role in roles.items()})
     made.rules.used.update(f"{path}.{name}".lstrip(".") for name in roles)
     for name, child in [pair for pair in module._modules.items() if pair[1] is not None]:
         module._modules[name] = _convert(made, f"{path}.{name}".lstrip("."), child, body, module)
     for group in SHARED:
-        linears = [module._modules.get(name) for name in group]
+        linears: list[Any] = [layers.base_layer(module._modules.get(name)) for name in group]
         if "CrossAttention" in type(module).__name__:
             linears = linears[1:]
-        if linears and all(type(layer) is nn.Linear for layer in linears):
+        if linears and all(type(layer) is nn.Linear for layer in linears) and len({layer.in_features for layer in linears}) == 1:
             layers.share(made, linears)
+    if cut:
+        attention.copy_heads(module, made.mesh)
     _own_parameters(made, path, module, body)
     return module
+
+
+def _cuts_heads(made: Conversion, path: str, module: torch.nn.Module) -> bool | None:
+    """Whether a transformers attention module works on some of the heads, by the roles of its projections; None for other modules."""
+    if not attention.is_attention(module) or not made.rules.cut_heads:
+        return None
+    return any(made.rules.role(f"{path}.{name}") in ("colwise", "qkv") for name, _ in module.named_modules() if name)
+
+
+def _adapters(made: Conversion, path: str, module: torch.nn.Module) -> None:
+    """What stands beside a linear in peft's wrapper goes by that linear's role."""
+    if "base_layer" not in module._modules:
+        return
+    role = made.rules.role(f"{path}.base_layer")
+    roles = adapter_roles(path, module, role)
+    made.rules.roles.update(roles)
+    made.rules.used.update(roles)
+    if role == "rowwise":
+        for dropout in dropouts_of_adapter(module):
+            dropout._between = True  # type: ignore[assignment]
 
 
 def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.Module | None) -> torch.nn.Module | None:
@@ -170,6 +255,13 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
     kind = type(module)
     if made.rules.role(path) == "copied":
         layers.copy_parameters(made, path, module, "the plan says so: it serves single heads")
+        return module
+    if path in made.read:
+        if body != "rows":
+            raise NotImplementedError(
+                f"{path}: other code reads the weight of this {kind.__name__}, of which a rank has a part; call it there"
+            )
+        layers.copy_parameters(made, path, module, "other code reads its weight")
         return module
     if layers.is_plain(module) and isinstance(module, torch.nn.Linear) or kind.__name__ == "Conv1D" and hasattr(module, "nf"):
         return layers.convert_linear(made, path, module, body, not isinstance(module, torch.nn.Linear))
@@ -182,71 +274,13 @@ def _leaf(made: Conversion, path: str, module: Any, body: str, parent: torch.nn.
         return made.adopt(path, "attention", module, new, "outer->outer", {"in_proj_weight": "", "in_proj_bias": ""})
     if isinstance(module, torch.nn.Dropout):
         if parent is not None and attention.is_attention(parent) and attention.dropout_of(parent) is module:
-            return layers.convert_dropout(made, path, module, "inner", (0, 1))
+            cut = _cuts_heads(made, path.rpartition(".")[0], parent)
+            return layers.convert_dropout(made, path, module, "inner" if cut else "rows", (0, 1))
         inner = isinstance(parent, STACKS) and parent._modules.get("dropout") is module or getattr(module, "_between", False)
         return layers.convert_dropout(made, path, module, "inner" if inner else body)
     if layers.is_patches(module) and body == "outer":
         return layers.convert_patches(made, path, module, body)
     return None
-
-
-def _roles_of_children(module: torch.nn.Module) -> dict[str, str]:
-    """Roles that a module of torch gives its linears: a transformer layer by name, a chain by pairs of them."""
-    for cls in type(module).__mro__:
-        if cls.__name__ in TORCH and cls.__module__.startswith("torch."):
-            return TORCH[cls.__name__]
-    if region_of(module) != "chain":
-        return {}
-    roles: dict[str, str] = {}
-    first: str | None = None
-    between: list[torch.nn.Module] = []
-    for name, child in module.named_children():
-        if isinstance(child, torch.nn.Linear):
-            if first is None:
-                first, between = name, []
-            else:
-                roles |= {first: "colwise", name: "rowwise"}
-                for each in between:
-                    each._between = True  # type: ignore[assignment]
-                first = None
-        elif first is not None and type(child) not in ELEMENTWISE:
-            first = None
-        elif first is not None:
-            between.append(child)
-    return roles
-
-
-def _enter(made: Conversion, path: str, module: torch.nn.Module) -> None:
-    """A region inside a model of whole features: its input loses the features of other ranks, its output regains them."""
-    mesh = made.mesh
-    if not path or mesh.outer == mesh.layout("rows"):
-        return
-    if isinstance(module, STACKS) and batch_dim(module) != 0:
-        raise NotImplementedError(f"{path}: {type(module).__name__} with batch_first=False inside another model; make it batch_first")
-
-    def moved(x: Any, source: str, target: str) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
-            return x
-        width = x.shape[-1] if source == "rows" else width_of(module)
-        return relayout(x, mesh, mesh.layout(source), mesh.layout(target), width)
-
-    def before(each: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        taken = {"src", "tgt", "memory", "input"}
-        return (
-            tuple(moved(x, "rows", "outer") if index < len(inputs.streams(module)) else x for index, x in enumerate(args)),
-            {name: moved(x, "rows", "outer") if name in taken else x for name, x in kwargs.items()},
-        )
-
-    module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(lambda each, args, y: moved(y, "outer", "rows"))
-
-
-def width_of(module: torch.nn.Module) -> int:
-    """Features of a region's output."""
-    linears = [each for each in module.modules() if isinstance(each, nn.Linear)]
-    if isinstance(module, torch.nn.Sequential):
-        return linears[-1].out_features
-    return next(each.embed_dim for each in module.modules() if isinstance(each, attention.MultiheadAttention))
 
 
 def _own_parameters(made: Conversion, path: str, module: torch.nn.Module, body: str) -> None:
@@ -257,7 +291,8 @@ def _own_parameters(made: Conversion, path: str, module: torch.nn.Module, body: 
         )
     if body == "outer" and made.rules.body == "outer":
         layers.cut_loose(made, path, module, body)
-    left = [name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in _held(made)]
+    held = _held(made) if body == "outer" else {id(parameter) for parameter in made.parameters.values()}
+    left = [name for name, parameter in module._parameters.items() if parameter is not None and id(parameter) not in held]
     if not left:
         return
     if body == "outer":

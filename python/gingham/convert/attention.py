@@ -17,6 +17,7 @@ from ..functional import linear, linear_plan, relayout
 from ..layout import Layout
 from ..mesh import Mesh
 from ..nn.attention import softmax
+from .loose import shared_gradient
 
 # under which transformers finds the attention functions: torch's fused one, and for models made with "eager" plain operations,
 # whose gradients have gradients
@@ -28,7 +29,16 @@ def check_heads(mesh: Mesh, heads: int, what: str) -> None:
     ranks = mesh.parts(mesh.inner.features)
     if heads % ranks:
         near = sorted({max(ranks, heads // ranks * ranks), (heads // ranks + 1) * ranks})
-        raise ShapeError(f"{what}: {heads} heads on {ranks} ranks that cut features: need a multiple of {ranks}, for example {near}")
+        raise ShapeError(
+            f"{what}: {heads} heads on {ranks} ranks that cut features: need a multiple of {ranks}, for example {near};"
+            f" or a grid (m, n, k) whose n x k divides {heads}, for example {_grids(mesh.size, heads)}"
+        )
+
+
+def _grids(size: int, heads: int) -> list[tuple[int, int, int]]:
+    """Grids of as many ranks that cut features over a divisor of the heads, the most first."""
+    ways = [parts for parts in range(size, 0, -1) if size % parts == 0 and heads % parts == 0]
+    return [(size // parts, parts, 1) for parts in ways[:2]]
 
 
 class MultiheadAttention(torch.nn.Module):
@@ -130,16 +140,19 @@ def attend(
     causal: bool,
     scale: float | None,
     dropout: nn.Dropout | None,
+    softcap: float | None = None,
     plain: bool = False,
 ) -> torch.Tensor:
     """softmax(q k^T scale + mask) v of [rows, heads, time, width]; mask: additive, or bool with True for what is seen.
-    k and v may have fewer heads. dropout on the probabilities, its mask by global element."""
+    k and v may have fewer heads. dropout on the probabilities, its mask by global element. softcap c: scores s become c tanh(s / c)."""
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
     dropout = None if dropout is not None and dropout.p == 0 else dropout
-    if dropout is None and not plain:
+    if dropout is None and not plain and not softcap:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
     scores = q @ k.transpose(-2, -1) * (scale if scale is not None else q.shape[-1] ** -0.5)
+    if softcap:
+        scores = softcap * (scores / softcap).tanh()
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
@@ -162,9 +175,9 @@ def attention_function(
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls its attention interface, on this rank's rows and heads; rest: what it passes and sdpa ignores.
 
-    Raises NotImplementedError for output_attentions, softcap, sinks and position_bias.
+    Raises NotImplementedError for output_attentions, sinks and position_bias.
     """
-    asked = [name for name in ("output_attentions", "softcap", "s_aux", "position_bias", "cache") if rest.get(name)]
+    asked = [name for name in ("output_attentions", "s_aux", "position_bias", "cache") if rest.get(name)]
     if asked:
         raise NotImplementedError(f"{type(module).__name__}: {', '.join(asked)} has no distributed form here")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -174,7 +187,8 @@ def attention_function(
     drop = dropout_of(module) if dropout else None
     if drop is not None and not isinstance(drop, nn.Dropout) or dropout and drop is None:
         raise NotImplementedError(f"{type(module).__name__}: dropout {dropout} was set after parallelize; set it before")
-    return attend(query, key, value, attention_mask, causal, scaling, drop, plain).transpose(1, 2).contiguous(), None
+    y = attend(query, key, value, attention_mask, causal, scaling, drop, rest.get("softcap"), plain)
+    return y.transpose(1, 2).contiguous(), None
 
 
 def register() -> None:
@@ -199,20 +213,58 @@ def dropout_of(module: torch.nn.Module) -> torch.nn.Module | None:
     return next((module._modules[name] for name in DROPOUTS if module._modules.get(name) is not None), None)
 
 
-def prepare(module: Any, mesh: Mesh) -> None:
-    """Makes a transformers attention module work on this rank's heads, before its children are converted.
+def prepare(module: Any, mesh: Mesh, cut: bool) -> None:
+    """Makes a transformers attention module work on this rank's heads (not cut: on all), before its children are converted.
 
     Raises ShapeError where the heads do not divide by the ranks, NotImplementedError for GPT-2's cross-attention.
     """
     config = module.config
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        if getattr(config, name, None):
-            check_heads(mesh, getattr(config, name), f"{type(module).__name__}'s {name}")
+    if cut and getattr(config, "num_attention_heads", None):
+        check_heads(mesh, config.num_attention_heads, f"{type(module).__name__}'s num_attention_heads")
+    if cut and _fewer(module, mesh) and not all(isinstance(module._modules.get(name), torch.nn.Module) for name in KEYS_AND_VALUES):
+        check_heads(mesh, config.num_key_value_heads, f"{type(module).__name__}'s num_key_value_heads")
     if getattr(module, "is_cross_attention", False) and hasattr(module, "c_attn"):
         raise NotImplementedError("GPT-2 with cross-attention is not built yet")
     p = getattr(module, "attention_dropout", 0.0)
     if dropout_of(module) is None and isinstance(p, float) and p > 0:
         module.probability_dropout = torch.nn.Dropout(p)  # holds no tensor: the state dict stays as it was
-    if hasattr(module, "split_size"):
+    if cut and hasattr(module, "split_size"):
         module.split_size = mesh.interval(module.split_size, mesh.inner.features)[1]
     config._attn_implementation = PLAIN if config._attn_implementation in ("eager", PLAIN) else NAME
+
+
+KEYS_AND_VALUES = ("k_proj", "v_proj")
+
+
+def _fewer(module: Any, mesh: Mesh) -> bool:
+    """Whether the key and value heads do not divide by the ranks that cut features."""
+    return bool((getattr(module.config, "num_key_value_heads", None) or 0) % mesh.parts(mesh.inner.features))
+
+
+def copy_heads(module: Any, mesh: Mesh) -> None:
+    """Where there are fewer key and value heads than ranks that cut features, each rank gets those that its query heads attend to,
+    after its children were converted. Bytes: the outputs of both projections gathered over the feature ranks, and their gradients
+    summed over them: (g-1)/g and 2 (g-1)/g of the whole."""
+    if not _fewer(module, mesh):
+        return
+    heads, fewer = module.config.num_attention_heads, module.config.num_key_value_heads
+    first, count = mesh.interval(heads, mesh.inner.features)
+    wanted = [head * fewer // heads for head in range(first, first + count)]
+    groups = len(set(wanted))
+    if count % groups == 0 and wanted == [wanted[0] + index * groups // count for index in range(count)]:
+        wanted = sorted(set(wanted))  # each of them serves as many query heads, as attend repeats them
+    whole = Layout(mesh.inner.rows, ())
+    for name in KEYS_AND_VALUES:
+        width = layers_of(module._modules[name]).out_features
+
+        def take(layer: Any, args: Any, y: torch.Tensor, width: int = width) -> torch.Tensor:
+            full = shared_gradient(relayout(y, mesh, mesh.inner, whole, width), mesh, mesh.inner.features)
+            picked = torch.tensor(wanted, device=y.device)
+            return full.unflatten(-1, (fewer, -1)).index_select(-2, picked).flatten(-2)
+
+        module._modules[name].register_forward_hook(take)
+
+
+def layers_of(module: Any) -> Any:
+    """The layer inside peft's wrapper."""
+    return module._modules.get("base_layer", module)

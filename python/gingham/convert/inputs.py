@@ -6,18 +6,25 @@ gathered by the name of their field. labels= are taken out of the call: the loss
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
+from collections.abc import Sequence
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch.utils import _pytree as pytree
 
-from ..compiled import define, find
-from ..errors import MeshError, ShapeError
+from .. import nn
+from ..errors import ShapeError
 from ..layout import chunks
 from ..mesh import Mesh
-from .losses import Labelled, gather, loss_of, takes_labels
+from . import late, probe
+from .agree import check_alike
+from .bytecode import chains
+from .entry import Inside, enclose
+from .loose import shared_gradient
+from .losses import Labelled, gather, is_transformers, loss_of
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -37,13 +44,34 @@ def streams(module: torch.nn.Module) -> tuple[str, ...]:
 
 
 class Border:
-    """Both hooks of one model. body: the layout of its activations; batch: the dim of its batch (1: torch's default);
-    width: the features of its output, where they may be cut."""
+    """What one model's calls cross. body: the layout of its activations; batch: the dim of its batch (1: torch's default);
+    width: the features of its output, where they may be cut; loss: the method of losses.Labelled that gives its loss; whole: names of
+    arguments that are no batch; heads: whether a tp_plan or a rule cuts its linears."""
 
-    def __init__(self, model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int, width: int | None) -> None:
-        self.mesh, self.full, self.body, self.batch = mesh, io == "full", body, batch
-        self.hugging = takes_labels(model)
-        self.names = list(inspect.signature(model.forward).parameters)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        mesh: Mesh,
+        io: str,
+        body: str,
+        batch: int,
+        width: int | None,
+        loss: str | None = None,
+        whole: Sequence[str] = (),
+        heads: bool = False,
+    ) -> None:
+        self.mesh, self.full, self.body, self.batch, self.loss = mesh, io == "full", body, batch, loss
+        self.hugging = is_transformers(model)
+        self.origin = next(cls for cls in type(model).__mro__ if "_reads_blocks" not in vars(cls))  # before it was converted
+        self.inside = Inside()
+        self.names = self._names_of(model.forward)
+        self.whole = WHOLE | self._checked(model, whole)
+        self.told: set[str] = set()
+        self.crossed, self.modules = False, 0
+        self.probed: set[str] = set()
+        self.open: list[tuple[str, Any, int]] = []
+        self.first: Any = None
+        self.heads = heads
         self.stack = body == "outer" and not self.hugging
         self.widths = widths_of(model) if self.hugging else {"": width}
         self.size: int | None = None
@@ -51,22 +79,86 @@ class Border:
         self.labels: dict[str, Any] = {}
         self.tuples = False
 
-    def before(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        named = dict(zip(self.names, args, strict=False))
+    @staticmethod
+    def _names_of(function: Any) -> list[str]:
+        """The arguments that may be given by position; what else is given so has no name."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
+
+    def _checked(self, model: Any, whole: Sequence[str]) -> set[str]:
+        if isinstance(whole, str):
+            raise TypeError(f"whole={whole!r}: expected a sequence of names, ({whole!r},)")
+        parameters = inspect.signature(model.forward).parameters
+        open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+        unknown = [name for name in whole if name not in parameters and not open_ended]
+        if unknown:
+            raise ValueError(
+                f"whole={tuple(whole)}: {type(model).__name__}.forward has no argument {unknown[0]!r}, only {list(parameters)}"
+            )
+        return set(whole)
+
+    def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
+        forward = name == "forward"
+        if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
+            late.adopt(model, self.mesh, self.body)
+            self.modules = late.fingerprint(model)
+        self.crossed = True
+        self.open.clear()
+        args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
+        what = type(model).__name__ + ("" if forward else f".{name}")
+        probed = torch.compiler.is_compiling() or name in self.probed
+        self.inside.depth += 1
+        try:
+            other = None if probed else self._probe(function, name, model, args, kwargs)
+            output = function(model, *args, **kwargs)
+        finally:
+            self.inside.depth -= 1
+        if other is not None:
+            probe.check(what, self.mesh, output, *other)
+        return self.after(model, kwargs, output, what)
+
+    def _probe(self, function: Any, name: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
+        """At the first call of a method: what it gives beside other samples, and how many there are here."""
+        if any(is_cache(value) for value in (*args, *kwargs.values())):
+            return None  # which would be filled twice
+        self.probed.add(name)
+        if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
+            return None
+        rows = self.mesh.interval(self.size + self.missing, self.mesh.outer.rows)[1]
+        other = probe.run(function, model, args, kwargs, rows)
+        self.open.clear()
+        return other, rows
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """For a copy of the model, on the same mesh."""
+        new = object.__new__(Border)
+        vars(new).update(vars(self))
+        new.inside, new.told, new.first, new.labels, new.open = copy.deepcopy(self.inside, memo), set(), None, {}, []
+        new.probed, new.modules = set(self.probed), 0
+        memo[id(self)] = new
+        return new
+
+    def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        named = dict(zip(names, args, strict=False))
         named |= {f"*{index}": x for index, x in enumerate(args[len(named) :])}
         self.labels, self.tuples = {}, False
-        if self.hugging:
+        if self.hugging and len(args) <= len(names):
             kwargs, named = {**kwargs, **named}, {}
             self.labels = {name: kwargs.pop(name) for name in LABELS if kwargs.get(name) is not None}
             self.tuples = not _first(kwargs.pop("return_dict", None), getattr(model.config, "return_dict", True))
             if self.tuples:
                 kwargs["return_dict"] = True
         given = {**named, **kwargs}
-        self.size = next((x.shape[self._dim(name, x)] for name, x in self._in_order(given) if self._batched(name, x)), None)
+        self.first = next((x for name, x in self._in_order(given) if self._batched(name, x)), None)
+        self.size = next((x.shape[self._dim(name, x)] for name, x in self._in_order(given) if x is self.first and x is not None), None)
         self.missing = self._missing(self.size or 0)
         if self.full:
             self._check_dims(model, given)
             self._check_alike({**given, **self.labels})
+            for value in given.values():  # a cache that the caller made is filled in place, whatever is returned
+                if is_cache(value):
+                    self._keep_rows(value)
             named = {name: self._cut(name, x) for name, x in named.items()}
             kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
         return tuple(named.values()), kwargs
@@ -93,7 +185,7 @@ class Border:
         leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
         names = ", ".join(sorted(given))
         if not torch.compiler.is_compiling():
-            _check_alike(leaves, self.mesh.handle, names)  # also where this rank was given none: the others wait for its word
+            check_alike(leaves, self.mesh.handle, names)  # also where this rank was given none: the others wait for its word
         elif leaves:
             torch.ops.gingham.alike(leaves, self.mesh.handle, names)
 
@@ -104,7 +196,7 @@ class Border:
         return -size % len(held) if self.full and size and min(held) == 0 else 0
 
     def _batched(self, name: str, x: Any) -> bool:
-        return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in WHOLE
+        return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in self.whole
 
     def _dim(self, name: str, x: torch.Tensor) -> int:
         return self.batch if self.stack and name in STREAMS and x.dim() > 2 else 0
@@ -115,7 +207,8 @@ class Border:
                 return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
             dim = self._dim(name, x) if isinstance(x, torch.Tensor) else 0
             if not self._batched(name, x) or x.shape[dim] != self.size:
-                return x
+                return self._uncut(name, x)
+            self._tell(name, x)
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
@@ -126,25 +219,77 @@ class Border:
 
         return pytree.tree_map(cut, value)
 
-    def after(self, model: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    def _uncut(self, name: str, x: Any) -> Any:
+        """A tensor that every rank uses whole on its own rows: its gradient is the sum over them."""
+        if not isinstance(x, torch.Tensor) or not x.requires_grad or not torch.is_grad_enabled():
+            return x
+        if self.body == "outer":
+            raise NotImplementedError(
+                f"{name} of shape {tuple(x.shape)} needs a gradient and is no batch of {self.size} samples: on cut features no rank's part"
+                " of it is known; give it once for each sample"
+            )
+        return shared_gradient(x, self.mesh, self.mesh.outer.rows)
+
+    def _tell(self, name: str, x: torch.Tensor) -> None:
+        """Warns once of an argument that is cut for no other reason than its length."""
+        first = self.first is x
+        if name in self.told or first or not self.mesh.outer.rows or not (x.dim() == 1 or name.startswith("*")):
+            return
+        self.told.add(name)
+        warnings.warn(
+            f"argument {name!r} of shape {tuple(x.shape)} is cut like the batch, since it is as long ({self.size}); where it is one for"
+            f" all samples, say parallelize(..., whole=({name!r},))",
+            stacklevel=2,
+        )
+
+    def after(self, model: Any, kwargs: Any, output: Any, what: str) -> Any:
         labels, self.labels = self.labels, {}
-        if self.hugging:
-            layout = "inner" if self.body == "outer" else "rows"
+        if self.hugging and isinstance(output, dict):
+            layout = "inner" if self._cut_logits() else "rows"
             call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, layout, self.widths)
-            loss = loss_of(call) if labels else None
+            loss = loss_of(call, self.loss) if labels else None
             output = self._fields(model, output, loss)
             return output.to_tuple() if self.tuples else output
         if not self.full:
             return output
-        return self._gather(type(model).__name__, output, "x" if self.body == "outer" else "rows", self.widths[""])
+        if self.hugging and self.body == "outer" and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(output)):
+            raise NotImplementedError(f"{what}: nothing says how what it returns is cut; call the model, or use io='local'")
+        return self._gather(what, output, "x" if self.body == "outer" else "rows", self.widths.get(""))
+
+    def _cut_logits(self) -> bool:
+        """Whether logits lie in inner: under a head that is known, of a model whose code was written for linears cut so."""
+        return self.body == "outer" or self.heads and self.loss is not None
+
+    def watch(self, cutting: dict[str, torch.nn.Module], joining: list[torch.nn.Module]) -> None:
+        """Follows the linears that a plan cuts between whole features, so that an output that none of the second kind joined is known."""
+        for path, layer in cutting.items():
+            layer.register_forward_hook(lambda layer, args, y, path=path: self.open.append((path, layer, y.shape[-1])))
+        for layer in joining:
+            layer.register_forward_hook(lambda layer, args, y: self.open.clear())
+
+    def _open(self, what: str, y: torch.Tensor) -> bool:
+        """Whether an output is the part of its features that a linear of the plan has here. Raises ShapeError where nothing tells."""
+        for path, layer, width in self.open:
+            if width == layer.out_features:
+                continue
+            if y.dim() > 1 and y.shape[-1] == width and isinstance(layer, nn.Linear):
+                return True
+            raise ShapeError(
+                f"{what}: {path} gives {width} of its {layer.out_features} features on rank {self.mesh.rank}, and no 'rowwise' linear"
+                f" follows it before the output of shape {tuple(y.shape)}; make it 'keep' in the plan"
+            )
+        return False
 
     def _gather(self, what: str, value: Any, operand: str, width: int | None) -> Any:
         samples = 0 if self.size is None else self.size + self.missing
 
         def whole(y: Any) -> Any:
-            if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows":
+            opened = isinstance(y, torch.Tensor) and operand == "rows" and self._open(what, y)
+            if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows" and not opened:
                 return y
-            full = gather(self.mesh, y, operand, width) if y.dim() else y
+            full = (
+                gather(self.mesh, y, "inner" if opened else operand, self.open[-1][1].out_features if opened else width) if y.dim() else y
+            )
             if not y.dim() or samples and len(full) % samples:
                 raise NotImplementedError(
                     f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"
@@ -157,13 +302,14 @@ class Border:
 
     def _fields(self, model: Any, output: Any, loss: torch.Tensor | None) -> Any:
         for name, value in list(output.items()):
-            if name == "past_key_values":
+            if is_cache(value):
                 self._keep_rows(value)
             elif self.full and not (name == "loss" and loss is not None):
                 known = self.body == "rows" or name in INNER | ROWS | OUTER
+                inner = name in INNER and self._cut_logits()
                 if not known and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
                     raise NotImplementedError(f"{type(model).__name__}: nothing says how its output {name!r} is cut; use io='local'")
-                operand = "rows" if name in ROWS or self.body == "rows" else "inner" if name in INNER else "x"
+                operand = "inner" if inner else "rows" if name in ROWS or self.body == "rows" else "x"
                 output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand, self.widths.get(name))
         # made anew: as a tuple it has its fields in the order of its class, the loss first
         return output if loss is None else type(output)(**{**output, "loss": loss})
@@ -176,33 +322,37 @@ class Border:
                 "generation that reorders rows (beams, contrastive search) on a mesh that cuts rows; use greedy or sampling"
             )
 
-        for name in ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"):
+        for name in REORDERING:
             if self.mesh.outer.rows and hasattr(cache, name):
                 setattr(cache, name, refuse)
 
 
-def _check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Tensor:
-    mesh, sum_of = find(handle), 0
-    for x in leaves:
-        if x.device.type == "cpu":
-            sum_of = crc32(x.contiguous().view(torch.uint8).numpy().data, crc32(repr(tuple(x.shape)).encode(), sum_of))
-    sums = [each for (each,) in mesh.world.sizes([sum_of])]
-    usual = max(sums, key=sums.count)
-    odd = [rank for rank, each in enumerate(sums) if each != usual]
-    if odd:
-        raise MeshError(
-            f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"
-            " given the same full tensors: seed samplers and generation alike, or pass io='local'"
-        )
-    return torch.zeros(())
+class Above:
+    """What stands on the methods of a model whose border is around its base: they see whole tensors, and must cross that border."""
+
+    def __init__(self, border: Border, child: str) -> None:
+        """child: the model's child that is or holds the base."""
+        self.border, self.inside, self.child = border, border.inside, child
+
+    def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.border.crossed = False
+        output = function(model, *args, **kwargs)
+        runs = name == "forward" or any(chain[:1] == (self.child,) for chain in chains(function) or ())
+        if runs and not self.border.crossed:
+            raise NotImplementedError(
+                f"{type(model).__name__}.{name} runs layers of its base without calling the base, so that every rank has run the whole"
+                " batch and gradients would be counted several times; call the base, or use io='local'"
+            )
+        return output
 
 
-define(
-    "alike",
-    "(Tensor[] leaves, str handle, str names) -> Tensor",
-    _check_alike,
-    lambda leaves, handle, names: torch.empty(()),
-)
+REORDERING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache of keys and values, known by what it can do: transformers has called the argument and the field
+    both past_key_values and cache."""
+    return not isinstance(value, torch.Tensor) and any(callable(getattr(value, name, None)) for name in REORDERING)
 
 
 def _first(*values: Any) -> Any:
@@ -221,10 +371,16 @@ def widths_of(model: Any) -> dict[str, int]:
     return {name: width for name, width in found.items() if width is not None}
 
 
-def attach(model: torch.nn.Module, mesh: Mesh, io: str, body: str, batch: int, width: int | None) -> None:
-    """Hangs both hooks on the model. Its inputs are by name: those in WHOLE are left as they are, of the others every tensor
-    whose first dim is that of the first tensor is cut."""
-    border = Border(model, mesh, io, body, batch, width)
-    if border.full or border.hugging:
-        model.register_forward_pre_hook(border.before, with_kwargs=True)
-        model.register_forward_hook(border.after, with_kwargs=True)
+def attach(stand: Any, border: Border, base: Any) -> None:
+    """Puts the border around the methods of `stand`: the model, or its base where the head has whole features. Its inputs are by
+    name: those in WHOLE are left as they are, of the others every tensor whose first dim is that of the first tensor is cut.
+    base: the base of a model that has the border itself; called alone, it has one too."""
+    if not (border.full or border.hugging):
+        return
+    if base is not None and border.full:
+        inner = Border(base, border.mesh, "full", border.body, border.batch, None, heads=border.heads)
+        inner.inside = border.inside
+        enclose(base, inner)
+        inner.modules = late.fingerprint(base)
+    enclose(stand, border)
+    border.modules = late.fingerprint(stand)

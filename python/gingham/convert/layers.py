@@ -16,6 +16,7 @@ from ..functional import linear, linear_plan, relayout
 from ..mesh import Mesh
 from .loose import hold
 from .rules import LOOSE, Rules, matches
+from .vouched import reads, unknown
 
 
 @dataclass
@@ -27,6 +28,9 @@ class Line:
     layer: torch.nn.Module | None
     layout: str = ""
     reason: str = ""
+
+
+PLAIN_VALUES = (int, float, str, bool, tuple, torch.dtype, type(None))
 
 
 @dataclass
@@ -42,6 +46,11 @@ class Conversion:
     modules: dict[int, tuple[torch.nn.Module, torch.nn.Module]] = field(default_factory=dict)
     embeddings: dict[int, nn.Embedding] = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
+    paths: dict[str, tuple[str, torch.nn.Module]] = field(default_factory=dict)  # the old modules, by the paths they were met at
+    read: set[str] = field(default_factory=set)  # paths of layers whose parameters other code reads
+    cutting: dict[str, torch.nn.Module] = field(default_factory=dict)  # linears that a caller's plan cuts, and those that join
+    joining: list[torch.nn.Module] = field(default_factory=list)
+    copied: set[int] = field(default_factory=set)  # old parameters that every rank has whole, by id
     notes: list[str] = field(default_factory=list)
 
     def ends(self, role: str, body: str) -> str:
@@ -63,10 +72,21 @@ class Conversion:
         for before, after in names.items():
             if after in made and old._parameters.get(before) is not None:
                 self._place(id(old._parameters[before]), new, after, made[after])
+        for name, value in vars(old).items():  # what other code may ask of the layer: num_embeddings, normalized_shape, nf, a user's own
+            if not name.startswith("_") and not hasattr(new, name) and isinstance(value, PLAIN_VALUES):
+                setattr(new, name, value)
         new.train(old.training)
         self._hand_on_hooks(path, old, new)
         self.lines.append(Line(path, kind, new, layout))
         return new
+
+    def follow(self, path: str, role: str, layer: torch.nn.Module) -> None:
+        """Notes a linear by whose output whole features end or begin again, where nothing but a caller's plan says so."""
+        if self.rules.body == "rows" and not self.rules.cut_heads:
+            if role in ("colwise", "head", "qkv"):
+                self.cutting[path] = layer
+            elif role == "rowwise":
+                self.joining.append(layer)
 
     def _place(self, before: int, new: torch.nn.Module, name: str, parameter: Any) -> None:
         """A parameter that several modules share stays one where it is cut alike in them; see also _check_ties."""
@@ -143,22 +163,44 @@ def given_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters(recurse=False))
 
 
-def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed: bool) -> torch.nn.Module:
+def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed: bool) -> torch.nn.Module | None:
     """torch.nn.Linear, or with `transposed` transformers' Conv1D, whose weight is [in, out]."""
     into, out = old.weight.shape if transposed else reversed(old.weight.shape)
-    role = made.rules.role(path)
+    pattern = made.rules.pattern(path)
+    role = "keep" if pattern is None else made.rules.roles[pattern]
+    if pattern is not None:
+        made.rules.fitted.add(pattern)
+    elif body == "outer" and made.rules.body == "outer":
+        raise NotImplementedError(
+            f"{path}: no rule of {type(made.model).__name__} says how this linear is cut, and its code would meet cut features;"
+            f" say it with plan={{{path!r}: 'colwise' | 'rowwise' | 'keep'}}"
+        )
     if role == "qkv":
-        fused = FusedLinears(into, out, made.mesh, given_of(old), made.ends(role, body))
+        fused = FusedLinears(path, into, out, made.mesh, given_of(old), made.ends(role, body), transposed)
+        made.follow(path, role, fused)
         return made.adopt(path, "linear x 3", old, fused, made.ends(role, body), {})
     layout = made.ends(role, body)
     tied = made.embeddings.get(id(old.weight))
+    if tied is None and id(old.weight) in made.copied and layout == "rows->rows":
+        return None  # its weight is a table that stays whole: so does it
     if tied is not None and not transposed:
         given = {"bias": old.bias} if old.bias is not None else {}
         new: torch.nn.Module = nn.Classifier(into, out, old.bias is not None, made.mesh, tied=tied, layout=layout, given=given)
         return made.adopt(path, "classifier, tied", old, new, layout)
     swapped = None if made.mesh.outer != made.mesh.inner else "auto"
     new = nn.Linear(into, out, old.bias is not None, made.mesh, layout, swapped, transposed=transposed, given=given_of(old))
+    made.follow(path, role, new)
     return made.adopt(path, "linear", old, new, layout)
+
+
+def convert_late(path: str, old: torch.nn.Linear, mesh: Mesh, layout: str, three: bool) -> torch.nn.Module:
+    """A linear that came into the model after it was converted; three: beside one whose weight is three."""
+    if three:
+        new: torch.nn.Module = FusedLinears(path, old.in_features, old.out_features, mesh, given_of(old), layout, False)
+    else:
+        swapped = None if mesh.outer != mesh.inner else "auto"
+        new = nn.Linear(old.in_features, old.out_features, old.bias is not None, mesh, layout, swapped, given=given_of(old))
+    return new.train(old.training)
 
 
 def share(made: Conversion, linears: list[Any]) -> None:
@@ -174,22 +216,28 @@ def share(made: Conversion, linears: list[Any]) -> None:
 
 
 class FusedLinears(torch.nn.Module):
-    """Three linears of one weight [in, 3 out] (Conv1D's order): x -> their local outputs side by side, with one gather of x.
+    """Three linears of one weight, [3 out, in] or transposed (Conv1D's order) [in, 3 out]: x -> their local outputs side by side,
+    with one gather of x.
 
     q, k and v hold their own parameters; `joins` tells checkpoints the name, the parts and the dim of the original ones.
     """
 
-    def __init__(self, into: int, out: int, mesh: Mesh, given: dict[str, torch.Tensor], layout: str) -> None:
+    def __init__(
+        self, path: str, into: int, out: int, mesh: Mesh, given: dict[str, torch.Tensor], layout: str, transposed: bool = True
+    ) -> None:
         super().__init__()
         if out % 3:
-            raise ShapeError(f"a weight [{into}, {out}] is not three of one width")
-        parts = {name: dict(zip(("q", "k", "v"), whole.split(out // 3, dim=-1), strict=True)) for name, whole in given.items()}
-        self.plan = linear_plan(mesh, into, [out // 3] * 3, layout, "auto" if mesh.outer == mesh.inner else None, "qkv", transposed=True)
+            raise ShapeError(f"{path}: its {out} outputs are not three of one width, as the role 'qkv' needs")
+        self.in_features, self.out_features = into, out
+        dims = {"weight": 1 if transposed else 0, "bias": 0}
+        parts = {name: dict(zip(("q", "k", "v"), whole.split(out // 3, dim=dims[name]), strict=True)) for name, whole in given.items()}
+        swapped = "auto" if mesh.outer == mesh.inner else None
+        self.plan = linear_plan(mesh, into, [out // 3] * 3, layout, swapped, "qkv", transposed=transposed)
         for part in ("q", "k", "v"):
             pieces = {name: torch.nn.Parameter(split[part], given[name].requires_grad) for name, split in parts.items()}
-            layer = nn.Linear(into, out // 3, "bias" in given, mesh, layout, self.plan.swapped, transposed=True, given=pieces)
+            layer = nn.Linear(into, out // 3, "bias" in given, mesh, layout, self.plan.swapped, transposed=transposed, given=pieces)
             setattr(self, part, layer)
-        self.joins = {"weight": (("q.weight", "k.weight", "v.weight"), 1)}
+        self.joins = {"weight": (("q.weight", "k.weight", "v.weight"), dims["weight"])}
         if "bias" in given:
             self.joins["bias"] = (("q.bias", "k.bias", "v.bias"), 0)
 
@@ -280,8 +328,40 @@ def copy_parameters(made: Conversion, path: str, module: torch.nn.Module, reason
     for name, parameter in list(module._parameters.items()):
         if parameter is not None:
             whole: tuple[tuple[str, ...], ...] = ((),) * parameter.dim()
-            made.parameters[id(parameter)] = hold(module, name, mesh, whole, summed)
+            made.copied.add(id(parameter))
+            made.parameters[id(parameter)] = hold(module, name, mesh, whole, summed, made.parameters.get(id(parameter)))
     made.lines.append(Line(path, type(module).__name__, module, "heads" if heads else "rows", reason))
+
+
+def whole_features(base: torch.nn.Module) -> Line:
+    """The line of the plan that says why activations between the blocks of a model with a tp_plan are not cut along features."""
+    left = unknown(base)
+    why = f"nothing vouches for {', '.join(left)} on a part of them" if left else "its plan has layers whose code needs them"
+    words = f"whole features between its layers, since {why}; the bytes of gathering them are in the lines of the linears and norms"
+    return Line("", type(base).__name__, torch.nn.Identity(), "rows", words)
+
+
+def base_layer(module: torch.nn.Module | None) -> torch.nn.Module | None:
+    """The layer that an adapter of peft stands around."""
+    while module is not None and "base_layer" in module._modules:
+        module = module._modules["base_layer"]
+    return module
+
+
+def read_by_others(model: torch.nn.Module) -> set[str]:
+    """Paths of layers whose weight or bias other code than their own forward reads, which must find a plain whole tensor there."""
+    found = set()
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith(("torch.", "peft.", "gingham.")):
+            continue
+        for child in reads(type(module)):  # type: ignore[arg-type]
+            try:
+                layer = module.get_submodule(child)
+            except AttributeError:
+                continue
+            if isinstance(layer, torch.nn.Linear | torch.nn.Embedding | torch.nn.LayerNorm | torch.nn.RMSNorm):
+                found.add(f"{path}.{child}".lstrip("."))
+    return found
 
 
 def cut_loose(made: Conversion, path: str, module: torch.nn.Module, body: str) -> None:

@@ -12,27 +12,43 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Traced, block_of, find, names_of, own, traced
-from ..functional import like, local_of
+from ..functional import like, local_of, reshard
 from ..layout import Cuts, Names
 from ..mesh import Mesh
 from ..second_order import alias, check_versions, summed, to_parameter, versions_of
 
 
-def hold(module: torch.nn.Module, name: str, mesh: Mesh, cuts: Cuts, summed: Names) -> torch.nn.Parameter:
+def hold(
+    module: torch.nn.Module, name: str, mesh: Mesh, cuts: Cuts, summed: Names, held: torch.nn.Parameter | None = None
+) -> torch.nn.Parameter:
     """Makes `module.name` a DTensor cut as `cuts` whose block the module's code reads, its gradient all-reduced over `summed`.
+    held: the DTensor that another layer has made of the same parameter; cut otherwise, its block is fetched at each read, which
+    needs the same gradient from every rank, as the sum over `summed` gives.
 
-    Bytes: 2 (g-1)/g of the block, backward, over the g ranks of `summed`.
+    Bytes: 2 (g-1)/g of the block, backward, over the g ranks of `summed`; of a table held by others what this rank has not.
     """
     old = module._parameters[name]
     assert old is not None
-    parameter = mesh.parameter(old.data, cuts)
-    parameter.requires_grad_(old.requires_grad)
+    if held is None:
+        parameter = mesh.parameter(old.data, cuts)
+        parameter.requires_grad_(old.requires_grad)
+    else:
+        parameter = held
     module._parameters[name] = parameter
     own(module)
     module.__class__ = _reading(type(module))
-    module.__dict__.setdefault("_loose", {})[name] = (mesh, summed)
+    module.__dict__.setdefault("_loose", {})[name] = (mesh, summed, cuts)
     _readable(type(module), name)
     return parameter
+
+
+def cuts_of(mesh: Mesh, parameter: Any) -> Cuts:
+    """Which axes cut each dim of a DTensor on the mesh."""
+    cuts: list[Names] = [()] * parameter.dim()
+    for axis, placement in zip(mesh.sizes, parameter.placements, strict=True):
+        if placement.is_shard():
+            cuts[placement.dim] += (axis,)
+    return tuple(cuts)
 
 
 _subclasses: dict[type, type] = {}
@@ -57,11 +73,13 @@ def _readable(cls: type, name: str) -> None:
         return
 
     def read(self: torch.nn.Module) -> Any:
-        parameter = self._parameters.get(name)
+        parameter: Any = self._parameters.get(name)
         loose = self.__dict__.get("_loose", {})
         if name not in loose or parameter is None:
             return parameter
-        mesh, summed = loose[name]
+        mesh, summed, cuts = loose[name]
+        if cuts_of(mesh, parameter) != cuts:
+            parameter = reshard(parameter, mesh, cuts_of(mesh, parameter), cuts)
         if torch.compiler.is_compiling():
             return traced("block", [mesh.handle, ",".join(summed)], [block_of(parameter)])[0]
         return _Block.apply(parameter, mesh, summed)
@@ -70,6 +88,13 @@ def _readable(cls: type, name: str) -> None:
         torch.nn.Module.__setattr__(self, name, value)
 
     setattr(cls, name, property(read, write))
+
+
+def shared_gradient(x: torch.Tensor, mesh: Mesh, summed: Names) -> torch.Tensor:
+    """x as it is, the same on the ranks of the axes `summed`, each of which uses it in a way of its own: its gradient is their sum."""
+    if torch.compiler.is_compiling():
+        return traced("block", [mesh.handle, ",".join(summed)], [x])[0]
+    return _Block.apply(x, mesh, summed)
 
 
 class _Block(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The losses of transformers' model classes on logits that no rank holds whole, by the end of the class's name.
+"""The losses of transformers' model classes on logits that no rank holds whole, for classes that heads.py knows.
 
 A loss over the vocabulary runs on the logits where they lie; those over a few classes run transformers' own formula on
 gathered logits, the same on every rank.
@@ -17,7 +17,7 @@ from .. import nn
 from ..mesh import Mesh
 
 
-def takes_labels(model: Any) -> bool:
+def is_transformers(model: Any) -> bool:
     """Whether this is a model of transformers, whose outputs have named fields."""
     return hasattr(model, "config") and hasattr(model, "base_model_prefix")
 
@@ -57,8 +57,7 @@ class Labelled:
         full = gather(self.mesh, self.output[field], layout or self.layout, self.widths.get(field))
         return full[: len(full) - self.missing]
 
-    def _vocabulary(self, field: str, labels: torch.Tensor) -> torch.Tensor:
-        items = self.kwargs.get("num_items_in_batch")
+    def _vocabulary(self, field: str, labels: torch.Tensor, items: Any = None) -> torch.Tensor:
         logits, reduction = self.output[field].float(), "mean" if items is None else "sum"
         loss = nn.cross_entropy(logits, labels, mesh=self.mesh, layout=self.layout, ignore_index=-100, reduction=reduction)
         return loss if items is None else loss / items
@@ -67,7 +66,7 @@ class Labelled:
         shifted = self.kwargs.get("shift_labels")
         if shifted is None:
             shifted = F.pad(self.cut("labels"), (0, 1), value=-100)[..., 1:].contiguous()
-        return self._vocabulary("logits", shifted)
+        return self._vocabulary("logits", shifted, self.kwargs.get("num_items_in_batch"))
 
     def masked(self) -> torch.Tensor:
         return self._vocabulary("logits", self.cut("labels"))
@@ -83,39 +82,40 @@ class Labelled:
     def choices(self) -> torch.Tensor:
         return F.cross_entropy(self.gathered("logits"), self.whole("labels").flatten())
 
-    def answers(self) -> torch.Tensor:
+    def answers(self) -> torch.Tensor | None:
+        if not {"start_positions", "end_positions"} <= set(self.labels):
+            return None
         from transformers.loss.loss_utils import ForQuestionAnsweringLoss
 
         ends = [self.gathered(name, "rows") for name in ("start_logits", "end_logits")]
         return ForQuestionAnsweringLoss(ends[0], ends[1], self.whole("start_positions"), self.whole("end_positions"))
 
-    def pretraining(self) -> torch.Tensor:
+    def pretraining(self) -> torch.Tensor | None:
+        if not {"labels", "next_sentence_label"} <= set(self.labels):
+            return None
         words = self._vocabulary("prediction_logits", self.cut("labels"))
         return words + F.cross_entropy(self.gathered("seq_relationship_logits"), self.whole("next_sentence_label").flatten())
 
 
-LOSSES: dict[str, Callable[[Labelled], torch.Tensor]] = {
-    "ForCausalLM": Labelled.causal,
-    "LMHeadModel": Labelled.causal,
-    "ForMaskedLM": Labelled.masked,
-    "ForSequenceClassification": Labelled.classes,
-    "ForImageClassification": Labelled.classes,
-    "ForTokenClassification": Labelled.tokens,
-    "ForNextSentencePrediction": Labelled.choices,
-    "ForQuestionAnswering": Labelled.answers,
-    "ForPreTraining": Labelled.pretraining,
+LOSSES: dict[str, Callable[[Labelled], torch.Tensor | None]] = {
+    "causal": Labelled.causal,
+    "masked": Labelled.masked,
+    "classes": Labelled.classes,
+    "tokens": Labelled.tokens,
+    "choices": Labelled.choices,
+    "answers": Labelled.answers,
+    "pretraining": Labelled.pretraining,
 }
 
 
-def loss_of(call: Labelled) -> torch.Tensor:
-    """The loss that the model's class would give, of the whole batch, the same number on every rank.
+def loss_of(call: Labelled, method: str | None) -> torch.Tensor | None:
+    """The loss that the model's class would give, of the whole batch, the same number on every rank; None where it gives none.
 
-    Raises NotImplementedError for a class without an entry here and for a loss_function of the caller's own.
+    method: a name of LOSSES. Raises NotImplementedError where none is known and for a loss_function set after parallelize.
     """
-    kind = type(call.model).__name__
-    name = next((end for end in LOSSES if kind.endswith(end)), None)
-    if name is None or "_loss_function" in call.model.__dict__:
+    if method is None or "_loss_function" in vars(call.model):
         raise NotImplementedError(
-            f"{kind}: labels= knows the losses of {', '.join(LOSSES)}; leave labels out and compute the loss from the outputs' logits"
+            f"{type(call.model).__name__}: labels= needs a loss whose code is known on cut logits, and this class's is not (or was set"
+            " after parallelize); leave labels out and compute the loss from the outputs' logits"
         )
-    return LOSSES[name](call)
+    return LOSSES[method](call)

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..functional import local_of
 from ..layout import Block, block
 from ..mesh import Mesh
+from .loose import cuts_of
 
 aten = torch.ops.aten
 Recipe = list[tuple[Any, tuple[Any, ...]]]
@@ -86,8 +87,8 @@ def _initialise(model: Any, module: Any) -> None:
         module._reset_parameters()
 
 
-def draw(model: torch.nn.Module, made: Any, recipes: dict[int, Recipe], old: dict[str, torch.nn.Parameter]) -> None:
-    """Fills the blocks of every parameter whose original was on meta, and its buffers. old: the original ones by name."""
+def draw(model: torch.nn.Module, made: Any, recipes: dict[int, Recipe], old: dict[str, torch.nn.Parameter], seed: int) -> None:
+    """Fills the blocks of every parameter whose original was on meta, and its buffers. old: the original ones by name; seed: of draws."""
     names = {id(parameter): name for name, parameter in reversed(old.items())}
     pieces = dict(_pieces(model, old))
     done: set[int] = set()
@@ -96,12 +97,12 @@ def draw(model: torch.nn.Module, made: Any, recipes: dict[int, Recipe], old: dic
         if before.is_meta and after is not None and id(after) not in done:
             done.add(id(after))
             whole = tuple((0, size) for size in before.shape)
-            _fill(after, whole, tuple(before.shape), names[id(before)], recipes[id(before)], made.mesh)
+            _fill(after, whole, tuple(before.shape), names[id(before)], recipes[id(before)], made.mesh, seed)
     for after, (name, place) in pieces.items():
         before = old[name]
         if before.is_meta:
             done.add(id(after))
-            _fill(after, place, tuple(before.shape), name, recipes[id(before)], made.mesh)
+            _fill(after, place, tuple(before.shape), name, recipes[id(before)], made.mesh, seed)
     empty = [name for name, parameter in model.named_parameters() if id(parameter) not in done]
     if empty:
         raise NotImplementedError(f"parameters {empty} were not on meta, or have no rule to initialise them; build the model on one device")
@@ -122,28 +123,24 @@ def _pieces(model: torch.nn.Module, old: dict[str, torch.nn.Parameter]) -> Itera
 
 
 @torch.no_grad()
-def _fill(parameter: Any, place: Block, shape: tuple[int, ...], name: str, recipe: Recipe, mesh: Mesh) -> None:
+def _fill(parameter: Any, place: Block, shape: tuple[int, ...], name: str, recipe: Recipe, mesh: Mesh, seed: int) -> None:
     """place: of the whole parameter in the original one of `shape`, whose elements are counted."""
     local = local_of(parameter)
-    cuts: list[tuple[str, ...]] = [()] * parameter.dim()
-    for axis, placement in zip(mesh.sizes, parameter.placements, strict=True):
-        if placement.is_shard():
-            cuts[placement.dim] += (axis,)
-    mine = block(parameter.shape, tuple(cuts), mesh.sizes, mesh.coordinates)
+    mine = block(parameter.shape, cuts_of(mesh, parameter), mesh.sizes, mesh.coordinates)
     here = tuple((start + origin, length) for (start, length), (origin, _) in zip(mine, place, strict=True))
     if not recipe:
         raise NotImplementedError(f"{name}: nothing in the model initialises it; load a checkpoint into it, or build the model on the CPU")
     for func, args in recipe:
         if func is aten.normal_.default:
             mean, deviation = (*args, 0.0, 1.0)[:2] if len(args) != 1 else (args[0], 1.0)
-            local.copy_(torch.special.ndtri(uniforms(name, shape, here)) * deviation + mean)
+            local.copy_(torch.special.ndtri(uniforms(name, shape, here, seed)) * deviation + mean)
         elif func == "truncated":
             mean, deviation, least, most = args
             low, high = (torch.special.ndtr(torch.tensor((end - mean) / deviation, dtype=torch.float64)) for end in (least, most))
-            local.copy_(torch.special.ndtri(uniforms(name, shape, here) * (high - low) + low) * deviation + mean)
+            local.copy_(torch.special.ndtri(uniforms(name, shape, here, seed) * (high - low) + low) * deviation + mean)
         elif func is aten.uniform_.default:
             low, high = args if args else (0.0, 1.0)
-            local.copy_(uniforms(name, shape, here) * (high - low) + low)
+            local.copy_(uniforms(name, shape, here, seed) * (high - low) + low)
         elif func in (aten.zero_.default, aten.fill_.Scalar) and len(args) == (2 if func is aten.fill_.Scalar else 1):
             row, value = args[0] % shape[0], args[1] if len(args) > 1 else 0.0
             if here[0][0] <= row < here[0][0] + here[0][1]:
@@ -152,9 +149,8 @@ def _fill(parameter: Any, place: Block, shape: tuple[int, ...], name: str, recip
             func(local, *args)
 
 
-def uniforms(name: str, shape: tuple[int, ...], here: Block) -> torch.Tensor:
+def uniforms(name: str, shape: tuple[int, ...], here: Block, seed: int) -> torch.Tensor:
     """Doubles in (0, 1), one for each element of the block `here` of a tensor of `shape`, by its global index."""
-    seed = torch.initial_seed() % (1 << 64)
     key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "little") << 64 | seed
     # trailing dims that the block has whole make one run of numbers with the dim before them
     whole = len(shape)

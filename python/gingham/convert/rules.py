@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .vouched import body_of
+
 ROLES = ("colwise", "rowwise", "keep", "head", "whole", "qkv", "copied")
 
 # what transformers' own plans call the same things; the rest of its words ask for what no layer of ours needs
@@ -28,8 +30,10 @@ WORDS_OF_PLANS = {
     "colwise_gather_output": "head",
     "colwise_rep": "head",
     "rowwise_rep": "rowwise",
+    "rowwise_split_input": "keep",
     "replicated_with_grad_allreduce": "copied",
 }
+SPLIT = ("rowwise_split_input",)  # words for linears whose input or output a layer's code has whole
 NEEDS_NO_RULE = ("replicate", "embedding_rowwise", "embedding_colwise")  # embeddings and norms are known by their class
 
 _HEADS = {"lm_head": "head", "score": "head", "classifier": "head", "qa_outputs": "whole", "summary": "keep"}
@@ -72,6 +76,17 @@ FAMILIES: dict[str, dict[str, str]] = {
     "llama": _HEADS,
 }
 
+# what every model of a family has: a rule of these that fits nothing means that something else stands there
+REQUIRED: dict[str, tuple[str, ...]] = {
+    family: tuple(
+        pattern for pattern in roles if "attention.self" in pattern or "layer.*" in pattern or "mlp." in pattern or "attn" in pattern
+    )
+    for family, roles in FAMILIES.items()
+}
+REQUIRED["bert"] = tuple(pattern for pattern in REQUIRED["bert"] if not pattern.startswith("crossattention"))
+REQUIRED["vit"] += tuple(pattern for pattern in FAMILIES["vit"] if pattern.startswith("attention."))
+REQUIRED["llama"] = ()  # its own tp_plan says them
+
 # linears called on one X, which then run as one step with one gather of it
 SHARED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
 
@@ -86,17 +101,30 @@ TORCH: dict[str, dict[str, str]] = {
 
 @dataclass
 class Rules:
-    """Patterns of one model. `body`: the layout between its blocks. `used`: the patterns that matched something."""
+    """Patterns of one model. `body`: the layout between its blocks. `used`: the patterns that matched something.
+    `seen`: paths as rules see them, without the names of wrappers, where they differ. `family`: the table's name for it."""
 
     roles: dict[str, str]
     body: str
     used: set[str] = field(default_factory=set)
+    seen: dict[str, str] = field(default_factory=dict)
+    family: str | None = None
+    cut_heads: bool = False  # whether attention modules of transformers work on this rank's heads
+    fitted: set[str] = field(default_factory=set)  # the patterns that a linear was converted by
+
+    def pattern(self, path: str) -> str | None:
+        """The longest pattern that matches, one with the wrappers' own names before others."""
+        for each in (path, self.seen.get(path, path)):
+            found = [pattern for pattern in self.roles if matches(pattern, each)]
+            if found:
+                self.used.update(found)
+                return max(found, key=len)
+        return None
 
     def role(self, path: str) -> str:
-        """The role of the longest pattern that matches; "keep" where none does."""
-        found = [pattern for pattern in self.roles if matches(pattern, path)]
-        self.used.update(found)
-        return self.roles[max(found, key=len)] if found else "keep"
+        """The role of the pattern that matches; "keep" where none does."""
+        pattern = self.pattern(path)
+        return "keep" if pattern is None else self.roles[pattern]
 
     def unused(self) -> list[str]:
         return sorted(set(self.roles) - self.used)
@@ -115,10 +143,13 @@ def rules_of(model: Any, plan: Mapping[str, str] | None) -> tuple[Rules, set[str
     of a plan that no layer of ours carries out (experts, packed weights).
     """
     config = getattr(model, "config", None)
-    family = getattr(config, "model_type", None)
-    roles = dict(FAMILIES[family]) if family in FAMILIES else {}
+    family = getattr(config, "model_type", None) if hasattr(model, "base_model_prefix") else None
+    family = family if family in FAMILIES else None
+    own = tp_plan_of(model)
+    roles = dict(FAMILIES[family]) if family else dict(_HEADS) if own else {}
     asked: dict[str, str] = {}
-    for given in (tp_plan_of(model), dict(plan or {})):
+    gathers = False
+    for given in (own, dict(plan or {})):
         for pattern, word in given.items():
             if word in NEEDS_NO_RULE:
                 continue
@@ -126,14 +157,22 @@ def rules_of(model: Any, plan: Mapping[str, str] | None) -> tuple[Rules, set[str
             if role not in ROLES:
                 known = sorted({*ROLES, *WORDS_OF_PLANS, *NEEDS_NO_RULE})
                 raise NotImplementedError(f"plan of {type(model).__name__}: {pattern!r} is {word!r}; layers here know {known}")
-            if role == "head" and word != "head" and "layers." in pattern:
-                raise NotImplementedError(
-                    f"plan of {type(model).__name__}: {pattern!r} is {word!r}, whole features inside a layer, whose code takes them apart;"
-                    " that has no cut form here"
-                )
+            if role == "head" and word != "head" and not hasattr(model, "base_model_prefix"):
+                role = "keep"  # its output is whole
+            if word in SPLIT or role == "head" and word != "head" and "layers." in pattern:
+                role, gathers = "keep", True  # whole features inside a layer, whose code takes them apart
             asked[pattern] = role
-    body = "outer" if family in FAMILIES or tp_plan_of(model) else "rows"
-    return Rules({**roles, **asked}, body), set(asked)
+    return Rules({**roles, **asked}, _body(model, family, own, gathers), set(), family=family, cut_heads=bool(family or own)), set(asked)
+
+
+def _body(model: Any, family: str | None, own: dict[str, str], gathers: bool) -> str:
+    """The layout between blocks: "outer" where code that was compared stands there, "rows" elsewhere."""
+    if not family and not own or gathers:
+        return "rows"
+    if family and family != "llama":
+        return "outer"
+    base = model._modules.get(model.base_model_prefix)
+    return body_of(model if base is None else base)
 
 
 def tp_plan_of(model: Any) -> dict[str, str]:

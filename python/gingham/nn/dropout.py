@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..checked import cuts_of_block, layer_forward
+from ..checks import cuts_of_block, layer_forward
 from ..compiled import define
 from ..dropout import dropout, dropout_again, dropout_place
 from ..layout import Cuts

@@ -13,7 +13,7 @@ from zlib import crc32
 
 import torch
 
-from ..checked import layer_forward
+from ..checks import layer_forward
 from ..compiled import own
 from ..errors import MeshError, ShapeError
 from ..functional import local_of

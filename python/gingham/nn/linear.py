@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checked import cuts_of_block
+from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError
 from ..functional import linear, linear_plan, local_of, reshard
 from ..layout import Cuts

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checked import cuts_of_block
+from ..checks import cuts_of_block
 from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..errors import ShapeError
 from ..functional import autocast_dtype, relayout

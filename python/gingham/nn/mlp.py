@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..checked import cuts_of_block
+from ..checks import cuts_of_block
 from ..functional import linear, linear_plan
 from ..layout import Cuts
 from ..mesh import Mesh

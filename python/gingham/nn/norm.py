@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checked import cuts_of_block
+from ..checks import cuts_of_block
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
 from ..functional import autocast_dtype, deferring, like, local_of

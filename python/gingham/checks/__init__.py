@@ -2,7 +2,7 @@
 
 scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or an optimizer's step,
 or the second call from the same place where nothing is trained). Each of torch's operations on them goes by a rule
-(check_rules): elementwise ones keep the cuts, views move them, a sum over a cut dim is a part, and what would give this
+(table): elementwise ones keep the cuts, views move them, a sum over a cut dim is a part, and what would give this
 rank's answer instead of the job's is a LayoutError. After that plain tensors flow and nothing is paid.
 
     GINGHAM_CHECK=0 never, =1 always; torch.compile switches it off.
@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from . import check_rules
-from .errors import LayoutError
-from .layout import Cuts, Layout, Names
-from .mesh import Mesh
+from ..errors import LayoutError
+from ..layout import Cuts, Layout, Names
+from ..mesh import Mesh
+from .rules import Unknown, Wrong
+from .table import rule_of
 
 log = logging.getLogger("gingham")
 
-OURS, TORCH = str(Path(__file__).parent), str(Path(torch.__file__).parent)
+OURS, TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
 _compiled = False  # torch.compile was called in this process
 
 
@@ -48,10 +49,10 @@ class Checked(torch.Tensor):
                 return plain(func(*plain(args), **plain(kwargs))) if leaves and not _in_place(func) else func(*args, **kwargs)
             checks = leaves[0].checks
             try:
-                after = check_rules.rule_of(func)(func, args, kwargs)
-            except check_rules.Wrong as wrong:
+                after = rule_of(func)(func, args, kwargs)
+            except Wrong as wrong:
                 raise checks.error(wrong) from None
-            except check_rules.Unknown as unknown:
+            except Unknown as unknown:
                 checks.leave(str(unknown))
                 return func(*args, **kwargs)
             result = func(*args, **kwargs)
@@ -67,15 +68,6 @@ def plain(value: Any) -> Any:
     return pytree.tree_map_only(Checked, lambda x: x.as_subclass(torch.Tensor), value)
 
 
-def marked(x: Any, cuts: Cuts, checks: Checks, partial: Names = ()) -> Any:
-    """x as a Checked tensor."""
-    if not isinstance(x, torch.Tensor):
-        return x
-    made = x if isinstance(x, Checked) else x.as_subclass(Checked)
-    made.cuts, made.partial, made.checks = cuts, partial, checks
-    return made
-
-
 class Checks:
     """Of one mesh: whether the step is still checked, and what to say when something is wrong."""
 
@@ -86,6 +78,14 @@ class Checks:
         self.sites: set[tuple[str, int]] = set()
         self.told: set[str] = set()
 
+    def marked(self, x: Any, cuts: Cuts, partial: Names = ()) -> Any:
+        """x as a Checked tensor."""
+        if not isinstance(x, torch.Tensor):
+            return x
+        made = x if isinstance(x, Checked) else x.as_subclass(Checked)
+        made.cuts, made.partial, made.checks = cuts, partial, self
+        return made
+
     def hand_out(self, block: torch.Tensor, cuts: Cuts) -> torch.Tensor:
         """For scatter."""
         if _compiled or torch.compiler.is_compiling():
@@ -95,17 +95,17 @@ class Checks:
         if site in self.sites and not self.always:
             self.end()  # the second time round
         self.sites.add(site)
-        return marked(block, cuts, self) if self.on else block
+        return self.marked(block, cuts) if self.on else block
 
     def take(self, x: Any, cuts: Cuts | None, what: str, fix: str = "") -> Any:
         """The plain tensor, if it is cut as `what` expects; None: any cuts."""
         if not isinstance(x, Checked):
             return x
         if x.partial and self.on:
-            raise self.error(check_rules.Wrong(f"{what} got this rank's part of a sum over {said(x.partial)}", "gather first, then sum"))
+            raise self.error(Wrong(f"{what} got this rank's part of a sum over {said(x.partial)}", "gather first, then sum"))
         if cuts is not None and x.cuts != cuts and self.on:
             raise self.error(
-                check_rules.Wrong(
+                Wrong(
                     f"{what} got a tensor {tuple(x.shape)} cut {words(x.cuts)}, expected it cut {words(cuts)}",
                     fix or "use the layout that the layer before gives, or mesh.gather and mesh.scatter between them",
                 )
@@ -116,7 +116,7 @@ class Checks:
         """What a function of ours returns."""
         if not self.on or not isinstance(y, torch.Tensor):
             return y
-        made = marked(y, cuts, self)
+        made = self.marked(y, cuts)
         if made.requires_grad and not self.always:
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_hook(self._end_with_backward)
@@ -139,7 +139,7 @@ class Checks:
             file, line = here()
             log.info("checked mode does not follow %s (%s:%d); what comes of it is not checked", what, file, line)
 
-    def error(self, wrong: check_rules.Wrong) -> LayoutError:
+    def error(self, wrong: Wrong) -> LayoutError:
         file, line = here()
         return LayoutError(f"rank {self.mesh.rank}: {file}:{line}: {wrong.what}. {wrong.fix[:1].upper()}{wrong.fix[1:]}.")
 

@@ -7,16 +7,30 @@ the job's, Unknown where it cannot tell, and returns what marks the result (None
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
 
-from .layout import Cuts, Names
+from ..layout import Cuts, Names
 
 After = Callable[[Any], Any] | None
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], After]
 
+ARITHMETIC = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "div"}
+KEEP_SHAPE = {
+    "softmax",
+    "log_softmax",
+    "softmin",
+    "cumsum",
+    "cumprod",
+    "logcumsumexp",
+    "sort",
+    "argsort",
+    "roll",
+    "flip",
+    "normalize",
+    "renorm",
+}
 SCRAMBLED: Names = ("?",)  # cut, but no longer in one piece
 
 
@@ -41,15 +55,6 @@ def name_of(func: Any) -> str:
     if name.startswith("__") and core[:1] in ("r", "i") and core[1:] in ARITHMETIC:
         core = core[1:]
     return {"truediv": "div", "matmul": "matmul", "floordiv": "floor_divide", "mod": "remainder"}.get(core, core)
-
-
-def rule_of(func: Any) -> Rule:
-    name = name_of(func)
-    if name.startswith(".") and name not in RULES:
-        return unmarked
-    if name not in RULES:
-        raise Unknown(name or repr(func))
-    return RULES[name]
 
 
 def is_checked(x: Any) -> bool:
@@ -77,15 +82,13 @@ def described(x: Any) -> str:
 
 def mark(x: Any, cuts: Cuts, partial: Names = ()) -> After:
     """What gives results x's mesh and these cuts."""
-    from .checked import marked
-
     checks = x.checks
 
     def after(result: Any) -> Any:
         if isinstance(result, tuple | list) and not isinstance(result, torch.Size):
-            made = [marked(each, cuts, checks, partial) for each in result]
+            made = [checks.marked(each, cuts, partial) for each in result]
             return type(result)(made) if type(result) in (tuple, list) else type(result)(made)
-        return marked(result, cuts, checks, partial)
+        return checks.marked(result, cuts, partial)
 
     return after
 
@@ -163,7 +166,7 @@ def _linear(name: str, args: tuple[Any, ...], blocks: list[Any]) -> bool:
 def dims_of(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = 1) -> list[int]:
     """The dims that a reduction names, all by default."""
     given = kwargs.get("dim", kwargs.get("axis", args[at] if len(args) > at else None))
-    if isinstance(given, bool) or isinstance(given, torch.dtype | torch.Tensor | str):
+    if isinstance(given, bool | torch.dtype | torch.Tensor | str):
         given = None
     if given is None or given == ():
         return list(range(x.dim()))
@@ -231,7 +234,8 @@ def random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
 
 def matmul(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     """[.., m, k] by [.., k, n]; F.linear's weight is [n, k]."""
-    first, second = args[0], args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other", kwargs.get("mat2")))
+    first: Any = args[0]
+    second: Any = args[1] if len(args) > 1 else kwargs.get("weight", kwargs.get("other", kwargs.get("mat2")))
     name = name_of(func)
     blocks = checked_in([first, second])
     fullest = max(blocks, key=lambda each: sum(map(bool, each.cuts)))
@@ -301,146 +305,6 @@ def loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     return mark(x, x.cuts if how == "none" else ())
 
 
-def reshape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    x, old = args[0], tuple(args[0].shape)
-
-    def after(result: Any) -> Any:
-        from .checked import marked
-
-        return marked(result, reshaped(x.cuts, old, tuple(result.shape)), x.checks, x.partial)
-
-    if len(args) > 1 and isinstance(args[1], torch.dtype):
-        return mark(x, x.cuts)
-    return after
-
-
-def reshaped(cuts: Cuts, old: Sequence[int], new: Sequence[int]) -> Cuts:
-    """Cuts after a reshape: of dims that become one, or one that becomes several, the first may be cut."""
-    found: list[Names] = [()] * len(new)
-    i = j = 0
-    while i < len(old) or j < len(new):
-        a, b = [i] if i < len(old) else [], [j] if j < len(new) else []
-        i, j = i + len(a), j + len(b)
-        while prod(old[k] for k in a) != prod(new[k] for k in b):
-            if prod(old[k] for k in a) < prod(new[k] for k in b) and i < len(old):
-                a, i = [*a, i], i + 1
-            elif j < len(new):
-                b, j = [*b, j], j + 1
-            elif i < len(old):
-                a, i = [*a, i], i + 1
-            else:
-                break
-        held = [k for k in a if cuts[k]]
-        if not held or not b:
-            continue
-        big = [k for k in a if old[k] != 1 or cuts[k]]
-        target = next((k for k in b if new[k] != 1), b[0])
-        found[target] = cuts[held[0]] if len(held) == 1 and big[0] == held[0] else SCRAMBLED
-    return tuple(found)
-
-
-def permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    x, name, n = args[0], name_of(func), args[0].dim()
-    if name in (".T", "t", "adjoint", ".mT", ".H"):
-        order = list(range(n))
-        order[-2:] = order[-2:][::-1]
-    elif name == "permute":
-        given = kwargs.get("dims", args[1:])
-        order = list(given[0] if len(given) == 1 and not isinstance(given[0], int) else given)
-    elif name in ("movedim", "moveaxis"):
-        raise Unknown(name)
-    else:
-        one, other = args[1:3] if len(args) > 2 else (kwargs.get("dim0", kwargs.get("axis0")), kwargs.get("dim1", kwargs.get("axis1")))
-        order = list(range(n))
-        order[one], order[other] = order[other], order[one]
-    return mark(x, tuple(x.cuts[dim] for dim in order), x.partial)
-
-
-def inserted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    x = args[0]
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if name_of(func) == "unsqueeze":
-        at = dim % (x.dim() + 1)
-        return mark(x, (*x.cuts[:at], (), *x.cuts[at:]), x.partial)
-    gone = [each for each in range(x.dim()) if x.shape[each] == 1] if dim is None else [each % x.dim() for each in _many(dim)]
-    return mark(x, tuple(names for each, names in enumerate(x.cuts) if each not in gone or x.shape[each] != 1), x.partial)
-
-
-def _many(dim: Any) -> Sequence[int]:
-    return dim if isinstance(dim, tuple | list) else (dim,)
-
-
-def expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    x = args[0]
-
-    def after(result: Any) -> Any:
-        from .checked import marked
-
-        return marked(result, ((),) * (result.dim() - x.dim()) + x.cuts, x.checks, x.partial)
-
-    return after
-
-
-def pieces(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    """split, chunk, unbind, narrow, select: along whole dims."""
-    x, name = args[0], name_of(func)
-    at = {"split": 2, "chunk": 2, "tensor_split": 2}.get(name, 1)
-    dim = kwargs.get("dim", args[at] if len(args) > at else 0) % max(1, x.dim())
-    if x.cuts[dim]:
-        raise Wrong(
-            f"{name} along a dim that ranks cut, of {described(x)}: each rank takes a piece of its own part", "take it of mesh.gather(x)"
-        )
-    cuts = x.cuts if name in ("split", "chunk", "narrow", "tensor_split") else (*x.cuts[:dim], *x.cuts[dim + 1 :])
-    return mark(x, cuts, x.partial)
-
-
-def joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    tensors = args[0] if args else kwargs["tensors"]
-    blocks = checked_in([tensors])
-    x, stack = blocks[0], name_of(func) == "stack"
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (x.dim() + stack)
-    plain_parameters(x, [tensors], name_of(func))
-    if any(each.cuts != x.cuts for each in blocks):
-        raise Wrong(f"{name_of(func)} of {' and '.join(map(described, blocks))}: they lie on different ranks' elements", "use one layout")
-    if stack:
-        return mark(x, (*x.cuts[:dim], (), *x.cuts[dim:]), x.partial)
-    if x.cuts[dim]:
-        cuts = tuple(SCRAMBLED if each == dim else names for each, names in enumerate(x.cuts))
-        return mark(x, cuts, x.partial)
-    return mark(x, x.cuts, x.partial)
-
-
-def indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    x, index = args[0], args[1]
-    if not is_checked(x):
-        return None
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(each, torch.Tensor | list) for each in index):
-        if any_cut(x):
-            raise Unknown("an index by a tensor")
-        return None
-    left = x.dim() - sum(each is not None and each is not Ellipsis for each in index)
-    cuts: list[Names] = []
-    dim = 0
-    for each in (*index, *([] if Ellipsis in index else [Ellipsis])):
-        if each is None:
-            cuts.append(())
-        elif each is Ellipsis:
-            cuts += x.cuts[dim : dim + left]
-            dim += left
-        else:
-            whole = isinstance(each, slice) and each in (slice(None), slice(0, None), slice(None, None, 1))
-            if x.cuts[dim] and not whole:
-                raise Wrong(
-                    f"an index {each} into dim {dim} of {described(x)}: each rank takes an element of its own part",
-                    "index what mesh.gather returns, or a dim that is whole",
-                )
-            if isinstance(each, slice):
-                cuts.append(x.cuts[dim])
-            dim += 1
-    return mark(x, tuple(cuts), x.partial)
-
-
 def lookup(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     """F.embedding(ids, table)."""
     ids = args[0]
@@ -456,266 +320,3 @@ def convolution(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Aft
     if any(x.cuts[1:]):
         raise Wrong(f"{name_of(func)} of {described(x)}: neighbours lie on other ranks", "give it whole features: mesh.scatter(x, 'rows')")
     return mark(x, x.cuts)
-
-
-ARITHMETIC = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "div"}
-ELEMENTWISE = [
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "pow",
-    "neg",
-    "abs",
-    "exp",
-    "exp2",
-    "log",
-    "log2",
-    "log10",
-    "log1p",
-    "expm1",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "reciprocal",
-    "sin",
-    "cos",
-    "tan",
-    "tanh",
-    "sinh",
-    "cosh",
-    "asin",
-    "acos",
-    "atan",
-    "atan2",
-    "sigmoid",
-    "logit",
-    "relu",
-    "relu6",
-    "gelu",
-    "silu",
-    "leaky_relu",
-    "elu",
-    "selu",
-    "celu",
-    "softplus",
-    "mish",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "softsign",
-    "tanhshrink",
-    "softshrink",
-    "hardshrink",
-    "threshold",
-    "prelu",
-    "logsigmoid",
-    "erf",
-    "erfc",
-    "erfinv",
-    "floor",
-    "ceil",
-    "round",
-    "trunc",
-    "frac",
-    "sign",
-    "sgn",
-    "clamp",
-    "clamp_min",
-    "clamp_max",
-    "clip",
-    "nan_to_num",
-    "isnan",
-    "isfinite",
-    "isinf",
-    "logical_not",
-    "logical_and",
-    "logical_or",
-    "logical_xor",
-    "bitwise_not",
-    "bitwise_and",
-    "bitwise_or",
-    "and",
-    "or",
-    "xor",
-    "invert",
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "fmod",
-    "remainder",
-    "floor_divide",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "where",
-    "masked_fill",
-    "addcmul",
-    "addcdiv",
-    "lerp",
-    "copy",
-    "clone",
-    "contiguous",
-    "detach",
-    "to",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "int",
-    "long",
-    "bool",
-    "type",
-    "type_as",
-    "cpu",
-    "requires_grad",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "fill",
-    "zero",
-    "xlogy",
-    "hypot",
-    "rsub",
-    "positive",
-    "lgamma",
-    "digamma",
-    "sinc",
-    "deg2rad",
-    "alias",
-    "data",
-    "rad2deg",
-    "polar",
-    "copysign",
-]
-KEEP_SHAPE = {
-    "softmax",
-    "log_softmax",
-    "softmin",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "sort",
-    "argsort",
-    "roll",
-    "flip",
-    "normalize",
-    "renorm",
-}
-REDUCTIONS = [
-    "sum",
-    "mean",
-    "prod",
-    "max",
-    "min",
-    "amax",
-    "amin",
-    "argmax",
-    "argmin",
-    "softmax",
-    "log_softmax",
-    "softmin",
-    "logsumexp",
-    "std",
-    "var",
-    "std_mean",
-    "var_mean",
-    "norm",
-    "cumsum",
-    "cumprod",
-    "logcumsumexp",
-    "sort",
-    "argsort",
-    "topk",
-    "kthvalue",
-    "median",
-    "mode",
-    "any",
-    "all",
-    "nanmean",
-    "nansum",
-    "count_nonzero",
-    "quantile",
-    "roll",
-    "flip",
-    "normalize",
-    "renorm",
-    "aminmax",
-    "nanmedian",
-    "nanquantile",
-]
-READS = ["item", "tolist", "bool", "int", "index", "format", "complex"]
-UNMARKED = [
-    "size",
-    "dim",
-    "numel",
-    "stride",
-    "is_contiguous",
-    "element_size",
-    "storage_offset",
-    "data_ptr",
-    "backward",
-    "register_hook",
-    "retain_grad",
-    "is_floating_point",
-    "is_complex",
-    "is_inference",
-    "nelement",
-    "ndimension",
-    "untyped_storage",
-    "repr",
-    "hash",
-    "grad",
-    "len",
-    "deepcopy",
-    "reduce_ex",
-    "numpy",
-    "has_names",
-    "is_shared",
-    "array",
-    "is_same_size",
-    "get_device",
-    "is_nonzero",
-    "is_signed",
-    "register_post_accumulate_grad_hook",
-    "is_pinned",
-    "dlpack",
-    "version",
-    "iter",
-    "broadcast_shapes",
-    "result_type",
-    "dlpack_device",
-    "is_tensor",
-    "allclose",
-    "equal",
-    "isclose",
-]
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(REDUCTIONS, reduction),
-    **dict.fromkeys(UNMARKED, unmarked),
-    **dict.fromkeys(READS, read),
-    **dict.fromkeys(("layer_norm", "rms_norm"), normalisation),
-    **dict.fromkeys(("matmul", "mm", "bmm", "linear", "mv"), matmul),
-    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel"), reshape),
-    **dict.fromkeys(("transpose", "swapaxes", "swapdims", "permute", "t", ".T", ".mT", "adjoint", ".H", "movedim", "moveaxis"), permuted),
-    **dict.fromkeys(("unsqueeze", "squeeze"), inserted),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), expanded),
-    **dict.fromkeys(("split", "chunk", "unbind", "narrow", "select", "tensor_split"), pieces),
-    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), joined),
-    **dict.fromkeys(("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d"), random),
-    **dict.fromkeys(("rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform", "multinomial", "exponential"), random),
-    **dict.fromkeys(("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"), loss),
-    **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss"), loss),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "batch_norm", "instance_norm", "group_norm"), convolution),
-    "scaled_dot_product_attention": attention,
-    "getitem": indexed,
-    "embedding": lookup,
-    ".data": elementwise,
-    ".real": elementwise,
-}

@@ -1,0 +1,148 @@
+"""Operations that move elements: shapes, orders of dims, pieces and what is put together of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from ..layout import Cuts, Names
+from .rules import SCRAMBLED, After, Unknown, Wrong, any_cut, checked_in, described, is_checked, mark, name_of, plain_parameters
+
+
+def reshape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    x, old = args[0], tuple(args[0].shape)
+
+    def after(result: Any) -> Any:
+        return x.checks.marked(result, reshaped(x.cuts, old, tuple(result.shape)), x.partial)
+
+    if len(args) > 1 and isinstance(args[1], torch.dtype):
+        return mark(x, x.cuts)
+    return after
+
+
+def reshaped(cuts: Cuts, old: Sequence[int], new: Sequence[int]) -> Cuts:
+    """Cuts after a reshape: of dims that become one, or one that becomes several, the first may be cut."""
+    found: list[Names] = [()] * len(new)
+    i = j = 0
+    while i < len(old) or j < len(new):
+        a, b = [i] if i < len(old) else [], [j] if j < len(new) else []
+        i, j = i + len(a), j + len(b)
+        while prod(old[k] for k in a) != prod(new[k] for k in b):
+            if prod(old[k] for k in a) < prod(new[k] for k in b) and i < len(old):
+                a, i = [*a, i], i + 1
+            elif j < len(new):
+                b, j = [*b, j], j + 1
+            elif i < len(old):
+                a, i = [*a, i], i + 1
+            else:
+                break
+        held = [k for k in a if cuts[k]]
+        if not held or not b:
+            continue
+        big = [k for k in a if old[k] != 1 or cuts[k]]
+        target = next((k for k in b if new[k] != 1), b[0])
+        found[target] = cuts[held[0]] if len(held) == 1 and big[0] == held[0] else SCRAMBLED
+    return tuple(found)
+
+
+def permuted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    x, name, n = args[0], name_of(func), args[0].dim()
+    if name in (".T", "t", "adjoint", ".mT", ".H"):
+        order = list(range(n))
+        order[-2:] = order[-2:][::-1]
+    elif name == "permute":
+        given = kwargs.get("dims", args[1:])
+        order = list(given[0] if len(given) == 1 and not isinstance(given[0], int) else given)
+    elif name in ("movedim", "moveaxis"):
+        raise Unknown(name)
+    else:
+        one, other = args[1:3] if len(args) > 2 else (kwargs.get("dim0", kwargs.get("axis0")), kwargs.get("dim1", kwargs.get("axis1")))
+        order = list(range(n))
+        order[one], order[other] = order[other], order[one]
+    return mark(x, tuple(x.cuts[dim] for dim in order), x.partial)
+
+
+def inserted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    x = args[0]
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if name_of(func) == "unsqueeze":
+        at = dim % (x.dim() + 1)
+        return mark(x, (*x.cuts[:at], (), *x.cuts[at:]), x.partial)
+    gone = [each for each in range(x.dim()) if x.shape[each] == 1] if dim is None else [each % x.dim() for each in _many(dim)]
+    return mark(x, tuple(names for each, names in enumerate(x.cuts) if each not in gone or x.shape[each] != 1), x.partial)
+
+
+def _many(dim: Any) -> Sequence[int]:
+    return dim if isinstance(dim, tuple | list) else (dim,)
+
+
+def expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    x = args[0]
+
+    def after(result: Any) -> Any:
+        return x.checks.marked(result, ((),) * (result.dim() - x.dim()) + x.cuts, x.partial)
+
+    return after
+
+
+def pieces(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """split, chunk, unbind, narrow, select: along whole dims."""
+    x, name = args[0], name_of(func)
+    at = {"split": 2, "chunk": 2, "tensor_split": 2}.get(name, 1)
+    dim = kwargs.get("dim", args[at] if len(args) > at else 0) % max(1, x.dim())
+    if x.cuts[dim]:
+        raise Wrong(
+            f"{name} along a dim that ranks cut, of {described(x)}: each rank takes a piece of its own part", "take it of mesh.gather(x)"
+        )
+    cuts = x.cuts if name in ("split", "chunk", "narrow", "tensor_split") else (*x.cuts[:dim], *x.cuts[dim + 1 :])
+    return mark(x, cuts, x.partial)
+
+
+def joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    tensors = args[0] if args else kwargs["tensors"]
+    blocks = checked_in([tensors])
+    x, stack = blocks[0], name_of(func) == "stack"
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (x.dim() + stack)
+    plain_parameters(x, [tensors], name_of(func))
+    if any(each.cuts != x.cuts for each in blocks):
+        raise Wrong(f"{name_of(func)} of {' and '.join(map(described, blocks))}: they lie on different ranks' elements", "use one layout")
+    if stack:
+        return mark(x, (*x.cuts[:dim], (), *x.cuts[dim:]), x.partial)
+    if x.cuts[dim]:
+        cuts = tuple(SCRAMBLED if each == dim else names for each, names in enumerate(x.cuts))
+        return mark(x, cuts, x.partial)
+    return mark(x, x.cuts, x.partial)
+
+
+def indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    x, index = args[0], args[1]
+    if not is_checked(x):
+        return None
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(each, torch.Tensor | list) for each in index):
+        if any_cut(x):
+            raise Unknown("an index by a tensor")
+        return None
+    left = x.dim() - sum(each is not None and each is not Ellipsis for each in index)
+    cuts: list[Names] = []
+    dim = 0
+    for each in (*index, *([] if Ellipsis in index else [Ellipsis])):
+        if each is None:
+            cuts.append(())
+        elif each is Ellipsis:
+            cuts += x.cuts[dim : dim + left]
+            dim += left
+        else:
+            whole = isinstance(each, slice) and each in (slice(None), slice(0, None), slice(None, None, 1))
+            if x.cuts[dim] and not whole:
+                raise Wrong(
+                    f"an index {each} into dim {dim} of {described(x)}: each rank takes an element of its own part",
+                    "index what mesh.gather returns, or a dim that is whole",
+                )
+            if isinstance(each, slice):
+                cuts.append(x.cuts[dim])
+            dim += 1
+    return mark(x, tuple(cuts), x.partial)
