@@ -51,20 +51,24 @@ Label::Label(std::string words) : text(std::move(words)), hash(kSeed) {
 
 void Call::set_name(const std::string& text) { copy_text(name, sizeof(name), text); }
 
-uint64_t Call::key() const {
+uint64_t Call::history() const {
   uint64_t h = kSeed;
   auto mix = [&h](uint64_t v) { h = mixed(h, v); };
   for (const char* c = name; *c; c++) mix(static_cast<uint64_t>(*c));
   mix(static_cast<uint64_t>(dtype));
   for (int g : grid) mix(static_cast<uint64_t>(g));
-  mix(static_cast<uint64_t>(k));
-  mix(static_cast<uint64_t>(n));
+  if (flags & kStep) {
+    mix(static_cast<uint64_t>(k));
+    mix(static_cast<uint64_t>(n));
+  }
   mix(flags);
   mix(options);
   if (invalid)
     for (const char* c = note; *c; c++) mix(static_cast<uint64_t>(*c));
   return h;
 }
+
+uint64_t Call::key() const { return mixed(mixed(history(), static_cast<uint64_t>(k)), static_cast<uint64_t>(n)); }
 
 std::string Call::text() const {
   if (invalid) return concat(label, label[0] ? ": " : "", name, " refused: ", note);
@@ -140,7 +144,8 @@ void Control::begin(const Call& call) {
     copy_text(mine.label, sizeof(mine.label), label_->text);
     label_.reset();
   }
-  key_ = mixed(key_, mine.key());
+  key_ = mixed(history_, mine.key());
+  history_ = mixed(history_, mine.history());
   me.sequence.store(sequence);
   check();
 }
@@ -309,22 +314,20 @@ void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::
     all.push_back(r);
   }
   std::map<uint64_t, std::vector<int>> groups;
-  auto group = [&](const std::vector<int>& ranks, uint32_t at, bool by_rows) {
+  auto group = [&](const std::vector<int>& ranks, uint32_t at, auto&& value_of) {
     groups.clear();
     for (int r : ranks)
-      if (arrived(r, at)) {
-        const Call& call = block_->ranks[r].calls[at % kHistory];
-        groups[by_rows ? static_cast<uint64_t>(call.rows) : call.key()].push_back(r);
-      }
+      if (arrived(r, at)) groups[value_of(block_->ranks[r].calls[at % kHistory])].push_back(r);
   };
   // The oldest call on which the ranks differ: it may have moved nothing.
   for (uint32_t at = newest < kHistory ? 1 : newest - kHistory + 2; reached(sequence, at); at++) {
-    group(all, at, false);
+    group(all, at, [](const Call& call) { return call.history(); });
     if (groups.size() < 2) continue;
     sequence = at;
     break;
   }
-  if (groups.size() < 2) group(members, sequence, true);
+  if (groups.size() < 2) group(members, sequence, [](const Call& call) { return call.key(); });
+  if (groups.size() < 2) group(members, sequence, [](const Call& call) { return static_cast<uint64_t>(call.rows); });
   std::vector<std::vector<int>> sides;
   for (auto& [key, ranks] : groups) sides.push_back(ranks);
   std::sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a[0] < b[0]; });

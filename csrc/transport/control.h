@@ -46,7 +46,8 @@ struct Call {
   uint64_t options = 0;     // hash of the label
   char label[kLabel] = {};  // the layer or function whose call this is, with its options
 
-  uint64_t key() const;  // hash of all that must agree
+  uint64_t key() const;      // hash of all on which the ranks of the call's axis must agree
+  uint64_t history() const;  // of what all ranks of the job must agree on: without the sizes of a collective, which may be uneven
   std::string text() const;
 };
 
@@ -113,7 +114,7 @@ class Control {
   ControlBlock* block_;
   int rank_, size_;
   double timeout_;
-  uint64_t key_ = 0;
+  uint64_t key_ = 0, history_ = 0;
   std::vector<int> pidfds_;
   std::atomic<bool> closed_{false};
   bool orphaned_ = false;

@@ -82,6 +82,9 @@ class Checks:
         """x as a Checked tensor."""
         if not isinstance(x, torch.Tensor):
             return x
+        if len(cuts) != x.dim():
+            self.leave(f"an operation with a result of shape {tuple(x.shape)}")
+            return plain(x)
         made = x if isinstance(x, Checked) else x.as_subclass(Checked)
         made.cuts, made.partial, made.checks = cuts, partial, self
         return made

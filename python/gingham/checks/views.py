@@ -88,16 +88,24 @@ def expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     return after
 
 
+# Samples are independent: some of this rank's, or two batches of them one after the other, are rows like any.
+KEEPS_ROWS = ("split", "chunk", "narrow", "tensor_split")
+
+
+def is_rows(x: Any, names: Names) -> bool:
+    return set(names) <= set(x.checks.mesh.outer.rows)
+
+
 def pieces(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     """split, chunk, unbind, narrow, select: along whole dims."""
     x, name = args[0], name_of(func)
     at = {"split": 2, "chunk": 2, "tensor_split": 2}.get(name, 1)
     dim = kwargs.get("dim", args[at] if len(args) > at else 0) % max(1, x.dim())
-    if x.cuts[dim]:
+    if x.cuts[dim] and not (name in KEEPS_ROWS and is_rows(x, x.cuts[dim])):
         raise Wrong(
             f"{name} along a dim that ranks cut, of {described(x)}: each rank takes a piece of its own part", "take it of mesh.gather(x)"
         )
-    cuts = x.cuts if name in ("split", "chunk", "narrow", "tensor_split") else (*x.cuts[:dim], *x.cuts[dim + 1 :])
+    cuts = x.cuts if name in KEEPS_ROWS else (*x.cuts[:dim], *x.cuts[dim + 1 :])
     return mark(x, cuts, x.partial)
 
 
@@ -111,7 +119,7 @@ def joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
         raise Wrong(f"{name_of(func)} of {' and '.join(map(described, blocks))}: they lie on different ranks' elements", "use one layout")
     if stack:
         return mark(x, (*x.cuts[:dim], (), *x.cuts[dim:]), x.partial)
-    if x.cuts[dim]:
+    if x.cuts[dim] and not is_rows(x, x.cuts[dim]):
         cuts = tuple(SCRAMBLED if each == dim else names for each, names in enumerate(x.cuts))
         return mark(x, cuts, x.partial)
     return mark(x, x.cuts, x.partial)
@@ -137,7 +145,7 @@ def indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
             dim += left
         else:
             whole = isinstance(each, slice) and each in (slice(None), slice(0, None), slice(None, None, 1))
-            if x.cuts[dim] and not whole:
+            if x.cuts[dim] and not whole and not (isinstance(each, slice) and is_rows(x, x.cuts[dim])):
                 raise Wrong(
                     f"an index {each} into dim {dim} of {described(x)}: each rank takes an element of its own part",
                     "index what mesh.gather returns, or a dim that is whole",

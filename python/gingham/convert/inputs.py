@@ -16,6 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .. import nn
+from ..checks import plain
 from ..errors import ShapeError
 from ..layout import chunks
 from ..mesh import Mesh
@@ -99,6 +100,7 @@ class Border:
 
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
+        args, kwargs = plain(args), plain(kwargs)  # the first step's checks end here: a model's code has its probe
         forward = name == "forward"
         if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
             late.adopt(model, self.mesh, self.body)
@@ -212,9 +214,9 @@ class Border:
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
-                return self.mesh.scatter(x.to(torch.uint8), "rows").bool()
+                return plain(self.mesh.scatter(x.to(torch.uint8), "rows")).bool()
             features = self.body == "outer" and x.is_floating_point() and (self.stack or name in STREAMS) and not name.endswith("_mask")
-            y = self.mesh.scatter(x, "x" if features else "rows", dim)
+            y = plain(self.mesh.scatter(x, "x" if features else "rows", dim))
             return y.transpose(0, 1).contiguous() if dim == 1 else y
 
         return pytree.tree_map(cut, value)

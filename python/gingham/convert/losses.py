@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..checks import plain
 from ..mesh import Mesh
 
 
@@ -48,7 +49,7 @@ class Labelled:
             return self.labels[name]
         labels = self.labels[name]
         added = labels.new_full((self.missing, *labels.shape[1:]), -100)
-        return self.mesh.scatter(torch.cat([labels, added]) if self.missing else labels, "rows")
+        return plain(self.mesh.scatter(torch.cat([labels, added]) if self.missing else labels, "rows"))
 
     def whole(self, name: str) -> torch.Tensor:
         return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
