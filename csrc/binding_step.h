@@ -71,6 +71,7 @@ class BoundStep {
     for (size_t i = 0; i < maps_; i++) {
       call.w.push_back(weight(ws[i]));
       call.bias.push_back(biases[i].is_none() ? Matrix{} : bias(biases[i], call.w[i]));
+      call.has_bias.push_back(!biases[i].is_none());
     }
     call.epilogue = kind == "gelu" ? Epilogue::gelu : Epilogue::none;
     Results made(job_);

@@ -35,7 +35,7 @@ class ForwardRun {
   void begin() {
     const Step::Config& c = frame_.config;
     frame_.flag(kEpilogue, active());
-    for (size_t i = 0; i < lanes_.size(); i++) frame_.flag(kBias + static_cast<int>(i % kMapBits), !call_.bias[i].empty());
+    for (size_t i = 0; i < lanes_.size(); i++) frame_.flag(kBias + static_cast<int>(i % kMapBits), i < call_.has_bias.size() && call_.has_bias[i]);
     frame_.begin([&] {
       check_x(c.x, call_.x);
       const int64_t k = block_size(c.x, c.x.offsets, call_.x, 1);

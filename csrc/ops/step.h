@@ -44,10 +44,11 @@ class Step {
 
   struct Forward {
     Matrix x;
-    std::vector<Matrix> w, bias;  // w as [K, N]; bias [1, N] or empty
+    std::vector<Matrix> w, bias;  // w as [K, N]; bias [1, N] or empty, which a rank's block of a bias may be too
     int64_t lead = 0;             // size of x's dim 0: a Y cut along M is cut at torch.chunk's points of it
     Epilogue epilogue = Epilogue::none;
     Allocate allocate;
+    std::vector<char> has_bias = {};
   };
   struct Backward {
     Matrix x;  // empty data where dW is not asked for

@@ -10,6 +10,7 @@ rank's answer instead of the job's is a LayoutError. After that plain tensors fl
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -40,6 +41,12 @@ class Checked(torch.Tensor):
     partial: Names
     checks: Checks
 
+    def __deepcopy__(self, memo: Any) -> torch.Tensor:
+        return self.checks.marked(copy.deepcopy(_as_plain(self), memo), self.cuts, self.partial)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _as_plain(self).__reduce_ex__(protocol)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -52,8 +59,9 @@ class Checked(torch.Tensor):
                 after = rule_of(func)(func, args, kwargs)
             except Wrong as wrong:
                 raise checks.error(wrong) from None
-            except Unknown as unknown:
-                checks.leave(str(unknown))
+            except (Unknown, AttributeError, LookupError, TypeError, ValueError) as unknown:
+                # also arguments in an order that the rule does not know; the operation itself says what is wrong with them
+                checks.leave(f"{getattr(func, '__name__', func)} ({unknown})")
                 return func(*args, **kwargs)
             result = func(*args, **kwargs)
             return after(result) if after is not None else result
@@ -65,7 +73,16 @@ def _in_place(func: Any) -> bool:
 
 def plain(value: Any) -> Any:
     """With every Checked tensor as the plain one that it is."""
-    return pytree.tree_map_only(Checked, lambda x: x.as_subclass(torch.Tensor), value)
+    return pytree.tree_map_only(Checked, _as_plain, value)
+
+
+def _as_plain(x: Checked) -> torch.Tensor:
+    """One and the same for all who ask, as layers that share their input know it by."""
+    known = x.__dict__.get("alias")
+    if known is None or known.requires_grad != x.requires_grad:
+        with torch._C.DisableTorchFunctionSubclass():
+            known = x.__dict__["alias"] = x.as_subclass(torch.Tensor)
+    return known
 
 
 class Checks:
@@ -113,7 +130,7 @@ class Checks:
                     fix or "use the layout that the layer before gives, or mesh.gather and mesh.scatter between them",
                 )
             )
-        return x.as_subclass(torch.Tensor)
+        return _as_plain(x)
 
     def give(self, y: Any, cuts: Cuts) -> Any:
         """What a function of ours returns."""

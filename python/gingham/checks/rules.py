@@ -16,6 +16,7 @@ from ..layout import Cuts, Names
 After = Callable[[Any], Any] | None
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], After]
 
+CONVERSIONS = {"__float__", "__int__", "__bool__", "__index__", "__complex__"}  # not Tensor.float, ..
 ARITHMETIC = {"add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "div"}
 KEEP_SHAPE = {
     "softmax",
@@ -31,6 +32,7 @@ KEEP_SHAPE = {
     "normalize",
     "renorm",
 }
+GRAPH = 200  # nodes that are looked at
 SCRAMBLED: Names = ("?",)  # cut, but no longer in one piece
 
 
@@ -51,6 +53,8 @@ def name_of(func: Any) -> str:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         return f".{getattr(getattr(func, '__self__', None), '__name__', '')}"
+    if name in CONVERSIONS:
+        return name
     core = name.strip("_")
     if name.startswith("__") and core[:1] in ("r", "i") and core[1:] in ARITHMETIC:
         core = core[1:]
@@ -117,12 +121,29 @@ def plain_parameters(x: Any, args: Sequence[Any], what: str) -> None:
     if not any_cut(x):
         return
     for other in tensors_in(args):
-        if not is_checked(other) and other.requires_grad:
+        if not is_checked(other) and _has_plain_parameter(other):
             raise Wrong(
                 f"{what} of {described(x)} with a plain tensor {tuple(other.shape)} that has a gradient: each rank would get its own"
                 " part of that gradient, and copies would drift apart",
                 "use the layer of gingham.nn (Linear, LayerNorm, Embedding, ..), which sums it over the ranks",
             )
+
+
+def _has_plain_parameter(x: torch.Tensor) -> bool:
+    """Whether a plain tensor comes of leaves that each rank holds for itself, by torch's operations and not through a layer of ours."""
+    if x.is_leaf or x.grad_fn is None:
+        return x.requires_grad
+    seen: set[Any] = set()
+    left: list[Any] = [x.grad_fn]
+    while left and len(seen) < GRAPH:
+        node = left.pop()
+        if node in seen or getattr(type(node), "_forward_cls", type).__module__.startswith("gingham."):
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            return True
+        left += [each for each, _ in node.next_functions if each is not None]
+    return False
 
 
 def aligned(tensors: Sequence[Any], ndim: int) -> list[Names]:
@@ -163,9 +184,16 @@ def _linear(name: str, args: tuple[Any, ...], blocks: list[Any]) -> bool:
     return name in ("mul", "div") and len(blocks) == 1 and (name == "mul" or is_checked(args[0]))
 
 
-def dims_of(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = 1) -> list[int]:
+LAST_DIM = ("sort", "argsort", "topk", "kthvalue", "mode", "median_dim")  # where none is named
+
+
+def dims_of(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], at: int) -> list[int]:
     """The dims that a reduction names, all by default."""
-    given = kwargs.get("dim", kwargs.get("axis", args[at] if len(args) > at else None))
+    given = kwargs.get("dim", kwargs.get("dims", kwargs.get("axis", args[at] if len(args) > at else None)))
+    if given is None and name in LAST_DIM:
+        given = -1
+    if given is None and name == "normalize":
+        given = 1
     if isinstance(given, bool | torch.dtype | torch.Tensor | str):
         given = None
     if given is None or given == ():
@@ -175,8 +203,8 @@ def dims_of(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any], at: int = 1) 
 
 def reduction(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x, name = args[0], name_of(func)
-    at = {"norm": 2, "quantile": 2, "logsumexp": 1}.get(name, 1)
-    dims = dims_of(x, args, kwargs, at)
+    at = {"norm": 2, "quantile": 2, "roll": 2, "topk": 2, "kthvalue": 2, "renorm": 2, "normalize": 2}.get(name, 1)
+    dims = dims_of(x, name, args, kwargs, at)
     over = tuple(axis for dim in dims for axis in x.cuts[dim]) if x.dim() else ()
     partial = x.partial
     if over and name == "sum":

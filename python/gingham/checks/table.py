@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .rules import (
+    CONVERSIONS,
     Rule,
     Unknown,
     attention,
@@ -56,11 +57,7 @@ REDUCTIONS = _words(
     flip normalize renorm aminmax nanmedian nanquantile
     """
 )
-READS = _words(
-    """
-    item tolist bool int index format complex
-    """
-)
+READS = ["item", "tolist", "format", *CONVERSIONS]
 UNMARKED = _words(
     """
     size dim numel stride is_contiguous element_size storage_offset data_ptr backward register_hook retain_grad

@@ -14,6 +14,8 @@ from .rules import SCRAMBLED, After, Unknown, Wrong, any_cut, checked_in, descri
 
 def reshape(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x, old = args[0], tuple(args[0].shape)
+    if not is_checked(x):
+        return mark(args[1], args[1].cuts)  # like the other
 
     def after(result: Any) -> Any:
         return x.checks.marked(result, reshaped(x.cuts, old, tuple(result.shape)), x.partial)
@@ -81,6 +83,8 @@ def _many(dim: Any) -> Sequence[int]:
 
 def expanded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x = args[0]
+    if not is_checked(x):
+        return mark(args[1], args[1].cuts)  # like the other
 
     def after(result: Any) -> Any:
         return x.checks.marked(result, ((),) * (result.dim() - x.dim()) + x.cuts, x.partial)
