@@ -11,6 +11,7 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
 
 from . import nn  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
+from .compare import check, check_replicas  # noqa: E402
 from .convert import parallelize, register_forward_method  # noqa: E402
 from .errors import LayoutError, MeshError, PeerDied, PeerStalled, ShapeError  # noqa: E402
 from .functional import no_sync  # noqa: E402
@@ -31,6 +32,8 @@ __all__ = [
     "PeerStalled",
     "ShapeError",
     "accuracy",
+    "check",
+    "check_replicas",
     "clip_grad_norm_",
     "cross_entropy",
     "destroy",
