@@ -12,8 +12,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from .checkpoint.tensors import plain_keys
 from . import errors
+from .checkpoint.tensors import plain_keys
 from .errors import MeshError
 from .layout import block, coordinates_of
 from .mesh import Mesh, current, cuts_of

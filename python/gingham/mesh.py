@@ -127,6 +127,8 @@ class Mesh(Live):
         if self.checks is not None:
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
+        if self.checks is not None:
+            self.checks.alike(x)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         cuts = self.cuts(operand, x.dim(), dim)
         if torch.compiler.is_compiling():

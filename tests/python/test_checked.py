@@ -303,3 +303,24 @@ def test_right_programs_pass(ranks, name: str) -> None:
     names = list(RIGHT) if name != "3x2x2" else [case for case in RIGHT if case != "attention by hand"]
     for found in ranks(ranks_of(name))(passed, GRIDS[name], names):
         assert not found, found
+
+
+def scattered(rank: int, options: dict[str, Any]) -> str:
+    """Other values on one rank, with GINGHAM_CHECK=1."""
+    import os
+
+    os.environ["GINGHAM_CHECK"] = "1"
+    try:
+        mesh = gingham.init(**options)
+        for _ in range(3):  # checked in every step
+            assert type(mesh.scatter(torch.ones(ROWS, W))) is not torch.Tensor
+        mesh.scatter(torch.full((ROWS, W), float(rank == 2)))
+        return ""
+    except gingham.LayoutError as error:
+        return str(error)
+    finally:
+        del os.environ["GINGHAM_CHECK"]
+
+
+def test_a6_other_values_given_to_scatter(ranks) -> None:
+    assert all("values on ranks [2]" in text for text in ranks(4)(scattered, GRIDS["2d"]))

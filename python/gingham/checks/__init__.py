@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.utils import _pytree as pytree
@@ -116,6 +117,25 @@ class Checks:
             self.end()  # the second time round
         self.sites.add(site)
         return self.marked(block, cuts) if self.on else block
+
+    def alike(self, x: torch.Tensor) -> None:
+        """With GINGHAM_CHECK=1: whether every rank scatters the same values."""
+        if not self.always or torch.compiler.is_compiling():
+            return
+        words = f"{tuple(x.shape)} {x.dtype}".encode()
+        sums = [
+            each
+            for (each,) in self.mesh.world.sizes([crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc32(words))])
+        ]
+        usual = max(sums, key=sums.count)
+        odd = [rank for rank, each in enumerate(sums) if each != usual]
+        if odd:
+            raise self.error(
+                Wrong(
+                    f"scatter got a tensor {tuple(x.shape)} whose values on ranks {odd} are not those of the others",
+                    "give every rank the same full tensor: seed generators and samplers alike",
+                )
+            )
 
     def take(self, x: Any, cuts: Cuts | None, what: str, fix: str = "") -> Any:
         """The plain tensor, if it is cut as `what` expects; None: any cuts."""
