@@ -187,6 +187,10 @@ def linear(
         return _linear(x, weights, biases, plan, epilogue)
     except (ShapeError, MeshError, TypeError) as error:
         owner = plan.owners[0]() if plan.owners else None
+        if isinstance(error, ShapeError) and isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == plan.k != plan.k_local:
+            # what is missed most often
+            whole = f"x has all {plan.k} features where a rank has {plan.k_local}: a full tensor? mesh.scatter(x) gives this rank's block"
+            error = ShapeError(f"{error}; {whole}")
         raise error if owner is None else owner.named(error) from None
 
 

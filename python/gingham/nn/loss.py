@@ -33,21 +33,22 @@ def cross_entropy(
     feature axes of (maximum, sum of exponentials, target's logit, sum of logits), 32 bytes a row, and one of (sum,
     count), 16 bytes, over the row axes; targets in other rows than the logits are gathered too. Backward moves nothing.
     "mean" over no target at all is nan, as in torch. In a torch.autocast region 16-bit logits give a float32
-    loss. Raises ShapeError where logits and targets do not fit,
-    NotImplementedError for class weights.
+    loss. weight: of each class, the full vector [vocabulary] on every rank; the loss is then made of sums in float64, with two more
+    passes over the logits and messages of 8 bytes a row. Raises ShapeError where logits, targets and weight do not fit,
+    NotImplementedError for weight in a compiled graph.
     """
     mesh = current(mesh)
     checks = mesh.checks
     if checks is not None:
         logits, target = _taken(checks, mesh, logits, target, layout, "cross_entropy")
-    if weight is not None:
-        raise NotImplementedError("cross_entropy: weight= is not built; take reduction='none' and weigh the losses by weight[target]")
     target, moved, given, needed = _fitting(logits, target, mesh, layout, "cross_entropy")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     if logits.dtype.itemsize == 2 and autocast_dtype(logits.device) is not None:
         logits = logits.float()
-    if torch.compiler.is_compiling():
+    if weight is not None:
+        losses, total = _weighted(logits, target, weight, mesh, layout, ignore_index, label_smoothing, reduction)
+    elif torch.compiler.is_compiling():
         words = [mesh.handle, layout, str(ignore_index), str(label_smoothing), reduction]
         losses, total = traced("cross_entropy", words, [logits, target], 2)
     else:
@@ -55,6 +56,43 @@ def cross_entropy(
     if reduction != "none":
         return total
     return relayout(losses.unsqueeze(-1), mesh, needed, given, 1).squeeze(-1) if moved else losses
+
+
+def _weighted(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor,
+    mesh: Mesh,
+    layout: str,
+    ignored: int,
+    smoothing: float,
+    reduction: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each target's loss (1-s) w_t (z - x_t) + s/V sum of w_c (z - x_c), z the logarithm of the sum of exponentials, of which the
+    function without weights gives z - x_t and, smoothed by 1, z - sum of x_c / V; and their sum, or mean by the targets' weights."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("cross_entropy: weight= in a compiled graph; take it out of the compiled part")
+    check_local(weight, "cross_entropy's weight", mesh)
+    named, wide = mesh.layout(layout), logits.double()
+    (start, width), vocabulary = mesh.extents(named, target.numel(), logits.shape[-1], "cross_entropy's weight")[2:]
+    if tuple(weight.shape) != (vocabulary,):
+        raise ShapeError(f"cross_entropy: rank {mesh.rank} got weight {tuple(weight.shape)}, expected the full one, [{vocabulary}]")
+    kept = target != ignored
+    weights = torch.where(kept, weight.double()[target.masked_fill(~kept, 0)], 0.0)
+    losses, _ = _CrossEntropy.apply(wide, target, mesh, layout, ignored, 0.0, "none")
+    losses = (1 - smoothing) * weights * losses
+    if smoothing:
+        even, _ = _CrossEntropy.apply(wide, target, mesh, layout, ignored, 1.0, "none")
+        here = weight.double()[start : start + width]
+        sums = summed(torch.stack([wide.sum(-1), (wide * here).sum(-1)]), mesh, named.features)
+        spread = weight.double().sum() * (even + sums[0] / vocabulary) - sums[1]
+        losses = losses + torch.where(kept, smoothing / vocabulary * spread, 0.0)
+    if reduction == "none":
+        return losses.to(logits.dtype), losses.sum()
+    total = summed(losses.sum(), mesh, named.rows)
+    if reduction == "mean":
+        total = total / summed(weights.sum(), mesh, named.rows)
+    return losses, total.to(logits.dtype)
 
 
 def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, name: str) -> tuple[torch.Tensor, bool, Layout, Layout]:
