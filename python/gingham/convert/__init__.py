@@ -58,8 +58,8 @@ def parallelize(
     verbose prints the plan: every layer with its grid, its stationary operand, its block, bytes received in a step of
     `tokens` rows and memory, and every module left serial with the reason. Names of parameters stay, but for weights stored
     as one and held as three (GPT-2's c_attn, MultiheadAttention's in_proj): see the attribute `joins`.
-    The lines of the plan are in `gingham_plan`. Dropout that a model's own code calls as a function, not as a module, draws
-    from each rank's own generator.
+    The lines of the plan are in `gingham_plan`. Random numbers that a model's own code draws (dropout
+    as a function, noise) differ by block of rows and features, and depend on the mesh (convert/generators.py).
     Raises ShapeError where heads do not divide by the ranks that cut features; NotImplementedError for a module that would
     be wrong on a part of the rows or features, or that stands where a rule expects a linear; MeshError where a rank's model has other
     parameters, and in a call with io "full" where a rank is given other inputs than the rest; warns of rules of a plan that fit

@@ -24,6 +24,7 @@ from . import late, probe
 from .agree import check_alike
 from .bytecode import chains
 from .entry import Inside, enclose
+from .generators import own_numbers
 from .loose import shared_gradient
 from .losses import Labelled, gather, is_transformers, loss_of
 
@@ -112,8 +113,9 @@ class Border:
         probed = torch.compiler.is_compiling() or name in self.probed
         self.inside.depth += 1
         try:
-            other = None if probed else self._probe(function, name, model, args, kwargs)
-            output = function(model, *args, **kwargs)
+            with own_numbers(model, self.mesh, self.body == "outer"):
+                other = None if probed else self._probe(function, name, model, args, kwargs)
+                output = function(model, *args, **kwargs)
         finally:
             self.inside.depth -= 1
         if other is not None:

@@ -101,7 +101,7 @@ def test_what_it_refuses() -> None:
         with pytest.raises(TypeError, match="integer"):
             gingham.cross_entropy(logits, torch.zeros(4))
         with pytest.raises(gingham.ShapeError, match="weight"):
-            gingham.cross_entropy(logits, torch.zeros(4, dtype=torch.long), weight=torch.ones(5))
+            gingham.cross_entropy(logits, torch.zeros(4, dtype=torch.long), weight=torch.ones(4))
         with pytest.raises(gingham.ShapeError, match="0..4"):
             accuracy(logits, torch.full((4,), -1))
         with pytest.raises(ValueError, match="reduction"):
