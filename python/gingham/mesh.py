@@ -124,7 +124,7 @@ class Mesh(Live):
         """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
         dim: where the rows lie. Differentiable; not counted as traffic. Its gradient is gathered, never summed."""
-        if self.checks is not None:
+        if self.checks is not None and isinstance(x, torch.Tensor):
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
         if self.checks is not None:
@@ -140,11 +140,11 @@ class Mesh(Live):
         """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
         compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
         is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit together, or features."""
+        check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         if self.checks is not None:
             fix = "name the layout it has: mesh.gather(y, operand='inner'), 'rows', 'x' or 'c'"
             x = self.checks.take(x, self.cuts(operand, x.dim(), dim), f"gather(operand={operand!r})", fix)
-        check_local(x, "gather's x", self)
         if torch.compiler.is_compiling():
             return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
         full: torch.Tensor = Gather.apply(x, self, self.cuts(operand, x.dim(), dim))

@@ -195,7 +195,7 @@ def test_options_that_do_not_exist(one: gingham.Mesh) -> None:
         (lambda: nn.Linear(4, 4, layout="inner->inner"), gingham.MeshError, "expected 'outer->outer'"),
         (lambda: nn.Linear(4, 4, swapped="maybe"), gingham.MeshError, "swapped='maybe'"),
         (lambda: nn.LayerNorm(4, layout="middle")(torch.ones(2, 4)), gingham.MeshError, "layout='middle'"),
-        (lambda: nn.Dropout(1.5), ValueError, "0 <= p < 1"),
+        (lambda: nn.Dropout(1.5), ValueError, "between 0 and 1"),
         (lambda: nn.SelfAttention(8, 2, dim=2), gingham.ShapeError, "dim=2"),
         (lambda: gingham.cross_entropy(torch.ones(2, 4), torch.ones(2)), TypeError, "integer dtype"),
         (lambda: gingham.cross_entropy(torch.ones(2, 4), torch.zeros(2).long(), reduction="max"), ValueError, "reduction='max'"),

@@ -11,7 +11,7 @@ import torch
 from .. import nn
 from ..checkpoint import pretrained
 from ..mesh import Mesh, current
-from . import attention, identity, inputs, layers, meta
+from . import adapters, attention, identity, inputs, layers, meta
 from .agree import agree, agreed_seed
 from .entry import enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
@@ -23,6 +23,8 @@ from .rules import REQUIRED, SHARED, Rules, matches, rules_of
 from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, seen_paths
 
 __all__ = ["parallelize", "register_forward_method"]
+
+adapters.watch()
 
 
 def parallelize(

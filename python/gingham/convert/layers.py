@@ -177,6 +177,8 @@ def convert_linear(made: Conversion, path: str, old: Any, body: str, transposed:
         )
     if role == "qkv":
         fused = FusedLinears(path, into, out, made.mesh, given_of(old), made.ends(role, body), transposed)
+        if transposed:
+            be_conv1d(fused, into, out)
         made.follow(path, role, fused)
         return made.adopt(path, "linear x 3", old, fused, made.ends(role, body), {})
     layout = made.ends(role, body)
@@ -213,6 +215,19 @@ def share(made: Conversion, linears: list[Any]) -> None:
             layer, name = before[id(new)]
             made.parameters[old] = layer.get_parameter(name)
     del kept
+
+
+def be_conv1d(fused: FusedLinears, into: int, out: int) -> None:
+    """Makes what stands for transformers' Conv1D an instance of it, by which tools such as peft know a linear."""
+    from transformers.pytorch_utils import Conv1D
+
+    if not _CONV1D:
+        _CONV1D.append(type("FusedLinears", (FusedLinears, Conv1D), {"__module__": __name__, "__doc__": FusedLinears.__doc__}))
+    fused.__class__ = _CONV1D[0]
+    fused.nx, fused.nf = into, out  # type: ignore[assignment]
+
+
+_CONV1D: list[type] = []
 
 
 class FusedLinears(torch.nn.Module):

@@ -127,20 +127,17 @@ def test_a7_wrappers_are_seen_through_or_named(ranks) -> None:
     assert "transformer.h.0.mlp.0" in found["another linear"]
 
 
-def adapted_later(rank: int, kinds: tuple[str, ...]) -> dict[str, Any]:
+def adapted_later(rank: int, grid: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
-    from peft.tuners.lora.layer import Linear
 
     import gingham
-    from gingham.convert.layers import FusedLinears
 
-    mesh = gingham.init(mode="2d", size=4)
+    mesh = gingham.init(**grid)
     found: dict[str, Any] = {}
     for family in kinds:
         models, optimizers = [], []
         for model in (gingham.parallelize(families.build(family), mesh), families.build(family)):
             config = LoraConfig(r=4, target_modules=TARGETS[family], lora_dropout=0.0)
-            config._register_custom_module({gingham.nn.Linear: Linear, FusedLinears: Linear})
             torch.manual_seed(3)
             models.append(get_peft_model(model, config))
             for name, parameter in models[-1].named_parameters():
@@ -166,8 +163,9 @@ def adapted_later(rank: int, kinds: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def test_a7_lora_after_parallelize_is_serial_and_other_late_modules_are_named(ranks) -> None:
-    found = ranks(4)(adapted_later, tuple(TARGETS))[0]
+@pytest.mark.parametrize("name", ["2d", *(pytest.param(name, marks=pytest.mark.matrix) for name in ("1d", "2.5d", "3d"))])
+def test_a7_lora_after_parallelize_is_serial_and_other_late_modules_are_named(ranks, name: str) -> None:
+    found = ranks(ranks_of(name))(adapted_later, GRIDS[name], tuple(TARGETS))[0]
     assert "2.weight of Linear" in found.pop("a head")
     for what, error in found.items():
         assert error <= 2e-6, (what, error)
