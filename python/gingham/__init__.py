@@ -12,7 +12,7 @@ if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
 from . import nn  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
 from .convert import parallelize  # noqa: E402
-from .errors import MeshError, PeerDied, PeerStalled, ShapeError  # noqa: E402
+from .errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError  # noqa: E402
 from .functional import no_sync  # noqa: E402
 from .job import destroy, init  # noqa: E402
 from .mesh import Mesh, version  # noqa: E402
@@ -27,6 +27,7 @@ __all__ = [
     "Mesh",
     "MeshError",
     "PeerDied",
+    "PeerOutOfMemory",
     "PeerStalled",
     "ShapeError",
     "accuracy",
