@@ -37,7 +37,8 @@ void* Heap::allocate(size_t bytes, Kind kind) {
     std::lock_guard lock(mutex_);
     const size_t size = bytes > limit_ ? bytes : size_class(bytes);
     uint64_t offset = 0;
-    if (!std::exchange(fail_next_, false) && size <= limit_ && take(size, &offset)) {
+    const bool fails = fails_in_ >= 0 && fails_in_-- == 0;
+    if (!fails && size <= limit_ && take(size, &offset)) {
       blocks_[offset] = {size, kind};
       (kind == Kind::workspace ? usage_.workspace : usage_.tensors) += size;
       usage_.workspace_peak = std::max(usage_.workspace_peak, usage_.workspace);
@@ -45,7 +46,7 @@ void* Heap::allocate(size_t bytes, Kind kind) {
       if (++taken_ >= kWindow) watch();
       return segment_.at(begin_ + offset);
     }
-    why = refusal(bytes, size);
+    why = refusal(bytes, size) + (fails ? " (this allocation fails because GINGHAM_FAULT asks for it)" : "");
   }
   if (refused) refused(why);
   throw OutOfMemory(why);

@@ -31,7 +31,8 @@ class Heap {
   void reset_peak();
   // Called before allocate throws OutOfMemory.
   std::function<void(const std::string&)> refused;
-  void fail_next() { fail_next_ = true; }  // the next allocation is refused, as though the host had no memory
+  // The allocation after the next `count` is refused, as though the host had no memory.
+  void fail_after(int count) { fails_in_ = count; }
   // While blocks are held, what is freed stays as it is: a peer may not know yet that the call it belongs to was given up. hold(false):
   // blocks freed from now on are free at once; reuse(): and those that were held.
   void hold(bool on);
@@ -72,7 +73,8 @@ class Heap {
   std::map<uint64_t, uint64_t> holes_;  // begin, end
   std::map<uint64_t, Block> blocks_;
   std::vector<std::pair<uint64_t, size_t>> held_;
-  bool holding_ = false, fail_next_ = false;
+  bool holding_ = false;
+  int fails_in_ = -1;
   Usage usage_;
   // Of the watch over unused memory: the most that was in use since `since_`, allocations since, seconds that memory must lie idle.
   size_t peak_ = 0;

@@ -51,7 +51,7 @@ Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) :
   heap_ = std::make_unique<Heap>(*segment_, shared + heap_bytes_ * static_cast<size_t>(rank), heap_bytes_, rank);
   stream_ = std::make_unique<CpuStream>(*heap_);
   heap_->refused = [this](const std::string& message) { out_of_memory(message); };
-  control_->out_of_memory = [this] { heap_->fail_next(); };
+  control_->out_of_memory = [this] { heap_->fail_after(0); };
   control_->given_up = [this] { heap_->hold(true); };
   control_->reset = [this] { reset(); };
   watch_forks(this);

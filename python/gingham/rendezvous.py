@@ -50,7 +50,7 @@ def store(rank: int, size: int, timeout: float) -> dist.Store:
     path = os.environ.get("GINGHAM_STORE", "")
     address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     if dist.is_initialized():
-        key, made = ("torch.distributed", id(dist.group.WORLD)), dist.distributed_c10d._get_default_store()
+        key, made = ("torch.distributed", size), dist.distributed_c10d._get_default_store()
     elif path or address != ":":
         key = (path or address, size)
         if key not in _stores:

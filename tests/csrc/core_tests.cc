@@ -8,19 +8,13 @@
 #include <thread>
 
 #include "base/crc32c.h"
-#include "cases.h"
 #include "collectives/all_gather.h"
 #include "collectives/resident.h"
+#include "core_tests.h"
 #include "kernels/dropout.h"
 #include "ops/step.h"
 
 namespace gingham {
-namespace {
-
-struct Failure : Error {
-  using Error::Error;
-};
-#define EXPECT(cond) CHECK(Failure, cond, "line ", __LINE__, ": " #cond)
 
 std::vector<int> everyone(int n) {
   std::vector<int> out;
@@ -28,7 +22,7 @@ std::vector<int> everyone(int n) {
   return out;
 }
 
-Call named(const char* name, int64_t k = 0, int64_t rows = -1) {
+Call named(const char* name, int64_t k, int64_t rows) {
   Call call;
   call.set_name(name);
   call.k = k;
@@ -36,8 +30,7 @@ Call named(const char* name, int64_t k = 0, int64_t rows = -1) {
   return call;
 }
 
-// Runs body on every rank and gives back what each threw ("" for none).
-std::vector<std::string> errors_of(int size, const RankBody& body, double timeout = 5) {
+std::vector<std::string> errors_of(int size, const RankBody& body, double timeout) {
   std::vector<std::string> errors(static_cast<size_t>(size));
   run_ranks(
       size, As::threads,
@@ -54,6 +47,8 @@ std::vector<std::string> errors_of(int size, const RankBody& body, double timeou
 }
 
 bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+namespace {
 
 void heap_reuses_blocks() {
   run_ranks(1, As::threads, [](Job& job) -> Row {
@@ -259,11 +254,6 @@ void collectives_are_exact() {
       }
 }
 
-struct Test {
-  const char* name;
-  std::function<void()> body;
-};
-
 int run_all() {
   std::vector<Test> tests{{"heap reuses blocks", heap_reuses_blocks},
                           {"odd rank is named before a byte moves", odd_rank_is_named_before_a_byte_moves},
@@ -276,6 +266,7 @@ int run_all() {
                           {"collectives are exact", collectives_are_exact}};
   for (std::array<int, 3> grid : {std::array<int, 3>{1, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 3, 2}, {3, 2, 1}, {2, 2, 2}})
     tests.push_back({"step is exact", [grid] { step_is_exact_on(grid); }});
+  for (Test& test : memory_tests()) tests.push_back(std::move(test));
   int failed = 0;
   for (const Test& test : tests) {
     std::string error;
