@@ -19,7 +19,7 @@ from dataclasses import dataclass
 VARIABLE = "GINGHAM_FAULT"
 KINDS = ("kill", "stop", "raise", "exit", "oom")
 POINTS = ("init", "save", "load")
-INIT = ("init.start", "init.arrive", "init.group", "init.join", "init.mesh")  # before the step of that name
+INIT = ("init.start", "init.arrive", "init.group", "init.join", "init.mesh")  # after the step of that name
 
 
 @dataclass

@@ -89,11 +89,13 @@ def init(
         faults.at("init.start")
         meeting.arrive()
         faults.at("init.arrive")
+        meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
         _made_group = meeting.during("group", partial(rendezvous.make_process_group, device, meeting.store))
         faults.at("init.group")
         _join(meeting, axes, heap, (timeout, source, slices, link, device), jobs)
         place = _use_gpu(jobs[0]) if device == "cuda" else torch.device("cpu")
         faults.at("init.join")
+        meeting.exchange("before mesh", None)
         if device_mesh is None:
             device_mesh = meeting.during("mesh", partial(_device_mesh, place, torch.arange(world).view(*axes.sizes.values()), axes))
         made = Mesh(axes, rank, (jobs[0], jobs[1] if len(jobs) > 1 else None), device_mesh, source, slices, link or (0.0, 0.0), place)

@@ -19,6 +19,7 @@ from . import rendezvous
 from .errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 
 T = TypeVar("T")
+_left_behind: list[threading.Thread] = []  # in Gloo, where they wait for a rank that is gone
 FAILED = "failed"  # the store's key for the first rank that did not get through init
 PAUSE = 0.02  # seconds between two looks at the peers
 
@@ -39,6 +40,7 @@ class Meeting:
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
+        _wait_for_those_left_behind(rank)
         self.pids: list[int] = []
         self._watched: dict[int, int | None] = {}  # by rank: its pidfd, None where the system has none for us
         self._others: dict[int, int] = {}  # and its pid
@@ -110,6 +112,7 @@ class Meeting:
                     raise self._stalled(self._not_through(name), name)
         except (PeerDied, PeerStalled) as error:
             stop(error.rank, str(error))
+            _left_behind.append(thread)
             raise
         if errors:
             self._explain(errors[0], name)
@@ -183,6 +186,17 @@ class Meeting:
             f"{which} {what} gingham.init within {self.timeout:g} s (step {name!r}; told to rank {self.rank}); is every one of the"
             f" {self.size} ranks running? init(timeout=) sets the limit",
         )
+
+
+def _wait_for_those_left_behind(rank: int) -> None:
+    for thread in list(_left_behind):
+        thread.join(1.0)
+        if thread.is_alive():
+            raise MeshError(
+                f"rank {rank}: an earlier init of this process was given up while torch.distributed waited for a rank that was gone"
+                f" ({thread.name}), and it waits still: start a new process"
+            )
+        _left_behind.remove(thread)
 
 
 def _host() -> str:
