@@ -159,11 +159,14 @@ void define_job(py::module_& m) {
       .def_property_readonly("heap", &Job::heap_bytes)
       .def("pair_with", &Job::pair_with, py::arg("background"), py::keep_alive<1, 2>())
       .def_property_readonly("epoch", [](Job& job) { return job.control().epoch(); })
-      .def("enter", [](Job& job, uint32_t epoch) { job.control().enter(epoch); }, py::arg("epoch"), nogil)
-      .def("leave", [](Job& job) { job.control().leave(); }, nogil)
+      .def(
+          "enter", [](Job& job, uint32_t epoch) { job.control().enter(epoch); }, py::arg("epoch"), nogil)
+      .def(
+          "leave", [](Job& job) { job.control().leave(); }, nogil)
       .def("hear", [](Job& job) { job.control().hear(); })
       .def("inject", &inject, py::arg("faults"))
-      .def("trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
+      .def(
+          "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)

@@ -55,10 +55,11 @@ void* Heap::allocate(size_t bytes, Kind kind) {
 std::string Heap::refusal(size_t bytes, size_t size) const {
   std::string out = concat("rank ", rank_, ": the shared heap has no memory for a block of ", bytes, " bytes (it holds ", usage_.tensors,
                            " bytes in tensors and ", usage_.workspace, " in workspace, ", usage_.reserved, " reserved, at most ", limit_, "); ");
-  if (size > limit_ - std::min<size_t>(limit_, top_)) return out + "give every rank a larger one with gingham.init(heap=bytes)";
   const std::string cause = segment_.why_not_reserved();
   if (!cause.empty()) return out + cause;
   const MemoryLeft left = memory_left();
+  if (size > limit_ - std::min<size_t>(limit_, top_))
+    return out + concat("give every rank a larger one with gingham.init(heap=bytes); ", left.whose, " has ", left.bytes, " bytes left");
   return out + concat(left.whose, " has ", left.bytes, " bytes left: use smaller batches or more ranks, or raise the limit");
 }
 
@@ -199,7 +200,8 @@ void Heap::watch() {
   taken_ = 0;
   const double time = now();
   if (time - since_ < patience_) return;
-  if (since_ > 0 && usage_.reserved > peak_ + peak_ / 4 + kSlack) give_back(peak_ + peak_ / 4 + kSlack - std::min(peak_, usage_.tensors + usage_.workspace));
+  if (since_ > 0 && usage_.reserved > peak_ + peak_ / 4 + kSlack)
+    give_back(peak_ + peak_ / 4 + kSlack - std::min(peak_, usage_.tensors + usage_.workspace));
   since_ = time;
   peak_ = usage_.tensors + usage_.workspace;
 }

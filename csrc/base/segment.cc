@@ -59,9 +59,10 @@ void Segment::map() {
   ::close(fd_);
   rlimit limit{};
   const bool limited = getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
-  throw OutOfMemory(concat("cannot map ", bytes_, " bytes of address space, the heaps of all ranks: ", strerror(error),
-                           limited ? concat("; `ulimit -v` allows this process ", limit.rlim_cur, " bytes: raise it") : std::string("; free address space"),
-                           ", or give each rank a smaller heap with gingham.init(heap=bytes)"));
+  throw OutOfMemory(
+      concat("cannot map ", bytes_, " bytes of address space, the heaps of all ranks: ", strerror(error),
+             limited ? concat("; `ulimit -v` allows this process ", limit.rlim_cur, " bytes: raise it") : std::string("; free address space"),
+             ", or give each rank a smaller heap with gingham.init(heap=bytes)"));
 }
 
 Segment::~Segment() {

@@ -12,8 +12,8 @@ namespace gingham {
 
 class Segment {
  public:
-  explicit Segment(size_t bytes);                  // creates
-  explicit Segment(const std::string& path);       // opens another process's: /proc/<pid>/fd/<n>
+  explicit Segment(size_t bytes);             // creates
+  explicit Segment(const std::string& path);  // opens another process's: /proc/<pid>/fd/<n>
   ~Segment();
   Segment(const Segment&) = delete;
   Segment& operator=(const Segment&) = delete;

@@ -61,8 +61,7 @@ void sum_slabs(const Op& op, int64_t rows, const Matrix& out, bool add, std::ini
   else
     go(slab_kernel<1, Op>, 1);
   using T = typename Op::Sum;
-  launch(stream, slabs_kernel<T>, dim3(blocks(ceil_div(cols, kSweepThreads))), kSweepThreads, 0, partial, View<T>(out), slabs, cols,
-         add);
+  launch(stream, slabs_kernel<T>, dim3(blocks(ceil_div(cols, kSweepThreads))), kSweepThreads, 0, partial, View<T>(out), slabs, cols, add);
 }
 
 }  // namespace gingham::cuda

@@ -253,7 +253,8 @@ void Control::slow_wait(Word& word, uint32_t target, int peer) {
       const int odd = culprit(peer);
       fail(Kind::stalled, odd,
            concat("rank ", odd, " did not answer for ", timeout_, " s (in ",
-                  recovering_ ? "the first call after memory ran out" : me.calls[me.sequence.load() % kHistory].name, "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
+                  recovering_ ? "the first call after memory ran out" : me.calls[me.sequence.load() % kHistory].name,
+                  "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
       raise();
     }
   }

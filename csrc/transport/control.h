@@ -42,7 +42,7 @@ struct Call {
   int32_t dtype = 0;
   int32_t grid[3] = {1, 1, 1};
   int64_t k = 0, n = 0;
-  uint64_t flags = 0;       // of a step see the bits below; else the axis' number
+  uint64_t flags = 0;   // of a step see the bits below; else the axis' number
   int64_t rows = -1;    // local rows; equal only among ranks that share them
   int32_t invalid = 0;  // this rank refused its own arguments: `note` says why
   char note[240] = {};
@@ -91,7 +91,7 @@ class Control {
   // Publishes this rank and waits for all others; pids: of the ranks where known, so that one that dies before it comes is named.
   void attach(const std::string& version, const std::vector<int>& pids = {});
   bool watches() const { return watches_; }  // whether the kernel tells of peers' deaths; else their pids are asked for
-  void begin(const Call& call);             // publishes the call; throws the job's error if there is one
+  void begin(const Call& call);              // publishes the call; throws the job's error if there is one
   void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
   // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
   uint64_t key() const { return key_; }
@@ -114,12 +114,12 @@ class Control {
   uint32_t epoch() const { return epoch_.load(); }
   void end() { inside_ = false; }  // of the call begun last
   bool inside() const { return inside_; }
-  void hear();                     // throws the job's error or refusal, whichever call it belongs to
+  void hear();                            // throws the job's error or refusal, whichever call it belongs to
   std::function<void()> given_up, reset;  // a refusal was heard in a call; this rank's counters in shared memory begin anew
   void inject(std::vector<Fault> faults) { faults_ = Faults(std::move(faults)); }
   std::function<void()> out_of_memory;  // what a fault of that kind does
-  void close();                                                 // later waits for this rank raise PeerDied in the others
-  void orphan() { orphaned_ = true; }                           // this process was forked from the rank and is none itself
+  void close();                         // later waits for this rank raise PeerDied in the others
+  void orphan() { orphaned_ = true; }   // this process was forked from the rank and is none itself
   bool orphaned() const { return orphaned_; }
 
   int rank() const { return rank_; }

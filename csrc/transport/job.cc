@@ -59,7 +59,8 @@ Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) :
 
 void Job::out_of_memory(const std::string& message) {
   if (main_) return main_->out_of_memory(message);
-  if (gpu_) return control_->fail(Control::Kind::memory, rank(), message + "; on GPUs the mesh must be made anew: gingham.destroy() and gingham.init()");
+  if (gpu_)
+    return control_->fail(Control::Kind::memory, rank(), message + "; on GPUs the mesh must be made anew: gingham.destroy() and gingham.init()");
   control_->refuse(message);
 }
 
@@ -82,7 +83,7 @@ void Job::reset() {
     for (Word* word : {&board.posted, &board.finished, &board.turns}) word->store(0);
     for (int to = 0; to < size(); to++)
       for (int lane = 0; lane < kLanes; lane++)
-        for (Channel& channel = memory.channel(rank(), to, lane); Word * word : {&channel.sent, &channel.consumed}) word->store(0);
+        for (Channel& channel = memory.channel(rank(), to, lane); Word* word : {&channel.sent, &channel.consumed}) word->store(0);
   }
   heap_->reuse();
 }

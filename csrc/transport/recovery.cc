@@ -36,8 +36,8 @@ void Control::raise_refusal(bool in_any_call) {
   if (!in_any_call && !reached(block_->ranks[rank_].sequence.load(), block_->refused_at)) return;
   told_ = true;
   if (inside_ && given_up) given_up();
-  throw PeerOutOfMemory(block_->refused_rank, concat(block_->refusal, " (told to rank ", rank_,
-                                                     "; every rank gave up this call, and the mesh can be used again)"));
+  throw PeerOutOfMemory(block_->refused_rank,
+                        concat(block_->refusal, " (told to rank ", rank_, "; every rank gave up this call, and the mesh can be used again)"));
 }
 
 void Control::hear() {

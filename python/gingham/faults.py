@@ -41,9 +41,11 @@ def parse(text: str, size: int) -> list[Fault]:
     for part in filter(None, (part.strip() for part in text.split(";"))):
 
         def wrong(what: str, part: str = part) -> ValueError:
-            return ValueError(f'{VARIABLE}: {what} in "{part}": expected "rank=2,op=matmul,call=3,kind={"|".join(KINDS)}", several with ";"')
+            return ValueError(
+                f'{VARIABLE}: {what} in "{part}": expected "rank=2,op=matmul,call=3,kind={"|".join(KINDS)}", several with ";"'
+            )
 
-        fields = dict((name.strip(), value.strip()) for name, _, value in (field.partition("=") for field in part.split(",")))
+        fields = {name.strip(): value.strip() for name, _, value in (field.partition("=") for field in part.split(","))}
         if len(fields) < part.count(",") + 1:
             raise wrong("a field is given twice")
         strange = sorted(set(fields) - {"rank", "op", "call", "kind"})

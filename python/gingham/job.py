@@ -61,7 +61,6 @@ def init(
     where the numbers do not fit; PeerStalled naming ranks that do not come; PeerDied naming one that dies or raises here;
     MemoryError where the address space is limited (`ulimit -v`); ValueError for a wrong GINGHAM_FAULT (gingham.faults).
     """
-    global _made_group
     if mesh.has_mesh():
         raise MeshError("gingham.init was called twice: call gingham.destroy() first")
     device_mesh = mode if isinstance(mode, DeviceMesh) else None
@@ -74,6 +73,11 @@ def init(
     else:
         axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
     device, source = _device_and_source(device, source, slices, link)
+    return _start(axes, device_mesh, heap, (timeout, source, slices, link, device))
+
+
+def _check_size(axes: Axes, heap: int | None) -> tuple[int, int]:
+    """(rank, world), where the mesh fits the job."""
     rank, world = rendezvous.world()
     if axes.size != world:
         raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
@@ -81,6 +85,14 @@ def init(
         raise MeshError(f"a mesh has at most {mesh.max_ranks} ranks, those of one host; got {world}")
     if heap is not None and heap < 1:
         raise MeshError(f"heap={heap}: expected bytes for each rank, at least 1")
+    return rank, world
+
+
+def _start(axes: Axes, device_mesh: DeviceMesh | None, heap: int | None, options: tuple[Any, ...]) -> Mesh:
+    """The steps of init, with a fault's point after each; what one rank fails in is told to all."""
+    global _made_group
+    timeout, source, slices, link, device = options
+    rank, world = _check_size(axes, heap)
     strikes = faults.read(rank, world)
     _watch()
     meeting = Meeting(rank, world, timeout)
@@ -92,7 +104,7 @@ def init(
         meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
         _made_group = meeting.during("group", partial(rendezvous.make_process_group, device, meeting.store))
         faults.at("init.group")
-        _join(meeting, axes, heap, (timeout, source, slices, link, device), jobs)
+        _join(meeting, axes, heap, options, jobs)
         place = _use_gpu(jobs[0]) if device == "cuda" else torch.device("cpu")
         faults.at("init.join")
         meeting.exchange("before mesh", None)

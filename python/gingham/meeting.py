@@ -28,10 +28,10 @@ def failure(rank: int, text: str) -> str:
     return json.dumps({"rank": rank, "text": text})
 
 
-def about(kind: type[Any], rank: int, text: str) -> Any:
+def about(kind: type[Any], rank: int, text: str) -> BaseException:
     """An error about another rank."""
-    error = kind(text)
-    error.rank = rank
+    error: BaseException = kind(text)
+    error.rank = rank  # type: ignore[attr-defined]
     return error
 
 
@@ -164,10 +164,11 @@ class Meeting:
             if not self._watch.check([f"{name}/{rank}"]):
                 raise self._dead(rank, self._others[rank])
 
-    def _dead(self, rank: int, pid: int) -> PeerDied:
+    def _dead(self, rank: int, pid: int) -> BaseException:
         told = json.loads(self._watch.get(FAILED)) if self._watch.check([FAILED]) else None
         if told is not None and told["rank"] != self.rank:
-            return about(PeerDied, told["rank"], f"{told['text']} (told to rank {self.rank})")
+            rank, text = told["rank"], told["text"]
+            return about(PeerDied, rank, f"{text} (told to rank {self.rank})")
         return about(PeerDied, rank, f"rank {rank} (pid {pid}) died in gingham.init (told to rank {self.rank})")
 
     def _not_through(self, name: str) -> list[int]:
@@ -176,7 +177,7 @@ class Meeting:
         late = [rank for rank in range(self.size) if rank != self.rank and not self._watch.check([f"{name}/{rank}"])]
         return stopped or late or [self.rank]
 
-    def _stalled(self, ranks: Iterable[int], name: str) -> PeerStalled:
+    def _stalled(self, ranks: Iterable[int], name: str) -> BaseException:
         missing = sorted(ranks)
         which = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
         what = "did not come to" if name == "arrived" else "did not answer in"

@@ -154,7 +154,7 @@ class Exit:
     rank: int
     code: Any
 
-    def error(self) -> PeerDied:
+    def error(self) -> BaseException:
         died = PeerDied(f"rank {self.rank} called sys.exit({self.code!r}) before its function returned")
         died.rank = self.rank
         return died

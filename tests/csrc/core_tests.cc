@@ -1,6 +1,8 @@
 // The core's own tests, ranks as threads, so that the sanitizers see every access: heap, waits, errors, messages, and the fused step over
 // grids, sources and slices with exact integer data (through the microbenchmark's cases).
 //   core_tests            runs all and prints one line a test; exit 1 when one fails
+#include "core_tests.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -10,7 +12,6 @@
 #include "base/crc32c.h"
 #include "collectives/all_gather.h"
 #include "collectives/resident.h"
-#include "core_tests.h"
 #include "kernels/dropout.h"
 #include "ops/step.h"
 

@@ -197,7 +197,9 @@ void products_of_pieces_are_exact() {
         std::vector<float> va, vb, vc;
         const Matrix a = made(va, m, k), b = made(vb, k, n), c = made(vc, m, n);
         const bool add = next(state) % 2;
-        const auto at = [](const Matrix& x, int64_t i, int64_t j) -> float& { return static_cast<float*>(x.data)[i * x.row_stride + j * x.col_stride]; };
+        const auto at = [](const Matrix& x, int64_t i, int64_t j) -> float& {
+          return static_cast<float*>(x.data)[i * x.row_stride + j * x.col_stride];
+        };
         std::vector<float> expected;
         for (int64_t i = 0; i < m; i++)
           for (int64_t j = 0; j < n; j++) {

@@ -90,7 +90,9 @@ def test_f1_to_f4_two_hundred_faults(ranks, tmp_path: Path) -> None:
     points = [("linear.forward", 1), ("linear.backward", 3), ("backward", 2), ("all_gather", 4), ("save", 2), ("save", 3), ("*", 11)]
     cases = [(op, call, kind) for (op, call), kind in itertools.product(points, ("kill", "raise", "exit", "oom"))]
     cases = [cases[at % len(cases)] for at in range(150)]
-    cases += [(f"init.{point}", 1, kind) for point in ("start", "arrive", "group", "join", "mesh") for kind in ("kill", "raise", "exit", "oom")] * 3
+    cases += [
+        (f"init.{point}", 1, kind) for point in ("start", "arrive", "group", "join", "mesh") for kind in ("kill", "raise", "exit", "oom")
+    ] * 3
     cases = cases[:200]
     late = []
     for number, (op, call, kind) in enumerate(cases):
