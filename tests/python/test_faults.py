@@ -184,6 +184,7 @@ import json, os, sys, time
 import torch, gingham
 try:
     mesh = gingham.init("2d", size=4)
+    torch.manual_seed(0)
     layer = gingham.nn.Linear(8, 8)
     x = mesh.scatter(torch.ones(8, 8))
     for _ in range(50):
