@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "base/crc32c.h"
+#include "base/memory.h"
 #include "binding_step.h"
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
@@ -71,6 +72,7 @@ void define_errors(py::module_& m) {
   py::register_exception<MeshError>(m, "MeshError", PyExc_ValueError);
   static py::exception<PeerDied> died(m, "PeerDied", PyExc_RuntimeError);
   static py::exception<PeerStalled> stalled(m, "PeerStalled", PyExc_RuntimeError);
+  static py::exception<PeerOutOfMemory> memory(m, "PeerOutOfMemory", PyExc_MemoryError);
   py::register_exception_translator([](std::exception_ptr p) {
     auto raise = [](py::handle type, const PeerError& error) {
       py::object instance = type(error.what());
@@ -83,6 +85,8 @@ void define_errors(py::module_& m) {
       raise(died, error);
     } catch (const PeerStalled& error) {
       raise(stalled, error);
+    } catch (const PeerOutOfMemory& error) {
+      raise(memory, error);
     } catch (const OutOfMemory& error) {
       PyErr_SetString(PyExc_MemoryError, error.what());
     }
@@ -132,18 +136,37 @@ py::dict memory_of(Job& job) {
   return out;
 }
 
+void inject(Job& job, const std::vector<std::tuple<std::string, int64_t, std::string>>& faults) {
+  std::vector<Fault> out;
+  for (const auto& [op, call, kind] : faults) out.push_back({op, call, fault_kind(kind)});
+  job.control().inject(std::move(out));
+}
+
 void define_job(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
 
   py::class_<Label, std::shared_ptr<Label>>(m, "Label").def(py::init<std::string>(), py::arg("text")).def_readonly("text", &Label::text);
 
   py::class_<Job, std::shared_ptr<Job>>(m, "Job")
-      .def(py::init<int, int, const std::string&, double>(), py::arg("rank"), py::arg("size"), py::arg("path") = "", py::arg("timeout") = 60.0)
+      .def(py::init<int, int, const std::string&, double, size_t>(), py::arg("rank"), py::arg("size"), py::arg("path") = "",
+           py::arg("timeout") = 60.0, py::arg("heap") = 0)
       .def_property_readonly("path", &Job::path)
       .def_property_readonly("rank", &Job::rank)
       .def_property_readonly("size", &Job::size)
       .def(
-          "ready", [](Job& job) { job.attach(GINGHAM_VERSION); }, nogil)
+          "ready", [](Job& job, const std::vector<int>& pids) { job.attach(GINGHAM_VERSION, pids); }, py::arg("pids") = std::vector<int>(), nogil)
+      .def_property_readonly("watches", [](Job& job) { return job.control().watches(); })
+      .def_property_readonly("heap", &Job::heap_bytes)
+      .def("pair_with", &Job::pair_with, py::arg("background"), py::keep_alive<1, 2>())
+      .def_property_readonly("epoch", [](Job& job) { return job.control().epoch(); })
+      .def(
+          "enter", [](Job& job, uint32_t epoch) { job.control().enter(epoch); }, py::arg("epoch"), nogil)
+      .def(
+          "leave", [](Job& job) { job.control().leave(); }, nogil)
+      .def("hear", [](Job& job) { job.control().hear(); })
+      .def("inject", &inject, py::arg("faults"))
+      .def(
+          "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)
@@ -200,6 +223,8 @@ void define_functions(py::module_& m) {
         py::arg("offsets"), py::arg("job") = std::shared_ptr<Job>());
   m.def("crc32c", &crc32c_of, py::arg("data"), py::arg("before") = 0);
   m.def("version", [] { return GINGHAM_VERSION; });
+  m.attr("max_ranks") = kMaxRanks;
+  m.def("memory_left", [](const std::string& root) { return memory_left(root).bytes; }, py::arg("root") = "");
   m.def("device_report", &report_of);
   m.def("hopper_status", &hopper_status);
   m.def("set_nccl_path", &set_nccl_path, py::arg("library"));

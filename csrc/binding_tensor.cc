@@ -91,11 +91,22 @@ DLManagedTensorVersioned* torch_tensor(const DLPackExchangeAPI* api, DLDevice de
   return out;
 }
 
+// What make() makes; where it has no memory the other ranks are told.
+template <class Make>
+auto told(Job& job, const Make& make) {
+  try {
+    return make();
+  } catch (const OutOfMemory& error) {
+    job.out_of_memory(concat("rank ", job.rank(), ": ", error.what()));
+    throw;
+  }
+}
+
 class TorchMemory : public DeviceMemory {
  public:
-  explicit TorchMemory(const DLPackExchangeAPI* api) : api_(api) {}
+  TorchMemory(const DLPackExchangeAPI* api, Job& job) : api_(api), job_(job) {}
   void* allocate(size_t bytes, int device, void*) override {
-    DLManagedTensorVersioned* made = torch_tensor(api_, {kDLCUDA, device}, known("uint8"), {static_cast<int64_t>(bytes)});
+    DLManagedTensorVersioned* made = told(job_, [&] { return torch_tensor(api_, {kDLCUDA, device}, known("uint8"), {static_cast<int64_t>(bytes)}); });
     void* data = static_cast<char*>(made->dl_tensor.data) + made->dl_tensor.byte_offset;
     const std::lock_guard lock(mutex_);
     held_[data] = made;
@@ -114,6 +125,7 @@ class TorchMemory : public DeviceMemory {
 
  private:
   const DLPackExchangeAPI* api_;
+  Job& job_;  // which owns this, through its GPU
   std::mutex mutex_;
   std::unordered_map<void*, DLManagedTensorVersioned*> held_;
 };
@@ -177,6 +189,7 @@ OnCallersStream::OnCallersStream(const std::shared_ptr<Job>& job) : job_(job.get
 }
 
 OnCallersStream::~OnCallersStream() {
+  if (job_) job_->end_call();
   if (!kFakeDevice || !job_ || !job_->gpu()) return;
   try {
     job_->gpu()->synchronize();
@@ -193,7 +206,7 @@ void use_gpu(Job& job, int ordinal, bool tf32) {
   }
   job.gpu()->stream().math = tf32 ? Math::tf32 : Math::exact;
   if (kFakeDevice) return;
-  job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api));
+  job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api, job));
 #if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
   // Here and not in the first step, which must not wait for the device.
   py::gil_scoped_release nogil;
@@ -216,7 +229,7 @@ Made from_torch(DLDevice device, const Known& type, const std::vector<int64_t>& 
 
 Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name, Heap::Kind kind) {
   const Known& type = known(dtype_name);
-  if (const Gpu* gpu = gpu_of(job.get())) return from_torch({kDLCUDA, gpu->ordinal()}, type, shape);
+  if (const Gpu* gpu = gpu_of(job.get())) return told(*job, [&] { return from_torch({kDLCUDA, gpu->ordinal()}, type, shape); });
   if (job->gpu() || job->orphaned()) return from_torch({kDLCPU, 0}, type, shape);
   auto owner = std::make_unique<Owner>();
   owner->job = job;

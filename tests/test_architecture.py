@@ -26,7 +26,9 @@ CORE_FOLDERS = {
 PYTHON_MODULES = {
     "errors": {"_C"},
     "layout": {"errors"},
-    "rendezvous": set(),
+    "rendezvous": {"errors"},
+    "faults": set(),
+    "meeting": {"rendezvous", "errors"},
     "live": set(),
     "compiled": {"errors"},
     "modes": {"layout", "errors"},
@@ -56,12 +58,12 @@ PYTHON_MODULES = {
         "convert",
     },
     "parallel": {"layout", "mesh", "errors", "parallel"},
-    "checkpoint": {"layout", "mesh", "errors", "checkpoint", "_C"},
+    "checkpoint": {"layout", "mesh", "errors", "faults", "checkpoint", "_C"},
     "formulas": {"mesh", "layout", "errors"},
     "workload": {"errors"},
     "planner": {"mesh", "layout", "formulas", "workload", "errors"},
     "config": {"mesh", "errors"},
-    "job": {"layout", "mesh", "checks", "random", "rendezvous", "config", "planner", "workload", "errors"},
+    "job": {"layout", "mesh", "checks", "random", "rendezvous", "faults", "meeting", "config", "planner", "workload", "errors"},
     "spawn": {"job", "mesh", "rendezvous", "errors"},
 }
 MODE_FILES = {"modes.py", "planner.py", "train.py", "cli.py"}

@@ -27,6 +27,10 @@ struct PeerDied : PeerError {
 struct PeerStalled : PeerError {
   using PeerError::PeerError;
 };
+// An allocation failed on the named peer, in a call of all: each rank gives the call up, and the mesh goes on.
+struct PeerOutOfMemory : PeerError {
+  using PeerError::PeerError;
+};
 struct OutOfMemory : Error {
   using Error::Error;
 };

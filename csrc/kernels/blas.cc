@@ -60,6 +60,8 @@ Blas find() {
 
 }  // namespace
 
+int64_t blas_most = INT32_MAX;
+
 const Blas& blas() {
   static const Blas found = find();
   return found;

@@ -1,6 +1,7 @@
 // The BLAS under gemm: the one torch carries, found at run time in the running process; else GINGHAM_BLAS (a path, or "plain" for three
 // loops, which the sanitizer builds use). load_blas finds it once; a process without any gets a typed error at its first gemm.
 #pragma once
+#include <cstdint>
 #include <string>
 
 namespace gingham {
@@ -17,6 +18,8 @@ struct Blas {
 };
 
 const Blas& blas();
+// The largest size and stride that it counts in: gemm makes larger products of pieces. Tests lower it.
+extern int64_t blas_most;
 void set_blas_threads(int threads);  // of the calling thread where the library can, else of the process
 
 }  // namespace gingham

@@ -63,8 +63,8 @@ void copy(Matrix from, Matrix to, const Stream& stream) {
   arrange({&to, &from});
   if (column_major(from) && to.rows > 1 && to.cols > 1) {
     const int64_t across = ceil_div(to.cols, kTile), down = ceil_div(to.rows, kTile);
-    return launch(stream, transpose_kernel<From, To>, dim3(static_cast<unsigned>(across * down)), kTile * kDown, sizeof(To) * kTile * kPitch<To>,
-                  View<From>(from), View<To>(to), to.rows, to.cols, across);
+    return launch(stream, transpose_kernel<From, To>, dim3(blocks(across * down)), kTile * kDown, sizeof(To) * kTile * kPitch<To>, View<From>(from),
+                  View<To>(to), to.rows, to.cols, across);
   }
   sweep<width>(Copy<From, To>{View<From>(from), View<To>(to)}, to.rows, to.cols, {&from, &to}, stream);
 }

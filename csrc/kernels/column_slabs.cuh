@@ -53,7 +53,7 @@ void sum_slabs(const Op& op, int64_t rows, const Matrix& out, bool add, std::ini
   const Scratch room(stream, static_cast<size_t>(slabs * cols) * sizeof(double));
   double* partial = reinterpret_cast<double*>(room.data());
   const auto go = [&](auto kernel, int w) {
-    launch(stream, kernel, dim3(static_cast<unsigned>(ceil_div(cols, 32 * w)), static_cast<unsigned>(slabs)), 32 * kStrands,
+    launch(stream, kernel, dim3(blocks(ceil_div(cols, 32 * w)), blocks(slabs)), 32 * kStrands,
            sizeof(double) * static_cast<size_t>(kStrands * 32 * w), op, partial, rows, cols);
   };
   if (movable(views, W))
@@ -61,8 +61,7 @@ void sum_slabs(const Op& op, int64_t rows, const Matrix& out, bool add, std::ini
   else
     go(slab_kernel<1, Op>, 1);
   using T = typename Op::Sum;
-  launch(stream, slabs_kernel<T>, dim3(static_cast<unsigned>(ceil_div(cols, kSweepThreads))), kSweepThreads, 0, partial, View<T>(out), slabs, cols,
-         add);
+  launch(stream, slabs_kernel<T>, dim3(blocks(ceil_div(cols, kSweepThreads))), kSweepThreads, 0, partial, View<T>(out), slabs, cols, add);
 }
 
 }  // namespace gingham::cuda

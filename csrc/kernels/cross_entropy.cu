@@ -80,7 +80,7 @@ struct SoftmaxGradient {
   }
 };
 
-dim3 rows_of(const Matrix& x) { return dim3(static_cast<unsigned>(x.rows)); }
+dim3 rows_of(const Matrix& x) { return dim3(blocks(x.rows)); }
 
 }  // namespace
 

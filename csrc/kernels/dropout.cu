@@ -68,7 +68,7 @@ void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& lo
              const std::vector<int64_t>& offset, const DropoutKey& key, const Stream& stream) {
   const DropoutRuns runs = runs_of(local, global, offset);
   if (runs.count == 0) return;
-  const unsigned across = static_cast<unsigned>(ceil_div(runs.length + 3, 4 * kSweepThreads));
+  const unsigned across = blocks(ceil_div(runs.length + 3, 4 * kSweepThreads));
   const unsigned down = static_cast<unsigned>(runs.count < 65535 ? runs.count : 65535);
   with_real(dtype, "dropout", [&](auto tag) {
     using T = typename decltype(tag)::type;

@@ -9,29 +9,50 @@
 namespace gingham {
 namespace {
 
-// A view as BLAS sees it, column-major: 'N' when columns are contiguous. A single row or column may claim either order.
+// A view as BLAS sees it, column-major: 'N' when columns are contiguous. A single row or column may claim either order, and its stride
+// is of no use to anyone.
 struct Order {
   char trans;
-  int ld;
+  int64_t ld;
 };
 
 Order order_of(const Matrix& m) {
   const bool column_major = m.row_stride == 1 && (m.col_stride >= m.rows || m.cols == 1);
-  const int64_t ld = column_major ? m.col_stride : m.row_stride;
-  const int64_t least = column_major ? m.rows : m.cols;
-  return {column_major ? 'N' : 'T', static_cast<int>(std::max(std::max(ld, least), int64_t{1}))};
+  const int64_t lines = column_major ? m.cols : m.rows, ld = column_major ? m.col_stride : m.row_stride;
+  const int64_t least = std::max(column_major ? m.rows : m.cols, int64_t{1});
+  return {column_major ? 'N' : 'T', lines > 1 ? std::max(ld, least) : least};
+}
+
+// How much of dim 0 or 1 of the view one call may take: BLAS counts in 32 bits, also the distance of two rows or columns.
+int64_t most_of(const Matrix& m, int dim) {
+  const Order order = order_of(m);
+  return dim == (order.trans == 'T' ? 0 : 1) && order.ld > blas_most ? 1 : blas_most;
+}
+
+template <class T, class Fn>
+void call_once(Fn fn, const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate) {
+  const Order oc = order_of(c);
+  // C must be column-major for BLAS; a row-major C is computed as its transpose, B^T A^T.
+  if (oc.trans == 'T') return call_once<T>(fn, b.t(), a.t(), c.t(), accumulate);
+  const Order oa = order_of(a), ob = order_of(b);
+  const int m = static_cast<int>(c.rows), n = static_cast<int>(c.cols), k = static_cast<int>(a.cols);
+  const int lda = static_cast<int>(oa.ld), ldb = static_cast<int>(ob.ld), ldc = static_cast<int>(oc.ld);
+  const T one = 1, beta = accumulate ? T(1) : T(0);
+  fn(&oa.trans, &ob.trans, &m, &n, &k, &one, static_cast<const T*>(a.data), &lda, static_cast<const T*>(b.data), &ldb, &beta, static_cast<T*>(c.data),
+     &ldc);
 }
 
 template <class T, class Fn>
 void call(Fn fn, const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate) {
-  const Order oc = order_of(c);
-  // C must be column-major for BLAS; a row-major C is computed as its transpose, B^T A^T.
-  if (oc.trans == 'T') return call<T>(fn, b.t(), a.t(), c.t(), accumulate);
-  const Order oa = order_of(a), ob = order_of(b);
-  const int m = static_cast<int>(c.rows), n = static_cast<int>(c.cols), k = static_cast<int>(a.cols);
-  const T one = 1, beta = accumulate ? T(1) : T(0);
-  fn(&oa.trans, &ob.trans, &m, &n, &k, &one, static_cast<const T*>(a.data), &oa.ld, static_cast<const T*>(b.data), &ob.ld, &beta,
-     static_cast<T*>(c.data), &oc.ld);
+  const int64_t m = std::min(most_of(a, 0), most_of(c, 0)), n = std::min(most_of(b, 1), most_of(c, 1)), k = std::min(most_of(a, 1), most_of(b, 0));
+  if (c.rows <= m && c.cols <= n && a.cols <= k) return call_once<T>(fn, a, b, c, accumulate);
+  for (int64_t i = 0; i < c.rows; i += m)
+    for (int64_t j = 0; j < c.cols; j += n)
+      for (int64_t p = 0; p < a.cols; p += k) {
+        const int64_t i_end = std::min(c.rows, i + m), j_end = std::min(c.cols, j + n), p_end = std::min(a.cols, p + k);
+        call<T>(fn, a.slice(0, i, i_end).slice(1, p, p_end), b.slice(0, p, p_end).slice(1, j, j_end), c.slice(0, i, i_end).slice(1, j, j_end),
+                accumulate || p > 0);
+      }
 }
 
 // BLAS kernels for a tiny C add all of K in one chain, whose rounding grows as sqrt(K): 1.2e-6 at K = 4096. Pieces of K summed apart and

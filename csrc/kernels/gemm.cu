@@ -118,6 +118,8 @@ void choose(const Job& job, bool add, const Stream& stream) {
 
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
   check_gemm(a, b, c, tail);
+  CHECK(ShapeError, std::max({a.rows, a.cols, b.cols}) <= INT32_MAX, "gemm of [", a.rows, ",", a.cols, "] and [", b.rows, ",", b.cols, "]: at most ",
+        INT32_MAX, " a dim on a GPU; cut it into pieces");
   if (a.rows == 0 || b.cols == 0) return;
   if (a.cols == 0) {
     if (!accumulate && c.data) gingham::fill_zero(c, stream);

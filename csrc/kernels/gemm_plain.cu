@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_kernel(Operands p, Store<T>
 template <class T>
 void run_plain(const Operands& p, const Store<T>& store, const Stream& stream) {
   const int64_t tiles = ceil_div(p.m, Plain<T>::edge) * ceil_div(p.n, Plain<T>::edge);
-  launch(stream, plain_kernel<T>, dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(ceil_div(p.k, p.piece))), kThreads,
-         2 * Plain<T>::stage * sizeof(T), p, store);
+  launch(stream, plain_kernel<T>, dim3(blocks(tiles), 1, blocks(ceil_div(p.k, p.piece))), kThreads, 2 * Plain<T>::stage * sizeof(T), p, store);
 }
 
 }  // namespace

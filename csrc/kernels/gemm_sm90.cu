@@ -162,7 +162,7 @@ void run_wide(const Operands& p, const Store<T>& store, DType dtype, int* stuck,
   CHECK(DeviceError, encode, "the driver has no cuTensorMapEncodeTiled");
   const CUtensorMap a = map_of(encode, dtype, p.a, a_along_k, p.lda, p.m, p.k, kHigh);
   const CUtensorMap b = map_of(encode, dtype, p.b, b_along_k, p.ldb, p.n, p.k, wide);
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.m, kHigh) * ceil_div(p.n, wide)), 1, static_cast<unsigned>(ceil_div(p.k, p.piece)));
+  const dim3 grid(blocks(ceil_div(p.m, kHigh) * ceil_div(p.n, wide)), 1, blocks(ceil_div(p.k, p.piece)));
   launch(stream, sm90_kernel<T, a_along_k, b_along_k, wide>, grid, kThreads, static_cast<size_t>(Ring<T, wide>::bytes), a, b, p, store, stuck);
 }
 

@@ -209,8 +209,8 @@ template <class T, bool a_along_k, bool b_along_k, class Shape, bool aligned>
 void run_tile(const Operands& p, const Store<T>& store, const Stream& stream) {
   const int64_t tiles = ceil_div(p.m, Shape::m) * ceil_div(p.n, Shape::n);
   const size_t bytes = static_cast<size_t>(Shape::stages) * (Shape::m + Shape::n) * kLineBytes;
-  launch(stream, tile_kernel<T, a_along_k, b_along_k, Shape, aligned>,
-         dim3(static_cast<unsigned>(tiles), 1, static_cast<unsigned>(ceil_div(p.k, p.piece))), Shape::threads, bytes, p, store);
+  launch(stream, tile_kernel<T, a_along_k, b_along_k, Shape, aligned>, dim3(blocks(tiles), 1, blocks(ceil_div(p.k, p.piece))), Shape::threads, bytes,
+         p, store);
 }
 
 template <class T, class Large, class Small, bool a_along_k, bool b_along_k>

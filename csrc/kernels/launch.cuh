@@ -23,6 +23,12 @@ void launch(const Stream& stream, void (*kernel)(Params...), dim3 grid, int bloc
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
 }
 
+// A grid's number of blocks, which CUDA counts in 31 bits along x.
+inline unsigned blocks(int64_t count) {
+  CHECK(ShapeError, count >= 0 && count <= INT32_MAX, "a kernel of ", count, " blocks, at most ", INT32_MAX, ": cut the tensor");
+  return static_cast<unsigned>(count);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace gingham::cuda

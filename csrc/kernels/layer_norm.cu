@@ -149,7 +149,7 @@ struct GammaGradient {
   }
 };
 
-dim3 rows_of(const Matrix& x) { return dim3(static_cast<unsigned>(x.rows)); }
+dim3 rows_of(const Matrix& x) { return dim3(blocks(x.rows)); }
 
 }  // namespace
 

@@ -79,7 +79,7 @@ void with_codable(DType dtype, Fn fn) {
   fn(Tag<F16>{});
 }
 
-dim3 grid_of(const Matrix& x) { return dim3(static_cast<unsigned>(ceil_div(x.rows * ceil_div(x.cols, kQuantiseBlock), kWarps))); }
+dim3 grid_of(const Matrix& x) { return dim3(blocks(ceil_div(x.rows * ceil_div(x.cols, kQuantiseBlock), kWarps))); }
 
 }  // namespace
 

@@ -77,7 +77,7 @@ void sweep_width(const Op& op, int64_t rows, int64_t cols, const Stream& stream)
   int lanes = 0;
   while (lanes < 8 && (int64_t{W} << lanes) < cols) lanes++;
   const int64_t across = ceil_div(cols, int64_t{W} << lanes), down = ceil_div(rows, kSweepThreads >> lanes);
-  const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down < 65535 ? down : 65535));
+  const dim3 grid(blocks(across), blocks(down < 65535 ? down : 65535));
   launch(stream, sweep_kernel<W, Op>, grid, kSweepThreads, 0, op, rows, cols, lanes);
 }
 

@@ -2,19 +2,21 @@
 
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <map>
 
 namespace gingham {
 namespace {
 
 constexpr int kSpins = 200, kYields = 4, kSliceMs = 50;
-constexpr double kJudgePatience = 0.3, kVerdictPatience = 1.0;
+
+}  // namespace
 
 void copy_text(char* to, size_t room, const std::string& text) {
   const size_t n = std::min(room - 1, text.size());
@@ -28,20 +30,16 @@ void nap(double seconds) {
   clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr);
 }
 
-constexpr uint64_t kSeed = 1469598103934665603ull;
-
 uint64_t mixed(uint64_t h, uint64_t v) {
   h = (h ^ v) * 1099511628211ull;
   return h ^ h >> 29;
 }
 
-std::string list(const std::vector<int>& ranks) {
+std::string list_of(const std::vector<int>& ranks) {
   std::string out = ranks.size() == 1 ? "rank " : "ranks ";
   for (size_t i = 0; i < ranks.size(); i++) out += (i ? ", " : "") + std::to_string(ranks[i]);
   return out;
 }
-
-}  // namespace
 
 std::function<void()> Control::interrupt;
 
@@ -95,7 +93,22 @@ Control::~Control() {
     if (fd >= 0) ::close(fd);
 }
 
-void Control::attach(const std::string& version) {
+void Control::watch(int rank, int pid) {
+  const size_t r = static_cast<size_t>(rank);
+  if (pid <= 0 || pid == getpid() || watched_[r] == pid) return;
+  watched_[r] = pid;
+  pidfds_[r] = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
+  if (pidfds_[r] >= 0) return;
+  if (errno == ESRCH)
+    fail(Kind::died, rank, concat("rank ", rank, " (pid ", pid, ") died while the job started"));
+  else
+    watches_ = false;
+}
+
+void Control::attach(const std::string& version, const std::vector<int>& pids) {
+  pidfds_.assign(static_cast<size_t>(size_), -1);
+  watched_.assign(static_cast<size_t>(size_), -1);
+  for (int r = 0; r < static_cast<int>(pids.size()); r++) watch(r, pids[static_cast<size_t>(r)]);
   RankRecord& me = block_->ranks[rank_];
   me.heartbeat = now();
   me.waiting_on.store(-1);
@@ -113,28 +126,23 @@ void Control::attach(const std::string& version) {
   block_->attached.add(1);
   const double start = now();
   while (!reached(block_->attached.load(), static_cast<uint32_t>(size_))) {
-    check();
+    poll_peers(-1);
     nap(0.001);
     if (now() - start < timeout_) continue;
     std::vector<int> missing;
     for (int r = 0; r < size_; r++)
       if (block_->ranks[r].pid.load() == 0) missing.push_back(r);
-    fail(Kind::stalled, missing.empty() ? 0 : missing[0], concat(list(missing), " did not join within ", timeout_, " s"));
+    fail(Kind::stalled, missing.empty() ? 0 : missing[0], concat(list_of(missing), " did not join within ", timeout_, " s"));
     raise();
   }
-  pidfds_.assign(static_cast<size_t>(size_), -1);
-  for (int r = 0; r < size_; r++) {
-    const int pid = block_->ranks[r].pid.load();
-    if (pid == getpid()) continue;
-    pidfds_[static_cast<size_t>(r)] = static_cast<int>(syscall(SYS_pidfd_open, pid, 0));
-    if (pidfds_[static_cast<size_t>(r)] < 0 && errno == ESRCH) fail(Kind::died, r, concat("rank ", r, " died while the job started"));
-  }
+  for (int r = 0; r < size_; r++) watch(r, block_->ranks[r].pid.load());
 }
 
 void Control::begin(const Call& call) {
   CHECK(MeshError, !orphaned_, "rank ", rank_, ": ", call.name, " in a process forked from this rank, such as a data loader's worker, which is",
         " no rank of the mesh: call layers, gather and other collectives in the rank itself; mesh.scatter works in both");
   CHECK(MeshError, !closed_.load(), "rank ", rank_, ": ", call.name, " on a mesh after destroy; call gingham.init again");
+  if (told_) recover();
   RankRecord& me = block_->ranks[rank_];
   const uint32_t sequence = me.sequence.load() + 1;
   Call& mine = me.calls[sequence % kHistory];
@@ -146,8 +154,10 @@ void Control::begin(const Call& call) {
   }
   key_ = mixed(history_, mine.key());
   history_ = mixed(history_, mine.history());
+  inside_ = true;
   me.sequence.store(sequence);
   check();
+  if (!faults_.none() && faults_.at(rank_, call.name) && out_of_memory) out_of_memory();
 }
 
 void Control::note(std::shared_ptr<const Label> label) {
@@ -159,6 +169,8 @@ void Control::note(std::shared_ptr<const Label> label) {
 
 void Control::check() {
   if (block_->error.load() != 0) raise();
+  if (block_->refused.load() != 3 * epoch()) raise_refusal(false);
+  CHECK(MeshError, !abandoned_.load(), "rank ", rank_, ": this sum over depth was given up: memory ran out on a rank");
 }
 
 void Control::look() { poll_peers(-1); }
@@ -189,9 +201,11 @@ void Control::raise() {
   const int odd = block_->error_rank;
   switch (static_cast<Kind>(block_->error_kind)) {
     case Kind::died:
-      throw PeerDied(odd, concat("rank ", rank_, ": ", message));
+      throw PeerDied(odd, concat(message, " (told to rank ", rank_, ")"));
     case Kind::stalled:
-      throw PeerStalled(odd, concat("rank ", rank_, ": ", message));
+      throw PeerStalled(odd, concat(message, " (told to rank ", rank_, ")"));
+    case Kind::memory:
+      throw PeerOutOfMemory(odd, concat(message, " (told to rank ", rank_, ")"));
     case Kind::shape:
       throw ShapeError(concat("rank ", rank_, ": ", message));
     case Kind::mesh:
@@ -237,13 +251,14 @@ void Control::slow_wait(Word& word, uint32_t target, int peer) {
     polled = time;
     me.heartbeat.store(time);
     if (reached(word.load(), target)) break;
-    compare(peer);
+    if (!recovering_) compare(peer);
     poll_peers(peer);
     if (interrupt) interrupt();
     if (time - start > timeout_) {
       const int odd = culprit(peer);
       fail(Kind::stalled, odd,
-           concat("rank ", odd, " did not answer for ", timeout_, " s (in ", block_->ranks[rank_].calls[me.sequence.load() % kHistory].name,
+           concat("rank ", odd, " did not answer for ", timeout_, " s (in ",
+                  recovering_ ? "the first call after memory ran out" : me.calls[me.sequence.load() % kHistory].name,
                   "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
       raise();
     }
@@ -251,33 +266,45 @@ void Control::slow_wait(Word& word, uint32_t target, int peer) {
   me.waiting_on.store(-1);
 }
 
+namespace {
+
+// Where the kernel does not tell: whether a process is gone, or waits only for its parent to ask how it ended.
+bool gone(int pid) {
+  char stat[512];
+  FILE* file = fopen(concat("/proc/", pid, "/stat").c_str(), "r");
+  if (!file) return kill(pid, 0) != 0 && errno == ESRCH;
+  const size_t n = fread(stat, 1, sizeof(stat) - 1, file);
+  fclose(file);
+  stat[n] = 0;
+  const char* state = strrchr(stat, ')');
+  return n == 0 || (state && strlen(state) > 2 && strchr("ZXx", state[2]));
+}
+
+}  // namespace
+
 void Control::poll_peers(int peer) {
   std::vector<pollfd> fds;
   std::vector<int> ranks;
+  const auto died = [this](int r) {
+    if (!block_->ranks[r].closed.load()) fail(Kind::died, r, concat("rank ", r, " (pid ", watched_[static_cast<size_t>(r)], ") died"));
+  };
   for (int r = 0; r < static_cast<int>(pidfds_.size()); r++) {
-    if (pidfds_[static_cast<size_t>(r)] < 0) continue;
-    fds.push_back({pidfds_[static_cast<size_t>(r)], POLLIN, 0});
-    ranks.push_back(r);
+    const size_t at = static_cast<size_t>(r);
+    if (pidfds_[at] >= 0) {
+      fds.push_back({pidfds_[at], POLLIN, 0});
+      ranks.push_back(r);
+    } else if (watched_[at] > 0 && gone(watched_[at])) {
+      died(r);
+    }
   }
   if (!fds.empty() && poll(fds.data(), fds.size(), 0) > 0) {
     for (size_t i = 0; i < fds.size(); i++)
-      if ((fds[i].revents & POLLIN) && !block_->ranks[ranks[i]].closed.load())
-        fail(Kind::died, ranks[i], concat("rank ", ranks[i], " (pid ", block_->ranks[ranks[i]].pid.load(), ") died"));
+      if (fds[i].revents & POLLIN) died(ranks[i]);
   }
   check();
   if (peer >= 0 && block_->ranks[peer].closed.load()) {
     fail(Kind::died, peer, concat("rank ", peer, " left the job (destroy or exit) while others wait for it"));
     raise();
-  }
-}
-
-void Control::compare(int peer) {
-  const RankRecord& mine = block_->ranks[rank_];
-  const uint32_t sequence = mine.sequence.load();
-  for (int r = 0; r < size_ && sequence > 0; r++) {
-    if (!reached(block_->ranks[r].sequence.load(), sequence)) continue;
-    const Call& theirs = block_->ranks[r].calls[sequence % kHistory];
-    if (theirs.invalid || (r == peer && theirs.key() != mine.calls[sequence % kHistory].key())) mismatch({rank_, r});
   }
 }
 
@@ -301,67 +328,6 @@ void Control::sleep_until(double time) {
       check();
     }
   }
-}
-
-void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message) {
-  uint32_t sequence = block_->ranks[rank_].sequence.load(), newest = sequence;
-  const double start = now();
-  auto arrived = [&](int r, uint32_t at) { return reached(block_->ranks[r].sequence.load(), at); };
-  std::vector<int> all;
-  for (int r = 0; r < size_; r++) {
-    while (!arrived(r, sequence) && now() - start < kJudgePatience) nap(0.0005);
-    if (arrived(r, newest)) newest = block_->ranks[r].sequence.load();
-    all.push_back(r);
-  }
-  std::map<uint64_t, std::vector<int>> groups;
-  auto group = [&](const std::vector<int>& ranks, uint32_t at, auto&& value_of) {
-    groups.clear();
-    for (int r : ranks)
-      if (arrived(r, at)) groups[value_of(block_->ranks[r].calls[at % kHistory])].push_back(r);
-  };
-  // The oldest call on which the ranks differ: it may have moved nothing.
-  for (uint32_t at = newest < kHistory ? 1 : newest - kHistory + 2; reached(sequence, at); at++) {
-    group(all, at, [](const Call& call) { return call.history(); });
-    if (groups.size() < 2) continue;
-    sequence = at;
-    break;
-  }
-  if (groups.size() < 2) group(members, sequence, [](const Call& call) { return call.key(); });
-  if (groups.size() < 2) group(members, sequence, [](const Call& call) { return static_cast<uint64_t>(call.rows); });
-  std::vector<std::vector<int>> sides;
-  for (auto& [key, ranks] : groups) sides.push_back(ranks);
-  std::sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a[0] < b[0]; });
-  auto call_of = [&](int r) -> const Call& { return block_->ranks[r].calls[sequence % kHistory]; };
-  const Call& expected = call_of(sides[0][0]);
-  const bool tie = sides.size() > 1 && sides[0].size() == sides[1].size();
-  *odd = sides.back()[0];
-  const Call& got = call_of(*odd);
-  const bool same_op = strcmp(expected.name, got.name) == 0 && std::equal(expected.grid, expected.grid + 3, got.grid);
-  const bool same_label = expected.options == got.options;
-  *kind = same_op && same_label ? Kind::shape : Kind::mesh;
-  std::string text = concat("the ranks disagree in call ", sequence, ": ");
-  for (size_t i = sides.size(); i-- > 1;) text += concat(list(sides[i]), " got ", call_of(sides[i][0]).text(), "; ");
-  text += concat(list(sides[0]), tie ? " got " : " expected ", expected.text());
-  if (same_op && !same_label)
-    text += "; every rank must make the same calls in the same order, of layers made after the same torch.manual_seed with the same options";
-  else
-    text += same_op ? "; pass the same global shapes, dtype and options on every rank" : "; every rank must make the same calls in the same order";
-  *message = text;
-}
-
-void Control::mismatch(const std::vector<int>& members) {
-  uint32_t none = 0;
-  if (block_->error.value.compare_exchange_strong(none, 1)) {
-    Kind kind = Kind::mesh;
-    int odd = rank_;
-    std::string message;
-    judge(members, &kind, &odd, &message);
-    block_->error_kind = static_cast<int32_t>(kind);
-    block_->error_rank = odd;
-    copy_text(block_->message, sizeof(block_->message), message);
-    block_->error.store(2);
-  }
-  raise();
 }
 
 void Control::close() {

@@ -1,17 +1,22 @@
 // The job's control block in shared memory: who is alive, in which call, and the first error. Every wait of the library goes through
 // Control::wait, which watches its word and the error word, polls the peers' pidfds (a killed peer is named within one slice of 50 ms)
 // and names the culprit of a stall by following who waits for whom. The first error wins, so that a cascade does not hide its cause.
+// An error ends the job. A refusal (an allocation that failed on one rank) ends the call: all ranks raise in it, and before its next call
+// each waits for all others, after which counters and keys begin anew on all (recovery.cc).
 #pragma once
 #include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/check.h"
 #include "base/dtype.h"
 #include "base/wait.h"
+#include "transport/fault.h"
 
 namespace gingham {
 
@@ -37,7 +42,7 @@ struct Call {
   int32_t dtype = 0;
   int32_t grid[3] = {1, 1, 1};
   int64_t k = 0, n = 0;
-  uint64_t flags = 0;       // of a step see the bits below; else the axis' number
+  uint64_t flags = 0;   // of a step see the bits below; else the axis' number
   int64_t rows = -1;    // local rows; equal only among ranks that share them
   int32_t invalid = 0;  // this rank refused its own arguments: `note` says why
   char note[240] = {};
@@ -57,6 +62,7 @@ struct RankRecord {
   std::atomic<int32_t> waiting_on{-1};
   std::atomic<double> heartbeat{0};
   Word sequence;
+  Word met;  // of the barriers of a recovery
   Call calls[kHistory];
 };
 
@@ -69,18 +75,24 @@ struct ControlBlock {
   char notice[128];  // what rank 0 told all at the start (share)
   int32_t error_kind, error_rank;
   char message[3072];
+  Word refused;  // in epoch e: 3e none, 3e + 1 being written, 3e + 2 readable
+  int32_t refused_rank;
+  uint32_t refused_at;  // the call that was given up
+  char refusal[768];
   RankRecord ranks[kMaxRanks];
 };
 
 class Control {
  public:
-  enum class Kind : int32_t { died, stalled, shape, mesh };
+  enum class Kind : int32_t { died, stalled, shape, mesh, memory };
 
   Control(ControlBlock* block, int rank, int size, double timeout);
   ~Control();
 
-  void attach(const std::string& version);  // publishes this rank and waits for all others
-  void begin(const Call& call);             // publishes the call; throws the job's error if there is one
+  // Publishes this rank and waits for all others; pids: of the ranks where known, so that one that dies before it comes is named.
+  void attach(const std::string& version, const std::vector<int>& pids = {});
+  bool watches() const { return watches_; }  // whether the kernel tells of peers' deaths; else their pids are asked for
+  void begin(const Call& call);              // publishes the call; throws the job's error if there is one
   void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
   // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
   uint64_t key() const { return key_; }
@@ -94,8 +106,21 @@ class Control {
   int behind() const;                                           // the rank that has made the fewest calls, or has left
   void fail(Kind kind, int rank, const std::string& message);   // sets the job's error unless one is set
   [[noreturn]] void mismatch(const std::vector<int>& members);  // judges who differs, tells all ranks, throws
-  void close();                                                 // later waits for this rank raise PeerDied in the others
-  void orphan() { orphaned_ = true; }                           // this process was forked from the rank and is none itself
+  // An allocation failed here, in a call or before the next.
+  void refuse(const std::string& message);
+  // Where depth sums run on a thread: their control block, which recovers with this one, and around each sum the epoch it belongs to.
+  void pair_with(Control* background) { background_ = background; }
+  void enter(uint32_t epoch);
+  void leave();
+  uint32_t epoch() const { return epoch_.load(); }
+  void end() { inside_ = false; }  // of the call begun last
+  bool inside() const { return inside_; }
+  void hear();                            // throws the job's error or refusal, whichever call it belongs to
+  std::function<void()> given_up, reset;  // a refusal was heard in a call; this rank's counters in shared memory begin anew
+  void inject(std::vector<Fault> faults) { faults_ = Faults(std::move(faults)); }
+  std::function<void()> out_of_memory;  // what a fault of that kind does
+  void close();                         // later waits for this rank raise PeerDied in the others
+  void orphan() { orphaned_ = true; }   // this process was forked from the rank and is none itself
   bool orphaned() const { return orphaned_; }
 
   int rank() const { return rank_; }
@@ -110,15 +135,39 @@ class Control {
   int culprit(int peer) const;
   void judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message);
   [[noreturn]] void raise();
+  void raise_refusal(bool in_any_call);
+  void recover();
+  void meet(uint32_t number);
+  void begin_anew(uint32_t sequence);
+  uint32_t last_call() const;
+  void watch(int rank, int pid);
 
   ControlBlock* block_;
   int rank_, size_;
   double timeout_;
   uint64_t key_ = 0, history_ = 0;
-  std::vector<int> pidfds_;
+  std::vector<int> pidfds_, watched_;  // by rank: -1 none; the pids behind them
+  bool watches_ = true;
   std::atomic<bool> closed_{false};
   bool orphaned_ = false;
   std::shared_ptr<const Label> label_;
+  Faults faults_;
+  bool inside_ = false, told_ = false, recovering_ = false;
+  std::atomic<uint32_t> epoch_{0};
+  Control* background_ = nullptr;
+  // Of a background block: its thread is in a sum; the sums of this epoch are given up.
+  std::mutex entry_;
+  bool entered_ = false;
+  std::atomic<bool> abandoned_{false};
+  std::thread::id thread_;
 };
+
+// For the sources of Control.
+constexpr double kVerdictPatience = 1.0;
+constexpr uint64_t kSeed = 1469598103934665603ull;
+uint64_t mixed(uint64_t h, uint64_t v);
+void copy_text(char* to, size_t room, const std::string& text);
+void nap(double seconds);
+std::string list_of(const std::vector<int>& ranks);
 
 }  // namespace gingham

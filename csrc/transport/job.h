@@ -17,15 +17,19 @@ constexpr int kMaxAxes = 16;
 
 class Job {
  public:
-  // path "": creates the segment (rank 0). Otherwise opens rank 0's.
-  Job(int rank, int size, const std::string& path, double timeout);
+  // path "": creates the segment (rank 0), with `heap` bytes of address space for each rank (0: as much as memory can be had). Otherwise
+  // opens rank 0's.
+  Job(int rank, int size, const std::string& path, double timeout, size_t heap = 0);
   Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout);
   ~Job();
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;
-  static std::shared_ptr<Segment> make_segment(int size);
+  static std::shared_ptr<Segment> make_segment(int size, size_t heap = 0);
 
-  void attach(const std::string& version) { control_->attach(version); }
+  void attach(const std::string& version, const std::vector<int>& pids = {}) { control_->attach(version, pids); }
+  // The job of the thread that sums over depth beside this one: what ends calls of one ends those of both.
+  void pair_with(Job& background);
+  void end_call();  // on the way out of a call of the binding
   // From here on this rank computes on a GPU: its streams, memory and axes are that GPU's. Call after attach(), before axis().
   void use_gpu(int ordinal, Carrier carrier);
   Gpu* gpu() const { return gpu_.get(); }
@@ -46,14 +50,20 @@ class Job {
   Heap::Usage usage() const { return gpu_ ? gpu_->usage() : heap_->usage(); }
   void reset_peak();
   std::string path() const { return segment_->path(); }
+  size_t heap_bytes() const { return heap_bytes_; }
+  void out_of_memory(const std::string& message);  // an allocation of this rank failed: tells the others
 
  private:
+  AxisMemory memory_of(int index) const;
+  void reset();
   std::shared_ptr<Segment> segment_;
   std::unique_ptr<Control> control_;
   std::unique_ptr<Heap> heap_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Gpu> gpu_;
   double timeout_;
+  size_t heap_bytes_;
+  Job* main_ = nullptr;  // of a background job
 };
 
 }  // namespace gingham

@@ -15,11 +15,16 @@ Shm::Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int>
       checked_(members_.size()) {
   CHECK(MeshError, rank_ < size_, "rank ", control.rank(), " is not among the members of its own axis");
   call_ = board(rank_).posted.load();  // an axis made anew goes on where the last of its number ended
+  epoch_ = control_.epoch();
 }
 
 void Shm::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) {
   CHECK(MeshError, panels.size() <= kMaxPanels, "a call may post ", kMaxPanels, " panels, got ", panels.size());
   Board& mine = board(rank_);
+  if (epoch_ != control_.epoch()) {
+    epoch_ = control_.epoch();
+    call_ = mine.posted.load();
+  }
   Post& post = mine.post;
   post.key = control_.key();
   post.rows = rows;

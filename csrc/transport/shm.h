@@ -81,7 +81,7 @@ class Shm : public Transport {
   AxisMemory memory_;
   std::vector<int> members_;
   std::vector<char> checked_;
-  uint32_t call_ = 0;
+  uint32_t call_ = 0, epoch_ = 0;
 };
 
 }  // namespace gingham

@@ -13,7 +13,7 @@ from . import nn  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
 from .compare import check, check_replicas  # noqa: E402
 from .convert import parallelize, register_forward_method  # noqa: E402
-from .errors import LayoutError, MeshError, PeerDied, PeerStalled, ShapeError  # noqa: E402
+from .errors import LayoutError, MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError  # noqa: E402
 from .functional import no_sync  # noqa: E402
 from .job import destroy, init  # noqa: E402
 from .mesh import Mesh, version  # noqa: E402
@@ -29,6 +29,7 @@ __all__ = [
     "Mesh",
     "MeshError",
     "PeerDied",
+    "PeerOutOfMemory",
     "PeerStalled",
     "ShapeError",
     "accuracy",

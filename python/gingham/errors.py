@@ -2,7 +2,8 @@
 
 from . import _C
 
-MeshError, PeerDied, PeerStalled, ShapeError = _C.MeshError, _C.PeerDied, _C.PeerStalled, _C.ShapeError
+MeshError, ShapeError = _C.MeshError, _C.ShapeError
+PeerDied, PeerOutOfMemory, PeerStalled = _C.PeerDied, _C.PeerOutOfMemory, _C.PeerStalled
 
 
 class LayoutError(_C.MeshError):

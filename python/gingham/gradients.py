@@ -26,6 +26,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .layout import Names
 from .mesh import Mesh
 
+HEARING = 0.05  # seconds between two looks at the other ranks' news while a sum is waited for
+
 
 @dataclass
 class Pending:
@@ -35,12 +37,15 @@ class Pending:
     unsummed: torch.Tensor
     summed: torch.Tensor
     task: int
+    mesh: Mesh
+    epoch: int  # of the job: where memory ran out since, the sum was given up on all ranks
     settled: bool = False
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
     def wait(self) -> None:
-        self.done.wait()
+        while not self.done.wait(HEARING):
+            self.mesh.job.hear()
         if self.error is not None:
             raise self.error
 
@@ -58,7 +63,11 @@ class DepthSums:
     def _run(self) -> None:
         while (entry := self._queue.get()) is not None:
             try:
-                self.axis.all_reduce_(entry.summed, self.mesh.source)
+                self.mesh.background.enter(entry.epoch)
+                try:
+                    self.axis.all_reduce_(entry.summed, self.mesh.source)
+                finally:
+                    self.mesh.background.leave()
             except BaseException as error:
                 entry.error = error
             entry.done.set()
@@ -67,9 +76,13 @@ class DepthSums:
         self._queue.put(None)
         self._thread.join()
 
+    def _copied(self, weight: torch.Tensor, gradient: torch.Tensor, task: int) -> Pending:
+        epoch = self.mesh.job.epoch
+        return Pending(weight, gradient, self.mesh.background_empty(gradient).copy_(gradient), task, self.mesh, epoch)
+
     def sum_now(self, gradient: torch.Tensor) -> None:
         """In place, behind all that was asked for before."""
-        entry = Pending(gradient, gradient, self.mesh.background_empty(gradient).copy_(gradient), -1)
+        entry = self._copied(gradient, gradient, -1)
         self._queue.put(entry)
         entry.wait()
         gradient.copy_(entry.summed)
@@ -80,7 +93,7 @@ class DepthSums:
             callback = partial(self.finish, task)
             weakref.finalize(callback, self._forget, task)  # a backward pass that raises drops it uncalled
             torch.autograd.Variable._execution_engine.queue_callback(callback)
-        entry = Pending(weight, gradient, self.mesh.background_empty(gradient).copy_(gradient), task)
+        entry = self._copied(weight, gradient, task)
         self.pending.append(entry)
         self._queue.put(entry)
 

@@ -6,16 +6,19 @@ import gc
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import checks, mesh, random, rendezvous
+from . import checks, faults, mesh, random, rendezvous
 from .config import parse_parallel
-from .errors import MeshError, PeerDied, PeerStalled
+from .errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
+from .meeting import Meeting
 from .mesh import Axes, Mesh, axes_of, axes_of_device_mesh
 
 _made_group = False
@@ -30,6 +33,7 @@ def init(
     sequence: bool = False,
     shard_depth: bool = False,
     timeout: float = 60.0,
+    heap: int | None = None,
     source: str | None = None,
     slices: int = 1,
     link: tuple[float, float] | None = None,
@@ -48,11 +52,15 @@ def init(
     device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
     source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel;
-    link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled.
+    link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled, here
+    too: for each step of init, the others' coming first of all.
+    heap: bytes of address space for each rank's tensors and workspace (default: rank 0's available memory, at most 16 TiB
+    over the number of ranks; rank 0's number is everyone's). Memory is taken as it is needed; a rank that finds too little
+    raises MemoryError, and all others PeerOutOfMemory naming it, after which the mesh can be used again.
     Creates torch.distributed's default process group (Gloo) where there is none. Raises MeshError before any of that
-    where the numbers do not fit.
+    where the numbers do not fit; PeerStalled naming ranks that do not come; PeerDied naming one that dies or raises here;
+    MemoryError where the address space is limited (`ulimit -v`); ValueError for a wrong GINGHAM_FAULT (gingham.faults).
     """
-    global _made_group
     if mesh.has_mesh():
         raise MeshError("gingham.init was called twice: call gingham.destroy() first")
     device_mesh = mode if isinstance(mode, DeviceMesh) else None
@@ -65,22 +73,66 @@ def init(
     else:
         axes = axes_of(None if mode is None else str(mode), size, depth, grid, sequence, shard_depth)
     device, source = _device_and_source(device, source, slices, link)
+    return _start(axes, device_mesh, heap, (timeout, source, slices, link, device))
+
+
+def _check_size(axes: Axes, heap: int | None) -> tuple[int, int]:
+    """(rank, world), where the mesh fits the job."""
     rank, world = rendezvous.world()
     if axes.size != world:
         raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
-    _made_group = rendezvous.make_process_group(device)
+    if world > mesh.max_ranks:
+        raise MeshError(f"a mesh has at most {mesh.max_ranks} ranks, those of one host; got {world}")
+    if heap is not None and heap < 1:
+        raise MeshError(f"heap={heap}: expected bytes for each rank, at least 1")
+    return rank, world
+
+
+def _start(axes: Axes, device_mesh: DeviceMesh | None, heap: int | None, options: tuple[Any, ...]) -> Mesh:
+    """The steps of init, with a fault's point after each; what one rank fails in is told to all."""
+    global _made_group
+    timeout, source, slices, link, device = options
+    rank, world = _check_size(axes, heap)
+    strikes = faults.read(rank, world)
+    _watch()
+    meeting = Meeting(rank, world, timeout)
+    jobs: list[Any] = []
     try:
-        jobs = _attach(rank, axes, (timeout, source, slices, link, device))
+        faults.at("init.start")
+        meeting.arrive()
+        faults.at("init.arrive")
+        meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
+        _made_group = meeting.during("group", partial(rendezvous.make_process_group, device, meeting.store))
+        faults.at("init.group")
+        _join(meeting, axes, heap, options, jobs)
         place = _use_gpu(jobs[0]) if device == "cuda" else torch.device("cpu")
+        faults.at("init.join")
+        meeting.exchange("before mesh", None)
         if device_mesh is None:
-            device_mesh = DeviceMesh(place.type, torch.arange(world).view(*axes.sizes.values()), mesh_dim_names=tuple(axes.sizes))
-        made = Mesh(axes, rank, jobs, device_mesh, source, slices, link or (0.0, 0.0), place)
-    except BaseException:
+            device_mesh = meeting.during("mesh", partial(_device_mesh, place, torch.arange(world).view(*axes.sizes.values()), axes))
+        made = Mesh(axes, rank, (jobs[0], jobs[1] if len(jobs) > 1 else None), device_mesh, source, slices, link or (0.0, 0.0), place)
+        faults.at("init.mesh")
+        meeting.exchange("made", None)
+    except BaseException as error:
+        meeting.fail(error)
+        for job in jobs:
+            if not isinstance(error, PeerDied | PeerStalled):
+                job.fail(rank, f"rank {rank} raised {type(error).__name__} in gingham.init: {error}")
         _leave_group()
         raise
+    finally:
+        meeting.close()
+    jobs[0].inject(strikes)
     mesh.set_current(made)
-    _watch()
+    checks.install(made)
     return made
+
+
+def _device_mesh(place: torch.device, ranks: torch.Tensor, axes: Axes) -> DeviceMesh:
+    """torch's mesh; in a thread of its own, whose current GPU is another's."""
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    return DeviceMesh(place.type, ranks, mesh_dim_names=tuple(axes.sizes))
 
 
 def _configured(parallel: Mapping[str, Any], excluded: tuple[Any, ...], others: dict[str, Any]) -> Axes:
@@ -118,22 +170,42 @@ def _device_and_source(device: str | None, source: str | None, slices: int, link
     return device, source
 
 
-def _attach(rank: int, axes: Axes, options: tuple[Any, ...]) -> tuple[Any, Any]:
+def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ...], jobs: list[Any]) -> None:
     """The jobs of shared memory, made by rank 0 and joined by the others once all agree on the mesh and the version: one
     for the main thread and, where weights are replicated over depth, one for the thread that sums their gradients."""
+    rank, timeout = meeting.rank, options[0]
     count = 2 if axes.depth and options[-1] == "cpu" else 1
-    jobs = [mesh.Job(0, axes.size, "", options[0]) for _ in range(count)] if rank == 0 else []
-    description = f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, gingham {mesh.version()}"
-    told = rendezvous.all_gather_object((description, [job.path for job in jobs]))
+    if rank == 0:
+        jobs += [mesh.Job(0, axes.size, "", timeout, heap or 0) for _ in range(count)]
+    description = (
+        f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, heap {heap}, gingham {mesh.version()}"
+    )
+    told = meeting.exchange("described", (description, [job.path for job in jobs]))
     descriptions = [text for text, _ in told]
     usual = max(descriptions, key=descriptions.count)
     odd = [other for other, text in enumerate(descriptions) if text != usual]
     if odd:
         raise MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}")
-    jobs = jobs or [mesh.Job(rank, axes.size, path, options[0]) for path in told[0][1]]
-    for job in jobs:
-        job.ready()
-    return jobs[0], jobs[1] if count == 2 else None
+    if rank != 0:
+        jobs += [mesh.Job(rank, axes.size, path, timeout) for path in told[0][1]]
+
+    def ready() -> None:
+        for job in jobs:
+            job.ready(meeting.pids)
+
+    def stop(culprit: int, text: str) -> None:
+        for job in jobs:
+            job.fail(culprit, text)
+
+    meeting.during("joined", ready, stop)
+    if count == 2:
+        jobs[0].pair_with(jobs[1])
+    if not jobs[0].watches:
+        warnings.warn(
+            f"gingham.init on rank {rank}: the system forbids pidfd_open, or lacks it (a container's seccomp filter, Linux before 5.3);"
+            " deaths of other ranks are seen by asking for their pids instead. Allow pidfd_open to be told by the kernel",
+            stacklevel=3,
+        )
 
 
 def _use_gpu(job: Any) -> torch.device:
@@ -175,30 +247,45 @@ def destroy() -> None:
 
 def report_failure(error: BaseException) -> None:
     """Tells the other ranks that this one failed, so that they raise PeerDied with the message at once."""
-    if mesh.has_mesh() and not isinstance(error, PeerDied | PeerStalled):
+    if isinstance(error, PeerDied | PeerStalled | PeerOutOfMemory):
+        return
+    if mesh.has_mesh():
+        rank = mesh.current().rank
         for job in _jobs(mesh.current()):
-            job.fail(mesh.current().rank, f"{type(error).__name__}: {error}")
+            job.fail(rank, f"rank {rank} raised {type(error).__name__}: {error}")
+    else:
+        rank = rendezvous.world()[0]
+        path = os.environ.get("GINGHAM_STORE", "")
+        rendezvous.tell_gone(path, rank, f"rank {rank} raised {type(error).__name__}: {error}")
 
 
 def _jobs(of: Mesh) -> list[Any]:
     return [job for job in (of.job, of.background) if job is not None]
 
 
-_previous_hook = sys.excepthook
+_first_hook = _previous_hook = sys.excepthook
+_reporting = False
 
 
 def _watch() -> None:
-    """Uncaught exceptions, random operations on parameters, the first step."""
+    """Uncaught exceptions, random operations on parameters."""
     random.install()
-    checks.install(mesh.current())
     global _previous_hook
     if sys.excepthook is not _report_and_print:
         _previous_hook, sys.excepthook = sys.excepthook, _report_and_print
 
 
 def _report_and_print(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    report_failure(error)
-    _previous_hook(kind, error, trace)
+    """Another library's hook may hold this one as the one before it, as this holds that: then the round ends here."""
+    global _reporting
+    if _reporting:
+        return _first_hook(kind, error, trace)
+    _reporting = True
+    try:
+        report_failure(error)
+        _previous_hook(kind, error, trace)
+    finally:
+        _reporting = False
 
 
 def find_nccl() -> None:

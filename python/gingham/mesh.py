@@ -27,7 +27,7 @@ Job = _C.Job
 version = _C.version
 set_num_threads = _C.set_num_threads
 device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
-blas, hopper_status = _C.blas, _C.hopper_status
+blas, hopper_status, max_ranks = _C.blas, _C.hopper_status, _C.max_ranks
 
 LABELS = 4096  # kept at a time
 

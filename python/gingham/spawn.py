@@ -20,6 +20,7 @@ import traceback
 import types
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from typing import Any
 import cloudpickle
 import torch
 
-from . import job, mesh
-from .errors import PeerDied, PeerStalled
+from . import job, mesh, rendezvous
+from .errors import PeerDied, PeerOutOfMemory, PeerStalled
 
 PR_SET_PDEATHSIG = 1
 GRACE = 5.0  # seconds that the other ranks get to notice a failure and say what they saw
@@ -38,8 +39,9 @@ def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
     """Runs fn(rank, *args) on n new processes; returns their values in rank order.
 
     Each process sees RANK, WORLD_SIZE and LOCAL_RANK and uses one thread. An exception of a rank is raised here again
-    with `.rank` set and its traceback as a note; of several, the first that is not merely the news of another's death.
-    A rank that dies without one is PeerDied(rank). No process and no file is left behind.
+    with `.rank` set and its traceback as a note; of several, that of the rank which the others name, not their news of it.
+    A rank that dies without one is PeerDied(rank), also one that calls sys.exit with a status other than 0, or with 0 while
+    others wait for it; where none does, sys.exit(0) is a return of None. No process and no file is left behind.
     """
     payload = cloudpickle.dumps((fn, args))
     context = multiprocessing.get_context("forkserver")
@@ -61,7 +63,7 @@ def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
                 theirs.close()
                 processes.append(process)
                 pipes.append(ours)
-            return _collect(processes, pipes)
+            return _collect(processes, pipes, str(Path(folder) / "store"))
         finally:
             for process in processes:
                 if process.is_alive():
@@ -97,10 +99,18 @@ def _main_hidden() -> Any:
 def _die_with(caller: int) -> None:
     """The server forks the ranks, so that PDEATHSIG watches the server; a thread watches the caller itself."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    handle = os.pidfd_open(caller)
+    try:
+        handle = os.pidfd_open(caller)
+    except ProcessLookupError:
+        os.kill(os.getpid(), signal.SIGKILL)
+    except OSError:  # a container may forbid it
+        handle = None
 
     def watch() -> None:
-        select.select([handle], [], [])
+        if handle is not None:
+            select.select([handle], [], [])
+        while handle is None and Path(f"/proc/{caller}").exists():
+            time.sleep(0.2)
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, name="gingham caller watch", daemon=True).start()
@@ -118,6 +128,10 @@ def _serve(rank: int, caller: int, environment: dict[str, str], payload: bytes, 
     try:
         fn, args = cloudpickle.loads(payload)
         answer = cloudpickle.dumps((fn(rank, *args), None, ""))
+    except SystemExit as end:
+        if end.code:
+            job.report_failure(end)
+        answer = cloudpickle.dumps((None, Exit(rank, end.code), ""))
     except BaseException as error:
         job.report_failure(error)
         text = "".join(traceback.format_exception(error))
@@ -133,9 +147,41 @@ def _serve(rank: int, caller: int, environment: dict[str, str], payload: bytes, 
         pipe.close()
 
 
-def _collect(processes: list[Any], pipes: list[Connection]) -> list[Any]:
-    values: list[Any] = [None] * len(pipes)
-    errors: list[tuple[bool, BaseException]] = []  # (whether the rank failed by itself, its error)
+@dataclass
+class Exit:
+    """A rank's sys.exit."""
+
+    rank: int
+    code: Any
+
+    def error(self) -> BaseException:
+        died = PeerDied(f"rank {self.rank} called sys.exit({self.code!r}) before its function returned")
+        died.rank = self.rank
+        return died
+
+
+@dataclass
+class Outcome:
+    """What became of a rank: its value, or its error, and whether that is its own or the news of another's."""
+
+    value: Any = None
+    error: BaseException | None = None
+    own: bool = False
+    exited: bool = False  # by sys.exit(0), which is an error only where others waited
+
+    def words(self, rank: int) -> str:
+        """For those who wait for the rank in init."""
+        if isinstance(self.error, PeerDied):
+            return str(self.error)
+        return f"rank {rank} {'returned' if self.error is None else f'raised {type(self.error).__name__}: {self.error}'}"
+
+
+# What a rank says whose peer is gone, where it waited in torch.distributed and not in gingham.
+_NEWS = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "recvValue failed", "sendBytes failed")
+
+
+def _collect(processes: list[Any], pipes: list[Connection], store: str) -> list[Any]:
+    outcomes: dict[int, Outcome] = {}  # in the order in which they came
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline: float | None = None
     while waiting:
@@ -145,26 +191,55 @@ def _collect(processes: list[Any], pipes: list[Connection]) -> list[Any]:
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = waiting.pop(pipe)
-            values[rank], error, own = _receive(processes[rank], pipe, rank)
-            if error is not None:
-                errors.append((own, error))
+            outcomes[rank] = _receive(processes[rank], pipe, rank)
+            rendezvous.tell_gone(store, rank, outcomes[rank].words(rank))
+            if outcomes[rank].error is not None and not outcomes[rank].exited:
                 deadline = deadline or time.monotonic() + GRACE
-    if errors:
-        raise next((error for own, error in errors if own), errors[0][1])
-    return values
+    if any(outcome.error is not None and not outcome.exited for outcome in outcomes.values()):
+        raise _culprit(outcomes)
+    return [outcomes[rank].value for rank in range(len(pipes))]
 
 
-def _receive(process: Any, pipe: Connection, rank: int) -> tuple[Any, BaseException | None, bool]:
+def _culprit(outcomes: dict[int, Outcome]) -> BaseException:
+    """The error that the others come from: of a rank that another names, else the first of a rank's own."""
+    failed = {rank: outcome for rank, outcome in outcomes.items() if outcome.error is not None}
+    named = [outcome.error.rank for outcome in failed.values() if isinstance(outcome.error, PeerDied | PeerStalled | PeerOutOfMemory)]
+    ranked = [outcome for rank, outcome in failed.items() if outcome.own and not outcome.exited]
+    for outcome in [failed[rank] for rank in named if rank in failed and failed[rank].own] + ranked:
+        if not _is_news(outcome.error):
+            return outcome.error  # type: ignore[return-value]
+    exited = [outcome for outcome in failed.values() if outcome.exited]
+    first = (exited or ranked or list(failed.values()))[0]
+    assert first.error is not None
+    return first.error
+
+
+def _is_news(error: BaseException | None) -> bool:
+    return type(error).__name__.startswith("Dist") or (isinstance(error, RuntimeError) and any(word in str(error) for word in _NEWS))
+
+
+def _receive(process: Any, pipe: Connection, rank: int) -> Outcome:
     try:
         value, error, text = cloudpickle.loads(pipe.recv_bytes())
     except (EOFError, ConnectionResetError):
         process.join()
-        died = PeerDied(f"rank {rank} died with exit code {process.exitcode}")
+        died = PeerDied(f"rank {rank} {_end(process.exitcode)}")
         died.rank = rank
-        return None, died, True
-    own = not isinstance(error, PeerDied | PeerStalled)
+        return Outcome(error=died, own=True)
+    if isinstance(error, Exit):
+        return Outcome(error=error.error(), own=True, exited=not error.code)
+    own = not isinstance(error, PeerDied | PeerStalled | PeerOutOfMemory)
     if error is not None:
         if own:
             error.rank = rank
         error.add_note(f"raised on rank {rank}:\n{text}")
-    return value, error, own
+    return Outcome(value, error, own)
+
+
+def _end(code: int | None) -> str:
+    """How a process ended that said nothing: its status in words."""
+    if code is None or code >= 0:
+        return f"died with exit code {code}"
+    name = signal.Signals(-code).name if -code in {each.value for each in signal.Signals} else "?"
+    hint = ", perhaps out of memory (see dmesg, or the memory.events of its cgroup)" if -code == signal.SIGKILL else ""
+    return f"died with exit code {code}: killed (signal {-code}, {name}){hint}"

@@ -1,6 +1,8 @@
 // The core's own tests, ranks as threads, so that the sanitizers see every access: heap, waits, errors, messages, and the fused step over
 // grids, sources and slices with exact integer data (through the microbenchmark's cases).
 //   core_tests            runs all and prints one line a test; exit 1 when one fails
+#include "core_tests.h"
+
 #include <stdio.h>
 #include <string.h>
 
@@ -8,19 +10,12 @@
 #include <thread>
 
 #include "base/crc32c.h"
-#include "cases.h"
 #include "collectives/all_gather.h"
 #include "collectives/resident.h"
 #include "kernels/dropout.h"
 #include "ops/step.h"
 
 namespace gingham {
-namespace {
-
-struct Failure : Error {
-  using Error::Error;
-};
-#define EXPECT(cond) CHECK(Failure, cond, "line ", __LINE__, ": " #cond)
 
 std::vector<int> everyone(int n) {
   std::vector<int> out;
@@ -28,7 +23,7 @@ std::vector<int> everyone(int n) {
   return out;
 }
 
-Call named(const char* name, int64_t k = 0, int64_t rows = -1) {
+Call named(const char* name, int64_t k, int64_t rows) {
   Call call;
   call.set_name(name);
   call.k = k;
@@ -36,8 +31,7 @@ Call named(const char* name, int64_t k = 0, int64_t rows = -1) {
   return call;
 }
 
-// Runs body on every rank and gives back what each threw ("" for none).
-std::vector<std::string> errors_of(int size, const RankBody& body, double timeout = 5) {
+std::vector<std::string> errors_of(int size, const RankBody& body, double timeout) {
   std::vector<std::string> errors(static_cast<size_t>(size));
   run_ranks(
       size, As::threads,
@@ -54,6 +48,8 @@ std::vector<std::string> errors_of(int size, const RankBody& body, double timeou
 }
 
 bool has(const std::string& text, const char* part) { return text.find(part) != std::string::npos; }
+
+namespace {
 
 void heap_reuses_blocks() {
   run_ranks(1, As::threads, [](Job& job) -> Row {
@@ -259,11 +255,6 @@ void collectives_are_exact() {
       }
 }
 
-struct Test {
-  const char* name;
-  std::function<void()> body;
-};
-
 int run_all() {
   std::vector<Test> tests{{"heap reuses blocks", heap_reuses_blocks},
                           {"odd rank is named before a byte moves", odd_rank_is_named_before_a_byte_moves},
@@ -276,6 +267,7 @@ int run_all() {
                           {"collectives are exact", collectives_are_exact}};
   for (std::array<int, 3> grid : {std::array<int, 3>{1, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 3, 2}, {3, 2, 1}, {2, 2, 2}})
     tests.push_back({"step is exact", [grid] { step_is_exact_on(grid); }});
+  for (Test& test : memory_tests()) tests.push_back(std::move(test));
   int failed = 0;
   for (const Test& test : tests) {
     std::string error;

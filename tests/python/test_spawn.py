@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 
@@ -67,3 +69,110 @@ def test_ranks_that_hang_are_killed_when_one_fails() -> None:
             spawn(hang, 2, folder)
         with open(f"{folder}/1") as file:
             assert not os.path.exists(f"/proc/{file.read()}")
+
+
+def test_b5_sys_exit_of_one_rank_is_no_success() -> None:
+    def leave(rank: int, code: int) -> None:
+        mesh = gingham.init("2d", size=4)
+        if rank == 1:
+            sys.exit(code)
+        mesh.gather(mesh.scatter(torch.ones(4, 4)))
+
+    for code in (0, 3):
+        with pytest.raises(gingham.PeerDied, match=rf"rank 1 called sys.exit\({code}\)") as caught:
+            spawn(leave, 4, code)
+        assert caught.value.rank == 1
+
+
+def test_b5_sys_exit_0_where_nobody_waits_is_a_return() -> None:
+    assert spawn(lambda rank: sys.exit(0) if rank else 5, 2) == [5, None]
+
+
+def test_b5_words_of_gloo_do_not_hide_the_culprit() -> None:
+    def wait(rank: int) -> None:
+        gingham.init("2d", size=4)
+        if rank == 2:
+            time.sleep(0.3)
+            raise KeyError("lost")
+        torch.distributed.barrier()
+
+    with pytest.raises(KeyError, match="lost") as caught:
+        spawn(wait, 4)
+    assert caught.value.rank == 2
+
+
+def test_b5_news_begins_with_the_culprit() -> None:
+    def told(rank: int, folder: str) -> None:
+        mesh = gingham.init("2d", size=4)
+        try:
+            if rank == 2:
+                raise ZeroDivisionError("by zero")
+            mesh.gather(mesh.scatter(torch.ones(4, 4)))
+        except gingham.PeerDied as error:
+            with open(f"{folder}/{rank}", "w") as file:
+                file.write(str(error))
+
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.raises(ZeroDivisionError):
+            spawn(told, 4, folder)
+        for rank in (0, 1, 3):
+            with open(f"{folder}/{rank}") as file:
+                assert file.read() == f"rank 2 raised ZeroDivisionError: by zero (told to rank {rank})"
+
+
+def test_b5_many_inits_print_an_uncaught_exception_once() -> None:
+    script = """
+import sys, gingham
+def other(kind, error, trace):
+    before(kind, error, trace)
+for _ in range(3):
+    gingham.init()
+    gingham.destroy()
+    if sys.excepthook is not other:
+        before, sys.excepthook = sys.excepthook, other
+raise KeyError("lost")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.count("KeyError: 'lost'") == 1 and len(done.stderr.splitlines()) < 12, done.stderr[-2000:]
+
+
+def test_b2_a_kill_says_what_it_may_have_been() -> None:
+    with pytest.raises(gingham.PeerDied, match=r"killed \(signal 9, SIGKILL\), perhaps out of memory"):
+        spawn(lambda rank: os.kill(os.getpid(), signal.SIGKILL), 1)
+
+
+@pytest.mark.parametrize("end", ["raises", "dies", "returns"])
+def test_b6_a_rank_that_ends_before_init_is_named_at_once(end: str) -> None:
+    def never(rank: int) -> None:
+        if rank == 2 and end == "raises":
+            raise KeyError("lost")
+        if rank == 2 and end == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank != 2:
+            gingham.init("2d", size=4)
+
+    start = time.monotonic()
+    with pytest.raises((KeyError, gingham.PeerDied)) as caught:
+        spawn(never, 4)
+    assert caught.value.rank == 2 and time.monotonic() - start < 3
+
+
+def test_b6_ranks_that_do_not_come_are_named() -> None:
+    def late(rank: int) -> str:
+        if rank in (1, 2):
+            time.sleep(3)
+            return ""
+        start = time.monotonic()
+        with pytest.raises(gingham.PeerStalled, match="ranks 1, 2 did not come to gingham.init within 1 s") as caught:
+            gingham.init("2d", size=4, timeout=1.0)
+        assert caught.value.rank == 1 and time.monotonic() - start < 2
+        return str(caught.value)
+
+    assert all(spawn(late, 4)[rank] for rank in (0, 3))
+
+
+def test_b6_a_store_that_is_not_there_is_named() -> None:
+    environment = {**os.environ, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    script = "import gingham; gingham.init('1d', size=2, timeout=2.0)"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "PeerStalled: rank 1: no answer within 2 s at 127.0.0.1:1 (MASTER_ADDR, MASTER_PORT)" in done.stderr

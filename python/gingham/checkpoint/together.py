@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import faults
 from ..errors import MeshError, PeerDied, PeerStalled
 from ..mesh import current, has_mesh
 
@@ -27,7 +28,7 @@ class Ranks:
     believes to be alone, whose part would pass for the whole: `what` is about to be done, `writes`: it leaves files."""
 
     def __init__(self, what: str, writes: bool = False) -> None:
-        self.what = what
+        self.what, self._point = what, "save" if writes else "load"
         self.mesh = current() if has_mesh() else None
         self.rank, self.size = (self.mesh.rank, self.mesh.size) if self.mesh is not None else (0, 1)
         if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -63,6 +64,7 @@ class Ranks:
 
         def run() -> None:
             try:
+                faults.at(self._point)
                 outcome[0] = work()
             except Exception as error:
                 failed.append(error)
