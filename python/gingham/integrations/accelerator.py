@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+from functools import wraps
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from ..mesh import Mesh
 from ..nn import clip_grad_norm_
 from .hooks import around
+from .one_process import refresh
 from .parallel_wrappers import on_a_mesh
 from .states import FullState, full_model, read_calls, wait, write_calls
 
 
 def install(module: Any) -> None:
     """module: accelerate.accelerator."""
+    checkpointing: Any = importlib.import_module("accelerate.checkpointing")
+    checkpointing.load_model = _reading(checkpointing.load_model)
     for name in ("prepare", "prepare_model"):
         around(module.Accelerator, name, _prepare)
     around(module.Accelerator, "clip_grad_norm_", _clip)
@@ -25,11 +31,7 @@ def install(module: Any) -> None:
 
 
 def _prepare(mesh: Mesh, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    import accelerate.state
-
-    from .one_process import refresh
-
-    refresh(accelerate.state)  # the mesh may be younger than the Accelerator
+    refresh()  # the mesh may be younger than the Accelerator
     return original(self, *args, **kwargs)
 
 
@@ -64,16 +66,27 @@ def _load_state(mesh: Mesh, original: Any, self: Any, input_dir: Any = None, *ar
     return found
 
 
+def _reading(load_model: Any) -> Any:
+    """safetensors' load_model, which asks every tensor for its storage; for models on a mesh torch's load_state_dict."""
+
+    @wraps(load_model)
+    def load(model: torch.nn.Module, filename: Any, strict: bool = True, device: Any = "cpu") -> Any:
+        if on_a_mesh(model) is None:
+            return load_model(model, filename, strict=strict, device=device)
+        return model.load_state_dict(safetensors.torch.load_file(filename), strict=strict)
+
+    return load
+
+
 def _save_model(mesh: Mesh, original: Any, self: Any, model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     if on_a_mesh(model) is None:
         return original(self, model, save_directory, *args, **kwargs)
     full = full_model(model, "Accelerator.save_model")
     if mesh.rank == 0:
-        gather, self.get_state_dict = self.get_state_dict, lambda *_, **__: full
+        self.get_state_dict = lambda *_, **__: full
         try:
             original(self, model, save_directory, *args, **kwargs)
         finally:
             del self.get_state_dict
-            del gather
     wait("Accelerator.save_model")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import wraps
 from typing import Any
 
@@ -13,26 +14,27 @@ KEPT = "_gingham_before"  # what the state held before a mesh changed it
 def install(module: Any) -> None:
     """module: accelerate.state."""
     for state in (module.PartialState, module.AcceleratorState):
-        _look_again(module, state)
+        _look_again(state)
     divided = module.PartialState.use_distributed
 
     # what is decorated with on_main_process runs on rank 0 only, though there is one process to share data with
     module.PartialState.use_distributed = property(lambda self: shared_mesh() is not None or divided.fget(self))
 
 
-def _look_again(module: Any, state: Any) -> None:
+def _look_again(state: Any) -> None:
     begin = state.__init__
 
     @wraps(begin)
     def begin_and_look(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **kwargs)
-        refresh(module)
+        refresh()
 
     state.__init__ = begin_and_look
 
 
-def refresh(module: Any) -> None:
+def refresh() -> None:
     """Makes the states that exist say one process while ranks share a batch, and what they said before once the mesh is gone."""
+    module: Any = sys.modules["accelerate.state"]
     mesh = shared_mesh()
     for state in (module.PartialState._shared_state, module.AcceleratorState._shared_state):
         if "distributed_type" not in state:

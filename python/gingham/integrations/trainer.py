@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import MeshError
 from ..mesh import Mesh
 from .hooks import around, shared_mesh
+from .one_process import refresh
 from .parallel_wrappers import on_a_mesh
 from .states import FullState, full_model, read_calls, wait, write_calls
 
@@ -35,11 +36,7 @@ def seed_worker(worker_id: int, num_workers: int, rank: int) -> None:
 
 
 def _begin(mesh: Mesh, original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    import accelerate.state
-
-    from .one_process import refresh
-
-    refresh(accelerate.state)  # TrainingArguments may be older than the mesh
+    refresh()  # TrainingArguments may be older than the mesh
     original(self, *args, **kwargs)
     if self.model is not None and on_a_mesh(self.model) is None:
         raise MeshError(

@@ -44,11 +44,15 @@ def train(folder: Path, family: str, model: Any, resume: str | None = None, **ch
         dataloader_num_workers=0, load_best_model_at_end=True,
     )  # fmt: skip
     arguments = hf.TrainingArguments(output_dir=str(folder), **(options | changed))
-    trainer = hf.Trainer(model=model, args=arguments, train_dataset=samples(family, 31, 1), eval_dataset=samples(family, 13, 2), compute_metrics=right)
+    trainer = hf.Trainer(
+        model=model, args=arguments, train_dataset=samples(family, 31, 1), eval_dataset=samples(family, 13, 2), compute_metrics=right
+    )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(folder / "last"))
     history = trainer.state.log_history
-    found = {name: [entry[name] for entry in history if name in entry] for name in ("loss", "grad_norm", "eval_loss", "eval_right", "eval_count")}
+    found = {
+        name: [entry[name] for entry in history if name in entry] for name in ("loss", "grad_norm", "eval_loss", "eval_right", "eval_count")
+    }
     return found | {"logits": trainer.predict(samples(family, 7, 4)).predictions, "world": arguments.world_size}
 
 
@@ -68,9 +72,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(
-    ("name", "family"), [("2d", "bert"), ("2.5d", "llama"), pytest.param("2d", "gpt2", marks=pytest.mark.matrix)]
-)
+@pytest.mark.parametrize(("name", "family"), [("2d", "bert"), ("2.5d", "llama"), pytest.param("2d", "gpt2", marks=pytest.mark.matrix)])
 def test_c2_trainer_trains_saves_and_resumes_as_one_process(ranks, tmp_path: Path, name: str, family: str) -> None:
     expected = train(tmp_path / "serial", family, made(family))
     for got in ranks(ranks_of(name))(on_mesh, family, GRIDS[name], tmp_path / "mesh", None, {}):

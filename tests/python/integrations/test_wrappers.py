@@ -1,5 +1,9 @@
 """accelerate alone, Lightning Fabric, and torch's data-parallel wrappers, on models that a mesh holds."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +20,20 @@ def model_of() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(12, 20), torch.nn.GELU(), torch.nn.LayerNorm(20), torch.nn.Linear(20, 5))
 
 
-def loader_of(workers: int = 0) -> Any:
+def loader_of() -> Any:
     generator = torch.Generator().manual_seed(1)
     x, y = torch.randn(40, 12, generator=generator), torch.randint(5, (40,), generator=generator)
-    return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(2), num_workers=workers)
+    return DataLoader(TensorDataset(x, y), batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(2))
 
 
-def accelerated(model: torch.nn.Module, folder: Path, early: Any = None, workers: int = 0) -> dict[str, Any]:
+def accelerated(model: torch.nn.Module, folder: Path) -> dict[str, Any]:
     """Losses and norms of ten steps, of which the last five are run again from a saved state."""
     from accelerate import Accelerator
 
-    accelerator = early or Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
-    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader_of(workers), scheduler)
+    model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader_of(), scheduler)
     losses: list[float] = []
     norms: list[float] = []
 
@@ -45,7 +49,7 @@ def accelerated(model: torch.nn.Module, folder: Path, early: Any = None, workers
 
     epoch()
     accelerator.save_state(str(folder / "state"))
-    weights = accelerator.get_state_dict(model)
+    weights = {name: value.clone() for name, value in accelerator.get_state_dict(model).items()}
     accelerator.save_model(model, str(folder / "model"))
     epoch()
     accelerator.load_state(str(folder / "state"))
@@ -61,29 +65,27 @@ def accelerated(model: torch.nn.Module, folder: Path, early: Any = None, workers
     }
 
 
-def on_mesh(rank: int, options: dict[str, Any], folder: Path, early: bool, workers: int) -> dict[str, Any]:
-    from accelerate import Accelerator
+def on_mesh(rank: int, options: dict[str, Any], folder: Path) -> dict[str, Any]:
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    accelerator = Accelerator(cpu=True) if early else None
     mesh = gingham.init(**options)
-    return accelerated(gingham.parallelize(model_of(), mesh), folder, accelerator, workers)
+    return accelerated(gingham.parallelize(model_of(), mesh), folder)
 
 
-@pytest.mark.parametrize("early", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["after init", "before init"])
-def test_c2_accelerate_trains_and_resumes_as_one_process(ranks, tmp_path: Path, early: bool) -> None:
+def test_c2_accelerate_trains_and_resumes_as_one_process(ranks, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     expected = accelerated(model_of(), tmp_path / "serial")
-    found = ranks(4)(on_mesh, GRIDS["2d"], tmp_path / "mesh", early, 2 if early else 0)
+    found = ranks(4)(on_mesh, GRIDS["2d"], tmp_path / "mesh")
     for rank, got in enumerate(found):
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert got["norms"] == pytest.approx(expected["norms"], rel=1e-5)
         assert got["counted"] == 3 and got["wrapped"] == "Sequential" and got["main"] == (rank == 0)
     assert found[1]["weights"] == {}
-    assert all(relative(found[0]["weights"][name], value) < 1e-5 for name, value in expected["weights"].items())
+    errors = {name: relative(found[0]["weights"][name], value) for name, value in expected["weights"].items()}
+    assert max(errors.values()) < 1e-5, errors
     saved = load_file(tmp_path / "mesh" / "model" / "model.safetensors")
     assert all(torch.equal(found[0]["weights"][name], saved[name]) for name in expected["weights"])
     again = torch.load(tmp_path / "mesh" / "state" / "optimizer.bin", weights_only=True)
@@ -169,3 +171,40 @@ def test_c2_accelerate_clips_by_the_serial_norm(ranks, name: str) -> None:
     for norm_type in (2.0, torch.inf):
         for errors in ranks(8)(clipped, GRIDS[name], norm_type):
             assert max(errors) < 1e-5
+
+
+SCRIPT = """
+import sys, json, torch, gingham, transformers as hf
+from accelerate import Accelerator
+sys.path.insert(0, sys.argv[2])
+from families import build
+arguments = hf.TrainingArguments(output_dir=sys.argv[1], max_steps=4, logging_steps=1, per_device_train_batch_size=4, use_cpu=True,
+    report_to=[], disable_tqdm=True, dataloader_num_workers=1, save_steps=4)      # before there is a mesh
+model = build("llama", vocab_size=64)
+if "WORLD_SIZE" in __import__("os").environ:
+    model = gingham.parallelize(model, gingham.init(mode="2d", size=4))
+generator = torch.Generator().manual_seed(1)
+data = [dict(input_ids=ids, labels=ids) for ids in torch.randint(2, 60, (16, 8), generator=generator)]
+trainer = hf.Trainer(model=model, args=arguments, train_dataset=data)
+trainer.train()
+if Accelerator().is_main_process:
+    print("LOSSES", json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+gingham.destroy()
+"""
+
+
+@pytest.mark.matrix
+def test_c2_trainer_under_torchrun_with_arguments_older_than_the_mesh(tmp_path: Path) -> None:
+    """Losses of torchrun's run and of one process, from the lines they print: one line, rank 0's."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    found = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]):
+        command = [sys.executable, *launcher, str(script), str(tmp_path / f"out{len(found)}"), str(Path(__file__).parents[2])]
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        lines = [line for line in done.stdout.splitlines() if line.startswith("LOSSES")]
+        assert len(lines) == 1
+        found.append(json.loads(lines[0].removeprefix("LOSSES")))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
