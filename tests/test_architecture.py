@@ -44,6 +44,7 @@ PYTHON_MODULES = {
     "convert": {"layout", "mesh", "compiled", "functional", "second_order", "nn", "cost", "formulas", "checkpoint", "errors", "convert"},
     "parallel": {"layout", "mesh", "errors", "parallel"},
     "checkpoint": {"layout", "mesh", "errors", "checkpoint", "_C"},
+    "dtensors": {"mesh", "errors"},
     "optimizers": {"layout", "mesh", "functional", "redistribute", "errors"},
     "integrations": {"mesh", "nn", "checkpoint", "errors", "integrations"},
     "formulas": {"mesh", "layout", "errors"},

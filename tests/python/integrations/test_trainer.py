@@ -72,7 +72,10 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize(("name", "family"), [("2d", "bert"), ("2.5d", "llama"), pytest.param("2d", "gpt2", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("2d", "bert"), pytest.param("2.5d", "llama", marks=pytest.mark.matrix), pytest.param("2d", "gpt2", marks=pytest.mark.matrix)],
+)
 def test_c2_trainer_trains_saves_and_resumes_as_one_process(ranks, tmp_path: Path, name: str, family: str) -> None:
     expected = train(tmp_path / "serial", family, made(family))
     for got in ranks(ranks_of(name))(on_mesh, family, GRIDS[name], tmp_path / "mesh", None, {}):
