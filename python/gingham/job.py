@@ -67,7 +67,7 @@ def init(
     device, source = _device_and_source(device, source, slices, link)
     rank, world = rendezvous.world()
     if axes.size != world:
-        raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
+        raise MeshError(_wrong_size(axes.size, world))
     _made_group = rendezvous.make_process_group(device)
     try:
         jobs = _attach(rank, axes, (timeout, source, slices, link, device))
@@ -81,6 +81,16 @@ def init(
     mesh.set_current(made)
     _watch()
     return made
+
+
+def _wrong_size(size: int, world: int) -> str:
+    if size == 1:
+        return (
+            f"gingham.init got no mesh, which is one of 1 rank, but the job has {world}: say which, for example"
+            f" gingham.init(grid=(1, {world}, 1)), or mode= and size={world}; python -m gingham plan --ranks {world} lists them"
+        )
+    start = f"torchrun --nproc-per-node {size} {os.path.basename(sys.argv[0]) or 'train.py'}"
+    return f"the mesh has {size} ranks but the job has {world}: start {size} processes ({start}), or choose a mesh of {world}"
 
 
 def _configured(parallel: Mapping[str, Any], excluded: tuple[Any, ...], others: dict[str, Any]) -> Axes:
