@@ -9,7 +9,7 @@ if not _sys.platform.startswith("linux"):
 if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"gingham needs torch 2.10 or newer (DLPack's C exchange API); found torch {_torch.__version__}")
 
-from . import nn  # noqa: E402
+from . import dtensors, integrations, nn, optimizers  # noqa: E402, F401
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
 from .compare import check, check_replicas  # noqa: E402
 from .convert import parallelize, register_forward_method  # noqa: E402
@@ -21,6 +21,7 @@ from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E4
 from .products import matmul  # noqa: E402
 from .spawn import spawn  # noqa: E402
 
+integrations.install()
 __version__ = version()
 __all__ = [
     "CheckpointError",
@@ -41,6 +42,7 @@ __all__ = [
     "export_safetensors",
     "import_safetensors",
     "init",
+    "integrations",
     "load",
     "matmul",
     "nn",

@@ -12,26 +12,21 @@ from typing import Any
 
 from . import planner
 from .checkpoint import command as ckpt
+from .options import Parser, number, whole
 
 MODES = ("1d", "2d", "2.5d", "3d")
-LATER = ("trace",)
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(prog="python -m gingham", description=__doc__)
+    parser = Parser(prog="python -m gingham", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|plan|doctor|bench|ckpt")
     _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
     commands.add_parser("doctor", help="versions, BLAS, cores, what was built")
     commands.add_parser("bench", help="run the microbenchmark (arguments are passed on)", add_help=False)
     planner.add_arguments(commands.add_parser("plan", help="what every grid of so many ranks would cost; starts nothing"))
     ckpt.add_arguments(commands.add_parser("ckpt", help="look into a checkpoint, or turn it into safetensors and back"))
-    for name in LATER:
-        commands.add_parser(name, help="not built yet", add_help=False)
     chosen, rest = parser.parse_known_args(arguments)
-    if chosen.command in LATER:
-        print(f"gingham {chosen.command}: not built yet; train, plan, doctor, bench and ckpt are", file=sys.stderr)
-        return 2
     if chosen.command == "bench":
         return bench(rest)
     if rest:
@@ -47,27 +42,33 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     grid = parser.add_argument_group("grid")
-    grid.add_argument("--ranks", type=int, default=0, help="processes to start (default: torchrun's number, or what the grid needs)")
+    grid.add_argument("--ranks", type=whole(1), default=0, help="processes to start (default: torchrun's number, or what the grid needs)")
     grid.add_argument("--mode", choices=MODES, help="default: 2.5d with depth 2 on 8 ranks, or grid where --grid is given")
-    grid.add_argument("--depth", type=int, default=0, help="layers of a 2.5d grid")
+    grid.add_argument("--depth", type=whole(1), default=0, help="layers of a 2.5d grid (default: 2 in 2.5d)")
     grid.add_argument("--grid", type=_grid, metavar="pm,pn,pk", help="any grid instead of a mode")
     grid.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cpu, or GINGHAM_DEVICE; cuda: one rank a GPU, never run on one yet"
     )
     grid.add_argument("--sequence", action="store_true", help="1d: cut the rows between the layers instead of replicating them")
     model = parser.add_argument_group("model")
-    for name, value in (("layers", 4), ("width", 256), ("heads", 8), ("context", 128)):
-        model.add_argument(f"--{name}", type=int, default=value)
-    model.add_argument("--dropout", type=float, default=0.1)
+    for name, value, text in (
+        ("layers", 4, "transformer blocks"),
+        ("width", 256, "features between the blocks"),
+        ("heads", 8, "attention heads, which divide --width and are divided by the ranks that cut features"),
+        ("context", 128, "tokens of a sample"),
+    ):
+        model.add_argument(f"--{name}", type=whole(1), default=value, help=text)
+    model.add_argument("--dropout", type=number(0, 1, equal=True), default=0.1, help="probability of dropping an element")
     run = parser.add_argument_group("run")
     run.add_argument("--text", help="file or folder to read (default: the Python standard library's sources)")
-    run.add_argument("--steps", type=int, default=200)
-    run.add_argument("--batch", type=int, default=8, help="samples of a step, over all ranks")
-    run.add_argument("--lr", type=float, default=3e-4)
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=whole(1), default=200, help="steps of the optimizer")
+    run.add_argument("--batch", type=whole(1), default=8, help="samples of a step, over all ranks")
+    run.add_argument("--lr", type=number(0), default=3e-4, help="learning rate of AdamW")
+    run.add_argument("--seed", type=whole(0, 1 << 40), default=0, help="of weights, masks and batches")
     run.add_argument("--compare-serial", action="store_true", help="train the same torch.nn model in one process as well")
-    run.add_argument("--sample", type=int, default=160, metavar="BYTES", help="length of the text generated at the end")
+    run.add_argument("--sample", type=whole(0), default=160, metavar="BYTES", help="length of the text generated at the end")
     run.add_argument("--plot", default="loss.png", help="where the loss curve goes; '' for none")
+    run.add_argument("--save", metavar="FOLDER", help="where a checkpoint goes at the end, or at Ctrl-C (default: none is written)")
 
 
 def _grid(text: str) -> tuple[int, int, int]:
@@ -75,10 +76,27 @@ def _grid(text: str) -> tuple[int, int, int]:
         pm, pn, pk = (int(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"got {text!r}, expected three numbers such as 2,2,2") from None
+    if min(pm, pn, pk) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected three numbers of at least 1")
     return pm, pn, pk
 
 
+def _wrong_sizes(arguments: list[str]) -> str | None:
+    """The binary reads what is no number as 0."""
+    for index, argument in enumerate(arguments):
+        name, given, value = argument.partition("=")
+        if name in ("--sizes", "--shape", "--grid", "--ranks"):
+            text = value if given else "".join(arguments[index + 1 : index + 2])
+            if not all(part.isdecimal() and int(part) for part in text.split(",")):
+                return f"{name} {text!r}"
+    return None
+
+
 def bench(arguments: list[str]) -> int:
+    wrong = _wrong_sizes(arguments)
+    if wrong is not None:
+        print(f"gingham bench: {wrong}: expected numbers of at least 1 such as 512,1024", file=sys.stderr)
+        return 2
     binary = Path(__file__).parent / "bin" / "microbench"
     if not binary.exists():
         print(f"gingham bench: {binary} was not built; reinstall with `pip install .` or run `make build`", file=sys.stderr)

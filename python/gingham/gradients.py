@@ -115,8 +115,9 @@ class DepthSums:
     def finish(self, task: int) -> None:
         mine = [entry for entry in self.pending if entry.task == task]
         self._forget(task)
-        for entry in mine:
+        for entry in mine:  # all of them: below this thread may use the axis itself, in the same order on every rank
             entry.wait()
+        for entry in mine:
             if entry.settled or entry.weight.grad is None:
                 continue
             local = entry.weight.grad._local_tensor  # type: ignore[attr-defined]

@@ -80,7 +80,7 @@ def _check_size(axes: Axes, heap: int | None) -> tuple[int, int]:
     """(rank, world), where the mesh fits the job."""
     rank, world = rendezvous.world()
     if axes.size != world:
-        raise MeshError(f"the mesh has {axes.size} ranks but the job has {world}: start {axes.size} processes, or choose a mesh of {world}")
+        raise MeshError(_wrong_size(axes.size, world))
     if world > mesh.max_ranks:
         raise MeshError(f"a mesh has at most {mesh.max_ranks} ranks, those of one host; got {world}")
     if heap is not None and heap < 1:
@@ -133,6 +133,16 @@ def _device_mesh(place: torch.device, ranks: torch.Tensor, axes: Axes) -> Device
     if place.type == "cuda":
         torch.cuda.set_device(place)
     return DeviceMesh(place.type, ranks, mesh_dim_names=tuple(axes.sizes))
+
+
+def _wrong_size(size: int, world: int) -> str:
+    if size == 1:
+        return (
+            f"gingham.init got no mesh, which is one of 1 rank, but the job has {world}: say which, for example"
+            f" gingham.init(grid=(1, {world}, 1)), or mode= and size={world}; python -m gingham plan --ranks {world} lists them"
+        )
+    start = f"torchrun --nproc-per-node {size} {os.path.basename(sys.argv[0]) or 'train.py'}"
+    return f"the mesh has {size} ranks but the job has {world}: start {size} processes ({start}), or choose a mesh of {world}"
 
 
 def _configured(parallel: Mapping[str, Any], excluded: tuple[Any, ...], others: dict[str, Any]) -> Axes:

@@ -92,6 +92,15 @@ def _square_axes(mode: str, size: int, depth: int, shard_depth: bool) -> Axes:
         raise MeshError(f"depth={depth!r}: expected a number of at least 1")
     q = isqrt(size // depth)
     wanted = "q*q*depth" if mode == "2.5d" else "q*q"
+    if mode == "2.5d" and size != q * q * depth:
+        depths = [d for d in range(1, size + 1) if size % d == 0 and isqrt(size // d) ** 2 == size // d]
+        if depths != [size]:
+            words = " or ".join(map(str, depths))
+            near = ", ".join(map(str, _nearest(size, [p * p * depth for p in range(1, q + 3)])))
+            raise MeshError(
+                f"mode 2.5d, depth={depth} needs size = q*q*depth; got size={size}, which takes depth={words}; nearest valid sizes"
+                f" with depth={depth}: {near}"
+            )
     _require(size == q * q * depth, f"{mode}, depth={depth}" if depth > 1 else mode, size, wanted, [p * p * depth for p in range(1, q + 3)])
     if mode == "2d":
         both = Layout(("row",), ("col",))
@@ -103,8 +112,12 @@ def _square_axes(mode: str, size: int, depth: int, shard_depth: bool) -> Axes:
 
 def _require(good: bool, mode: str, size: int, formula: str, valid: list[int]) -> None:
     if not good:
-        near = sorted(sorted(set(valid), key=lambda other: abs(other - size))[:3])
-        raise MeshError(f"mode {mode} needs size = {formula}; got size={size}, nearest valid sizes: {', '.join(map(str, near))}")
+        near = ", ".join(map(str, _nearest(size, valid)))
+        raise MeshError(f"mode {mode} needs size = {formula}; got size={size}, nearest valid sizes: {near}")
+
+
+def _nearest(size: int, valid: list[int]) -> list[int]:
+    return sorted(sorted(set(valid), key=lambda other: abs(other - size))[:3])
 
 
 def _without_size_one(axes: Axes) -> Axes:

@@ -16,13 +16,14 @@ from math import isqrt
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as Shown
 
 from . import formulas
 from .errors import MeshError
 from .formulas import Outline, largest
 from .layout import Layout
 from .mesh import axes_of
+from .options import number, whole
+from .shown import amount, show
 from .workload import Attention, Linears, Norm, Part, Table, Workload, gpt
 
 
@@ -170,35 +171,43 @@ def trades(grid: Outline, part: Linears) -> bool:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, required=True)
-    for name, value in (("layers", 4), ("width", 256), ("heads", 8), ("batch", 8), ("context", 128), ("vocabulary", 256)):
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--ranks", type=whole(1), required=True, help="processes of the job")
+    for name, value, text in (
+        ("layers", 4, "transformer blocks"),
+        ("width", 256, "features between the blocks"),
+        ("heads", 8, "attention heads, which divide --width"),
+        ("batch", 8, "samples of a step"),
+        ("context", 128, "tokens of a sample"),
+        ("vocabulary", 256, "tokens that there are"),
+    ):
+        parser.add_argument(f"--{name}", type=whole(1), default=value, help=text)
     usual = Machine()
-    parser.add_argument("--memory", type=float, default=usual.memory / 1e9, metavar="GB", help="of tensors a rank may hold")
-    parser.add_argument("--latency", type=float, default=usual.latency, metavar="S", help="seconds a message")
-    parser.add_argument("--bandwidth", type=float, default=usual.bandwidth / 1e9, metavar="GB/S", help="that a rank receives")
-    parser.add_argument("--speed", type=float, default=usual.speed / 1e12, metavar="TFLOP/S", help="of a rank")
+    parser.add_argument("--memory", type=number(0), default=usual.memory / 1e9, metavar="GB", help="of tensors a rank may hold")
+    parser.add_argument("--latency", type=number(0, equal=True), default=usual.latency, metavar="S", help="seconds a message")
+    parser.add_argument("--bandwidth", type=number(0), default=usual.bandwidth / 1e9, metavar="GB/S", help="that a rank receives")
+    parser.add_argument("--speed", type=number(0), default=usual.speed / 1e12, metavar="TFLOP/S", help="of a rank")
 
 
 def run(options: Namespace) -> int:
     """The command: the table of every grid; returns its exit code, 1 where no grid is possible."""
-    numbers = ("ranks", "layers", "width", "heads", "batch", "context", "vocabulary")
-    wrong = [name for name in numbers if getattr(options, name) < 1]
-    if wrong or options.width % options.heads:
-        said = f"--{wrong[0]} must be at least 1" if wrong else f"--heads {options.heads} must divide --width {options.width}"
-        print(f"gingham plan: {said}", file=sys.stderr)
+    if options.width % options.heads:
+        print(f"gingham plan: --heads {options.heads} must divide --width {options.width}", file=sys.stderr)
         return 2
     machine = Machine(options.latency, options.bandwidth * 1e9, options.speed * 1e12, options.memory * 1e9)
     workload = gpt(options.layers, options.width, options.heads, options.batch, options.context, options.vocabulary)
     ranked = plans(workload, options.ranks, machine)
-    table = Shown(title=f"GPT of {workload.parameters():,} parameters, {options.batch} x {options.context} tokens, {options.ranks} ranks")
-    table.add_column("grid", no_wrap=True)
-    for heading in ("m x n x k", "received a rank", "messages", "memory a rank", "seconds"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    lines: dict[tuple[str, ...], list[str]] = {}
+    pale = []
     for index, choice in enumerate(ranked):
-        costs = f"{choice.received / options.ranks:,.0f}", f"{choice.messages:,}", f"{choice.memory:,}", f"{choice.seconds:.3e}"
+        costs = amount(choice.received / options.ranks), f"{choice.messages:,}", amount(choice.memory), f"{choice.seconds:.3e}"
         note = choice.reason or ("<- mode='auto' takes this" if index == 0 else "")
-        table.add_row(choice.name, " x ".join(map(str, choice.grid)), *costs, note, style="dim" if choice.reason else "")
-    Console(width=max(120, Console().width)).print(table)  # numbers are not shortened where the output is no terminal
+        # a mode and the grid that it is are one line
+        names = lines.setdefault((" x ".join(map(str, choice.grid)), *costs, choice.reason), [note])
+        names.append(choice.name)
+    for index, (note, *_) in enumerate(lines.values()):
+        pale += [index] if note and not note.startswith("<-") else []
+    rows = [(" = ".join(names), *cells[:-1], note) for cells, (note, *names) in lines.items()]
+    title = f"GPT of {workload.parameters():,} parameters, {options.batch} x {options.context} tokens, {options.ranks} ranks"
+    headings = ("grid", "m x n x k", "received a rank", "messages", "memory a rank", "seconds", "")
+    show(Console(), title, headings, rows, right=headings[1:-1], dim=pale)
     return 1 if ranked[0].reason else 0

@@ -7,9 +7,13 @@ torch.nn model trained in one process, and the bytes that the ranks counted besi
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -20,9 +24,11 @@ from rich.table import Table
 
 import gingham
 
-from . import cost
+from . import cost, shown
 from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
-from .mesh import axes_of
+from .mesh import axes_of, fake_device
+from .modes import Axes
+from .shown import amount
 
 MESHES = {"1d": 8, "2d": 4, "2.5d": 8, "3d": 8}  # ranks that a mode takes unless --ranks says otherwise
 
@@ -31,7 +37,7 @@ def train(options: Namespace) -> int:
     """The command; returns its exit code. Under torchrun (RANK is set) this process is one rank, else ranks are started."""
     try:
         grid = mesh_arguments(options)
-        axes_of(**grid)
+        check(options, axes_of(**grid))
         text = read_text(options.text)
         batches(text, options.batch, options.context, options.seed)
     except (ValueError, OSError) as error:
@@ -42,9 +48,18 @@ def train(options: Namespace) -> int:
         report = run(int(os.environ["RANK"]), options, grid)
         gingham.destroy()
         if int(os.environ["RANK"]) != 0:
-            return 0
+            return 130 if report["interrupted"] else 0
     else:
-        report = gingham.spawn(run, grid["size"], options, grid)[0]
+        # ranks started from here ignore Ctrl-C until they can end at a step's end; this process waits for them
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            report = gingham.spawn(run, grid["size"], options, grid)[0]
+        finally:
+            signal.signal(signal.SIGINT, before)
+    if report["interrupted"]:
+        saved = f"; checkpoint in {options.save}" if options.save else ""
+        print(f"gingham train: interrupted after step {len(report['losses'])}{saved}", file=sys.stderr)
+        return 130
     console = Console()
     serial = train_serial(options, console) if options.compare_serial else None
     show_result(console, report, serial)
@@ -75,6 +90,42 @@ def mesh_arguments(options: Namespace) -> dict[str, Any]:
     return found | ({"sequence": True} if options.sequence else {})
 
 
+def check(options: Namespace, axes: Axes) -> None:
+    """Raises ValueError for options that do not fit together."""
+    ranks = prod(axes.sizes[name] for name in axes.inner.features)
+    if options.width % options.heads:
+        raise ValueError(f"--heads {options.heads} must divide --width {options.width}")
+    if options.heads % ranks:
+        raise ValueError(f"--heads {options.heads} must be a multiple of {ranks}, the ranks that cut features on this grid")
+    folder = os.path.dirname(options.plot) if options.plot else ""
+    if folder and not os.path.isdir(folder):
+        raise ValueError(f"--plot {options.plot}: the folder {folder} does not exist")
+    if options.device == "cuda" and not torch.cuda.is_available() and not fake_device:
+        raise ValueError("--device cuda: torch finds no GPU here; leave it out, or see python -m gingham doctor")
+
+
+class Interruption:
+    """Ctrl-C noted: all ranks end after the same step. From the third on it is Python's KeyboardInterrupt again."""
+
+    def __init__(self, mesh: Any) -> None:
+        self.mesh, self.count = mesh, 0
+        self.handles = threading.current_thread() is threading.main_thread()
+        self.before = signal.signal(signal.SIGINT, self.note) if self.handles else None
+
+    def note(self, *_: Any) -> None:
+        self.count += 1
+        if self.count > 2:
+            raise KeyboardInterrupt
+
+    def agreed(self) -> bool:
+        """Whether any rank was interrupted; a control message."""
+        return any(count for (count,) in self.mesh.world.sizes([min(self.count, 1)])) if self.mesh.size > 1 else self.count > 0
+
+    def end(self) -> None:
+        if self.handles:
+            signal.signal(signal.SIGINT, self.before)
+
+
 def shape_of(options: Namespace) -> Shape:
     return Shape(options.layers, options.width, options.heads, options.context, options.dropout)
 
@@ -101,7 +152,15 @@ def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
         return mesh.scatter(ids), mesh.scatter(target) if mesh.inner.rows else target
 
     mesh.traffic(reset=True)
-    losses, seconds = loop(model, optimizer, block, options, console, f"{mesh.size} ranks")
+    interruption = Interruption(mesh)
+    try:
+        losses, seconds = loop(model, optimizer, block, options, console, f"{mesh.size} ranks", interruption.agreed)
+        if options.save:
+            gingham.save(model, optimizer, options.save, step=len(losses))
+    finally:
+        interruption.end()
+    if len(losses) < options.steps:
+        return {"losses": losses, "interrupted": True}
     received = sum(axis["bytes_received"] for axis in mesh.traffic(reset=True).values())
     memory = mesh.job.memory()
     figures = {
@@ -112,6 +171,7 @@ def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
     everyone: list[Any] = [None] * mesh.size
     dist.all_gather_object(everyone, figures)
     return {
+        "interrupted": False,
         "mesh": describe(mesh),
         "losses": losses,
         "seconds": seconds,
@@ -127,8 +187,11 @@ def build(kit: Kit, shape: Shape, options: Namespace) -> tuple[GPT, torch.optim.
     return model, torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
 
 
-def loop(model: GPT, optimizer: Any, block: Any, options: Namespace, console: Console, name: str) -> tuple[list[float], float]:
-    """Trains; returns the losses and the seconds of all steps but the first, which pays for memory and threads."""
+def loop(
+    model: GPT, optimizer: Any, block: Any, options: Namespace, console: Console, name: str, stop: Callable[[], bool] = lambda: False
+) -> tuple[list[float], float]:
+    """Trains; returns the losses and the seconds of all steps but the first, which pays for memory and threads. Ends early where
+    `stop`, asked after each step, says so."""
     losses: list[float] = []
     tokens, work = options.batch * options.context, flops(shape_of(options), options.batch)
     columns = (
@@ -149,6 +212,8 @@ def loop(model: GPT, optimizer: Any, block: Any, options: Namespace, console: Co
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+            if step + 1 < options.steps and stop():
+                break
             if step == 0:
                 begin = time.perf_counter()
                 continue
@@ -203,20 +268,14 @@ def describe(mesh: Any) -> str:
 
 
 def show_plan(console: Console, mesh: Any, planned: list[cost.Layer], options: Namespace) -> None:
-    table = Table(title=f"{describe(mesh)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, rank 0 of each shape")
-    table.add_column("layer")
-    for heading in ("kind", "weight here", "of", "X here -> Y here"):
-        table.add_column(heading)
-    for heading in ("weight bytes", "received a step"):
-        table.add_column(heading, justify="right")
-    for layer in planned:
-        table.add_row(
-            layer.name, layer.kind, layer.local, layer.whole, layer.blocks, f"{layer.weight:,}", f"{layer.received / mesh.size:,.0f}"
-        )
-    table.add_section()
+    title = f"{describe(mesh)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, rank 0 of each shape"
+    headings = ("layer", "kind", "weight here", "of", "X here -> Y here", "weights", "received a step")
+    rows = [
+        (each.name, each.kind, each.local, each.whole, each.blocks, amount(each.weight), amount(each.received / mesh.size))
+        for each in planned
+    ]
     weight, received = sum(layer.weight for layer in planned), sum(layer.received for layer in planned) / mesh.size
-    table.add_row("all", "", "", "", "", f"{weight:,}", f"{received:,.0f}")
-    console.print(table)
+    shown.show(console, title, headings, shown.fold(rows), headings[5:], ("all", "", "", "", "", amount(weight), amount(received)))
     console.print(
         f"batch {options.batch} x {options.context} tokens, AdamW at {options.lr:g}, dropout {options.dropout:g}; bytes are one rank's"
     )

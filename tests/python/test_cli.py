@@ -1,14 +1,30 @@
-"""Commands that need no ranks: what they print and their exit codes."""
+"""Commands that need no ranks: what they print at several widths, their exit codes, and Ctrl-C of train."""
+
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+import gingham
+from gingham import shown
 from gingham.cli import main
 
 
-@pytest.mark.parametrize("command", ["trace"])
-def test_what_is_not_built_says_so(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--anything"]) == 2
-    assert "not built yet" in capsys.readouterr().err
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """The status, and what went to the error stream."""
+    try:
+        status = main(arguments)
+    except SystemExit as ended:
+        status = int(str(ended.code))
+    return status, capsys.readouterr().err
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,21 +33,159 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in out and "cores" in out and "BLAS" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--mode", "2.5d", "--ranks", "6"], "nearest valid"),
-        (["--mode", "2d", "--grid", "2,2,1"], "exclude each other"),
-        (["--grid", "2,2,1", "--ranks", "3"], "needs 4 ranks"),
-        (["--text", "no such file"], "does not exist"),
-    ],
-)
-def test_train_refuses_what_cannot_work(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", *arguments]) == 2
-    assert message in capsys.readouterr().err
+WRONG = [
+    (["train", "--mode", "2.5d", "--ranks", "6"], "nearest valid"),
+    (["train", "--mode", "2d", "--ranks", "6"], "nearest valid"),
+    (["train", "--mode", "2.5d", "--ranks", "8", "--depth", "3"], "depth=2 or 8"),
+    (["train", "--mode", "2d", "--grid", "2,2,1"], "exclude each other"),
+    (["train", "--grid", "2,2,1", "--ranks", "3"], "needs 4 ranks"),
+    (["train", "--grid", "2x2"], "three numbers"),
+    (["train", "--grid", "2,2,0"], "at least 1"),
+    (["train", "--text", "no such file"], "does not exist"),
+    (["train", "--heads", "7"], "must divide"),
+    (["train", "--heads", "4", "--mode", "1d"], "multiple of 8"),
+    (["train", "--lr", "nan"], "above 0"),
+    (["train", "--lr", "0"], "above 0"),
+    (["train", "--lr", "fast"], "above 0"),
+    (["train", "--dropout", "2"], "below 1"),
+    (["train", "--steps", "0"], "at least 1"),
+    (["train", "--batch", "0"], "at least 1"),
+    (["train", "--width", "-8"], "at least 1"),
+    (["train", "--mode", "4d"], "invalid choice"),
+    (["train", "--plot", "no/such/folder/loss.png"], "does not exist"),
+    (["train", "--depth", "2", "--mode", "2d"], "belongs to mode"),
+    (["plan", "--ranks", "0"], "at least 1"),
+    (["plan", "--ranks", "8", "--bandwidth", "0"], "above 0"),
+    (["plan", "--ranks", "8", "--memory", "inf"], "above 0"),
+    (["plan", "--ranks", "8", "--heads", "7"], "must divide"),
+    (["plan"], "--ranks"),
+    (["bench", "matmul", "--sizes", "abc"], "expected numbers"),
+    (["bench", "matmul", "--grid", "2,2,0"], "expected numbers"),
+    (["ckpt", "inspect", "no such folder"], "no such folder"),
+    (["trace"], "invalid choice"),
+    ([], "required"),
+]
 
 
-def test_grid_must_be_three_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_d_a_wrong_option_is_one_line_and_status_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, text = said(arguments, capsys)
+    assert status == 2 and message in text and text.count("\n") == 1, text
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "ckpt convert"])
+def test_d_every_option_says_its_default(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit):
-        main(["train", "--grid", "2x2"])
-    assert "three numbers" in capsys.readouterr().err
+        main([*command.split(), "--help"])
+    lines = re.split(r"\n  (?=-)", capsys.readouterr().out)[1:]
+    silent = ("-h", "--grid", "--sequence", "--compare-serial", "--ranks RANKS  ", "--latency-only")
+    for line in lines:
+        if not line.startswith(silent) and not ("--ranks" in line and command == "plan"):
+            assert "default" in line, line
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_d_plan_fits_the_terminal_and_shows_every_mode_once(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert main(["plan", "--ranks", "8", "--width", "1024", "--layers", "12"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= width and "…" not in out
+    for mode in ("1d", "2.5d depth=2", "3d"):
+        found = " ".join(line[:30].strip() for line in out.splitlines())
+        assert mode.split()[0] in found
+    grids = re.findall(r"\d+ x \d+ x \d+", out)
+    assert len(grids) >= len(set(grids)) >= 8
+    assert re.search(r"\d (MB|GB|KB)", out) and "received a rank" in re.sub(r"\s+", " ", out) or width == 80
+
+
+def rendered(width: int, rows: list[tuple[str, ...]], **more: Any) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    shown.show(console, "a model", ("layer", "kind", "here", "bytes"), rows, ("bytes",), **more)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_d_tables_fold_equal_blocks_and_never_cut_a_number() -> None:
+    rows = [(f"transformer.blocks.{i}.{name}", "linear, swapped", "123456 x 654321", "3.34 MB") for i in range(12) for name in ("q", "fc")]
+    folded = shown.fold([*rows, ("head", "linear", "8 x 8", "1 B"), ("transformer.blocks.13.q", *rows[0][1:])])
+    assert [row[0] for row in folded] == ["transformer.blocks.0-11.q", "transformer.blocks.13.q", "transformer.blocks.0-11.fc", "head"]
+    assert shown.fold([("a.0.x", "1"), ("a.1.x", "2")]) == [("a.0.x", "1"), ("a.1.x", "2")]
+    for width in (40, 60, 80, 200):
+        text = rendered(width, folded, total=("all", "", "", "40.1 MB"))
+        assert "…" not in text and "123456" in text and "654321" in text and "40.1" in text
+        assert max(map(len, text.splitlines())) <= max(width, 56)
+    assert "transformer.blocks.0-11.q" in rendered(200, folded)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.00 KB"), (999_600, "1.00 MB"), (33_500_000, "33.5 MB"), (2.15e9, "2.15 GB"), (123e12, "123 TB")],
+)
+def test_d_bytes_have_units(size: float, text: str) -> None:
+    assert shown.amount(size) == text
+
+
+def printed(rank: int, width: int) -> str:
+    """The plan of a converted model, as rank 0 prints it at a width."""
+    import contextlib
+
+    import torch
+
+    from gingham.convert import _parallelize, plan
+
+    mesh = gingham.init(mode="2d", size=4)
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        plan.show(_parallelize(model, mesh, "full", None, ()), 1024, width)
+    return out.getvalue()
+
+
+def test_d_the_plan_of_a_model_fits_80_and_200_columns(ranks) -> None:
+    for width in (80, 200):
+        text, *others = ranks(4)(printed, width)
+        assert others == [""] * 3
+        assert "0-5" in text and "…" not in text and max(map(len, text.splitlines())) <= width, text
+        assert re.search(r"all +.*\d (KB|MB)", text)
+
+
+def sizes_that_do_not_fit(rank: int) -> list[str]:
+    found = []
+    for arguments in (dict(), dict(mode="2d", size=9), dict(mode="2.5d", size=8), dict(mode="2.5d", size=8, depth=4)):
+        with pytest.raises(gingham.MeshError) as raised:
+            gingham.init(**arguments)
+        found.append(str(raised.value))
+    return found
+
+
+def test_d_init_says_what_to_start_and_which_depths_there_are(ranks) -> None:
+    for alone, other, *depths in ranks(4)(sizes_that_do_not_fit):
+        assert "gingham.init(grid=(1, 4, 1))" in alone and "the job has 4" in alone
+        assert "torchrun --nproc-per-node 9" in other
+        assert all("depth=2 or 8" in message for message in depths)
+
+
+def interrupted(command: list[str], folder: Path) -> tuple[int, str]:
+    """Status and error stream of a run that gets Ctrl-C in the middle of its steps."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "100"}
+    with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while "AdamW at" not in (folder / "out").read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(1.0)
+        os.killpg(process.pid, signal.SIGINT)
+        status = process.wait(60)
+    return status, (folder / "err").read_text()
+
+
+def test_d_ctrl_c_of_train_is_one_line_a_checkpoint_and_status_130(tmp_path: Path) -> None:
+    size = ["--layers", "1", "--width", "32", "--heads", "4", "--context", "16", "--batch", "4", "--steps", "1000000", "--plot", ""]
+    command = [sys.executable, "-m", "gingham", "train", "--mode", "2d", "--ranks", "4", "--save", str(tmp_path / "runs"), *size]
+    status, err = interrupted(command, tmp_path)
+    assert status == 130
+    assert re.fullmatch(r"gingham train: interrupted after step \d+; checkpoint in \S+\n", err), err
+    assert main(["ckpt", "verify", str(tmp_path / "runs")]) == 0

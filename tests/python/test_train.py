@@ -13,7 +13,7 @@ import pytest
 import theory
 from grids import MODES, words_of
 
-SMALL = dict(device=None, layers=2, width=64, heads=8, context=16, batch=12, steps=3, lr=3e-4, seed=1, text=None, sample=4)
+SMALL = dict(device=None, layers=2, width=64, heads=8, context=16, batch=12, steps=3, lr=3e-4, seed=1, text=None, sample=4, save=None)
 
 
 def options(**changed: Any) -> Namespace:

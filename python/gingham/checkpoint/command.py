@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch.distributed.checkpoint.filesystem import _StoragePrefix
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from ..shown import amount, fold, show
 from . import blocks, folders
 from .reading import fill
 from .state import EXTRA, MODEL, extra_of, packed
@@ -28,12 +28,12 @@ from .weights import Files, size_of
 def add_arguments(parser: ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="action", required=True, metavar="inspect|verify|convert")
     inspect = commands.add_parser("inspect", help="keys, shapes, bytes, and the grid and step it was saved on")
-    inspect.add_argument("path", type=Path)
+    inspect.add_argument("path", type=Path, help="folder of checkpoints, one of them, or safetensors")
     verify = commands.add_parser("verify", help="reads every byte of a checkpoint and compares it with its checksums")
-    verify.add_argument("path", type=Path)
+    verify.add_argument("path", type=Path, help="folder of checkpoints, or one of them")
     convert = commands.add_parser("convert", help="a checkpoint's weights to safetensors, or safetensors to a checkpoint")
-    convert.add_argument("source", type=Path)
-    convert.add_argument("target", type=Path)
+    convert.add_argument("source", type=Path, help="what is read")
+    convert.add_argument("target", type=Path, help="what is written")
     convert.add_argument("--shard-size", default="5GB", help="bytes of a safetensors file at most")
 
 
@@ -104,18 +104,13 @@ def verify(path: Path, console: Console) -> int:
 
 
 def _show(console: Console, title: str, rows: list[tuple[str, Any, Any, int]]) -> None:
-    table = Table(title=title)
-    table.add_column("key", overflow="fold")
-    for heading in ("shape", "dtype", "bytes", "blocks"):
-        table.add_column(heading, justify="right")
-    total = 0
-    for name, shape, dtype, count in rows:
-        size = shape.numel() * dtype.itemsize
-        total += size
-        table.add_row(name, " x ".join(map(str, shape)) or "-", str(dtype).removeprefix("torch."), f"{size:,}", str(count))
-    table.add_section()
-    table.add_row(f"all {len(rows)}", "", "", f"{total:,}", "")
-    console.print(table)
+    sizes = [shape.numel() * dtype.itemsize for _, shape, dtype, _ in rows]
+    cells = [
+        (name, " x ".join(map(str, shape)) or "-", str(dtype).removeprefix("torch."), amount(size), str(count))
+        for (name, shape, dtype, count), size in zip(rows, sizes, strict=True)
+    ]
+    headings = ("key", "shape", "dtype", "bytes", "blocks")
+    show(console, title, headings, fold(cells), headings[1:], (f"all {len(rows)}", "", "", amount(sum(sizes)), ""))
 
 
 def _is_safetensors(path: Path) -> bool:

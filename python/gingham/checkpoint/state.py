@@ -45,7 +45,7 @@ def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[
             "format": FORMAT,
             "step": step,
             "grid": None if ranks.mesh is None else dict(ranks.mesh.sizes),
-            "dropout": {path: (module.name, module.calls) for path, module in _dropouts(model)},
+            "dropout": {path: (module.name, module.calls) for path, module in dropouts(model)},
             "modules": dict(_module_state(model)),
             "groups": None if optimizer is None else _groups(optimizer, keys),
             "scalars": scalars,
@@ -86,7 +86,7 @@ def extra_of(opened: Opened) -> dict[str, Any]:
     return extra
 
 
-def _dropouts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+def dropouts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Modules that draw their masks from a name and a number of calls."""
     for path, module in model.named_modules():
         if all(hasattr(module, name) for name in ("calls", "name", "p")):
@@ -251,7 +251,7 @@ class Target:
         if self.generator is not None:
             torch.set_rng_state(self.generator[0])
         saved = dict(self.extra.get("dropout", {}))
-        for path, module in _dropouts(self.model):
+        for path, module in dropouts(self.model):
             if path in saved:
                 module.name, module.calls = saved.pop(path)
             elif module.p > 0:

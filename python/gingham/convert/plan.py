@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from .. import cost, formulas, nn
+from .. import cost, formulas, nn, shown
 from ..functional import LinearPlan, local_of
 from ..layout import Cuts, block, coordinates_of, intersection, volume
 from ..mesh import Mesh
+from ..shown import amount, fold
 from .attention import MultiheadAttention
 from .layers import Conversion, FusedLinears, Line
 
@@ -102,26 +102,16 @@ def stationary_of(mesh: Mesh, swapped: bool) -> str:
     return ", ".join(still) or "none"
 
 
-def table(made: Conversion, tokens: int) -> Table:
-    mesh = made.mesh
-    grid = " x ".join(map(str, mesh.grid))
-    shown = Table(title=f"{type(made.model).__name__} on {dict(mesh.sizes)}, grid m x n x k = {grid}, {tokens} rows a step", expand=False)
-    for heading in COLUMNS:
-        shown.add_column(heading, justify="right" if heading in ("received", "memory") else "left", no_wrap=True)
+def show(made: Conversion, tokens: int, width: int | None = None) -> None:
+    """Prints the plan, on rank 0: equal blocks on one line, as wide as the terminal (or `width`)."""
+    if made.mesh.rank:
+        return
+    console, mesh = Console(width=width), made.mesh
     every = rows(made, tokens)
-    for row in every:
-        shown.add_row(*row)
-    shown.add_section()
     totals = [sum(int(row[index].replace(",", "") or 0) for row in every) for index in (6, 7)]
-    shown.add_row("all", "", "", "", "", "", *(f"{total:,}" for total in totals))
-    return shown
-
-
-def show(made: Conversion, tokens: int) -> None:
-    """Prints the plan, on rank 0."""
-    if made.mesh.rank == 0:
-        console = Console(width=max(160, Console().width))
-        console.print(table(made, tokens))
-        for line in made.lines:
-            if line.reason:
-                console.print(f"serial: {line.path or 'the model itself'}: {line.reason}")
+    grid = " x ".join(map(str, mesh.grid))
+    title = f"{type(made.model).__name__} on {dict(mesh.sizes)}, grid m x n x k = {grid}, {tokens} rows a step"
+    cells = [(*row[:6], *(amount(int(cell.replace(",", ""))) if cell else "" for cell in row[6:])) for row in every]
+    shown.show(console, title, COLUMNS, fold(cells), COLUMNS[6:], ("all", "", "", "", "", "", *map(amount, totals)))
+    for name, reason in fold([(line.path or "the model itself", line.reason) for line in made.lines if line.reason]):
+        console.print(f"serial: {name}: {reason}", markup=False, highlight=False)
