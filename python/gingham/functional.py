@@ -26,6 +26,7 @@ from .gradients import sum_or_defer as sum_or_defer
 from .layout import Cuts, Layout, Names, offsets
 from .live import Live
 from .mesh import Mesh, check_local
+from .ranges import in_range, profiling
 from .redistribute import autocast_dtype as autocast_dtype
 from .redistribute import cast_for_autocast as cast_for_autocast
 from .redistribute import like as like
@@ -242,42 +243,46 @@ class _Linear(torch.autograd.Function):
         check_versions(ctx.label, ctx.plan.mesh, ctx.versions)
         if torch.is_grad_enabled():
             return _linear_again(ctx, cotangents)
-        count, plan, parameters = ctx.count, ctx.plan, ctx.parameters
-        x, *saved = ctx.saved_tensors
-        weights, before = saved[:count], saved[count:]
-        dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
-        if before:
-            dys = [_C.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
-        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-        used = [dy is not None for dy in cotangents]
-        need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
-        wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
-        nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
-        put_off = deferring(parameters)
-        here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
-        need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
-        # gradients of a cast are summed over depth after they are float32 again, not before
-        cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
-        plan.mesh.say(ctx.label)
-        threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
-        later = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
-        dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
-        dbs = [
-            _bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)
-        ]
-        dws = [_as(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
-        grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
-        for weight, dw in zip(parameters, dws, strict=False):
-            if later and dw is not None:
-                gradients.sums_of(plan.mesh).add(weight, dw)
-            elif threaded and dw is not None:
-                gradients.sums_of(plan.mesh).sum_now(dw)
-            elif put_off and dw is not None:
-                dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
-            elif cast and dw is not None:
-                dw.copy_(sum_over_depth(plan.mesh, dw))
-        biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
-        return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
+        owner = ctx.plan.owners[0]() if ctx.plan.owners and profiling() else None
+        return _gradients(ctx, cotangents) if owner is None else in_range(owner, partial(_gradients, ctx, cotangents), ".backward")
+
+
+def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
+    """dX, dW and db of one call, dY gathered once for all."""
+    count, plan, parameters = ctx.count, ctx.plan, ctx.parameters
+    x, *saved = ctx.saved_tensors
+    weights, before = saved[:count], saved[count:]
+    dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
+    if before:
+        dys = [_C.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
+    need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+    used = [dy is not None for dy in cotangents]
+    need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
+    wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
+    nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
+    put_off = deferring(parameters)
+    here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
+    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
+    # gradients of a cast are summed over depth after they are float32 again, not before
+    cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
+    plan.mesh.say(ctx.label)
+    threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
+    later = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
+    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
+    dbs = [_bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)]
+    dws = [_as(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
+    grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
+    for weight, dw in zip(parameters, dws, strict=False):
+        if later and dw is not None:
+            gradients.sums_of(plan.mesh).add(weight, dw)
+        elif threaded and dw is not None:
+            gradients.sums_of(plan.mesh).sum_now(dw)
+        elif put_off and dw is not None:
+            dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
+        elif cast and dw is not None:
+            dw.copy_(sum_over_depth(plan.mesh, dw))
+    biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
+    return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
 
 
 def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:

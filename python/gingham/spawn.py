@@ -7,6 +7,7 @@ calls spawn is not imported again, so it needs no `if __name__ == "__main__"`.
 
 from __future__ import annotations
 
+import copyreg
 import ctypes
 import multiprocessing
 import os
@@ -30,6 +31,17 @@ import torch
 
 from . import job, mesh, rendezvous
 from .errors import PeerDied, PeerOutOfMemory, PeerStalled
+
+# a function of the caller's script may name torch.ops, or an operation of it, which travels by its name
+copyreg.pickle(torch._ops._Ops, lambda ops: (getattr, (torch, "ops")))
+copyreg.pickle(torch._ops._OpNamespace, lambda namespace: (getattr, (torch.ops, namespace.name)))
+copyreg.pickle(torch._ops.OpOverloadPacket, lambda packet: (getattr, (_namespace_of(packet), packet.__name__)))
+copyreg.pickle(torch._ops.OpOverload, lambda op: (getattr, (op._overloadpacket, op._overloadname)))
+
+
+def _namespace_of(packet: torch._ops.OpOverloadPacket) -> Any:
+    return getattr(torch.ops, packet._qualified_op_name.partition("::")[0])
+
 
 PR_SET_PDEATHSIG = 1
 GRACE = 5.0  # seconds that the other ranks get to notice a failure and say what they saw

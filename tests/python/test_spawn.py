@@ -176,3 +176,9 @@ def test_b6_a_store_that_is_not_there_is_named() -> None:
     script = "import gingham; gingham.init('1d', size=2, timeout=2.0)"
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "PeerStalled: rank 1: no answer within 2 s at 127.0.0.1:1 (MASTER_ADDR, MASTER_PORT)" in done.stderr
+
+
+def test_c15_functions_may_name_torchs_operations() -> None:
+    aten, neg, add = torch.ops.aten, torch.ops.aten.neg, torch.ops.aten.add.Tensor
+    values = gingham.spawn(lambda rank: float(aten.exp(neg(add(torch.zeros(1), torch.zeros(1))))), 2)
+    assert values == [1.0, 1.0]

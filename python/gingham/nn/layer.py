@@ -8,6 +8,8 @@ is used.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -19,6 +21,8 @@ from ..errors import MeshError, ShapeError
 from ..functional import local_of
 from ..layout import Cuts, block, slices
 from ..mesh import Mesh, current, cuts_of
+from ..named import path_of
+from ..ranges import in_range, profiling
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads
 
@@ -33,6 +37,18 @@ def digest_of(full: torch.Tensor) -> int:
     bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
     sample = bits[:: max(1, len(bits) // SAMPLE)].contiguous().numpy().tobytes()
     return crc32(int(bits.sum(dtype=torch.int64)).to_bytes(8, "little", signed=True), crc32(sample))
+
+
+def _ranged(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A forward that torch.profiler sees by the layer's name."""
+
+    @wraps(forward)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not profiling():
+            return forward(self, *args, **kwargs)
+        return in_range(self, lambda: forward(self, *args, **kwargs))
+
+    return call
 
 
 class Layer(torch.nn.Module):
@@ -61,7 +77,7 @@ class Layer(torch.nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in cls.__dict__:
-            cls.forward = layer_forward(cls.__dict__["forward"])  # type: ignore[method-assign]
+            cls.forward = layer_forward(_ranged(cls.__dict__["forward"]))  # type: ignore[method-assign]
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
         """The cuts of the input x and of the output; None: not checked."""
@@ -84,8 +100,6 @@ class Layer(torch.nn.Module):
 
     def named(self, error: Raised) -> Raised:
         """The error with the layer's name before it: its path in the model it is part of, found when it is needed."""
-        from .named import path_of
-
         where = path_of(self)
         kind = f"{type(self).__name__}({', '.join(map(str, self.sizes()))})"
         text = f"{where} ({kind})" if where else kind
