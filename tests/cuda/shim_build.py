@@ -37,7 +37,10 @@ def ninja() -> str:
 
 def sources() -> tuple[list[Path], list[Path]]:
     """Instrumented ones, and the shim's own."""
-    csrc = [*(ROOT / "csrc" / "kernels").glob("*.cc"), *(ROOT / "csrc" / "base" / name for name in ("heap.cc", "segment.cc"))]
+    csrc = [
+        *(ROOT / "csrc" / "kernels").glob("*.cc"),
+        *(ROOT / "csrc" / "base" / name for name in ("heap.cc", "memory.cc", "segment.cc", "wait.cc")),
+    ]
     return [*nvcc.kernels(), *csrc, *(ROOT / "tests" / "cuda").glob("*.cc")], list((ROOT / "tests" / "cuda" / "shim").glob("*.cc"))
 
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 CSRC, KEPT = ROOT / "csrc", ROOT / "build" / "ptx"
 HERE = Path(__file__).resolve().parent
 ARCH = {"gemm_sm90": "90a"}  # the others: 80
-BASE = ("heap", "segment", "wait")
+BASE = ("heap", "memory", "segment", "wait")
 
 
 @dataclass(frozen=True)
