@@ -196,7 +196,7 @@ def test_inspect_and_convert(ranks: Any, tmp_path: Path, capsys: Any, monkeypatc
     out = capsys.readouterr().out
     for part in ("complete, step 18", "depth 2 x row 2 x col 2", "00000002: complete, older", ".writing-00000004: not complete"):
         assert part in " ".join(out.split()), out
-    assert "model.token.weight" in out and "256 x 36" in out and "36,864" in out and "exp_avg_sq" in out and "int64" in out
+    assert "model.token.weight" in out and "256 x 36" in out and "36.9 KB" in out and "exp_avg_sq" in out and "int64" in out
     model = serial()
     assert main(["ckpt", "convert", str(tmp_path / "run"), str(tmp_path / "hub"), "--shard-size", "20KB"]) == 0
     out = capsys.readouterr().out

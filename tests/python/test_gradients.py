@@ -1,5 +1,6 @@
 """Weight gradients over depth: summed behind the backward pass or at once, always right, complete and equal on replicas."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,8 @@ CASES = {
 
 def run(rank: int) -> dict[str, Any]:
     mesh = gingham.init(**OPTIONS)
+    gc.collect()
+    gradients._hooked.clear()  # of graphs that other tests have left in this process
     later: list[int] = []
     add = gradients.DepthSums.add
     gradients.DepthSums.add = lambda self, *arguments: (later.append(1), add(self, *arguments))[1]  # type: ignore[method-assign]

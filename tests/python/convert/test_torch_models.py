@@ -98,12 +98,14 @@ def test_outputs_and_gradients(ranks, name: str) -> None:
 
 def plans(rank: int) -> dict[str, Any]:
     import io
+    import os
     from contextlib import redirect_stdout
 
     import gingham
 
     mesh = gingham.init(mode="2d", size=4)
     printed = io.StringIO()
+    os.environ["COLUMNS"] = "200"
     with redirect_stdout(printed):
         model = gingham.parallelize(Custom(), mesh, verbose=True, plan={"fc1": "colwise", "fc2": "rowwise"})
     found: dict[str, Any] = {
