@@ -152,9 +152,10 @@ def begin(path: Path, what: str = "") -> Writing:
     if not what and (path / METADATA).is_file():
         raise CheckpointError(f"{path}: is a single checkpoint, expected a folder of checkpoints; save to another path")
     if not path.is_dir():
-        if path.exists() or path.is_symlink():
-            raise CheckpointError(f"{path}: is no folder, expected one, or nothing, to put checkpoints into")
-        path.mkdir(parents=True, exist_ok=True)
+        try:
+            path.mkdir(parents=True, exist_ok=True)  # another job may have made it since
+        except (FileExistsError, NotADirectoryError):
+            raise CheckpointError(f"{path}: is no folder, expected one, or nothing, to put checkpoints into") from None
         sync(path.parent)
     for left in unfinished(path):
         _remove_if_dead(left)
