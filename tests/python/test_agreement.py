@@ -29,7 +29,7 @@ def layer(make: Callable[..., torch.nn.Module], *args: Any, **options: Any) -> R
 
     def run(mesh: gingham.Mesh) -> Any:
         module = make(*args, **options)
-        y = module(x_of(mesh))
+        y = module(x_of(mesh).requires_grad_())
         y = y[0] if isinstance(y, tuple) else y
         y.float().sum().backward()
         return mesh.gather(x_of(mesh))
