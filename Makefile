@@ -18,7 +18,7 @@ demo: build
 	$(BIN)/python -m gingham train --ranks 8 --mode 2.5d --depth 2 --steps 200 --compare-serial $(if $(TEXT),--text "$(TEXT)")
 
 test: build
-	$(BIN)/python -m pytest -m "not matrix"
+	$(BIN)/python -m pytest -m "not matrix" --durations=15
 
 test-all: build
 	$(BIN)/python -m pytest
