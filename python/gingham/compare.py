@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from . import errors
 from .checkpoint.tensors import plain_keys
 from .errors import MeshError
-from .layout import block, coordinates_of
+from .layout import block, coordinates_of, odd_ranks
 from .mesh import Mesh, current, cuts_of
 from .nn.layer import digest_of
 
@@ -214,7 +214,7 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     entries = list(_entries(model, optimizer))
     names = [name for name, _ in entries]
     told = mesh.world.sizes([len(names), crc32("\n".join(names).encode())])
-    odd = _odd([tuple(each) for each in told], range(mesh.size))
+    odd, _ = odd_ranks([tuple(each) for each in told])
     if odd:
         raise MeshError(f"check_replicas: rank {mesh.rank}: ranks {odd} hold other names, {len(names)} here: models or optimizers differ")
     mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64)
@@ -222,7 +222,7 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     wrong = []
     for index, (name, value) in enumerate(entries):
         for holders in _holders(mesh, value):
-            odd = _odd([parts[rank][index] for rank in holders], holders)
+            odd, _ = odd_ranks([parts[rank][index] for rank in holders], holders)
             if odd:
                 wrong.append((name, odd, holders))
     if wrong:
@@ -250,9 +250,3 @@ def _holders(mesh: Mesh, value: Any) -> list[list[int]]:
     for rank in range(mesh.size):
         sets.setdefault(block(value.shape, cuts, mesh.sizes, coordinates_of(rank, mesh.sizes)), []).append(rank)
     return list(sets.values())
-
-
-def _odd(values: list[Any], ranks: Any) -> list[int]:
-    """The ranks whose value is not the usual one."""
-    usual = max(values, key=values.count)
-    return [rank for rank, value in zip(ranks, values, strict=True) if value != usual]

@@ -8,7 +8,7 @@ import torch
 
 from . import _C
 from .errors import MeshError
-from .layout import Layout
+from .layout import Layout, odd_ranks
 from .mesh import Mesh, check_local
 
 Key = tuple[int, int, int]  # seed, name, call number
@@ -40,9 +40,8 @@ def dropout_place(
         sizes = x.shape[row], x.shape[feature] if row != feature else 0
         rows, total, columns, width, keys = mesh.extents_and(named, *sizes, label, *key)
         calls = [call for _, _, call in keys]
-        if len(set(calls)) > 1:
-            usual = max(calls, key=calls.count)
-            odd = [rank for rank, call in enumerate(calls) if call != usual]
+        odd, usual = odd_ranks(calls)
+        if odd:
             raise MeshError(
                 f"dropout on rank {mesh.rank}: ranks {odd} make call {[calls[rank] for rank in odd]} of it, the others call {usual};"
                 " every rank must make the same calls in training mode"

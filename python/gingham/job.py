@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import checks, faults, mesh, random, rendezvous
 from .config import parse_parallel
 from .errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
+from .layout import odd_ranks
 from .meeting import Meeting
 from .mesh import Axes, Mesh, axes_of, axes_of_device_mesh
 
@@ -192,8 +193,7 @@ def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ..
     )
     told = meeting.exchange("described", (description, [job.path for job in jobs]))
     descriptions = [text for text, _ in told]
-    usual = max(descriptions, key=descriptions.count)
-    odd = [other for other, text in enumerate(descriptions) if text != usual]
+    odd, usual = odd_ranks(descriptions)
     if odd:
         raise MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}")
     if rank != 0:

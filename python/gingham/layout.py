@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 Names = tuple[str, ...]
 Cuts = tuple[Names, ...]
@@ -184,3 +185,9 @@ def relative(block: Block, origin: Block) -> Block:
 
 def slices(block: Block) -> tuple[slice, ...]:
     return tuple(slice(offset, offset + length) for offset, length in block)
+
+
+def odd_ranks(values: Sequence[Any], ranks: Sequence[int] | None = None) -> tuple[list[int], Any]:
+    """The ranks (by default 0, 1, ..) whose value is not the usual one, and the usual one: of several as frequent the first."""
+    usual = max(values, key=list(values).count)
+    return [rank for rank, value in zip(range(len(values)) if ranks is None else ranks, values, strict=True) if value != usual], usual

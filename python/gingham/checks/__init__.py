@@ -1,7 +1,7 @@
 """The first step is checked: tensors say how they are cut, and an operation that is wrong on a block is an error with its line.
 
-scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or an optimizer's step,
-or the second call from the same place where nothing is trained). Each of torch's operations on them goes by a rule
+scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or, where nothing
+is trained, scatter is called from the same place again). Each of torch's operations on them goes by a rule
 (table): elementwise ones keep the cuts, views move them, a sum over a cut dim is a part, and what would give this
 rank's answer instead of the job's is a LayoutError. After that plain tensors flow and nothing is paid.
 
@@ -24,9 +24,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..errors import LayoutError
-from ..layout import Cuts, Layout, Names
+from ..layout import Cuts, Layout, Names, odd_ranks
 from ..mesh import Mesh
-from .rules import Unknown, Wrong
+from .rules import Unknown, Wrong, words
 from .table import rule_of
 
 log = logging.getLogger("gingham")
@@ -127,8 +127,7 @@ class Checks:
             each
             for (each,) in self.mesh.world.sizes([crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc32(words))])
         ]
-        usual = max(sums, key=sums.count)
-        odd = [rank for rank, each in enumerate(sums) if each != usual]
+        odd, _ = odd_ranks(sums)
         if odd:
             raise self.error(
                 Wrong(
@@ -194,11 +193,6 @@ def here() -> tuple[str, int]:
 
 def said(names: Names) -> str:
     return ", ".join(names)
-
-
-def words(cuts: Cuts) -> str:
-    cut = [f"dim {dim} over {said(names)}" for dim, names in enumerate(cuts) if names]
-    return ", ".join(cut) or "nowhere (whole on every rank)"
 
 
 def layer_forward(forward: Callable[..., Any]) -> Callable[..., Any]:

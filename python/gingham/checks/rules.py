@@ -58,7 +58,7 @@ def name_of(func: Any) -> str:
     core = name.strip("_")
     if name.startswith("__") and core[:1] in ("r", "i") and core[1:] in ARITHMETIC:
         core = core[1:]
-    return {"truediv": "div", "matmul": "matmul", "floordiv": "floor_divide", "mod": "remainder"}.get(core, core)
+    return {"truediv": "div", "floordiv": "floor_divide", "mod": "remainder"}.get(core, core)
 
 
 def is_checked(x: Any) -> bool:
@@ -80,8 +80,12 @@ def tensors_in(args: Sequence[Any]) -> list[Any]:
 
 
 def described(x: Any) -> str:
-    cut = [f"dim {dim} over {', '.join(names)}" for dim, names in enumerate(x.cuts) if names]
-    return f"a block {tuple(x.shape)} cut {', '.join(cut) or 'nowhere'}"
+    return f"a block {tuple(x.shape)} cut {words(x.cuts)}"
+
+
+def words(cuts: Cuts) -> str:
+    cut = [f"dim {dim} over {', '.join(names)}" for dim, names in enumerate(cuts) if names]
+    return ", ".join(cut) or "nowhere (whole on every rank)"
 
 
 def mark(x: Any, cuts: Cuts, partial: Names = ()) -> After:
@@ -90,8 +94,7 @@ def mark(x: Any, cuts: Cuts, partial: Names = ()) -> After:
 
     def after(result: Any) -> Any:
         if isinstance(result, tuple | list) and not isinstance(result, torch.Size):
-            made = [checks.marked(each, cuts, partial) for each in result]
-            return type(result)(made) if type(result) in (tuple, list) else type(result)(made)
+            return type(result)([checks.marked(each, cuts, partial) for each in result])
         return checks.marked(result, cuts, partial)
 
     return after

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from ..compiled import define, find
 from ..errors import MeshError
+from ..layout import odd_ranks
 from ..mesh import Mesh
 
 PIECE = 1 << 26  # bytes of a broadcast at a time
@@ -121,8 +122,7 @@ def check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Te
         if x.device.type == "cpu":
             sum_of = crc32(x.contiguous().view(torch.uint8).numpy().data, crc32(repr(tuple(x.shape)).encode(), sum_of))
     sums = [each for (each,) in mesh.world.sizes([sum_of])]
-    usual = max(sums, key=sums.count)
-    odd = [rank for rank, each in enumerate(sums) if each != usual]
+    odd, _ = odd_ranks(sums)
     if odd:
         raise MeshError(
             f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"
