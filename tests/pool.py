@@ -18,6 +18,7 @@ from typing import Any
 
 import cloudpickle
 
+from gingham import rendezvous
 from gingham.spawn import rank_environment
 
 # seconds in every rank, once in their server; those not installed are left out
@@ -31,6 +32,7 @@ class RankError(RuntimeError):
     def __init__(self, rank: int, text: str, error: BaseException | None = None) -> None:
         super().__init__(f"rank {rank}:\n{text}")
         self.rank, self.error = rank, error
+        self.kind = text if error is None else f"raised {type(error).__name__}: {error}"
 
 
 def _answer(rank: int, message: bytes) -> bytes:
@@ -79,6 +81,7 @@ class Pool:
         self.size = size
         self._folder = tempfile.TemporaryDirectory(prefix="gingham-ranks-")
         self._calls = 0
+        self._store = ""
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
@@ -119,9 +122,9 @@ class Pool:
         if not self._processes:
             self._start()
         self._calls += 1
-        store = str(Path(self._folder.name) / f"store{self._calls}")
+        self._store = str(Path(self._folder.name) / f"store{self._calls}")
         for rank, pipe in enumerate(self._pipes):
-            pipe.send_bytes(cloudpickle.dumps((fn, args, rank_environment(rank, self.size, store))))
+            pipe.send_bytes(cloudpickle.dumps((fn, args, rank_environment(rank, self.size, self._store))))
         results, failures = self._collect(timeout)
         if failures:
             self.stop()
@@ -142,6 +145,7 @@ class Pool:
                 rank = waiting.pop(pipe)  # type: ignore[index,arg-type]
                 results[rank] = self._receive(pipe, rank) if ready else RankError(rank, f"no answer within {timeout:.0f} s")
                 if isinstance(results[rank], RankError):
+                    rendezvous.tell_gone(self._store, rank, f"rank {rank} {results[rank].kind}")  # as gingham.spawn does
                     failures.append(results[rank])
                     deadline = min(deadline, time.monotonic() + GRACE)
         return results, failures

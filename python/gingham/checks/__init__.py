@@ -83,6 +83,7 @@ def _as_plain(x: Checked) -> torch.Tensor:
     if known is None or known.requires_grad != x.requires_grad:
         with torch._C.DisableTorchFunctionSubclass():
             known = x.__dict__["alias"] = x.as_subclass(torch.Tensor)
+            known.__dict__["lent"] = True  # see marked
     return known
 
 
@@ -96,15 +97,18 @@ class Checks:
         self.sites: set[tuple[str, int]] = set()
         self.told: set[str] = set()
 
-    def marked(self, x: Any, cuts: Cuts, partial: Names = ()) -> Any:
-        """x as a Checked tensor."""
+    def marked(self, x: Any, cuts: Cuts, partial: Names = (), fresh: bool = False) -> Any:
+        """x as a Checked tensor. fresh: nobody else has x, which becomes one itself; as_subclass would make a view of it."""
         if not isinstance(x, torch.Tensor):
             return x
         if len(cuts) != x.dim():
             self.leave(f"an operation with a result of shape {tuple(x.shape)}")
             return plain(x)
-        made = x if isinstance(x, Checked) else x.as_subclass(Checked)
+        fresh = fresh and type(x) is torch.Tensor and "lent" not in x.__dict__
+        made: Any = x if fresh or isinstance(x, Checked) else x.as_subclass(Checked)
         made.cuts, made.partial, made.checks = cuts, partial, self
+        if fresh:
+            made.__class__ = Checked
         return made
 
     def hand_out(self, block: torch.Tensor, cuts: Cuts) -> torch.Tensor:
@@ -155,7 +159,7 @@ class Checks:
         """What a function of ours returns."""
         if not self.on or not isinstance(y, torch.Tensor):
             return y
-        made = self.marked(y, cuts)
+        made = self.marked(y, cuts, fresh=True)
         if made.requires_grad and not self.always:
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_hook(self._end_with_backward)
