@@ -225,7 +225,7 @@ std::vector<Test> memory_tests() {
           {"the least of host and cgroups is left", the_least_of_host_and_cgroups_is_left},
           {"an allocation that fails ends the call on all", an_allocation_that_fails_ends_the_call_on_all},
           {"an allocation between calls is told at the next", an_allocation_between_calls_is_told_at_the_next},
-          {"products of pieces are exact", products_of_pieces_are_exact}};
+          {"A23 products of pieces are exact", products_of_pieces_are_exact}};
 }
 
 }  // namespace gingham

@@ -145,5 +145,5 @@ def changed_outputs(rank: int, options: dict[str, Any], names: list[str]) -> dic
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_c12_outputs_may_be_changed_in_place(ranks, name: str) -> None:
+def test_c11_c12_outputs_are_no_views_and_may_be_changed_in_place(ranks, name: str) -> None:
     assert ranks(ranks_of(name))(changed_outputs, GRIDS[name], list(CASES)) == [{}] * ranks_of(name)

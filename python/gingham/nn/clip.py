@@ -23,11 +23,14 @@ def clip_grad_norm_(
     """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, the
     same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
-    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power or torch.inf. error_if_nonfinite: a norm that
+    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power > 0 or torch.inf. error_if_nonfinite: a norm that
     is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes nothing here. Raises MeshError
-    where gradients are parts of sums that no_sync left out, or the ranks ask for other norms.
+    where gradients are parts of sums that no_sync left out, or the ranks ask for other norms, ValueError for a norm_type <= 0.
     """
     mesh = current()
+    max_norm, norm_type = float(max_norm), float(norm_type)
+    if not norm_type > 0:
+        raise ValueError(f"clip_grad_norm_: rank {mesh.rank} got norm_type={norm_type}, expected a power > 0 or torch.inf")
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if owing(parameters):
@@ -43,7 +46,6 @@ def clip_grad_norm_(
             mine = torch.maximum(mine, local.max().view(1) if local.numel() else mine)
         elif _counts_here(grad, mesh.coordinates):
             mine += local.pow(norm_type).sum()
-    max_norm, norm_type = float(max_norm), float(norm_type)
     mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})")
     parts = torch.cat(mesh.world.all_gather(mine, mesh.source, False))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
