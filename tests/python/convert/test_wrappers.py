@@ -78,7 +78,7 @@ def adapted(rank: int, grid: dict[str, Any], kinds: tuple[str, ...]) -> dict[str
 )
 def test_a7_lora_before_parallelize_is_serial(ranks, name: str) -> None:
     for what, error in ranks(ranks_of(name))(adapted, GRIDS[name], tuple(TARGETS))[0].items():
-        assert error <= 2e-6, (what, error)
+        assert error <= (1e-6 if what.endswith(" gradients") else 2e-6), (what, error)
 
 
 def wrapped(rank: int) -> dict[str, Any]:
@@ -168,4 +168,4 @@ def test_a7_lora_after_parallelize_is_serial_and_other_late_modules_are_named(ra
     found = ranks(ranks_of(name))(adapted_later, GRIDS[name], tuple(TARGETS))[0]
     assert "2.weight of Linear" in found.pop("a head")
     for what, error in found.items():
-        assert error <= 2e-6, (what, error)
+        assert error <= 1e-6, (what, error)
