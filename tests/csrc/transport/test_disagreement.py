@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Any, Any, tuple[str, str]]] = {
     "layer's dtype": (layer(8, 8), layer(8, 8, dtype=torch.float64), ("float32", "float64")),
     "op": (product(8, 8, 8), gather, ("matmul", "all_gather")),
     "layer or matmul": (layer(8, 8), product(8, 8, 8), ("linear", "matmul")),
-    "order": (norm(8), layer(8, 8), ("all_gather", "linear")),
+    "order": (norm(8), layer(8, 8), ("LayerNorm #0", "linear")),
     "swapped": (layer(8, 8), layer(8, 8, swapped=True), ("swapped=False", "swapped=True")),
     "which gradient": (backward(0), backward(1), ("input's gradient", "backward")),
 }
