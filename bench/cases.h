@@ -1,4 +1,4 @@
-// The microbenchmark's cases: what each runs on one rank, its work, the bytes THEORY says it receives, and how its result is checked.
+// The microbenchmark's cases: what each runs on one rank, its work, the bytes that docs/theory.md says it receives, and how its result is checked.
 #pragma once
 #include <string>
 
@@ -31,7 +31,7 @@ struct Measured {
   double seconds = 0;  // median over the rounds, of the slowest rank
   double flops = 0;    // of all ranks
   double bytes = 0;    // received, summed over ranks, one round
-  double formula = 0;  // the same by THEORY.md section 4
+  double formula = 0;  // the same by docs/theory.md section 4
   double messages = 0;
   double wrong = 0;                        // elements that differ, summed; -1 not checked
   double algbw_bytes = 0, bus_factor = 0;  // nccl-tests' size and bus factor of a collective

@@ -1,5 +1,5 @@
 // Y = X W, its two gradients and the fused backward on a grid of threads or processes. Ranks are numbered (k, n, m) row-major; blocks are
-// cut as THEORY.md section 1 says. Data are small integers, so that every sum is exact in fp32 and the check is equality.
+// cut as docs/theory.md section 1 says. Data are small integers, so that every sum is exact in fp32 and the check is equality.
 #include <algorithm>
 #include <cmath>
 

@@ -1,4 +1,4 @@
-"""DESIGN.md's rules as tests: who may know whom, sizes, words. An exception is named here, with its reason."""
+"""The rules of architecture as tests: who may know whom, sizes, words. An exception is named here, with its reason."""
 
 import ast
 import re

@@ -43,7 +43,7 @@ def test_step_is_what_the_ranks_lack(sizes: tuple[int, int, int], swapped: bool)
 
 
 def test_sizes_that_divide_give_the_table() -> None:
-    """THEORY.md section 4, 2.5D: 3x(q-1)/P + 3w(q-1)/q^2 + 2w(d-1)/(d q^2) words, 6(q-1) + 2(d-1) messages."""
+    """docs/theory.md section 4, 2.5D: 3x(q-1)/P + 3w(q-1)/q^2 + 2w(d-1)/(d q^2) words, 6(q-1) + 2(d-1) messages."""
     q, d, (m, k, n) = 2, 2, (16, 256, 1024)
     cost = theory.linear(Grid.of("2.5d", d * q * q, d), m, k, n, bias=False)
     x, w, ranks = m * k, k * n, d * q * q

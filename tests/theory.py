@@ -1,4 +1,4 @@
-"""What every call must receive, in bytes and messages per axis, from THEORY.md alone: imports nothing of gingham.
+"""What every call must receive, in bytes and messages per axis, from docs/theory.md alone: imports nothing of gingham.
 
 A Grid is pm x pn x pk ranks; in 2.5d m is (depth, row). Words are summed over all ranks of the job, which is exact for
 sizes that do not divide too; messages are what each single rank receives. Example, Y = X W on 2x2x1, M = K = N = 4:

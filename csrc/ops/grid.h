@@ -1,4 +1,4 @@
-// How the three operands of one linear map Y[M, N] = X[M, K] W[K, N] lie on the grid (THEORY: "one step, every mode"). Each operand's block
+// How the three operands of one linear map Y[M, N] = X[M, K] W[K, N] lie on the grid (docs/theory.md section 1). Each operand's block
 // is cut further along one axis of ranks: X over n, W over m, Y over k. Nothing here knows a mode: modes are grid shapes.
 //   unswapped            slice dim K   X cut along K over n   W along K over m   Y along N over k
 //   swapped (n, k trade) slice dim N   X cut along K over k   W along N over m   Y along N over n

@@ -1,4 +1,4 @@
-"""What layers move and hold on a grid, from THEORY.md section 4: arithmetic on axes, for a mesh that runs or one only thought of.
+"""What layers move and hold on a grid, from docs/theory.md section 4: arithmetic on axes, for a mesh that runs or one only thought of.
 
 Bytes and words are summed over all ranks of the job, which is exact for sizes that do not divide too; messages are one
 rank's. Forward and backward. Example, Y = X W on 2 x 2 x 1, M = K = N = 4 without bias: X travels along n three times, W
@@ -164,7 +164,7 @@ def largest(grid: Grid, size: int, names: Names) -> int:
 
 
 def linear_parameters(grid: Grid, k: int, n: Sequence[int], swapped: bool, bias: bool) -> int:
-    """Words of weights and biases on the rank that holds most: [out, in] cut as THEORY.md section 1 says."""
+    """Words of weights and biases on the rank that holds most: [out, in] cut as docs/theory.md section 1 says."""
     first, second = (grid.axes.n, grid.axes.k) if swapped else (grid.axes.k, grid.axes.n)
     again = tuple(name for name in grid.axes.m if name not in grid.axes.depth)
     out, into = (second + again, first) if swapped else (second, first + again)

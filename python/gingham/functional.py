@@ -1,6 +1,6 @@
 """The autograd functions over the C++ steps: linear maps, changes of layout and of cuts, dropout.
 
-A linear map Y = X W has three products on one grid (THEORY.md section 1): forward computes Y, backward computes dX and
+A linear map Y = X W has three products on one grid (docs/theory.md section 1): forward computes Y, backward computes dX and
 dW (and db) in one call that gathers dY once. Parameters arrive as DTensors and are unwrapped here; gradients leave as
 DTensors of the same placements. Nothing here sums gradients over replicas of an activation.
 """
@@ -177,7 +177,7 @@ def linear(
 
     weights: [out, in] ([in, out] where transposed), DTensors or local blocks cut as plan.weight_cuts. Raises TypeError
     for a tensor that is not plain and local; the step raises ShapeError, on every rank, where one rank's last dim or
-    dtype does not fit its weights. Bytes: THEORY.md section 4, and one relayout where layouts ask.
+    dtype does not fit its weights. Bytes: docs/theory.md section 4, and one relayout where layouts ask.
     In a torch.autocast region x, weights and biases are cast to its dtype (float64 is not), products accumulate in
     float32, y and the bytes of panels are of that dtype, partial sums travel in float32; backward uses the same casts,
     and gradients come back in the dtypes of x and of the parameters.

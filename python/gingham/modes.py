@@ -1,4 +1,4 @@
-"""Modes: the only module below the planner that knows their names; to all above, a mesh is axes and layouts (THEORY.md section 2):
+"""Modes: the only module below the planner that knows their names; to all above, a mesh is axes and layouts (docs/theory.md section 2):
 
 mode   axes (mesh order)     m            n      k     outer rows / features   inner features
 1d     tp                    -            tp     -     - / - (or tp / -)       tp

@@ -1,4 +1,4 @@
-"""Which grid a model should train on: the cost of THEORY.md section 4 for every grid that the ranks can form.
+"""Which grid a model should train on: the cost of docs/theory.md section 4 for every grid that the ranks can form.
 
 A step's seconds are those of the busiest rank's products, of the messages and of the bytes that a rank receives on average;
 nothing is taken to overlap. Of the grids whose tensors fit the memory the cheapest is chosen, named modes before other

@@ -1,6 +1,6 @@
 """matmul: C = A B on blocks that every axis of the mesh cuts, differentiable twice.
 
-Each of the three products' gradients is made of the other two, on the same operand layouts (THEORY.md section 1).
+Each of the three products' gradients is made of the other two, on the same operand layouts (docs/theory.md section 1).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def matmul(a: torch.Tensor, b: torch.Tensor, mesh: Mesh | None = None, shape: tu
     """C[M,N] = A[M,K] B[K,N] on the blocks of mesh.scatter(operand="a"), "b"; returns this rank's block "c".
 
     Differentiable twice. shape=(M, K, N) is needed where K or N does not divide by its axes, else ShapeError. Bytes:
-    the step of THEORY.md section 1 with no operand replicated: [MK(pn-1) + KN(pm-1) + MN(pk-1)] / P words forward.
+    the step of docs/theory.md section 1 with no operand replicated: [MK(pn-1) + KN(pm-1) + MN(pk-1)] / P words forward.
     torch.autocast casts a and b, as it does torch.matmul's.
     """
     mesh = current(mesh)

@@ -153,7 +153,7 @@ SHAPES = [(2, 2, 1), (1, 4, 1), (4, 1, 1), (3, 2, 1), (2, 2, 2), (1, 1, 4), (1, 
 
 
 def bounds(grid: tuple[int, int, int], source: str, slices: int) -> tuple[int, int]:
-    """THEORY.md section 3: two slices of each streamed operand on a ring, none in a window; with pk > 1 one gathered block of
+    """docs/theory.md section 3: two slices of each streamed operand on a ring, none in a window; with pk > 1 one gathered block of
     Y, which has no slice dim, and on a ring two messages of its sum, one rank's part each."""
     (pm, pn, pk), (m, k, n) = grid, PRODUCT
     x, w, y = m * k // (pm * pk), k * n // (pk * pn), m * n // (pm * pn)

@@ -1,6 +1,6 @@
 """The plan of parallelize: every layer with its grid, what stays on its rank, its block, bytes and memory, and what stayed serial.
 
-Bytes are what a rank receives, on average, in a forward and backward pass of `tokens` rows (THEORY.md section 4).
+Bytes are what a rank receives, on average, in a forward and backward pass of `tokens` rows (docs/theory.md section 4).
 """
 
 from __future__ import annotations

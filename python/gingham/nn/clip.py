@@ -23,8 +23,9 @@ def clip_grad_norm_(
     """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, the
     same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
-    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power > 0 or torch.inf. error_if_nonfinite: a norm that
-    is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes nothing here. Raises MeshError
+    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power > 0 or torch.inf.
+    error_if_nonfinite: a norm that is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes
+    nothing here. Raises MeshError
     where gradients are parts of sums that no_sync left out, or the ranks ask for other norms, ValueError for a norm_type <= 0.
     """
     mesh = current()

@@ -36,7 +36,7 @@ class Linear(Layer, torch.nn.Linear):
     given: full tensors "weight" and "bias" to be cut instead of drawn. group: see share_input.
 
     Bytes received, forward and backward: [3x(pn-1) + 2y(pk-1) + 3w(pm-1)] / P words unswapped, n and k traded when
-    swapped, 2w(d-1)/(d q^2) more where the weights are replicated over depth (THEORY.md section 4).
+    swapped, 2w(d-1)/(d q^2) more where the weights are replicated over depth (docs/theory.md section 4).
     Raises MeshError where layout and swapped disagree; see functional.linear for the errors of a call.
     """
 

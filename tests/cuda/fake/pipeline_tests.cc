@@ -150,7 +150,7 @@ void a_step_could_be_captured() {
   }
 }
 
-// What NCCL moved is what the transport counted, and THEORY's formula: forward and backward, summed over the ranks.
+// What NCCL moved is what the transport counted, and the formula of docs/theory.md: forward and backward, summed over the ranks.
 void bytes_are_nccls() {
   auto* received = static_cast<std::atomic<uint64_t>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
   for (const char* name : kCases) {
