@@ -1,6 +1,7 @@
 """The expected overlap of one Linear, forward and backward, on 8 H100s of one NVLink host at 2.5D (q = 2, depth 2).
 
-docs/theory.md section 3 gives T = max(comp, comm) + min(comp, comm) / S + S (g - 1) alpha, printed as the table of docs/cuda.md. Nothing in it was measured.
+docs/theory.md section 3 gives T = max(comp, comm) + min(comp, comm) / S + S (g - 1) alpha;
+this prints the table of docs/cuda.md. Nothing in it was measured.
 
     python docs/overlap_model.py
 """
