@@ -6,6 +6,9 @@
 
 namespace gingham {
 
+// How panels travel between ranks that share memory.
+enum class Source { window, ring };
+
 struct Options {
   std::string name = "matmul";
   std::array<int, 3> grid{2, 2, 1};   // pm, pn, pk

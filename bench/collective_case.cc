@@ -43,13 +43,13 @@ class Collective {
   Collective(Job& job, const Options& o)
       : job_(job),
         o_(o),
-        axis_(job.axis(0, everyone(o.size()), o.latency, o.bandwidth)),
+        axis_(job.axis(0, everyone(o.size()), o.source == Source::window, o.latency, o.bandwidth)),
         cuts_(chunk(o.n, o.size())),
         whole_(job, o.n, o.dtype),
         part_(job, end() - begin(), o.dtype) {
     for (size_t i = 0; i + 1 < cuts_.size(); i++) parts_.push_back(whole_.view.slice(1, cuts_[i], cuts_[i + 1]));
   }
-  Transport& axis() { return *axis_; }
+  Axis& axis() { return *axis_; }
   void prepare() {
     whole_.fill(job_.rank(), 0);
     part_.fill(job_.rank(), begin());
@@ -60,9 +60,9 @@ class Collective {
     call.set_name(o_.name);
     call.n = o_.n;
     job_.control().begin(call);
-    if (o_.name == "all_gather") all_gather(*axis_, part_.view, parts_, o_.source, job_.stream());
-    if (o_.name == "reduce_scatter") reduce_scatter(*axis_, parts_, part_.view, o_.source, job_.stream());
-    if (o_.name == "all_reduce") all_reduce(*axis_, whole_.view, o_.source, job_.stream());
+    if (o_.name == "all_gather") all_gather(*axis_, part_.view, parts_, job_.stream());
+    if (o_.name == "reduce_scatter") reduce_scatter(*axis_, parts_, part_.view, job_.stream());
+    if (o_.name == "all_reduce") all_reduce(*axis_, whole_.view, job_.stream());
     if (o_.name == "broadcast") broadcast(*axis_, whole_.view, 0, job_.stream());
     if (o_.name == "reduce") reduce(*axis_, whole_.view, 0, job_.stream());
   }
@@ -115,7 +115,7 @@ class Collective {
 
   Job& job_;
   const Options& o_;
-  std::unique_ptr<Transport> axis_;
+  std::unique_ptr<Axis> axis_;
   std::vector<int64_t> cuts_;
   Vector whole_, part_;
   std::vector<Matrix> parts_;

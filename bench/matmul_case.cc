@@ -33,8 +33,8 @@ Span part(Span whole, int parts, int index) {
 // A matrix of the shared heap holding rows x cols of the global matrix of that seed; stored column-major where `order` says so.
 class Block {
  public:
-  Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Order order = Order::row_major)
-      : rows_(rows), cols_(cols), room_(job, rows.size(), cols.size(), dtype, order == Order::column_major) {
+  Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Storage storage = Storage::row_major)
+      : rows_(rows), cols_(cols), room_(job, rows.size(), cols.size(), dtype, storage == Storage::column_major) {
     if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed)); });
     room_.upload();
   }
@@ -98,7 +98,7 @@ Place place_of(const Options& o, int rank) {
 }
 
 struct Axes {
-  std::unique_ptr<Transport> k, n, m;
+  std::unique_ptr<Axis> k, n, m;
   Axes(Job& job, const Options& o) {
     const auto [pm, pn, pk] = o.grid;
     const int im = job.rank() % pm, in = job.rank() / pm % pn, ik = job.rank() / (pm * pn);
@@ -106,13 +106,13 @@ struct Axes {
     for (int i = 0; i < pk; i++) ks.push_back((i * pn + in) * pm + im);
     for (int i = 0; i < pn; i++) ns.push_back((ik * pn + i) * pm + im);
     for (int i = 0; i < pm; i++) ms.push_back((ik * pn + in) * pm + i);
-    k = job.axis(0, ks, o.latency, o.bandwidth);
-    n = job.axis(1, ns, o.latency, o.bandwidth);
-    m = job.axis(2, ms, o.latency, o.bandwidth);
+    k = job.axis(0, ks, o.source == Source::window, o.latency, o.bandwidth);
+    n = job.axis(1, ns, o.source == Source::window, o.latency, o.bandwidth);
+    m = job.axis(2, ms, o.source == Source::window, o.latency, o.bandwidth);
   }
   Traffic take() {
     Traffic sum;
-    for (Transport* t : {k.get(), n.get(), m.get()}) {
+    for (Axis* t : {k.get(), n.get(), m.get()}) {
       const Traffic one = t->traffic(true);
       sum.bytes_received += one.bytes_received;
       sum.messages += one.messages;
@@ -130,8 +130,8 @@ double words(const Options& o) {
 }
 
 Step::Config config_of(const Options& o, const Place& p, const Axes& axes) {
-  Transport* over_x = o.swapped ? axes.k.get() : axes.n.get();
-  Transport* over_y = o.swapped ? axes.n.get() : axes.k.get();
+  Axis* over_x = o.swapped ? axes.k.get() : axes.n.get();
+  Axis* over_y = o.swapped ? axes.n.get() : axes.k.get();
   Step::Config config;
   config.name = "bench";
   config.x = {over_x, 1, p.x_cuts, false};
@@ -139,8 +139,7 @@ Step::Config config_of(const Options& o, const Place& p, const Axes& axes) {
   config.slice_dim = o.swapped ? Dim::N : Dim::K;
   config.k = o.k;
   config.slices = o.slices;
-  config.source = o.source;
-  config.order = Order::column_major;
+  config.storage = Storage::column_major;
   config.grid = o.grid;
   return config;
 }
@@ -152,8 +151,8 @@ Row run_rank(Job& job, const Options& o) {
   Step step(job.control(), job.stream(), config_of(o, p, axes));
 
   const Span w_rows = o.swapped ? p.k : p.w_cut, w_cols = o.swapped ? p.w_cut : p.n;
-  Block x(job, p.m, p.x_k, o.dtype, 1), w(job, w_rows, w_cols, o.dtype, 2, Order::column_major), dy(job, p.m, p.y_n, o.dtype, 3);
-  Block y(job, p.m, p.y_n, o.dtype, 0), dx(job, p.m, p.x_k, o.dtype, 0), dw(job, w_rows, w_cols, o.dtype, 0, Order::column_major);
+  Block x(job, p.m, p.x_k, o.dtype, 1), w(job, w_rows, w_cols, o.dtype, 2, Storage::column_major), dy(job, p.m, p.y_n, o.dtype, 3);
+  Block y(job, p.m, p.y_n, o.dtype, 0), dx(job, p.m, p.x_k, o.dtype, 0), dw(job, w_rows, w_cols, o.dtype, 0, Storage::column_major);
 
   const bool forward = o.name == "matmul", need_x = o.name != "dw", need_w = o.name != "dx";
   auto once = [&] {

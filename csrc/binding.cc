@@ -93,8 +93,8 @@ void define_errors(py::module_& m) {
   });
 }
 
-py::dict traffic_of(Axis& axis, bool reset) {
-  const Traffic t = axis.transport().traffic(reset);
+py::dict traffic_of(BoundAxis& axis, bool reset) {
+  const Traffic t = axis.axis().traffic(reset);
   py::dict out;
   out["bytes_sent"] = t.bytes_sent;
   out["bytes_received"] = t.bytes_received;
@@ -182,26 +182,26 @@ void define_job(py::module_& m) {
       .def("memory", &memory_of)
       .def("reset_peak", &Job::reset_peak);
 
-  py::class_<Axis, std::shared_ptr<Axis>>(m, "Axis")
-      .def(py::init<std::shared_ptr<Job>, int, const std::vector<int>&, double, double>(), py::arg("job"), py::arg("index"), py::arg("members"),
-           py::arg("latency") = 0.0, py::arg("bandwidth") = 0.0)
-      .def_property_readonly("rank", [](Axis& a) { return a.transport().rank(); })
-      .def_property_readonly("size", [](Axis& a) { return a.transport().size(); })
+  py::class_<BoundAxis, std::shared_ptr<BoundAxis>>(m, "Axis")
+      .def(py::init<std::shared_ptr<Job>, int, const std::vector<int>&, const std::string&, double, double>(), py::arg("job"), py::arg("index"),
+           py::arg("members"), py::arg("source") = "window", py::arg("latency") = 0.0, py::arg("bandwidth") = 0.0)
+      .def_property_readonly("rank", [](BoundAxis& a) { return a.axis().rank(); })
+      .def_property_readonly("size", [](BoundAxis& a) { return a.axis().size(); })
       .def("traffic", &traffic_of, py::arg("reset") = false)
-      .def("all_gather", &Axis::all_gather, py::arg("x"), py::arg("source") = "window", py::arg("counted") = true, py::arg("rows") = -1)
-      .def("sizes", &Axis::sizes, py::arg("mine"))
-      .def("all_reduce_", &Axis::all_reduce, py::arg("x"), py::arg("source") = "window", py::arg("counted") = true)
-      .def("reduce_scatter", &Axis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("source") = "window", py::arg("counted") = true)
-      .def("broadcast_", &Axis::broadcast, py::arg("x"), py::arg("root"), py::arg("counted") = true)
-      .def("exchange", &Axis::exchange, py::arg("sends"), py::arg("recvs"), py::arg("dtype"), py::arg("counted") = true, py::arg("rows") = -1,
+      .def("all_gather", &BoundAxis::all_gather, py::arg("x"), py::arg("counted") = true, py::arg("rows") = -1)
+      .def("sizes", &BoundAxis::sizes, py::arg("mine"))
+      .def("all_reduce_", &BoundAxis::all_reduce, py::arg("x"), py::arg("counted") = true)
+      .def("reduce_scatter", &BoundAxis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("counted") = true)
+      .def("broadcast_", &BoundAxis::broadcast, py::arg("x"), py::arg("root"), py::arg("counted") = true)
+      .def("exchange", &BoundAxis::exchange, py::arg("sends"), py::arg("recvs"), py::arg("dtype"), py::arg("counted") = true, py::arg("rows") = -1,
            py::arg("features") = 0);
 }
 
 void define_step(py::module_& m) {
   py::class_<OperandSpec>(m, "Operand")
-      .def(py::init([](std::shared_ptr<Axis> axis, int dim, std::vector<int64_t> offsets, bool replicated) {
-             const bool cut = axis && axis->transport().size() > 1 && !replicated;
-             const size_t points = cut && !offsets.empty() ? static_cast<size_t>(axis->transport().size()) + 1 : offsets.size();
+      .def(py::init([](std::shared_ptr<BoundAxis> axis, int dim, std::vector<int64_t> offsets, bool replicated) {
+             const bool cut = axis && axis->axis().size() > 1 && !replicated;
+             const size_t points = cut && !offsets.empty() ? static_cast<size_t>(axis->axis().size()) + 1 : offsets.size();
              CHECK(ShapeError, offsets.size() == points, "operand cut over ", points - 1, " ranks with ", offsets.size(), " cut points");
              return OperandSpec{std::move(axis), dim, std::move(offsets), replicated};
            }),
@@ -209,9 +209,9 @@ void define_step(py::module_& m) {
 
   py::class_<BoundStep, std::shared_ptr<BoundStep>>(m, "Step")
       .def(py::init<std::shared_ptr<Job>, const std::string&, const OperandSpec&, const std::vector<OperandSpec>&, const std::vector<OperandSpec>&,
-                    std::shared_ptr<Axis>, const std::string&, int64_t, const std::vector<int64_t>&, int, const std::string&, bool>(),
+                    std::shared_ptr<BoundAxis>, const std::string&, int64_t, const std::vector<int64_t>&, int, bool>(),
            py::arg("job"), py::arg("name"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("depth"), py::arg("slice_dim"), py::arg("k"),
-           py::arg("n"), py::arg("slices") = 1, py::arg("source") = "window", py::arg("out_in") = true)
+           py::arg("n"), py::arg("slices") = 1, py::arg("out_in") = true)
       .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none")
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
            py::arg("reduce_depth") = true);

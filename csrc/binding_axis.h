@@ -1,4 +1,4 @@
-// A mesh axis as Python sees it: a transport and its collectives over torch tensors.
+// A mesh axis as Python sees it: its collectives over torch tensors.
 #pragma once
 #include <pybind11/stl.h>
 
@@ -11,25 +11,26 @@
 #include "collectives/all_gather.h"
 #include "collectives/all_reduce.h"
 #include "collectives/broadcast.h"
+#include "collectives/exchange.h"
 #include "collectives/reduce_scatter.h"
-#include "collectives/resident.h"
 
 namespace gingham {
 
 using Objects = std::vector<py::object>;
 
-inline Source source_of(const std::string& name) {
-  CHECK(MeshError, name == "window" || name == "ring", "source=", name, ", expected window or ring");
-  return name == "ring" ? Source::ring : Source::window;
+// Whether ranks that share memory read each other's in place.
+inline bool windowed(const std::string& source) {
+  CHECK(MeshError, source == "window" || source == "ring", "source=", source, ", expected window or ring");
+  return source == "window";
 }
 
-// A communicator: a transport, and what its collectives need of the job.
-class Axis {
+// An axis, and what its collectives need of the job.
+class BoundAxis {
  public:
-  Axis(std::shared_ptr<Job> job, int index, const std::vector<int>& members, double latency, double bandwidth)
-      : job_(std::move(job)), index_(index), transport_(job_->axis(index, members, latency, bandwidth)) {}
+  BoundAxis(std::shared_ptr<Job> job, int index, const std::vector<int>& members, const std::string& source, double latency, double bandwidth)
+      : job_(std::move(job)), index_(index), axis_(job_->axis(index, members, windowed(source), latency, bandwidth)) {}
 
-  Transport& transport() { return *transport_; }
+  Axis& axis() { return *axis_; }
 
   void begin(const char* name, DType dtype, int64_t count, int64_t rows = -1) {
     Call call;
@@ -41,15 +42,15 @@ class Axis {
     job_->control().begin(call);
   }
 
-  Objects all_gather(const py::object& x, const std::string& source, bool counted, int64_t rows) {
+  Objects all_gather(const py::object& x, bool counted, int64_t rows) {
     const OnCallersStream on_stream(job_);
     const Tensor mine = tensor_of(x, "x", job_);
     CHECK(ShapeError, mine.shape.size() <= 8, "all_gather of a tensor of ", mine.shape.size(), " dims, expected at most 8");
     Shape shape;
     shape.ndim = static_cast<int32_t>(mine.shape.size());
     std::copy(mine.shape.begin(), mine.shape.end(), shape.dims);
-    Objects out(static_cast<size_t>(transport_->size()));
-    out[static_cast<size_t>(transport_->rank())] = x;
+    Objects out(static_cast<size_t>(axis_->size()));
+    out[static_cast<size_t>(axis_->rank())] = x;
     auto block = [&](int peer, const Shape& theirs) {
       py::gil_scoped_acquire gil;
       const std::vector<int64_t> dims(theirs.dims, theirs.dims + theirs.ndim);
@@ -59,50 +60,38 @@ class Axis {
     };
     {
       py::gil_scoped_release nogil;
-      const Uncounted scope(*transport_, counted);
+      const Uncounted scope(*axis_, counted);
       begin("all_gather", mine.dtype, 0, rows);
-      gingham::all_gather(*transport_, mine.matrix(), shape, rows, block, source_of(source), job_->stream());
+      gingham::all_gather(*axis_, mine.matrix(), shape, rows, block, job_->stream());
     }
     return out;
   }
 
   // Every member's numbers (at most 8), in axis order: a control message.
   std::vector<std::vector<int64_t>> sizes(const std::vector<int64_t>& mine) {
-    CHECK(ShapeError, mine.size() <= 8, "sizes of ", mine.size(), " numbers, expected at most 8");
-    Shape shape;
-    shape.ndim = static_cast<int32_t>(mine.size());
-    std::copy(mine.begin(), mine.end(), shape.dims);
-    std::vector<std::vector<int64_t>> out;
     const py::gil_scoped_release nogil;
     begin("sizes", DType::bytes8, 0);
-    transport_->post({}, -1, true, shape);
-    for (int peer = 0; peer < transport_->size(); peer++) {
-      const Shape theirs = peer == transport_->rank() ? shape : transport_->shape(peer);
-      out.emplace_back(theirs.dims, theirs.dims + theirs.ndim);
-    }
-    transport_->finish();
-    transport_->retire();
-    return out;
+    return exchange_sizes(*axis_, mine);
   }
 
-  void all_reduce(const py::object& x, const std::string& source, bool counted) {
+  void all_reduce(const py::object& x, bool counted) {
     const OnCallersStream on_stream(job_);
     const Tensor mine = tensor_of(x, "x", job_);
     py::gil_scoped_release nogil;
-    const Uncounted scope(*transport_, counted);
+    const Uncounted scope(*axis_, counted);
     begin("all_reduce", mine.dtype, mine.count());
-    gingham::all_reduce(*transport_, dense(mine.data, 1, mine.count(), mine.dtype), source_of(source), job_->stream());
+    gingham::all_reduce(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), job_->stream());
   }
 
-  py::object reduce_scatter(const py::object& x, const std::vector<int64_t>& sizes, const std::string& source, bool counted) {
+  py::object reduce_scatter(const py::object& x, const std::vector<int64_t>& sizes, bool counted) {
     const OnCallersStream on_stream(job_);
     const Tensor mine = tensor_of(x, "x", job_);
-    CHECK(ShapeError, !mine.shape.empty() && static_cast<int>(sizes.size()) == transport_->size(), "reduce_scatter wants a size per member");
+    CHECK(ShapeError, !mine.shape.empty() && static_cast<int>(sizes.size()) == axis_->size(), "reduce_scatter wants a size per member");
     int64_t total = 0;
     for (int64_t s : sizes) total += s;
     CHECK(ShapeError, total == mine.shape[0], "sizes add up to ", total, ", x has ", mine.shape[0], " rows");
     std::vector<int64_t> shape = mine.shape;
-    shape[0] = sizes[static_cast<size_t>(transport_->rank())];
+    shape[0] = sizes[static_cast<size_t>(axis_->rank())];
     const Made out = make_tensor(job_, shape, mine.dtype_name);
     const int64_t width = mine.shape[0] ? mine.count() / mine.shape[0] : 0;
     const Matrix whole = dense(mine.data, mine.shape[0], width, mine.dtype);
@@ -114,9 +103,9 @@ class Axis {
     }
     {
       py::gil_scoped_release nogil;
-      const Uncounted scope(*transport_, counted);
+      const Uncounted scope(*axis_, counted);
       begin("reduce_scatter", mine.dtype, mine.count());
-      gingham::reduce_scatter(*transport_, parts, dense(out.data, shape[0], width, mine.dtype), source_of(source), job_->stream());
+      gingham::reduce_scatter(*axis_, parts, dense(out.data, shape[0], width, mine.dtype), job_->stream());
     }
     return out.object;
   }
@@ -125,41 +114,27 @@ class Axis {
     const OnCallersStream on_stream(job_);
     const Tensor mine = tensor_of(x, "x", job_);
     py::gil_scoped_release nogil;
-    const Uncounted scope(*transport_, counted);
+    const Uncounted scope(*axis_, counted);
     begin("broadcast", mine.dtype, mine.count());
-    gingham::broadcast(*transport_, dense(mine.data, 1, mine.count(), mine.dtype), root, job_->stream());
+    gingham::broadcast(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), root, job_->stream());
   }
 
   Objects exchange(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, std::vector<int64_t>>>& recvs,
                    const std::string& dtype, bool counted, int64_t rows, int64_t features) {
     const OnCallersStream on_stream(job_);
-    std::vector<std::pair<int, Tensor>> out;
-    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x", job_));
+    Messages out, in;
+    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x", job_).matrix());
     Objects made;
-    std::vector<std::pair<int, Tensor>> in;
     for (const auto& [peer, shape] : recvs) {
       const Made m = make_tensor(job_, shape, dtype);
       made.push_back(m.object);
-      in.emplace_back(peer, Tensor{m.data, dtype_of(dtype), dtype, shape});
+      in.emplace_back(peer, Tensor{m.data, dtype_of(dtype), dtype, shape}.matrix());
     }
     {
       py::gil_scoped_release nogil;
-      const Uncounted scope(*transport_, counted);
+      const Uncounted scope(*axis_, counted);
       begin("exchange", dtype_of(dtype), features, rows);
-      transport_->post({}, rows, rows < 0);
-      transport_->meet();
-      std::vector<Resident> residents;
-      transport_->hold();
-      for (const auto& [peer, t] : out) {
-        residents.emplace_back(t.matrix(), *transport_, job_->stream());
-        transport_->send(peer, residents.back().view().data, t.matrix().bytes());
-      }
-      for (const auto& [peer, t] : in) transport_->recv(peer, t.data, t.matrix().bytes());
-      transport_->release();
-      transport_->arrived(0);
-      for (const auto& [peer, t] : out) transport_->drain(peer);
-      transport_->finish();
-      transport_->retire();
+      gingham::exchange(*axis_, out, in, rows, job_->stream());
     }
     return made;
   }
@@ -167,7 +142,7 @@ class Axis {
  private:
   std::shared_ptr<Job> job_;
   int index_;
-  std::unique_ptr<Transport> transport_;
+  std::unique_ptr<Axis> axis_;
 };
 
 }  // namespace gingham

@@ -41,19 +41,19 @@ class Results {
 
 // Operand and Step as Python sees them; they keep the axes they point to alive.
 struct OperandSpec {
-  std::shared_ptr<Axis> axis;
+  std::shared_ptr<BoundAxis> axis;
   int dim;
   std::vector<int64_t> offsets;
   bool replicated;
-  Operand operand() const { return {axis ? &axis->transport() : nullptr, dim, offsets, replicated}; }
+  Operand operand() const { return {axis ? &axis->axis() : nullptr, dim, offsets, replicated}; }
 };
 
 class BoundStep {
  public:
   BoundStep(std::shared_ptr<Job> job, const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w,
-            const std::vector<OperandSpec>& y, std::shared_ptr<Axis> depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n,
-            int slices, const std::string& source, bool out_in)
-      : job_(std::move(job)), out_in_(out_in), step_(job_->control(), job_->stream(), config(name, x, w, y, depth, slice_dim, k, n, slices, source)) {
+            const std::vector<OperandSpec>& y, std::shared_ptr<BoundAxis> depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n,
+            int slices, bool out_in)
+      : job_(std::move(job)), out_in_(out_in), step_(job_->control(), job_->stream(), config(name, x, w, y, depth, slice_dim, k, n, slices)) {
     kept_ = {x.axis, depth};
     for (const auto& o : w) kept_.push_back(o.axis);
     for (const auto& o : y) kept_.push_back(o.axis);
@@ -135,8 +135,7 @@ class BoundStep {
 
  private:
   Step::Config config(const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w, const std::vector<OperandSpec>& y,
-                      const std::shared_ptr<Axis>& depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n, int slices,
-                      const std::string& source) {
+                      const std::shared_ptr<BoundAxis>& depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n, int slices) {
     CHECK(ShapeError, w.size() == y.size() && w.size() == n.size(), "step with ", w.size(), " weights, ", y.size(), " outputs, ", n.size(), " sizes");
     CHECK(ShapeError, slice_dim == "M" || slice_dim == "K" || slice_dim == "N", "slice_dim=", slice_dim, ", expected M, K or N");
     maps_ = w.size();
@@ -144,12 +143,11 @@ class BoundStep {
     c.name = name;
     c.x = x.operand();
     for (size_t i = 0; i < maps_; i++) c.maps.push_back({w[i].operand(), y[i].operand(), n[i]});
-    c.depth = depth ? &depth->transport() : nullptr;
+    c.depth = depth ? &depth->axis() : nullptr;
     c.slice_dim = slice_dim == "M" ? Dim::M : slice_dim == "K" ? Dim::K : Dim::N;
     c.k = k;
     c.slices = slices;
-    c.source = source_of(source);
-    c.order = out_in_ ? Order::column_major : Order::row_major;
+    c.storage = out_in_ ? Storage::column_major : Storage::row_major;
     const auto parts = [](const Operand& o) { return o.axis ? o.axis->size() : 1; };
     c.grid = {parts(c.maps[0].w) * (c.depth ? c.depth->size() : 1), parts(c.x), parts(c.maps[0].y)};
     return c;
@@ -172,7 +170,7 @@ class BoundStep {
   bool out_in_;
   size_t maps_ = 0;
   Step step_;
-  std::vector<std::shared_ptr<Axis>> kept_;
+  std::vector<std::shared_ptr<BoundAxis>> kept_;
 };
 
 }  // namespace gingham

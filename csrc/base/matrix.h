@@ -29,7 +29,12 @@ struct Matrix {
   int64_t size(int dim) const { return dim == 0 ? rows : cols; }
 };
 
-// A dense row-major matrix at `data`.
+enum class Storage { row_major, column_major };
+
+// A dense matrix at `data`.
 inline Matrix dense(void* data, int64_t rows, int64_t cols, DType dtype) { return {data, rows, cols, cols, 1, dtype}; }
+inline Matrix dense(void* data, int64_t rows, int64_t cols, DType dtype, Storage storage) {
+  return storage == Storage::column_major ? dense(data, cols, rows, dtype).t() : dense(data, rows, cols, dtype);
+}
 
 }  // namespace gingham

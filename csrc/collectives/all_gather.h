@@ -6,16 +6,16 @@
 #include <span>
 
 #include "base/stream.h"
-#include "transport/transport.h"
+#include "transport/axis.h"
 
 namespace gingham {
 
 // blocks[i] receives rank i's `mine` (blocks[own] too). Ranks that disagree about the blocks' total size are told, none waits.
-void all_gather(Transport& axis, const Matrix& mine, std::span<const Matrix> blocks, Source source, const Stream& stream);
+void all_gather(Axis& axis, const Matrix& mine, std::span<const Matrix> blocks, const Stream& stream);
 
 // The same where the peers' shapes are not known: `block` is asked once per peer for a place of the shape that the peer posted.
 // agreed: a number that must be equal on all ranks of the axis; -1: nothing must.
 using BlockFor = std::function<Matrix(int peer, const Shape& shape)>;
-void all_gather(Transport& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block, Source source, const Stream& stream);
+void all_gather(Axis& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block, const Stream& stream);
 
 }  // namespace gingham

@@ -8,7 +8,7 @@
 
 namespace gingham {
 
-void all_reduce(Transport& axis, const Matrix& x, Source source, const Stream& stream) {
+void all_reduce(Axis& axis, const Matrix& x, const Stream& stream) {
   if (axis.size() == 1) return;
   CHECK(ShapeError, x.empty() || x.rows == 1 || x.row_stride == x.cols, "all_reduce of a strided matrix");
   const Matrix flat = dense(x.data, 1, x.count(), x.dtype);
@@ -18,8 +18,8 @@ void all_reduce(Transport& axis, const Matrix& x, Source source, const Stream& s
   const Matrix& own = parts[static_cast<size_t>(axis.rank())];
   const Scratch room(stream, own.bytes());
   const Matrix sum = dense(room.data(), 1, own.cols, x.dtype);
-  reduce_scatter(axis, parts, sum, source, stream);
-  all_gather(axis, sum, parts, source, stream);
+  reduce_scatter(axis, parts, sum, stream);
+  all_gather(axis, sum, parts, stream);
 }
 
 }  // namespace gingham

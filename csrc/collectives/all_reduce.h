@@ -2,10 +2,10 @@
 //   steps 2 (g - 1), bytes received 2 (g - 1) / g of x (exact over the axis when uneven), messages 2 (g - 1). x dense, fp32 or fp64.
 #pragma once
 #include "base/stream.h"
-#include "transport/transport.h"
+#include "transport/axis.h"
 
 namespace gingham {
 
-void all_reduce(Transport& axis, const Matrix& x, Source source, const Stream& stream);
+void all_reduce(Axis& axis, const Matrix& x, const Stream& stream);
 
 }  // namespace gingham

@@ -2,14 +2,14 @@
 //   steps (g - 1) + chunks - 1, bytes received per rank: x (none at the root), messages: chunks
 #pragma once
 #include "base/stream.h"
-#include "transport/transport.h"
+#include "transport/axis.h"
 
 namespace gingham {
 
-inline int64_t chunks_of(const Transport& axis, size_t bytes) {
-  return bytes == 0 ? 1 : static_cast<int64_t>((bytes + axis.chunk_bytes() - 1) / axis.chunk_bytes());
+inline int64_t chunks_of(Axis& axis, size_t bytes) {
+  return bytes == 0 ? 1 : static_cast<int64_t>((bytes + axis.ring().chunk_bytes() - 1) / axis.ring().chunk_bytes());
 }
 
-void broadcast(Transport& axis, const Matrix& x, int root, const Stream& stream);
+void broadcast(Axis& axis, const Matrix& x, int root, const Stream& stream);
 
 }  // namespace gingham

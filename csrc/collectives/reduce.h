@@ -2,10 +2,10 @@
 //   steps (g - 1) + chunks - 1, bytes received per rank: x (none at root + 1), messages: chunks. x dense, fp32 or fp64.
 #pragma once
 #include "base/stream.h"
-#include "transport/transport.h"
+#include "transport/axis.h"
 
 namespace gingham {
 
-void reduce(Transport& axis, const Matrix& x, int root, const Stream& stream);
+void reduce(Axis& axis, const Matrix& x, int root, const Stream& stream);
 
 }  // namespace gingham

@@ -15,34 +15,32 @@ int64_t total(std::span<const Matrix> parts) {
   return count;
 }
 
-void through_window(Transport& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
+void through_window(Axis& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
   const Resident sum(out, axis, stream);
   const Matrix posted[] = {sum.view()};
-  axis.post(posted, total(parts), false);
-  axis.meet();
+  Session session(axis, posted, total(parts));
+  Window& window = *axis.window();
   for (int turn = 0; turn < axis.size(); turn++) {
     const int owner = axis.next(-1 - turn);
     const Matrix& part = parts[static_cast<size_t>(owner)];
-    const Matrix theirs = owner == axis.rank() ? sum.view() : axis.panel(owner, 0);
+    const Matrix theirs = owner == axis.rank() ? sum.view() : window.panel(owner, 0);
     if (turn == 0) {
       cast(part, theirs, stream);
     } else {
-      axis.await_turn();
-      axis.arrive(axis.fetch(axis.next(-1), part.bytes()));
+      window.await_turn();
+      window.wait_get(window.begin_get(axis.next(-1), part.bytes()));
       accumulate(part, theirs, stream);
     }
-    if (owner != axis.rank()) axis.offered(part.bytes());
-    axis.advance();
+    if (owner != axis.rank()) axis.count_sent(part.bytes());
+    window.advance();
   }
-  axis.finish();
-  axis.retire();
+  session.end();
   if (sum.view().data != out.data) cast(sum.view(), out, stream);
 }
 
-void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
-  axis.post({}, total(parts), false);
-  axis.meet();
-  axis.finish();
+void through_ring(Axis& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
+  Session session(axis, {}, total(parts));
+  session.finish();
   size_t room = 0;
   for (const Matrix& p : parts) room = std::max(room, p.bytes());
   Relay relay(axis, stream, room);
@@ -52,7 +50,7 @@ void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& 
     if (turn == 0)
       cast(part, sum, stream);
     else
-      axis.take(axis.next(-1), sum.data, sum.bytes());
+      axis.ring().take(axis.next(-1), sum.data, sum.bytes());
     if (turn + 1 == axis.size()) {
       accumulate_into(sum, part, out, stream);
       break;
@@ -61,17 +59,17 @@ void through_ring(Transport& axis, std::span<const Matrix> parts, const Matrix& 
     relay.send(sum.bytes());
   }
   relay.drain();
-  axis.retire();
+  session.end();
 }
 
 }  // namespace
 
-void reduce_scatter(Transport& axis, std::span<const Matrix> parts, const Matrix& out, Source source, const Stream& stream) {
+void reduce_scatter(Axis& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream) {
   if (axis.size() == 1) {
     if (parts[0].data != out.data) cast(parts[0], out, stream);
     return;
   }
-  if (source == Source::window)
+  if (axis.window())
     through_window(axis, parts, out, stream);
   else
     through_ring(axis, parts, out, stream);

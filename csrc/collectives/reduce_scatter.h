@@ -6,10 +6,10 @@
 #include <span>
 
 #include "base/stream.h"
-#include "transport/transport.h"
+#include "transport/axis.h"
 
 namespace gingham {
 
-void reduce_scatter(Transport& axis, std::span<const Matrix> parts, const Matrix& out, Source source, const Stream& stream);
+void reduce_scatter(Axis& axis, std::span<const Matrix> parts, const Matrix& out, const Stream& stream);
 
 }  // namespace gingham

@@ -11,12 +11,12 @@ namespace {
 
 // A view as BLAS sees it, column-major: 'N' when columns are contiguous. A single row or column may claim either order, and its stride
 // is of no use to anyone.
-struct Order {
+struct BlasOrder {
   char trans;
   int64_t ld;
 };
 
-Order order_of(const Matrix& m) {
+BlasOrder order_of(const Matrix& m) {
   const bool column_major = m.row_stride == 1 && (m.col_stride >= m.rows || m.cols == 1);
   const int64_t lines = column_major ? m.cols : m.rows, ld = column_major ? m.col_stride : m.row_stride;
   const int64_t least = std::max(column_major ? m.rows : m.cols, int64_t{1});
@@ -25,16 +25,16 @@ Order order_of(const Matrix& m) {
 
 // How much of dim 0 or 1 of the view one call may take: BLAS counts in 32 bits, also the distance of two rows or columns.
 int64_t most_of(const Matrix& m, int dim) {
-  const Order order = order_of(m);
+  const BlasOrder order = order_of(m);
   return dim == (order.trans == 'T' ? 0 : 1) && order.ld > blas_most ? 1 : blas_most;
 }
 
 template <class T, class Fn>
 void call_once(Fn fn, const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate) {
-  const Order oc = order_of(c);
+  const BlasOrder oc = order_of(c);
   // C must be column-major for BLAS; a row-major C is computed as its transpose, B^T A^T.
   if (oc.trans == 'T') return call_once<T>(fn, b.t(), a.t(), c.t(), accumulate);
-  const Order oa = order_of(a), ob = order_of(b);
+  const BlasOrder oa = order_of(a), ob = order_of(b);
   const int m = static_cast<int>(c.rows), n = static_cast<int>(c.cols), k = static_cast<int>(a.cols);
   const int lda = static_cast<int>(oa.ld), ldb = static_cast<int>(ob.ld), ldc = static_cast<int>(oc.ld);
   const T one = 1, beta = accumulate ? T(1) : T(0);

@@ -21,8 +21,8 @@ int Slices::owner(int interval, const std::vector<int64_t>& offsets) const {
   return static_cast<int>(std::upper_bound(offsets.begin(), offsets.end(), begin) - offsets.begin()) - 1;
 }
 
-Cut::Cut(const Matrix& own, int dim, const std::vector<int64_t>& offsets, Order order, Transport& axis, const Slices& slices)
-    : own_(own), dim_(dim), offsets_(offsets), order_(order), axis_(axis), slices_(slices) {
+Cut::Cut(const Matrix& own, int dim, const std::vector<int64_t>& offsets, Storage storage, Axis& axis, const Slices& slices)
+    : own_(own), dim_(dim), offsets_(offsets), storage_(storage), axis_(axis), slices_(slices) {
   for (int t = 0; t < slices.intervals(); t++) owners_.push_back(slices.owner(t, offsets));
 }
 
@@ -43,7 +43,7 @@ Matrix Cut::piece_in(char* share, int slice, int interval) const {
   const auto piece = slices_.piece(slice, interval);
   const int64_t length = piece.end - piece.begin;
   const int64_t rows = dim_ == 0 ? length : own_.rows, cols = dim_ == 0 ? own_.cols : length;
-  return order_ == Order::column_major ? dense(share, cols, rows, own_.dtype).t() : dense(share, rows, cols, own_.dtype);
+  return dense(share, rows, cols, own_.dtype, storage_);
 }
 
 size_t Cut::share_bytes(int owner, int slice) const {

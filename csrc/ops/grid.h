@@ -7,21 +7,21 @@
 #include <cstdint>
 #include <vector>
 
-#include "transport/transport.h"
+#include "transport/axis.h"
 
 namespace gingham {
 
 enum class Dim { M, K, N };
 
 struct Operand {
-  Transport* axis = nullptr;     // the axis of the further cut; null: none
+  Axis* axis = nullptr;     // the axis of the further cut; null: none
   int dim = 0;                   // rows (0) or columns (1) of the matrix as written above
-  std::vector<int64_t> offsets;  // cut points inside the block along dim; empty: cut along M, learned from the posted rows
+  std::vector<int64_t> offsets;  // cut points inside the block along dim; empty: cut along M, at the rows that the ranks post
   bool replicated = false;       // the whole block stands on every rank of the axis: no gather, an all-reduce instead of a reduce-scatter
 
   bool shared() const { return axis && axis->size() > 1; }
   bool cut() const { return shared() && !replicated; }
-  bool learned() const { return cut() && offsets.empty(); }
+  bool by_posted_rows() const { return cut() && offsets.empty(); }
 };
 
 // The slice dim of one call: the intervals between all cut points of the operands that stream, slice s being the s-th of S pieces of each
@@ -42,13 +42,11 @@ struct Slices {
 
 // One operand's matrix cut over an axis: who owns which interval of the slice dim, and how a rank's share of a slice is packed as one
 // message: its pieces one after the other, each dense in the operand's storage order.
-enum class Order { row_major, column_major };
-
 class Cut {
  public:
-  Cut(const Matrix& own, int dim, const std::vector<int64_t>& offsets, Order order, Transport& axis, const Slices& slices);
+  Cut(const Matrix& own, int dim, const std::vector<int64_t>& offsets, Storage storage, Axis& axis, const Slices& slices);
 
-  Transport& axis() const { return axis_; }
+  Axis& axis() const { return axis_; }
   const Slices& slices() const { return slices_; }
   const Matrix& own() const { return own_; }
   int owner(int interval) const { return owners_[static_cast<size_t>(interval)]; }
@@ -64,8 +62,8 @@ class Cut {
   Matrix own_;
   int dim_;
   const std::vector<int64_t>& offsets_;
-  Order order_;
-  Transport& axis_;
+  Storage storage_;
+  Axis& axis_;
   const Slices& slices_;
   std::vector<int> owners_;
 };

@@ -22,8 +22,8 @@ class Input {
 
 std::unique_ptr<Input> whole_input(const Matrix& block);
 std::unique_ptr<Input> local_input(const Matrix& block, int dim, const Slices& slices);
-// cut.own(): this rank's part of the block; index: its place among the axis' posted panels.
-std::unique_ptr<Input> window_input(const Cut& cut, int index);
+// cut.own(): this rank's part of the block; panel: its place among the axis' posted panels.
+std::unique_ptr<Input> window_input(const Cut& cut, int panel);
 std::unique_ptr<Input> ring_input(const Cut& cut, int lane, const Stream& stream);
 
 }  // namespace gingham

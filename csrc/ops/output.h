@@ -1,4 +1,5 @@
-// An operand that a step writes: for every slice its owners' panels in turn, at(slice, interval) being added to when add() says so.
+// An operand that a step writes: for every slice its owners' panels in rounds. accumulates() tells whether at(slice, interval) is added to or
+// overwritten.
 //   whole   lacks the slice dim: one block that every slice adds to
 //   local   has the slice dim and stands here uncut: each panel is written once
 //   window  summed over an axis: the ranks take turns at the owner's matrix, gemm with beta = 1 straight into it
@@ -17,18 +18,19 @@ namespace gingham {
 class Output {
  public:
   virtual ~Output() = default;
-  virtual int turns() const { return 1; }
-  virtual void begin(int, int) {}                      // (slice, turn)
-  virtual bool holds(int, int) const { return true; }  // (turn, interval): the interval is this turn's
+  virtual int rounds() const { return 1; }
+  virtual void begin(int, int) {}                      // (slice, round)
+  virtual bool holds(int, int) const { return true; }  // (round, interval): the interval is this round's
   virtual Matrix at(int slice, int interval) = 0;
-  virtual bool add() = 0;  // asked once per panel, right before it is written
+  virtual bool accumulates() const = 0;
+  virtual void written() {}  // the panel at() has been stored
   virtual void end(int, int) {}
 };
 
 std::unique_ptr<Output> whole_output(const Matrix& block);
 std::unique_ptr<Output> local_output(const Matrix& block, int dim, const Slices& slices);
-// cut.own(): this rank's part of the sum, in its accumulator; index: its place among the axis' posted panels.
-std::unique_ptr<Output> window_output(const Cut& cut, int index);
+// cut.own(): this rank's part of the sum, in its accumulator; panel: its place among the axis' posted panels.
+std::unique_ptr<Output> window_output(const Cut& cut, int panel);
 std::unique_ptr<Output> ring_output(const Cut& cut, int lane, const Stream& stream);
 
 }  // namespace gingham

@@ -20,23 +20,23 @@
 namespace gingham {
 
 // One W and its Y; n: the global number of output features, for the key.
-struct Map {
+struct Projection {
   Operand w, y;
   int64_t n = 0;
 };
 
 class Step {
  public:
+  // An operand travels through the window of its axis where there is one, else along the ring.
   struct Config {
     std::string name;
     Operand x;
-    std::vector<Map> maps;
-    Transport* depth = nullptr;  // the axis over which W is replicated: dW and db are summed over it
+    std::vector<Projection> maps;
+    Axis* depth = nullptr;  // the axis over which W is replicated: dW and db are summed over it
     Dim slice_dim = Dim::K;
     int64_t k = 0;  // global
     int slices = 1;
-    Source source = Source::window;
-    Order order = Order::row_major;  // of W and dW in memory: column_major is nn.Linear's [out, in]
+    Storage storage = Storage::row_major;  // of W and dW in memory: column_major is nn.Linear's [out, in]
     std::array<int, 3> grid{1, 1, 1};
   };
   // Result tensors are made by the caller, in the shared heap, row-major.

@@ -11,8 +11,8 @@ cudaEvent_t event_of(uint64_t number) { return reinterpret_cast<cudaEvent_t>(num
 
 }  // namespace
 
-Copy::Copy(std::unique_ptr<Shm> board, Order& order, Control& control, AxisMemory memory, std::vector<int> members)
-    : Queued(std::move(board), order), control_(control), memory_(memory), members_(std::move(members)) {
+Copy::Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, AxisMemory memory, std::vector<int> members)
+    : Queued(std::move(shared), order), control_(control), memory_(memory), members_(std::move(members)) {
   const size_t events = static_cast<size_t>(size_) * kLanes * kSlots;
   ready_ = std::vector<Event>(events);
   taken_ = std::vector<Event>(events);
@@ -57,6 +57,10 @@ void Copy::take(const Message& m, cudaStream_t stream) {
   taken.record(stream);
   slot.taken = number_of(taken);
   channel.consumed.store(n + 1);
+}
+
+void Copy::finish() {
+  for (int hop = 1; hop < size_; hop++) rows(next(hop));
 }
 
 void Copy::retire() {

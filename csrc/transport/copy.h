@@ -9,10 +9,10 @@ namespace gingham {
 
 class Copy : public Queued {
  public:
-  Copy(std::unique_ptr<Shm> board, Order& order, Control& control, AxisMemory memory, std::vector<int> members);
+  Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, AxisMemory memory, std::vector<int> members);
 
   // A call ends when all its ranks have queued it: until then they may still name this rank's events.
-  void finish() override { meet(); }
+  void finish() override;
   void retire() override;
 
  protected:

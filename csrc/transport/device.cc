@@ -33,16 +33,16 @@ class CudaGpu : public Gpu {
     CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, native(stream_)));
     synchronize();
   }
-  std::unique_ptr<Transport> axis(std::unique_ptr<Shm> board, AxisMemory memory, const std::vector<int>& members) override {
+  std::unique_ptr<Axis> axis(std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) override {
     stream_.enter();
-    if (world_) return std::make_unique<Nccl>(std::move(board), order_, control_, *world_, members);
-    return std::make_unique<Copy>(std::move(board), order_, control_, memory, members);
+    if (world_) return std::make_unique<Nccl>(std::move(shared), order_, control_, *world_, members);
+    return std::make_unique<Copy>(std::move(shared), order_, control_, memory, members);
   }
 
  private:
   Control& control_;
   CudaStream stream_;
-  Order order_;
+  GroupOrder order_;
   std::unique_ptr<NcclWorld> world_;
 };
 

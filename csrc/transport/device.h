@@ -27,7 +27,7 @@ class Gpu {
   virtual void synchronize() = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
-  virtual std::unique_ptr<Transport> axis(std::unique_ptr<Shm> board, AxisMemory memory, const std::vector<int>& members) = 0;
+  virtual std::unique_ptr<Axis> axis(std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) = 0;
 };
 
 // Collective over the job with Carrier::nccl. Throws DeviceError where the build, the device or NCCL is missing.

@@ -13,9 +13,9 @@ namespace {
 constexpr size_t kPage = 4096;
 size_t pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 size_t control_bytes() { return pages(sizeof(ControlBlock)); }
-size_t board_bytes(int size) { return pages(sizeof(Board) * kMaxAxes * static_cast<size_t>(size)); }
+size_t notice_bytes(int size) { return pages(sizeof(Notice) * kMaxAxes * static_cast<size_t>(size)); }
 size_t channel_bytes(int size) { return pages(sizeof(Channel) * kMaxAxes * static_cast<size_t>(size) * static_cast<size_t>(size) * kLanes); }
-size_t shared_bytes(int size) { return control_bytes() + board_bytes(size) + channel_bytes(size); }
+size_t shared_bytes(int size) { return control_bytes() + notice_bytes(size) + channel_bytes(size); }
 // All heaps of a job: 16 TiB of the 128 that a process can map, since a job may have two segments and its host terabytes.
 constexpr size_t kAddressSpace = size_t{16} << 40, kLeastHeap = size_t{64} << 20;
 
@@ -75,12 +75,12 @@ void Job::end_call() {
   heap_->hold(false);
 }
 
-// What this rank has written of every axis: its boards, and the channels that it sends through.
+// What this rank has written of every axis: its notices, and the channels that it sends through.
 void Job::reset() {
   for (int index = 0; index < kMaxAxes; index++) {
     const AxisMemory memory = memory_of(index);
-    Board& board = memory.boards[rank()];
-    for (Word* word : {&board.posted, &board.finished, &board.turns}) word->store(0);
+    Notice& notice = memory.notices[rank()];
+    for (Word* word : {&notice.posted, &notice.finished, &notice.turns}) word->store(0);
     for (int to = 0; to < size(); to++)
       for (int lane = 0; lane < kLanes; lane++)
         for (Channel& channel = memory.channel(rank(), to, lane); Word* word : {&channel.sent, &channel.consumed}) word->store(0);
@@ -105,12 +105,12 @@ AxisMemory Job::memory_of(int index) const {
   const size_t ranks = static_cast<size_t>(control_->size()), at = static_cast<size_t>(index);
   AxisMemory memory;
   memory.ranks = control_->size();
-  memory.boards = static_cast<Board*>(segment_->at(control_bytes())) + at * ranks;
-  memory.channels = static_cast<Channel*>(segment_->at(control_bytes() + board_bytes(memory.ranks))) + at * ranks * ranks * kLanes;
+  memory.notices = static_cast<Notice*>(segment_->at(control_bytes())) + at * ranks;
+  memory.channels = static_cast<Channel*>(segment_->at(control_bytes() + notice_bytes(memory.ranks))) + at * ranks * ranks * kLanes;
   return memory;
 }
 
-std::unique_ptr<Transport> Job::axis(int index, const std::vector<int>& members, double latency, double bandwidth) {
+std::unique_ptr<Axis> Job::axis(int index, const std::vector<int>& members, bool windowed, double latency, double bandwidth) {
   CHECK(MeshError, index >= 0 && index < kMaxAxes, "axis index ", index, ", expected 0 to ", kMaxAxes - 1);
   for (int r : members) CHECK(MeshError, r >= 0 && r < size(), "axis member ", r, " of a job of ", size());
   const AxisMemory memory = memory_of(index);
@@ -118,8 +118,8 @@ std::unique_ptr<Transport> Job::axis(int index, const std::vector<int>& members,
     CHECK(MeshError, latency == 0 && bandwidth == 0, "link= slows shared memory; a GPU mesh has none");
     return gpu_->axis(std::make_unique<Shm>(*segment_, *control_, memory, members), memory, members);
   }
-  if (latency > 0 || bandwidth > 0) return std::make_unique<Link>(*segment_, *control_, memory, members, latency, bandwidth);
-  return std::make_unique<Shm>(*segment_, *control_, memory, members);
+  if (latency > 0 || bandwidth > 0) return std::make_unique<Link>(*segment_, *control_, memory, members, windowed, latency, bandwidth);
+  return std::make_unique<Shm>(*segment_, *control_, memory, members, windowed);
 }
 
 }  // namespace gingham

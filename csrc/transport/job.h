@@ -1,5 +1,5 @@
 // One rank's membership in a job: the shared segment, the control block, this rank's heap, and the axes made from them.
-//   [ control | boards: kMaxAxes x size | channels: kMaxAxes x size x size x kLanes | heap of rank 0 | heap of rank 1 | .. ]
+//   [ control | notices: kMaxAxes x size | channels: kMaxAxes x size x size x kLanes | heap of rank 0 | heap of rank 1 | .. ]
 // Ranks are processes (each opens rank 0's memfd by path) or threads of one process (they share the Segment object).
 #pragma once
 #include <memory>
@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "base/stream.h"
+#include "transport/axis.h"
 #include "transport/control.h"
 #include "transport/device.h"
-#include "transport/transport.h"
 
 namespace gingham {
 
@@ -38,8 +38,9 @@ class Job {
   void orphan();
   bool orphaned() const { return control_->orphaned(); }
   Segment& segment() { return *segment_; }
-  // index: the axis' number, the same on every rank; members: global ranks in axis order. bandwidth or latency > 0: behind a link.
-  std::unique_ptr<Transport> axis(int index, const std::vector<int>& members, double latency, double bandwidth);
+  // index: the axis' number, the same on every rank; members: global ranks in axis order. windowed: through the window where the ranks
+  // share memory, else along the ring. bandwidth or latency > 0: behind a link.
+  std::unique_ptr<Axis> axis(int index, const std::vector<int>& members, bool windowed = true, double latency = 0, double bandwidth = 0);
 
   int rank() const { return control_->rank(); }
   int size() const { return control_->size(); }

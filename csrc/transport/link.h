@@ -9,12 +9,12 @@ namespace gingham {
 
 class Link : public Shm {
  public:
-  Link(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members, double latency, double bandwidth)
-      : Shm(segment, control, memory, std::move(members)), latency_(latency), bandwidth_(bandwidth) {}
+  Link(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members, bool windowed, double latency, double bandwidth)
+      : Shm(segment, control, memory, std::move(members), windowed), latency_(latency), bandwidth_(bandwidth) {}
 
-  double fetch(int peer, size_t bytes) override {
-    Shm::fetch(peer, bytes);
-    return due(free_in_, bytes);
+  Request begin_get(int peer, size_t bytes) override {
+    Shm::begin_get(peer, bytes);
+    return {due(free_in_, bytes)};
   }
   void send(int peer, const void* data, size_t bytes, int lane) override { send_due(peer, data, bytes, lane, due(free_out_, bytes)); }
 

@@ -4,7 +4,7 @@
 
 namespace gingham {
 
-Queued::Queued(std::unique_ptr<Shm> board, Order& order) : Transport(board->rank(), board->size()), board_(std::move(board)), order_(order) {
+Queued::Queued(std::unique_ptr<Shm> shared, GroupOrder& order) : Axis(shared->rank(), shared->size()), shared_(std::move(shared)), order_(order) {
   compute().enter();
   int least = 0, greatest = 0;
   CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
@@ -18,36 +18,36 @@ Queued::~Queued() {
 }
 
 void Queued::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) {
-  CHECK(MeshError, panels.empty(), "a GPU mesh moves panels through rings: use source='ring'");
-  board_->post({}, rows, uneven, shape);
+  CHECK(MeshError, panels.empty(), "GPUs do not read each other's panels in place");
+  shared_->post({}, rows, uneven, shape);
 }
 
 void Queued::finish() {
   for (Line& line : lines_) flush(line);
-  board_->finish();
+  shared_->finish();
 }
 
 void Queued::send(int peer, const void* data, size_t bytes, int lane) {
   Line& line = lines_[static_cast<size_t>(line_of(lane))];
-  if (held_ == 0 && !line.waiting.empty()) flush(line);
+  if (open_groups_ == 0 && !line.waiting.empty()) flush(line);
   line.waiting.push_back({Way::send, peer, const_cast<void*>(data), bytes, lane});
-  offered(bytes);
+  count_sent(bytes);
 }
 
 void Queued::recv(int peer, void* data, size_t bytes, int lane) {
   Line& line = lines_[static_cast<size_t>(line_of(lane))];
   line.waiting.push_back({Way::recv, peer, data, bytes, lane});
   count_received(bytes);
-  if (held_ == 0) flush(line);
+  if (open_groups_ == 0) flush(line);
 }
 
-void Queued::release() {
-  if (--held_ == 0)
+void Queued::group_end() {
+  if (--open_groups_ == 0)
     for (Line& line : lines_) flush(line);
 }
 
 void Queued::flush(Line& line) {
-  if (line.waiting.empty() || held_ > 0) return;
+  if (line.waiting.empty() || open_groups_ > 0) return;
   order_.entry.record(native(order_.compute));
   order_.entry.hold_back(line.stream);
   if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream);
@@ -60,7 +60,7 @@ void Queued::flush(Line& line) {
   order_.last = &end;
   order_.last_stream = line.stream;
   for (const Message& m : line.waiting) {
-    Lane& lane = lanes_[static_cast<size_t>(m.lane)];
+    LaneState& lane = lanes_[static_cast<size_t>(m.lane)];
     if (m.way == Way::recv) {
       lane.received = line.groups;
     } else {
@@ -100,15 +100,5 @@ void Queued::await_taken(int, int lane, uint32_t left) {
   const std::deque<uint64_t>& sends = lanes_[static_cast<size_t>(lane)].sends;
   if (sends.size() > left) await_group(line, sends[sends.size() - 1 - left]);
 }
-
-namespace {
-[[noreturn]] void refuse() { throw MeshError("a GPU mesh moves panels through rings: use source='ring'"); }
-}  // namespace
-
-Matrix Queued::panel(int, int) { refuse(); }
-void Queued::advance() { refuse(); }
-void Queued::await_turn() { refuse(); }
-double Queued::fetch(int, size_t) { refuse(); }
-void Queued::arrive(double) { refuse(); }
 
 }  // namespace gingham

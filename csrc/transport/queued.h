@@ -4,8 +4,8 @@
 //   lines            one communication stream for each direction of the axis: gathers (lanes 0-3) and sums (lanes 4-7)
 //   order            send() and recv() come after all kernels queued so far; drain() and arrived() hold the kernels queued later back
 // A send waits on the host for the recv that follows it, so that both leave in one group: each step of a ring is {send to next, receive
-// from previous}, which no rank can block. hold() and release() put any number of messages into one group.
-// Groups of all lines run one after the other in the order in which the host queued them (Order). Ranks queue the same groups, so that
+// from previous}, which no rank can block. group_start() and group_end() put any number of messages into one group.
+// Groups of all lines run one after the other in the order in which the host queued them (GroupOrder). Ranks queue the same groups, so that
 // no two of them can wait for each other on different communicators, even where a device progresses only one at a time.
 // Keys, rows and shapes of a call are compared through shared memory on the host, as on the CPU (shm).
 #pragma once
@@ -21,8 +21,8 @@
 namespace gingham {
 
 // What the axes of one rank share: its compute stream, and the group queued last.
-struct Order {
-  explicit Order(CudaStream& compute) : compute(compute) {}
+struct GroupOrder {
+  explicit GroupOrder(CudaStream& compute) : compute(compute) {}
   CudaStream& compute;
   Event entry;
   const Event* last = nullptr;
@@ -35,34 +35,30 @@ struct Probe {
   std::atomic<double> since{0};  // 0: nothing outstanding
 };
 
-class Queued : public Transport {
+class Queued : public Axis, public Board, public Ring {
  public:
-  Queued(std::unique_ptr<Shm> board, Order& order);
+  Queued(std::unique_ptr<Shm> shared, GroupOrder& order);
   ~Queued() override;
 
+  Board& board() override { return *this; }
+  Ring& ring() override { return *this; }
+  Window* window() override { return nullptr; }            // peers' memory is not read in place here
   bool holds(const void*) const override { return true; }  // any device memory can be sent from where it stands
   bool queues() const override { return true; }
   void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) override;
-  int64_t rows(int peer) override { return board_->rows(peer); }
-  Shape shape(int peer) override { return board_->shape(peer); }
+  int64_t rows(int peer) override { return shared_->rows(peer); }
+  Shape shape(int peer) override { return shared_->shape(peer); }
   void finish() override;
-  void retire() override { board_->retire(); }
+  void retire() override { shared_->retire(); }
 
   void send(int peer, const void* data, size_t bytes, int lane) override;
   bool ready(int, int) override { return true; }
   void recv(int peer, void* data, size_t bytes, int lane) override;
   void arrived(int lane) override;
   void drain(int peer, int lane, uint32_t left) override;
-  void hold() override { held_++; }
-  void release() override;
+  void group_start() override { open_groups_++; }
+  void group_end() override;
   size_t chunk_bytes() const override { return size_t{4} << 20; }  // a group costs microseconds to launch
-
-  // Peers' memory is not read in place here: these belong to source window and throw.
-  Matrix panel(int peer, int index) override;
-  void advance() override;
-  void await_turn() override;
-  double fetch(int peer, size_t bytes) override;
-  void arrive(double ticket) override;
 
   Probe& probe() { return probe_; }
 
@@ -91,21 +87,21 @@ class Queued : public Transport {
   virtual void await_taken(int peer, int lane, uint32_t left);
   CudaStream& compute() { return order_.compute; }
 
-  std::unique_ptr<Shm> board_;
+  std::unique_ptr<Shm> shared_;
   std::array<Line, kLines> lines_;
 
  private:
-  struct Lane {
+  struct LaneState {
     std::deque<uint64_t> sends;  // number of the group that carried each of the last sends
     uint64_t received = 0;       // number of the group that carried the last message received
   };
   void flush(Line& line);
   void await_group(const Line& line, uint64_t group);
 
-  Order& order_;
-  std::array<Lane, kLanes> lanes_;
+  GroupOrder& order_;
+  std::array<LaneState, kLanes> lanes_;
   Probe probe_;
-  int held_ = 0;
+  int open_groups_ = 0;
 };
 
 }  // namespace gingham

@@ -6,21 +6,22 @@
 
 namespace gingham {
 
-Shm::Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members)
-    : Transport(static_cast<int>(std::find(members.begin(), members.end(), control.rank()) - members.begin()), static_cast<int>(members.size())),
+Shm::Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members, bool windowed)
+    : Axis(static_cast<int>(std::find(members.begin(), members.end(), control.rank()) - members.begin()), static_cast<int>(members.size())),
       segment_(segment),
       control_(control),
       memory_(memory),
       members_(std::move(members)),
+      windowed_(windowed),
       checked_(members_.size()) {
   CHECK(MeshError, rank_ < size_, "rank ", control.rank(), " is not among the members of its own axis");
-  call_ = board(rank_).posted.load();  // an axis made anew goes on where the last of its number ended
+  call_ = notice(rank_).posted.load();  // an axis made anew goes on where the last of its number ended
   epoch_ = control_.epoch();
 }
 
 void Shm::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) {
   CHECK(MeshError, panels.size() <= kMaxPanels, "a call may post ", kMaxPanels, " panels, got ", panels.size());
-  Board& mine = board(rank_);
+  Notice& mine = notice(rank_);
   if (epoch_ != control_.epoch()) {
     epoch_ = control_.epoch();
     call_ = mine.posted.load();
@@ -40,10 +41,10 @@ void Shm::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const 
 }
 
 const Post& Shm::post_of(int peer) {
-  Board& theirs = board(peer);
+  Notice& theirs = notice(peer);
   if (checked_[static_cast<size_t>(peer)]) return theirs.post;
   control_.wait(theirs.posted, call_, members_[static_cast<size_t>(peer)]);
-  const Post& mine = board(rank_).post;
+  const Post& mine = notice(rank_).post;
   if (theirs.post.key != control_.key() || (!mine.uneven && theirs.post.rows != mine.rows)) control_.mismatch(members_);
   checked_[static_cast<size_t>(peer)] = 1;
   return theirs.post;
@@ -61,25 +62,25 @@ Shape Shm::shape(int peer) { return post_of(peer).shape; }
 void Shm::finish() {
   // Every peer's key is compared even where nothing of it is read, so that no difference passes unseen.
   for (int peer = 0; peer < size_; peer++) post_of(peer);
-  board(rank_).finished.store(call_);
+  notice(rank_).finished.store(call_);
 }
 
 void Shm::retire() {
-  for (int hop = 1; hop < size_; hop++) control_.wait(board(next(hop)).finished, call_, members_[static_cast<size_t>(next(hop))]);
+  for (int hop = 1; hop < size_; hop++) control_.wait(notice(next(hop)).finished, call_, members_[static_cast<size_t>(next(hop))]);
 }
 
-void Shm::advance() { board(rank_).turns.add(1); }
+void Shm::advance() { notice(rank_).turns.add(1); }
 
-void Shm::await_turn() { control_.wait(board(next(-1)).turns, board(rank_).turns.load(), members_[static_cast<size_t>(next(-1))]); }
+void Shm::await_turn() { control_.wait(notice(next(-1)).turns, notice(rank_).turns.load(), members_[static_cast<size_t>(next(-1))]); }
 
-double Shm::fetch(int peer, size_t bytes) {
+Request Shm::begin_get(int peer, size_t bytes) {
   post_of(peer);
   count_received(bytes);
-  return 0;
+  return {};
 }
 
-void Shm::arrive(double due) {
-  if (due > 0) control_.sleep_until(due);
+void Shm::wait_get(Request request) {
+  if (request.due > 0) control_.sleep_until(request.due);
 }
 
 void Shm::send_due(int peer, const void* data, size_t bytes, int lane, double due) {
@@ -88,7 +89,7 @@ void Shm::send_due(int peer, const void* data, size_t bytes, int lane, double du
   if (n - channel.consumed.load() >= kSlots) control_.wait(channel.consumed, n - kSlots + 1, members_[static_cast<size_t>(peer)]);
   channel.slots[n % kSlots] = {bytes ? segment_.offset_of(data) : 0, bytes, due, 0, 0};
   channel.sent.store(n + 1);
-  offered(bytes);
+  count_sent(bytes);
 }
 
 bool Shm::ready(int peer, int lane) {
@@ -104,7 +105,7 @@ void Shm::recv(int peer, void* data, size_t bytes, int lane) {
   const auto& message = channel.slots[n % kSlots];
   CHECK(ShapeError, message.bytes == bytes, "rank ", control_.rank(), " expected a message of ", bytes, " bytes from rank ",
         members_[static_cast<size_t>(peer)], ", got ", message.bytes);
-  arrive(message.due);
+  wait_get({message.due});
   if (bytes) memcpy(data, segment_.at(message.offset), bytes);
   count_received(bytes);
   channel.consumed.store(n + 1);

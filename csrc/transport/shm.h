@@ -1,12 +1,12 @@
 // Ranks of one host, as processes or threads, over the job's shared segment: nothing is copied but what a receiver takes into memory of
-// its own. A Board is written by its rank and read by its peers; a Channel carries messages from one rank to another.
+// its own. A Notice is written by its rank and read by its peers; a Channel carries messages from one rank to another.
 #pragma once
 #include <vector>
 
 #include "base/segment.h"
 #include "base/wait.h"
+#include "transport/axis.h"
 #include "transport/control.h"
-#include "transport/transport.h"
 
 namespace gingham {
 
@@ -33,24 +33,27 @@ struct Channel {
   } slots[kSlots];
 };
 
-struct Board {
+struct Notice {
   Word posted, finished, turns;
   Post post;
 };
 
-// Where an axis' shared state stands: boards[global rank], channels[(from * ranks + to) * kLanes + lane], from and to global.
+// Where an axis' shared state stands: notices[global rank], channels[(from * ranks + to) * kLanes + lane], from and to global.
 struct AxisMemory {
-  Board* boards;
+  Notice* notices;
   Channel* channels;
   int ranks;
   Channel& channel(int from, int to, int lane) const { return channels[(from * ranks + to) * kLanes + lane]; }
 };
 
-class Shm : public Transport {
+class Shm : public Axis, public Board, public Ring, public Window {
  public:
-  // members: global ranks in axis order.
-  Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members);
+  // members: global ranks in axis order. windowed: peers read each other's memory in place.
+  Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members, bool windowed = true);
 
+  Board& board() override { return *this; }
+  Ring& ring() override { return *this; }
+  Window* window() override { return windowed_ ? this : nullptr; }
   bool holds(const void* data) const override { return segment_.holds(data); }
   void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) override;
   Matrix panel(int peer, int index) override;
@@ -60,8 +63,8 @@ class Shm : public Transport {
   void retire() override;
   void advance() override;
   void await_turn() override;
-  double fetch(int peer, size_t bytes) override;
-  void arrive(double due) override;
+  Request begin_get(int peer, size_t bytes) override;
+  void wait_get(Request request) override;
   void send(int peer, const void* data, size_t bytes, int lane) override { send_due(peer, data, bytes, lane, 0); }
   bool ready(int peer, int lane) override;
   void recv(int peer, void* data, size_t bytes, int lane) override;
@@ -70,7 +73,7 @@ class Shm : public Transport {
   void send_due(int peer, const void* data, size_t bytes, int lane, double due);
 
  private:
-  Board& board(int peer) { return memory_.boards[members_[static_cast<size_t>(peer)]]; }
+  Notice& notice(int peer) { return memory_.notices[members_[static_cast<size_t>(peer)]]; }
   Channel& channel(int from, int to, int lane) {
     return memory_.channel(members_[static_cast<size_t>(from)], members_[static_cast<size_t>(to)], lane);
   }
@@ -80,6 +83,7 @@ class Shm : public Transport {
   Control& control_;
   AxisMemory memory_;
   std::vector<int> members_;
+  bool windowed_;
   std::vector<char> checked_;
   uint32_t call_ = 0, epoch_ = 0;
 };

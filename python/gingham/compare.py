@@ -147,7 +147,7 @@ def _block_error(mesh: Mesh, got: torch.Tensor, whole: torch.Tensor, name: str) 
     mine = block(whole.shape, cuts, mesh.sizes, mesh.coordinates)
     fits = tuple(got.shape) == tuple(length for _, length in mine)
     here = _error(got, whole[tuple(slice(start, start + length) for start, length in mine)]) if fits else 0.0
-    parts = mesh.world.all_gather(torch.tensor([here], dtype=torch.float64, device=mesh.device), mesh.source, False)
+    parts = mesh.world.all_gather(torch.tensor([here], dtype=torch.float64, device=mesh.device), counted=False)
     return float(torch.cat(parts).max())
 
 
@@ -218,7 +218,7 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     if odd:
         raise MeshError(f"check_replicas: rank {mesh.rank}: ranks {odd} hold other names, {len(names)} here: models or optimizers differ")
     mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64)
-    parts = [part.tolist() for part in mesh.world.all_gather(mine.to(mesh.device), mesh.source, False)]
+    parts = [part.tolist() for part in mesh.world.all_gather(mine.to(mesh.device), counted=False)]
     wrong = []
     for index, (name, value) in enumerate(entries):
         for holders in _holders(mesh, value):

@@ -146,7 +146,6 @@ def make_step(
         k,
         list(n),
         mesh.slices,
-        mesh.source,
         out_in,
     )
 
@@ -355,7 +354,7 @@ def sum_over_depth(mesh: Mesh, gradient: torch.Tensor) -> torch.Tensor:
     if axis is None:
         return gradient
     wide = gradient.float() if gradient.dtype.itemsize == 2 else gradient
-    axis.all_reduce_(wide, mesh.source)
+    axis.all_reduce_(wide)
     return wide.to(gradient.dtype)
 
 
@@ -373,7 +372,7 @@ def _bias_gradient(plan: LinearPlan, dy: torch.Tensor, bias: torch.Tensor) -> to
     def total(part: torch.Tensor) -> torch.Tensor:
         axis = mesh.axis(rows)
         if axis is not None:
-            axis.all_reduce_(part, mesh.source)
+            axis.all_reduce_(part)
         return part
 
     return gradients.sum_or_defer(mesh, rows, bias, part, total)

@@ -65,7 +65,7 @@ class DepthSums:
             try:
                 self.mesh.background.enter(entry.epoch)
                 try:
-                    self.axis.all_reduce_(entry.summed, self.mesh.source)
+                    self.axis.all_reduce_(entry.summed)
                 finally:
                     self.mesh.background.leave()
             except BaseException as error:

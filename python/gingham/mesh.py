@@ -61,7 +61,7 @@ class Mesh(Live):
         self._axes: dict[frozenset[str], Any] = {}
         self._keys: dict[str, Any] = {}
         for key, names in groups.items():
-            self._keys[key] = _C.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), *link)
+            self._keys[key] = _C.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
             self._axes[frozenset(names)] = self._keys[key]
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
@@ -73,7 +73,7 @@ class Mesh(Live):
         self.depth_sums: Any = None
         self.ended = False
         self._background: Any = None
-        self.world = _C.Axis(self.job, indices["world"], list(range(self.size)), *link)
+        self.world = _C.Axis(self.job, indices["world"], list(range(self.size)), source, *link)
         if len(groups) > 1:
             self._keys["world"] = self.world
 
@@ -213,7 +213,7 @@ class Mesh(Live):
         """A second communicator over depth, in a job of its own, for a thread beside the main one; counted under depth."""
         if self._background is None:
             ranks = members(self.axes.depth, self.sizes, self.coordinates)
-            self._background = _C.Axis(self.background, 0, ranks, *self._link)
+            self._background = _C.Axis(self.background, 0, ranks, self.source, *self._link)
         return self._background
 
     def background_empty(self, like: torch.Tensor) -> torch.Tensor:

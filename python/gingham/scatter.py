@@ -29,7 +29,7 @@ class Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Any, cuts: Cuts) -> torch.Tensor:
-        parts = mesh.world.all_gather(x.contiguous(), mesh.source, False)
+        parts = mesh.world.all_gather(x.contiguous(), counted=False)
         try:
             total, blocks = blocks_from_shapes([part.shape for part in parts], cuts, mesh.sizes)
         except ValueError as error:

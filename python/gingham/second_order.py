@@ -155,7 +155,7 @@ def shared(x: torch.Tensor, mesh: Mesh, names: Names) -> torch.Tensor:
 def _sum(x: torch.Tensor, mesh: Mesh, names: Names) -> torch.Tensor:
     wide = x.to(torch.float32 if x.dtype.itemsize == 2 else x.dtype, memory_format=torch.contiguous_format, copy=True)
     for axis in mesh.axes_over(names):
-        axis.all_reduce_(wide, mesh.source)
+        axis.all_reduce_(wide)
     return wide.to(x.dtype)
 
 
@@ -196,7 +196,7 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names, lengths: tuple[int, ...], parts: bool) -> torch.Tensor:
         ctx.arguments = mesh, names, lengths, parts
-        return torch.cat(mesh.axis(names).all_gather(x.contiguous(), mesh.source))
+        return torch.cat(mesh.axis(names).all_gather(x.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -210,7 +210,7 @@ class _Scattered(torch.autograd.Function):
         axis = mesh.axis(names)
         if parts:
             wide = x.float() if x.dtype.itemsize == 2 else x
-            return axis.reduce_scatter(wide.contiguous(), list(lengths), mesh.source).to(x.dtype)
+            return axis.reduce_scatter(wide.contiguous(), list(lengths)).to(x.dtype)
         return x.narrow(0, sum(lengths[: axis.rank]), lengths[axis.rank]).clone(memory_format=torch.contiguous_format)
 
     @staticmethod

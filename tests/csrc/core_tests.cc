@@ -76,7 +76,7 @@ void heap_reuses_blocks() {
 void odd_rank_is_named_before_a_byte_moves() {
   uint64_t received[4] = {};
   const auto errors = errors_of(4, [&](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(4), 0, 0);
+    auto axis = job.axis(0, everyone(4));
     job.control().begin(named("call", job.rank() == 2 ? 7 : 5));
     const Scratch room(job.stream(), 64);
     std::vector<Scratch> rooms;
@@ -87,7 +87,7 @@ void odd_rank_is_named_before_a_byte_moves() {
     }
     memset(room.data(), 0, 64);
     try {
-      all_gather(*axis, dense(room.data(), 1, 16, DType::f32), blocks, Source::window, job.stream());
+      all_gather(*axis, dense(room.data(), 1, 16, DType::f32), blocks, job.stream());
     } catch (const Error&) {
       received[job.rank()] = axis->traffic(false).bytes_received;
       throw;
@@ -102,7 +102,7 @@ void odd_rank_is_named_before_a_byte_moves() {
 
 void refusal_reaches_the_peers() {
   const auto errors = errors_of(3, [](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(3), 0, 0);
+    auto axis = job.axis(0, everyone(3));
     Call call = named("linear");
     if (job.rank() == 1) {
       call.invalid = 1;
@@ -110,8 +110,8 @@ void refusal_reaches_the_peers() {
     }
     job.control().begin(call);
     CHECK(ShapeError, job.rank() != 1, "refused here");
-    axis->post({}, -1, true);
-    for (int peer = 0; peer < 3; peer++) axis->rows(peer);
+    axis->board().post({}, -1, true, {});
+    for (int peer = 0; peer < 3; peer++) axis->board().rows(peer);
     return {};
   });
   EXPECT(has(errors[0], "rank 1 got linear refused: input has 5 features") && has(errors[2], "rank 1 got linear refused"));
@@ -121,14 +121,14 @@ void stalled_rank_is_named() {
   const auto errors = errors_of(
       3,
       [](Job& job) -> Row {
-        auto axis = job.axis(0, everyone(3), 0, 0);
+        auto axis = job.axis(0, everyone(3));
         job.control().begin(named("step"));
         if (job.rank() == 1) {
           std::this_thread::sleep_for(std::chrono::milliseconds(1200));
           return {};
         }
-        axis->post({}, -1, true);
-        axis->rows(1);
+        axis->board().post({}, -1, true, {});
+        axis->board().rows(1);
         return {};
       },
       0.4);
@@ -137,14 +137,14 @@ void stalled_rank_is_named() {
 
 void failure_message_reaches_the_peers() {
   const auto errors = errors_of(2, [](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(2), 0, 0);
+    auto axis = job.axis(0, everyone(2));
     job.control().begin(named("step"));
     if (job.rank() == 0) {
       job.control().fail(Control::Kind::died, 0, "rank 0 raised ValueError: bad");
       return {};
     }
-    axis->post({}, -1, true);
-    axis->rows(0);
+    axis->board().post({}, -1, true, {});
+    axis->board().rows(0);
     return {};
   });
   EXPECT(has(errors[1], "rank 0 raised ValueError: bad"));
@@ -152,7 +152,7 @@ void failure_message_reaches_the_peers() {
 
 void lanes_keep_their_order() {
   run_ranks(2, As::threads, [](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(2), 0, 0);
+    auto axis = job.axis(0, everyone(2));
     job.control().begin(named("messages"));
     const Scratch room(job.stream(), 400 * sizeof(int64_t));
     int64_t* values = reinterpret_cast<int64_t*>(room.data());
@@ -163,20 +163,20 @@ void lanes_keep_their_order() {
       }
       // Lane 1 first, then lane 2: the receiver takes them the other way round, so at most kSlots may be on their way.
       for (int i = 0; i < 200; i += 4) {
-        for (int j = i; j < i + 4; j++) axis->send(1, values + j, 8, 1);
-        for (int j = i; j < i + 4; j++) axis->send(1, values + 200 + j, 8, 2);
+        for (int j = i; j < i + 4; j++) axis->ring().send(1, values + j, 8, 1);
+        for (int j = i; j < i + 4; j++) axis->ring().send(1, values + 200 + j, 8, 2);
       }
-      axis->drain(1, 1);
-      axis->drain(1, 2);
+      axis->ring().drain(1, 1);
+      axis->ring().drain(1, 2);
     } else {
       for (int i = 0; i < 200; i += 4) {
         int64_t got = 0;
         for (int j = i; j < i + 4; j++) {
-          axis->recv(0, &got, 8, 2);
+          axis->ring().recv(0, &got, 8, 2);
           EXPECT(got == 1000 + j);
         }
         for (int j = i; j < i + 4; j++) {
-          axis->recv(0, &got, 8, 1);
+          axis->ring().recv(0, &got, 8, 1);
           EXPECT(got == j);
         }
       }

@@ -102,7 +102,7 @@ void the_least_of_host_and_cgroups_is_left() {
 }
 
 // One exchange of all ranks: gathers, then sums; both over memory of the heap.
-void exchange(Job& job, Transport& axis, Source source, int64_t n) {
+void exchange(Job& job, Axis& axis, int64_t n) {
   const int size = job.size();
   job.control().begin(named("exchange", n));
   struct End {
@@ -115,25 +115,25 @@ void exchange(Job& job, Transport& axis, Source source, int64_t n) {
   std::vector<Matrix> parts;
   for (int r = 0; r < size; r++) parts.push_back(dense(room.data() + bytes * static_cast<size_t>(r), 1, n, DType::f32));
   const Matrix mine = dense(own.data(), 1, n, DType::f32), total = dense(sum.data(), 1, n, DType::f32);
-  all_gather(axis, mine, parts, source, job.stream());
+  all_gather(axis, mine, parts, job.stream());
   for (int r = 0; r < size; r++) EXPECT(static_cast<float*>(parts[static_cast<size_t>(r)].data)[n - 1] == static_cast<float>(n - 1 + r));
-  reduce_scatter(axis, parts, total, source, job.stream());
+  reduce_scatter(axis, parts, total, job.stream());
   for (int64_t i = 0; i < n; i += 97) EXPECT(static_cast<float*>(total.data)[i] == static_cast<float>(size * (i + job.rank())));
 }
 
 void an_allocation_that_fails_ends_the_call_on_all() {
-  for (Source source : {Source::window, Source::ring}) {
+  for (const bool windowed : {true, false}) {
     std::vector<std::vector<int>> failed(4);
     const auto errors = errors_of(4, [&](Job& job) -> Row {
-      auto axis = job.axis(0, everyone(4), 0, 0);
+      auto axis = job.axis(0, everyone(4), windowed);
       std::vector<int>& mine = failed[static_cast<size_t>(job.rank())];
       uint32_t state = 3;
       for (int call = 0; call < 120; call++) {
         const int64_t n = 1 + next(state) % 3000;
-        const int who = static_cast<int>(next(state) % 4), which = static_cast<int>(next(state) % (source == Source::ring ? 5 : 3));
+        const int who = static_cast<int>(next(state) % 4), which = static_cast<int>(next(state) % (windowed ? 3 : 5));
         if (call % 3 == 1 && job.rank() == who) job.heap().fail_after(which);
         try {
-          exchange(job, *axis, source, n);
+          exchange(job, *axis, n);
         } catch (const PeerOutOfMemory& error) {
           EXPECT(error.rank == who && has(error.what(), concat("rank ", who, ": the shared heap").c_str()) && has(error.what(), "bytes"));
           mine.push_back(call);
@@ -152,9 +152,9 @@ void an_allocation_that_fails_ends_the_call_on_all() {
 
 void an_allocation_between_calls_is_told_at_the_next() {
   const auto errors = errors_of(3, [&](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(3), 0, 0);
+    auto axis = job.axis(0, everyone(3));
     for (int round = 0; round < 5; round++) {
-      exchange(job, *axis, Source::window, 100);
+      exchange(job, *axis, 100);
       bool raised = false;
       if (job.rank() == 1) {
         job.heap().fail_after(0);
@@ -165,13 +165,13 @@ void an_allocation_between_calls_is_told_at_the_next() {
         }
       } else {
         try {
-          exchange(job, *axis, Source::window, 200);
+          exchange(job, *axis, 200);
         } catch (const PeerOutOfMemory& error) {
           raised = error.rank == 1;
         }
       }
       EXPECT(raised);
-      exchange(job, *axis, Source::window, 300);
+      exchange(job, *axis, 300);
     }
     return {};
   });

@@ -122,7 +122,7 @@ def run(rank: int) -> dict[str, Any]:
             full = torch.randn(9, 24, **wide)
             got, expected = case(ours, mesh.scatter(full), mesh.gather), case(theirs, full, lambda y: y)
             errors = [relative(whole(one), other) for one, other in zip(got, expected, strict=True)]
-            copies = [mesh.axis(("depth",)).all_gather(one.to_local().contiguous(), "window", False) for one in got]
+            copies = [mesh.axis(("depth",)).all_gather(one.to_local().contiguous(), counted=False) for one in got]
             equal = all(torch.equal(pair[0], pair[1]) for pair in copies)
             found[case.__name__] = max(errors) <= 1e-12, equal, len(later) == expected_later
     finally:

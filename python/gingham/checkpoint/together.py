@@ -52,7 +52,7 @@ class Ranks:
         """Every rank's bytes. An error that a rank elsewhere causes says that all must be here."""
         assert self.mesh is not None
         try:
-            return self.mesh.world.all_gather(mine, self.mesh.source, False)
+            return self.mesh.world.all_gather(mine, counted=False)
         except (MeshError, PeerDied, PeerStalled) as error:
             error.args = (f"{error} ({self.what}: every rank of the mesh must call it, also those that hold or write nothing)",)
             raise

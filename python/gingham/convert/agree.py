@@ -81,7 +81,7 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
     data = words.encode()
     longest = max(size for (size,) in mesh.world.sizes([len(data)]))
     padded = torch.frombuffer(bytearray(data.ljust(longest, b"\n")), dtype=torch.uint8)
-    texts = [bytes(each.numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, mesh.source, False)]
+    texts = [bytes(each.numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, counted=False)]
     theirs, ours = texts[odd[0]], texts[posted.index(usual)]
     index = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
     got, expected = (lines[index] if index < len(lines) else "no more parameters" for lines in (theirs, ours))
@@ -93,7 +93,7 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
 
 @torch.no_grad()
 def _take_first(mesh: Mesh, tensors: list[tuple[str, torch.Tensor]], sums: list[int]) -> None:
-    every = torch.stack(list(mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64), mesh.source, False)))
+    every = torch.stack(list(mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64), counted=False)))
     differs = (every != every[0]).any(0).tolist()
     odd = (every != every[0]).any(1).nonzero().flatten().tolist()
     names = [name for (name, _), differ in zip(tensors, differs, strict=True) if differ]

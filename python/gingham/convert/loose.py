@@ -115,7 +115,7 @@ class _Block(torch.autograd.Function):
         axis = ctx.mesh.axis(ctx.summed)
         if axis is not None:
             grad = grad.contiguous().clone()
-            axis.all_reduce_(grad, ctx.mesh.source)
+            axis.all_reduce_(grad)
         return like(grad.contiguous(), ctx.parameter), None, None
 
 

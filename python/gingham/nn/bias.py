@@ -31,7 +31,7 @@ def sum_over_rows(mesh: Mesh, layout: Layout, stored: Names, sums: torch.Tensor)
     for names in (layout.rows, tuple(name for name in layout.features if name not in stored)):
         axis = mesh.axis(names)
         if axis is not None:
-            axis.all_reduce_(sums, mesh.source)
+            axis.all_reduce_(sums)
     return sums
 
 

@@ -48,7 +48,7 @@ def clip_grad_norm_(
         elif _counts_here(grad, mesh.coordinates):
             mine += local.pow(norm_type).sum()
     mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})")
-    parts = torch.cat(mesh.world.all_gather(mine, mesh.source, False))
+    parts = torch.cat(mesh.world.all_gather(mine, counted=False))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(

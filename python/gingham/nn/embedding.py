@@ -127,7 +127,7 @@ class _Embedding(torch.autograd.Function):
         axis, local = layer.mesh.axis(layer.cut), local_of(weight)
         ctx.label = layer.label
         layer.mesh.say(ctx.label, moves=axis is not None)
-        table = torch.cat(axis.all_gather(local, layer.mesh.source)) if axis is not None else local
+        table = torch.cat(axis.all_gather(local)) if axis is not None else local
         return F.embedding(ids, table)
 
     @staticmethod
@@ -144,7 +144,7 @@ class _Embedding(torch.autograd.Function):
         axis = mesh.axis(layer.cut)
         if axis is not None and layer.summed:
             mesh.say(ctx.label)
-            table = axis.reduce_scatter(table, chunks(layer.count, [mesh.sizes[name] for name in layer.cut]), mesh.source)
+            table = axis.reduce_scatter(table, chunks(layer.count, [mesh.sizes[name] for name in layer.cut]))
         elif axis is not None:
             table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()
         # a table tied to a classifier may have a gradient on its way over depth: it arrives before autograd adds this one

@@ -155,7 +155,7 @@ class RMSNorm(_Norm, torch.nn.RMSNorm):  # type: ignore[misc]
 def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
     """Every member's `part` [rows, ...], stacked, in an order that all members share, so that sums of it have the same bits."""
     axis = mesh.axis(names)
-    return torch.stack(axis.all_gather(part, mesh.source, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
+    return torch.stack(axis.all_gather(part, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
 
 
 def merge(mesh: Mesh, names: Names, features: int, mean: torch.Tensor, m2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

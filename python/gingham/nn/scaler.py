@@ -39,5 +39,5 @@ class GradScaler(torch.amp.GradScaler):
         found, inverse = found_inf.to(device), inv_scale.to(device)
         for gradients in by_dtype.values():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
-        parts = self.mesh.world.all_gather(found.view(1), self.mesh.source, False)
+        parts = self.mesh.world.all_gather(found.view(1), counted=False)
         return {device: torch.cat(parts).amax()}

@@ -40,14 +40,14 @@ class _GatherTime(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
         ctx.mesh, ctx.lengths, ctx.dtype = mesh, lengths, x.dtype
-        return torch.cat(mesh.axis(mesh.inner.rows).all_gather(x.contiguous(), mesh.source))
+        return torch.cat(mesh.axis(mesh.inner.rows).all_gather(x.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
             return scattered(grad, ctx.mesh, ctx.mesh.inner.rows, ctx.lengths), None, None
         wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
-        mine = ctx.mesh.axis(ctx.mesh.inner.rows).reduce_scatter(wide, ctx.lengths, ctx.mesh.source)
+        mine = ctx.mesh.axis(ctx.mesh.inner.rows).reduce_scatter(wide, ctx.lengths)
         return mine.to(ctx.dtype), None, None
 
 

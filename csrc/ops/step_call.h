@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "ops/pass.h"
+#include "ops/pipeline.h"
 #include "ops/step.h"
 
 namespace gingham {
@@ -18,29 +18,29 @@ inline int in_y(Dim d) { return d == Dim::M ? 0 : d == Dim::N ? 1 : -1; }
 int64_t block_size(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local, int dim);
 int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, int dim, int64_t block);
 
-class Frame {
+class StepCall {
  public:
-  Frame(Control& control, const Stream& stream, const Step::Config& config, const char* product, DType dtype, int64_t rows);
+  StepCall(Control& control, const Stream& stream, const Step::Config& config, const char* product, DType dtype, int64_t rows);
 
   void flag(int bit, bool on) { call_.flags |= static_cast<uint64_t>(on) << (32 + bit); }
   // Publishes the call. A refusal (ShapeError) of this rank's own arguments is published too, so that peers name this rank and do not wait.
   void begin(const std::function<void()>& validate);
   // Cut points along M from the rows that every rank of the axis says it holds.
-  std::vector<int64_t> learn(Transport& axis, int64_t rows) const;
+  std::vector<int64_t> learn(Axis& axis, int64_t rows) const;
 
   // m, k: block sizes; n: one per map. Fills every group's slices; call after x_cuts and y_cuts are known.
   void cut(int64_t m, int64_t k, const std::vector<int64_t>& n);
-  Pass::Place x_place() const { return {config.x, x_cuts, in_x(d), Order::row_major, !config.x.learned()}; }
-  Pass::Place w_place(size_t i) const { return {config.maps[i].w, config.maps[i].w.offsets, in_w(d), config.order, false}; }
-  Pass::Place y_place(size_t i) const { return {config.maps[i].y, y_cuts[i], in_y(d), Order::row_major, config.maps[i].y.dim == 1}; }
+  Pipeline::Placement x_place() const { return {config.x, x_cuts, in_x(d), Storage::row_major, !config.x.by_posted_rows()}; }
+  Pipeline::Placement w_place(size_t i) const { return {config.maps[i].w, config.maps[i].w.offsets, in_w(d), config.storage, false}; }
+  Pipeline::Placement y_place(size_t i) const { return {config.maps[i].y, y_cuts[i], in_y(d), Storage::row_major, config.maps[i].y.dim == 1}; }
   Group& group(size_t map) { return groups[d == Dim::N ? map : 0]; }
   // Sums of 16-bit operands are kept in fp32 beside `out` and cast when done.
-  Matrix accumulator(const Matrix& out, Order order);
+  Matrix accumulator(const Matrix& out, Storage storage);
 
   const Step::Config& config;
   const Dim d;
   const Stream& stream;
-  Pass pass;
+  Pipeline pipeline;
   std::vector<int64_t> x_cuts;
   std::vector<std::vector<int64_t>> y_cuts;
   std::vector<Group> groups;
@@ -51,7 +51,7 @@ class Frame {
 };
 
 void check_x(const Operand& x, const Matrix& local);
-void check_w(const Map& map, const Matrix& w, int64_t k_block, DType dtype);
-void check_dy(const Map& map, const Matrix& dy, int64_t n_block, DType dtype);
+void check_w(const Projection& map, const Matrix& w, int64_t k_block, DType dtype);
+void check_dy(const Projection& map, const Matrix& dy, int64_t n_block, DType dtype);
 
 }  // namespace gingham

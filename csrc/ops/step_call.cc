@@ -1,4 +1,4 @@
-#include "ops/frame.h"
+#include "ops/step_call.h"
 
 #include <algorithm>
 
@@ -14,20 +14,31 @@ int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, in
   return offsets[r + 1] - offsets[r];
 }
 
-Frame::Frame(Control& control, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
-    : config(step), d(step.slice_dim), stream(used), pass(used, step.source), control_(control) {
+namespace {
+
+bool along_a_ring(const Step::Config& step) {
+  const auto ring = [](Axis* axis) { return axis && axis->size() > 1 && !axis->window(); };
+  bool found = ring(step.x.axis) || ring(step.depth);
+  for (const Projection& map : step.maps) found = found || ring(map.w.axis) || ring(map.y.axis);
+  return found;
+}
+
+}  // namespace
+
+StepCall::StepCall(Control& control, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
+    : config(step), d(step.slice_dim), stream(used), pipeline(used), control_(control) {
   call_.set_name(concat(step.name, ".", product));
   call_.dtype = static_cast<int32_t>(dtype);
   std::copy(step.grid.begin(), step.grid.end(), call_.grid);
   call_.k = step.k;
-  for (const Map& m : step.maps) call_.n += m.n;
+  for (const Projection& m : step.maps) call_.n += m.n;
   call_.rows = rows;
   call_.flags = kStep | static_cast<uint64_t>(step.slices & 0xffffff) << 8 | static_cast<uint64_t>(step.slice_dim) << 1 |
-                static_cast<uint64_t>(step.source == Source::ring);
+                static_cast<uint64_t>(along_a_ring(step));
   groups.resize(d == Dim::N ? step.maps.size() : 1);
 }
 
-void Frame::begin(const std::function<void()>& validate) {
+void StepCall::begin(const std::function<void()>& validate) {
   std::string refusal;
   try {
     validate();
@@ -40,29 +51,28 @@ void Frame::begin(const std::function<void()>& validate) {
   if (!refusal.empty()) throw ShapeError(concat("rank ", control_.rank(), ": ", config.name, ": ", refusal));
 }
 
-std::vector<int64_t> Frame::learn(Transport& axis, int64_t rows) const {
-  axis.post({}, rows, true);
+std::vector<int64_t> StepCall::learn(Axis& axis, int64_t rows) const {
+  Session session(axis, {}, rows, true);
   std::vector<int64_t> offsets{0};
-  for (int peer = 0; peer < axis.size(); peer++) offsets.push_back(offsets.back() + axis.rows(peer));
-  axis.finish();
-  axis.retire();
+  for (int peer = 0; peer < axis.size(); peer++) offsets.push_back(offsets.back() + axis.board().rows(peer));
+  session.end();
   return offsets;
 }
 
-void Frame::cut(int64_t m, int64_t k, const std::vector<int64_t>& n) {
+void StepCall::cut(int64_t m, int64_t k, const std::vector<int64_t>& n) {
   for (size_t i = 0; i < groups.size(); i++) {
     Slices& slices = groups[i].slices;
     slices.slices = config.slices;
     slices.add({0, d == Dim::M ? m : d == Dim::K ? k : n[i]});
-    const Map& map = config.maps[i];
+    const Projection& map = config.maps[i];
     if (config.x.cut() && in_x(d) >= 0) slices.add(x_cuts);
     if (map.w.cut() && in_w(d) >= 0) slices.add(map.w.offsets);
     if (map.y.cut() && in_y(d) >= 0) slices.add(y_cuts[i]);
   }
 }
 
-Matrix Frame::accumulator(const Matrix& out, Order order) {
-  return size_of(out.dtype) == 2 ? pass.workspace(out.rows, out.cols, DType::f32, order) : out;
+Matrix StepCall::accumulator(const Matrix& out, Storage storage) {
+  return size_of(out.dtype) == 2 ? pipeline.workspace(out.rows, out.cols, DType::f32, storage) : out;
 }
 
 namespace {
@@ -85,7 +95,7 @@ void check_x(const Operand& x, const Matrix& local) {
   check_size("input", local, x.dim, expected_size(x));
 }
 
-void check_w(const Map& map, const Matrix& w, int64_t k_block, DType dtype) {
+void check_w(const Projection& map, const Matrix& w, int64_t k_block, DType dtype) {
   CHECK(ShapeError, w.dtype == dtype, "weight is ", name_of(w.dtype), ", input is ", name_of(dtype), "; cast one of them");
   const int64_t k = block_size(map.w, map.w.offsets, w, 0);
   CHECK(ShapeError, k == k_block, "input has ", k_block, " features in this column of ranks, weight has ", k);
@@ -93,7 +103,7 @@ void check_w(const Map& map, const Matrix& w, int64_t k_block, DType dtype) {
   if (map.y.dim == 1 && !map.y.offsets.empty() && (map.w.dim != 1 || !map.w.cut())) check_size("weight", w, 1, map.y.offsets.back());
 }
 
-void check_dy(const Map& map, const Matrix& dy, int64_t n_block, DType dtype) {
+void check_dy(const Projection& map, const Matrix& dy, int64_t n_block, DType dtype) {
   CHECK(ShapeError, dy.dtype == dtype, "gradients are ", name_of(dtype), " and ", name_of(dy.dtype));
   check_size("gradient", dy, map.y.dim, expected_size(map.y));
   const int64_t n = block_size(map.y, map.y.offsets, dy, 1);

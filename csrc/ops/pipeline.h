@@ -13,11 +13,11 @@
 
 namespace gingham {
 
-// out (+)= sum over factors of a b, each turned (transposed) where its flag says so.
+// out (+)= sum over factors of a b, each transposed where its flag says so.
 struct Factor {
   Input* a;
   Input* b;
-  bool a_turned, b_turned;
+  bool a_transposed, b_transposed;
 };
 struct Product {
   Output* out;
@@ -34,24 +34,28 @@ struct Group {
   Input* shared = nullptr;                                           // X, where several maps use it
 };
 
-class Pass {
+class Pipeline {
  public:
-  Pass(const Stream& stream, Source source) : stream_(stream), source_(source) {}
+  explicit Pipeline(const Stream& stream) : stream_(stream) {}
 
   // An operand as input or output; `place` says where its dim D lies (0, 1) or that it lacks it (-1).
-  struct Place {
+  struct Placement {
     const Operand& operand;
     const std::vector<int64_t>& offsets;
     int dim;
-    Order order;
+    Storage storage;
     bool same_rows;  // the ranks of its axis hold the same rows of X and Y
   };
   enum class Role { input, output };
-  // Declares a matrix on its axis; returns its index among the axis' panels (window) or its lane (ring), -1: not cut.
-  int declare(const Place& place, const Matrix& m, Role role = Role::input);
+  // How an operand travels over its axis: its place among the posted panels (window), or its lane (ring); neither: it is not cut.
+  struct Slot {
+    int panel = -1, lane = -1;
+  };
+  // Declares a matrix on its axis.
+  Slot declare(const Placement& place, const Matrix& m, Role role = Role::input);
   void post(int64_t rows);
-  Input* input(const Place& place, const Matrix& local, int index, const Slices& slices);
-  Output* output(const Place& place, const Matrix& accumulator, int index, const Slices& slices);
+  Input* input(const Placement& place, const Matrix& local, Slot slot, const Slices& slices);
+  Output* output(const Placement& place, const Matrix& accumulator, Slot slot, const Slices& slices);
   void run(const Group& group);
   void close();  // finishes and retires every axis posted on, and gives back the workspace of inputs and outputs
 
@@ -60,19 +64,19 @@ class Pass {
   // Where such an operand's products are summed: `own` itself, or a block of workspace that settle() reduce-scatters into own.
   Matrix block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own);
   void settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own);
-  Matrix workspace(int64_t rows, int64_t cols, DType dtype, Order order = Order::row_major);
+  Matrix workspace(int64_t rows, int64_t cols, DType dtype, Storage storage = Storage::row_major);
 
  private:
   void multiply(const Group& group, const Product& product, int slice, int interval);
-  struct Board {
-    Transport* axis;
+  struct Used {
+    Axis* axis;
     std::vector<Matrix> panels;
     bool uneven;
     int gathers = 0, sums = kLanes / 2 - 1;  // the last lanes given; lane 0 is the collectives'
   };
   const Stream& stream_;
-  Source source_;
-  std::vector<Board> boards_;
+  std::vector<Used> axes_;
+  std::vector<Session> sessions_;
   std::vector<Scratch> scratch_;
   std::vector<std::unique_ptr<Resident>> residents_;
   std::vector<std::unique_ptr<Input>> inputs_;

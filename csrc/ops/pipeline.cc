@@ -1,0 +1,140 @@
+#include "ops/pipeline.h"
+
+#include "collectives/all_gather.h"
+#include "collectives/all_reduce.h"
+#include "collectives/reduce_scatter.h"
+#include "kernels/gemm.h"
+
+namespace gingham {
+
+Matrix Pipeline::workspace(int64_t rows, int64_t cols, DType dtype, Storage storage) {
+  scratch_.emplace_back(stream_, static_cast<size_t>(rows * cols) * size_of(dtype));
+  char* data = scratch_.back().data();
+  return dense(data, rows, cols, dtype, storage);
+}
+
+Pipeline::Slot Pipeline::declare(const Placement& place, const Matrix& m, Role role) {
+  if (place.dim < 0 || !place.operand.cut()) return {};
+  Axis* axis = place.operand.axis;
+  Used* used = nullptr;
+  for (Used& u : axes_)
+    if (u.axis == axis) used = &u;
+  if (!used) {
+    axes_.push_back({axis, {}, !place.same_rows});
+    used = &axes_.back();
+  }
+  Slot slot;
+  // On a ring the post carries only the key and the rows; data goes in messages.
+  if (!axis->window()) {
+    slot.lane = role == Role::input ? ++used->gathers : ++used->sums;
+    CHECK(MeshError, slot.lane < (role == Role::input ? kLanes / 2 : kLanes), "a step may move ", kLanes / 2 - 1,
+          " operands over one axis each way");
+    return slot;
+  }
+  residents_.push_back(std::make_unique<Resident>(m, *axis, stream_));
+  used->panels.push_back(residents_.back()->view());
+  slot.panel = static_cast<int>(used->panels.size()) - 1;
+  return slot;
+}
+
+void Pipeline::post(int64_t rows) {
+  for (const Used& used : axes_) sessions_.emplace_back(*used.axis, used.panels, rows, used.uneven);
+}
+
+Input* Pipeline::input(const Placement& place, const Matrix& local, Slot slot, const Slices& slices) {
+  if (place.dim < 0) {
+    inputs_.push_back(whole_input(local));
+  } else if (!place.operand.cut()) {
+    inputs_.push_back(local_input(local, place.dim, slices));
+  } else {
+    const Cut cut(local, place.dim, place.offsets, place.storage, *place.operand.axis, slices);
+    inputs_.push_back(slot.panel >= 0 ? window_input(cut, slot.panel) : ring_input(cut, slot.lane, stream_));
+  }
+  return inputs_.back().get();
+}
+
+Output* Pipeline::output(const Placement& place, const Matrix& accumulator, Slot slot, const Slices& slices) {
+  if (place.dim < 0) {
+    outputs_.push_back(whole_output(accumulator));
+  } else if (!place.operand.cut()) {
+    outputs_.push_back(local_output(accumulator, place.dim, slices));
+  } else {
+    const Cut cut(accumulator, place.dim, place.offsets, place.storage, *place.operand.axis, slices);
+    outputs_.push_back(slot.panel >= 0 ? window_output(cut, slot.panel) : ring_output(cut, slot.lane, stream_));
+  }
+  return outputs_.back().get();
+}
+
+void Pipeline::run(const Group& group) {
+  const int slices = group.slices.slices, intervals = group.slices.intervals();
+  for (Input* in : group.inputs) in->begin(0);
+  for (int s = 0; s < slices; s++) {
+    for (Input* in : group.inputs) in->acquire(s);
+    if (s + 1 < slices)
+      for (Input* in : group.inputs) in->begin(s + 1);
+    for (const auto& visit : group.visits)
+      for (int t = 0; t < intervals; t++) visit(s, t);
+    for (const Product& product : group.products)
+      for (int round = 0; round < product.out->rounds(); round++) {
+        product.out->begin(s, round);
+        for (int t = 0; t < intervals; t++) {
+          if (product.out->holds(round, t)) multiply(group, product, s, t);
+        }
+        product.out->end(s, round);
+      }
+  }
+}
+
+void Pipeline::multiply(const Group& group, const Product& product, int slice, int interval) {
+  bool add = product.out->accumulates();
+  const Matrix out = product.out->at(slice, interval);
+  for (const Factor& f : product.factors) {
+    const Matrix a = f.a->at(slice, interval), b = f.b->at(slice, interval);
+    const Tail tail = product.tail && &f == &product.factors.back() ? product.tail(slice, interval) : Tail{};
+    if (tail.empty())
+      gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, out, add, stream_);
+    else
+      gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, out, add, tail, stream_);
+    add = true;
+    for (Input* in : group.inputs) in->pump();
+  }
+  product.out->written();
+}
+
+void Pipeline::close() {
+  for (Session& session : sessions_) session.finish();
+  for (Session& session : sessions_) session.end();
+  sessions_.clear();
+  axes_.clear();
+  inputs_.clear();
+  outputs_.clear();
+  residents_.clear();
+}
+
+Matrix Pipeline::gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local) {
+  if (!operand.cut()) return local;
+  const bool by_rows = operand.dim == 0;
+  const Matrix block = workspace(by_rows ? offsets.back() : local.rows, by_rows ? local.cols : offsets.back(), local.dtype);
+  std::vector<Matrix> parts;
+  for (size_t i = 0; i + 1 < offsets.size(); i++) parts.push_back(block.slice(operand.dim, offsets[i], offsets[i + 1]));
+  all_gather(*operand.axis, local, parts, stream_);
+  return block;
+}
+
+Matrix Pipeline::block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own) {
+  if (!operand.cut()) return own;
+  const bool by_rows = operand.dim == 0;
+  return workspace(by_rows ? offsets.back() : own.rows, by_rows ? own.cols : offsets.back(), own.dtype);
+}
+
+void Pipeline::settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own) {
+  if (operand.cut()) {
+    std::vector<Matrix> parts;
+    for (size_t i = 0; i + 1 < offsets.size(); i++) parts.push_back(block.slice(operand.dim, offsets[i], offsets[i + 1]));
+    reduce_scatter(*operand.axis, parts, own, stream_);
+  } else if (operand.shared()) {
+    all_reduce(*operand.axis, own, stream_);
+  }
+}
+
+}  // namespace gingham
