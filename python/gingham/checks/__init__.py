@@ -14,6 +14,7 @@ import copy
 import logging
 import os
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -22,6 +23,7 @@ from zlib import crc32
 
 import torch
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LayoutError
 from ..layout import Cuts, Layout, Names, odd_ranks
@@ -33,6 +35,7 @@ log = logging.getLogger("gingham")
 
 OURS, TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
 _compiled = False  # torch.compile was called in this process
+_plain_of = WeakTensorKeyDictionary()  # of a plain tensor, the Checked one that it is a view of
 
 
 class Checked(torch.Tensor):
@@ -78,13 +81,18 @@ def plain(value: Any) -> Any:
 
 
 def _as_plain(x: Checked) -> torch.Tensor:
-    """One and the same for all who ask, as layers that share their input know it by."""
-    known = x.__dict__.get("alias")
-    if known is None or known.requires_grad != x.requires_grad:
-        with torch._C.DisableTorchFunctionSubclass():
-            known = x.__dict__["alias"] = x.as_subclass(torch.Tensor)
-            known.__dict__["lent"] = True  # see marked
-    return known
+    """A view of x, which x must not keep: it keeps x."""
+    with torch._C.DisableTorchFunctionSubclass():
+        made = x.as_subclass(torch.Tensor)
+    _plain_of[made] = weakref.ref(x)
+    return made
+
+
+def origin(x: torch.Tensor) -> torch.Tensor:
+    """The Checked tensor that x is the plain one of, else x: the same for all who were given it."""
+    made_of = _plain_of.get(x)
+    found = None if made_of is None else made_of()
+    return x if found is None else found
 
 
 class Checks:
@@ -104,7 +112,7 @@ class Checks:
         if len(cuts) != x.dim():
             self.leave(f"an operation with a result of shape {tuple(x.shape)}")
             return plain(x)
-        fresh = fresh and type(x) is torch.Tensor and "lent" not in x.__dict__
+        fresh = fresh and type(x) is torch.Tensor and x not in _plain_of
         made: Any = x if fresh or isinstance(x, Checked) else x.as_subclass(Checked)
         made.cuts, made.partial, made.checks = cuts, partial, self
         if fresh:

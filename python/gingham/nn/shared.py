@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checks import origin
 from ..functional import LinearPlan, backward_passes, linear, local_of
 
 
@@ -37,13 +38,13 @@ class SharedInput:
         if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.is_inference():
             weights, biases = layer.operands()
             return linear(x, weights, biases, layer.plan, layer.epilogue)[0]
-        key = self._state(x)
-        if not (index in self.kept and self.x is not None and self.x() is x and self.key == key):
+        key, given = self._state(x), origin(x)
+        if not (index in self.kept and self.x is not None and self.x() is given and self.key == key):
             operands = [each.operands() for each in self.linears]
             self.kept.clear()
             results = linear(x, [w for (w,), _ in operands], [b for _, (b,) in operands], self.plan, layer.epilogue)
             kept = self.kept = dict(enumerate(results))
-            self.key, self.x = key, weakref.ref(x, lambda _: kept.clear())
+            self.key, self.x = key, weakref.ref(given, lambda _: kept.clear())
         result = self.kept.pop(index)
         if not self.kept:
             self.key = self.x = None
