@@ -19,7 +19,7 @@ from . import checks, faults, mesh, random, rendezvous
 from .config import parse_parallel
 from .errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 from .layout import odd_ranks
-from .meeting import Meeting
+from .meeting import Meeting, seen_by_all
 from .mesh import Axes, Mesh, axes_of, axes_of_device_mesh
 
 _made_group = False
@@ -195,7 +195,7 @@ def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ..
     descriptions = [text for text, _ in told]
     odd, usual = odd_ranks(descriptions)
     if odd:
-        raise MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}")
+        raise seen_by_all(MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}"))
     if rank != 0:
         jobs += [mesh.Job(rank, axes.size, path, timeout) for path in told[0][1]]
 

@@ -35,6 +35,12 @@ def about(kind: type[Any], rank: int, text: str) -> BaseException:
     return error
 
 
+def seen_by_all(error: BaseException) -> BaseException:
+    """An error that every rank finds for itself, in what all have told: nobody needs to be told of it, nor blamed for it."""
+    error.seen_by_all = True  # type: ignore[attr-defined]
+    return error
+
+
 class Meeting:
     """Of rank `rank` of `size`, in an init of at most `timeout` seconds for every step."""
 
@@ -57,9 +63,11 @@ class Meeting:
         told = self.exchange("arrived", mine, self._meet)
         strange = [rank for rank, other in enumerate(told) if other["host"] != mine["host"]]
         if strange:
-            raise MeshError(
-                f"ranks {strange} run on another host, or in another PID namespace, than rank {self.rank}: the ranks of a mesh share"
-                " memory; start all of them on one host, in one container"
+            raise seen_by_all(
+                MeshError(
+                    f"ranks {strange} run on another host, or in another PID namespace, than rank {self.rank}: the ranks of a mesh share"
+                    " memory; start all of them on one host, in one container"
+                )
             )
         self.pids = [other["pid"] for other in told]
 
@@ -130,7 +138,7 @@ class Meeting:
 
     def fail(self, error: BaseException) -> None:
         """This rank does not get through init: tells the others, unless it is they who said so."""
-        if self.store is not None and not isinstance(error, PeerDied | PeerStalled):
+        if self.store is not None and not isinstance(error, PeerDied | PeerStalled) and not hasattr(error, "seen_by_all"):
             text = failure(self.rank, f"rank {self.rank} raised {type(error).__name__} in gingham.init: {error}")
             self.store.compare_set(FAILED, "", text)
 
