@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from zlib import crc32
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
@@ -25,7 +26,7 @@ def clip_grad_norm_(
 
     One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power or torch.inf. error_if_nonfinite: a norm that
     is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes nothing here. Raises MeshError
-    where gradients are parts of sums that no_sync left out, or the ranks ask for other norms.
+    where gradients are parts of sums that no_sync left out, or the ranks ask for other norms or gradients.
     """
     mesh = current()
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
@@ -44,7 +45,8 @@ def clip_grad_norm_(
         elif _counts_here(grad, mesh.coordinates):
             mine += local.pow(norm_type).sum()
     max_norm, norm_type = float(max_norm), float(norm_type)
-    mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})")
+    shapes = crc32(repr([tuple(grad.shape) for grad in grads]).encode())
+    mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=}) of {len(grads)} gradients, shapes {shapes:08x}")
     parts = torch.cat(mesh.world.all_gather(mine, mesh.source, False))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):

@@ -13,6 +13,7 @@ from ..functional import autocast_dtype, relayout
 from ..layout import Layout
 from ..mesh import Mesh, check_local, current
 from ..second_order import replay, shaped, summed
+from .layer import digest_of
 from .norm import gather_parts
 
 
@@ -74,7 +75,8 @@ def _weighted(
         raise NotImplementedError("cross_entropy: weight= in a compiled graph; take it out of the compiled part")
     check_local(weight, "cross_entropy's weight", mesh)
     named, wide = mesh.layout(layout), logits.double()
-    (start, width), vocabulary = mesh.extents(named, target.numel(), logits.shape[-1], "cross_entropy's weight")[2:]
+    label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=}, weight of {digest_of(weight):08x})"
+    (start, width), vocabulary = mesh.extents(named, target.numel(), logits.shape[-1], label)[2:]
     if tuple(weight.shape) != (vocabulary,):
         raise ShapeError(f"cross_entropy: rank {mesh.rank} got weight {tuple(weight.shape)}, expected the full one, [{vocabulary}]")
     kept = target != ignored
