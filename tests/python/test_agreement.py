@@ -287,8 +287,9 @@ CASES: dict[str, tuple[Run, Run]] = {
 }
 TYPICAL = (
     *("Linear bias", "Linear epilogue", "Linear seed", "Embedding padding_idx", "LayerNorm eps", "MLP activation outside of the step"),
-    *("SelfAttention causal", "SelfAttention rotary value", "cross_entropy label_smoothing", "cross_entropy weight", "Dropout p", "Dropout in eval"),
-    *("clip_grad_norm_ max_norm", "clip_grad_norm_ of fewer", "order of linears", "order of norms", "a repeated linear", "order of backward passes"),
+    *("SelfAttention causal", "SelfAttention rotary value", "cross_entropy label_smoothing", "cross_entropy weight", "Dropout p"),
+    *("Dropout in eval", "clip_grad_norm_ max_norm", "clip_grad_norm_ of fewer", "order of linears", "order of norms"),
+    *("a repeated linear", "order of backward passes"),
 )
 NAMES = ("1d", "2d", "2.5d", "3d")
 

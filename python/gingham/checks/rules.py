@@ -181,7 +181,7 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Aft
     cuts = tuple(aligned(blocks, ndim))
     if partial and any(set(partial) & set(names) for names in cuts):
         raise Wrong(
-            f"{name} of this rank's part of a sum over {', '.join(partial)} and elements that the same ranks cut: it lacks the others' parts",
+            f"{name} of this rank's part of a sum over {', '.join(partial)} and elements that these ranks cut: it lacks the others' parts",
             "take the sum of mesh.gather(x), or use gingham's own function (LayerNorm, RMSNorm, SelfAttention, ..)",
         )
     _note_plain(x, everything, cuts, name)

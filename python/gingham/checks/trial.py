@@ -51,8 +51,11 @@ def tried(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
                 dims[dim] = SCRAMBLED if dims[dim] or len(place) > 1 or not (aligned or rows) else unit
     checks, marks = blocks[0].checks, iter(cuts)
 
+    def marked(y: torch.Tensor) -> Any:
+        return y if is_checked(y) else checks.marked(y, tuple(next(marks, ((),) * y.dim())))
+
     def after(result: Any) -> Any:
-        return pytree.tree_map_only(torch.Tensor, lambda y: y if is_checked(y) else checks.marked(y, tuple(next(marks, ((),) * y.dim()))), result)
+        return pytree.tree_map_only(torch.Tensor, marked, result)
 
     return after
 
@@ -89,9 +92,7 @@ class _Trial:
         return found + [x for x in changed if all(x is not y for y in found)], drew
 
     def _copy(self, x: Any, change: Change | None, unit: Names) -> Any:
-        if not isinstance(x, torch.Tensor):
-            return x
-        copied = x.detach().clone()
+        copied = x.detach().clone() if isinstance(x, torch.Tensor) else x
         if change is not None and is_checked(x) and unit in x.cuts and (x.is_floating_point() or not self._has_numbers()):
             copied = change(copied, x.cuts.index(unit))
         return copied

@@ -122,8 +122,8 @@ def joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     plain = [each for each in tensors if not is_checked(each) and each.numel()]
     if plain and not stack and x.cuts[dim]:
         raise Wrong(
-            f"{name_of(func)} of {described(x)} and a plain tensor {tuple(plain[0].shape)} along a dim that ranks cut: each rank would put it"
-            " into its own part",
+            f"{name_of(func)} of {described(x)} and a plain tensor {tuple(plain[0].shape)} along a dim that ranks cut: each rank would put"
+            " it into its own part",
             "put together full tensors, then mesh.scatter",
         )
     if any(each.cuts != x.cuts for each in blocks):
@@ -161,7 +161,7 @@ def along(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x, name = args[0], name_of(func)
     at = 2 if name == "take_along_dim" else 1
     dim = kwargs.get("dim", args[at] if len(args) > at else None)
-    index = kwargs.get("index", kwargs.get("indices", args[3 - at] if len(args) > 3 - at else None))
+    index: Any = kwargs.get("index", kwargs.get("indices", args[3 - at] if len(args) > 3 - at else None))
     if is_checked(x) and not (is_checked(index) and any(index.cuts)):
         flat = tuple(range(x.dim())) if dim is None else (dim % max(1, x.dim()),)
         if any(x.cuts[each] for each in flat):

@@ -127,7 +127,7 @@ class Border:
         return self.after(model, kwargs, output, what)
 
     def _probe(self, function: Any, kind: tuple[str, bool, bool], model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
-        """At the first call of a method, in training or not, with gradients or without: what it gives beside other samples, and how many there are here."""
+        """At the first call of a method (in training or not, with gradients or without): what it gives beside other samples."""
         if any(is_cache(value) for value in (*args, *kwargs.values())):
             return None  # which would be filled twice
         self.probed.add(kind)

@@ -112,8 +112,8 @@ class State:
         for path, name, value in _attributes(model):
             if self.attributes.get((path, name)) is not value and value.requires_grad and value.dim() == 0:
                 raise NotImplementedError(
-                    f"{what}: {f'{path}.{name}'.lstrip('.')} is a number with a gradient that forward left in the model, made of this rank's"
-                    " samples or weights only; return a value for each sample and reduce them outside of the model"
+                    f"{what}: {f'{path}.{name}'.lstrip('.')} is a number with a gradient that forward left in the model, made of this"
+                    " rank's samples or weights only; return a value for each sample and reduce them outside of the model"
                 )
         buffers = dict(model.named_buffers())
         changed = {name: x for name, x in buffers.items() if name not in self.buffers or not torch.equal(x, self.buffers[name])}
