@@ -115,7 +115,26 @@ def by_einsum(mesh: Any) -> torch.Tensor:
     return nn.Linear(48, 48, layout="inner->outer")(torch.einsum("bhij,bjhd->bihd", scores, q).flatten(-2))
 
 
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+def summed_over_ranks(x: torch.Tensor) -> float:
+    total = x.sum()
+    torch.distributed.all_reduce(total)
+    return total.item()
+
+
 RIGHT: dict[str, Program] = {
+    "a function of the user's own": lambda mesh, x: mesh.gather(Square.apply(layer_of(x))).sum().backward(),
+    "a sum over ranks by torch.distributed": lambda mesh, x: summed_over_ranks(x),
     "attention by einsum": lambda mesh, x: by_einsum(mesh),
     "time padded": lambda mesh, x: nn.Linear(W, W)(F.pad(time(mesh), (0, 0, 1, 0))[:, :-1]),
     "differences of time": lambda mesh, x: nn.Linear(W, W)(torch.diff(time(mesh), dim=1)),

@@ -43,6 +43,7 @@ class Checked(torch.Tensor):
     cuts: Cuts
     partial: Names
     checks: Checks
+    checks_operations = True  # by which backward passes know the class
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         text = repr(_as_plain(self))

@@ -9,6 +9,7 @@ from .rules import (
     OF_FEATURES,
     Rule,
     Unknown,
+    all_reduce,
     attention,
     convolution,
     elementwise,
@@ -94,6 +95,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("nonzero", "argwhere"), found),
     **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full"), like),
     "embedding": lookup,
+    "all_reduce": all_reduce,
     ".data": elementwise,
     ".real": elementwise,
 }

@@ -29,7 +29,7 @@ def tried(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     blocks = [x for x in leaves if is_checked(x)]
     units = list(dict.fromkeys(names for x in blocks for names in x.cuts if names))
-    if not units or any(x.is_meta for x in blocks):
+    if not units or any(x.is_meta for x in blocks) or str(getattr(func, "__module__", "")).startswith("torch.distributed"):
         raise Unknown(name)
     if any(x.partial for x in blocks):
         part = next(x for x in blocks if x.partial)
