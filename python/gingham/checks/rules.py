@@ -119,14 +119,6 @@ def read(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     return None
 
 
-def all_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
-    """torch.distributed's, in place: what was a part of a sum is the sum."""
-    x = args[0] if args else kwargs["tensor"]
-    if is_checked(x):
-        x.partial = ()
-    return None
-
-
 def plain_parameters(x: Any, args: Sequence[Any], what: str) -> None:
     """A tensor with a gradient that every rank holds for itself, and that meets a block, gets this rank's part of it."""
     if not any_cut(x):

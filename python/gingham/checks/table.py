@@ -9,7 +9,6 @@ from .rules import (
     OF_FEATURES,
     Rule,
     Unknown,
-    all_reduce,
     attention,
     convolution,
     elementwise,
@@ -23,7 +22,7 @@ from .rules import (
     reduction,
     unmarked,
 )
-from .views import along, assigned, expanded, found, indexed, inserted, joined, like, permuted, pieces, reshape
+from .views import all_reduce, along, assigned, expanded, found, indexed, inserted, joined, like, permuted, pieces, reshape
 
 
 def rule_of(func: Any) -> Rule:

@@ -201,6 +201,14 @@ def found(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     return after
 
 
+def all_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """torch.distributed's, in place: what was a part of a sum is the sum."""
+    x = args[0] if args else kwargs["tensor"]
+    if is_checked(x):
+        x.partial = ()
+    return None
+
+
 def like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     """x.new_zeros(size): dims as long as x's are cut as they are."""
     x = args[0]
