@@ -1,8 +1,7 @@
 """The autograd functions over the C++ steps: linear maps, changes of layout and of cuts, dropout.
 
-A linear map Y = X W has three products on one grid (docs/theory.md section 1): forward computes Y, backward computes dX and
-dW (and db) in one call that gathers dY once. Parameters arrive as DTensors and are unwrapped here; gradients leave as
-DTensors of the same placements. Nothing here sums gradients over replicas of an activation.
+A linear map Y = X W has three products on one grid (docs/theory.md section 1): forward computes Y, backward dX and dW (and db) in one
+call that gathers dY once. Parameters and gradients are DTensors; nothing here sums gradients over replicas of an activation.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from . import _C, compiled, formulas, gradients, second_order
 from .compiled import traced
 from .errors import MeshError, ShapeError
+from .function import Function
 from .gradients import deferring as deferring
 from .gradients import no_sync as no_sync
 from .gradients import owing as owing
@@ -212,7 +212,7 @@ def _linear(
     return [relayout(y, plan.mesh, plan.y[1], plan.y[0], size) for y, size in zip(outputs, plan.n, strict=True)]
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     passes = 0
 
     @staticmethod

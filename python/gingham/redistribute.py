@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from . import compiled
 from .compiled import names_of, traced
 from .errors import ShapeError
+from .function import Function
 from .layout import (
     Block,
     Cuts,
@@ -63,7 +64,7 @@ def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, featur
     return _Relayout.apply(x, mesh, source, target, features)
 
 
-class _Relayout(torch.autograd.Function):
+class _Relayout(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
         ctx.arguments = mesh, target, source, features
@@ -146,7 +147,7 @@ def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cu
     return _Reshard.apply(weight, mesh, source_cuts, target_cuts, tuple(shape))
 
 
-class _Reshard(torch.autograd.Function):
+class _Reshard(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:
         ctx.weight, ctx.arguments = weight, (mesh, source, target, shape)

@@ -12,6 +12,7 @@ import torch
 from ..checks import cuts_of_block
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
+from ..function import Function
 from ..functional import autocast_dtype, deferring, like, local_of
 from ..layout import Cuts, Names, coordinates_of, interval, members
 from ..mesh import Mesh, check_local
@@ -185,7 +186,7 @@ def _moments(x: torch.Tensor, mesh: Mesh, names: Names, features: int, centred: 
     return merge(mesh, names, features, mean, m2)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalise(Function):
     """y = (x - mean) / sqrt(mean square + eps) * gamma + beta; each of gamma, beta may be None."""
 
     @staticmethod
