@@ -44,7 +44,7 @@ PYTHON_MODULES = {
     "functional": {"ranges", "layout", "live", "mesh", "formulas", "gradients", "compiled", "redistribute", "second_order", "errors", "_C"},
     "dropout": {"layout", "mesh", "errors", "_C"},
     "products": {"mesh", "functional", "redistribute", "second_order", "errors"},
-    "nn": {"named", "ranges", "layout", "mesh", "checks", "compiled", "dropout", "functional", "second_order", "errors", "nn"},
+    "nn": {"named", "ranges", "layout", "mesh", "writes", "checks", "compiled", "dropout", "functional", "second_order", "errors", "nn"},
     "convert": {
         "shown",
         "layout",
@@ -63,6 +63,7 @@ PYTHON_MODULES = {
     "parallel": {"layout", "mesh", "errors", "parallel"},
     "checkpoint": {"shown", "layout", "mesh", "errors", "faults", "checkpoint", "_C"},
     "dtensors": {"mesh", "errors"},
+    "writes": {"layout", "mesh", "errors"},
     "optimizers": {"layout", "mesh", "functional", "redistribute", "errors"},
     "integrations": {"mesh", "nn", "checkpoint", "errors", "integrations"},
     "options": set(),

@@ -77,11 +77,12 @@ class _Norm(Layer):
 
     def _normalise(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
         eps = torch.finfo(_wide(x.dtype)).eps if eps is None else eps
+        weight, bias = self.operand("weight"), self.operand("bias")
         if not torch.compiler.is_compiling():
             self.place.label = self.label()
-            return _Normalise.apply(x, self.weight, self.bias, self.place, centred, eps)
-        present = [block_of(each) for each in (self.weight, self.bias) if each is not None]
-        there = "".join("0" if each is None else "1" for each in (self.weight, self.bias))
+            return _Normalise.apply(x, weight, bias, self.place, centred, eps)
+        present = [block_of(each) for each in (weight, bias) if each is not None]
+        there = "".join("0" if each is None else "1" for each in (weight, bias))
         return traced("normalise", [self.handle, there, str(int(centred)), str(eps)], [x, *present])[0]
 
     def extra_repr(self) -> str:
