@@ -79,7 +79,8 @@ class SelfAttention(Layer):
         self.holds(self.q, self.k, self.v, self.o)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
-        if x.dim() != 3:
+        if not isinstance(x, torch.Tensor) or x.dim() != 3:
+            check_local(x, "SelfAttention's x", self.mesh)
             raise ShapeError(f"SelfAttention: rank {self.mesh.rank} got x of shape {tuple(x.shape)}, expected [batch, time, width]")
         # rows lead, as in every layer: [batch, time, ..] or [time, batch, ..]
         parts = (self.q, self.k, self.v)

@@ -61,10 +61,13 @@ class _Norm(Layer):
         check_local(x, f"{kind}'s x", self.mesh)
         expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
         if x.dim() == 0 or x.shape[-1] != expected:
+            whole = "; a full tensor? mesh.scatter(x) gives this rank's block" if x.dim() and x.shape[-1] == self.features else ""
             raise ShapeError(
                 f"{kind}({self.features}): rank {self.mesh.rank} got x of shape {tuple(x.shape)},"
-                f" expected [..., {expected}], its block in layout {self.layout!r}"
+                f" expected [..., {expected}], its block in layout {self.layout!r}{whole}"
             )
+        if not x.is_floating_point():
+            raise TypeError(f"{kind}({self.features}): rank {self.mesh.rank} got x of {x.dtype}, expected a floating dtype")
         return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x.device) is not None else x
 
     def _call(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
