@@ -100,10 +100,10 @@ class Embedding(Layer, torch.nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return traced("embedding", [self.handle], [block_of(self.weight), self._checked(ids)])[0]
+            return traced("embedding", [self.handle], [block_of(self.operand("weight")), self._checked(ids)])[0]
         self.place.label = self.label()
         try:
-            return _Embedding.apply(self.weight, self._checked(ids), self.place)
+            return _Embedding.apply(self.operand("weight"), self._checked(ids), self.place)
         except (ShapeError, MeshError, TypeError) as error:
             raise self.named(error) from None
 

@@ -46,6 +46,8 @@ def cross_entropy(
     target, moved, given, needed = _fitting(logits, target, mesh, layout, "cross_entropy")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing}: expected a number from 0 to 1")
     if logits.dtype.itemsize == 2 and autocast_dtype(logits.device) is not None:
         logits = logits.float()
     if weight is not None:
@@ -110,8 +112,10 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
     if moved:
         target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+        full = logits.dim() == target.dim() + 1 > 1 and target.shape[0] > logits.shape[0]
         raise ShapeError(
             f"{name}: rank {mesh.rank} got logits {tuple(logits.shape)} and target {tuple(target.shape)}; expected [..., V] and [...]"
+            + ("; full labels? mesh.scatter(target) gives this rank's" if full else "")
         )
     return target, moved, given, needed
 
