@@ -58,6 +58,10 @@ def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, featur
     """
     if source == target:
         return x
+    checks = mesh.checks
+    if checks is not None and hasattr(x, "checks"):
+        before, after = ((layout.features,) if x.dim() == 1 else layout.cuts(x.dim()) for layout in (source, target))
+        return checks.give(relayout(checks.take(x, before, "relayout"), mesh, source, target, features), after)
     if torch.compiler.is_compiling():
         names = (source.rows, source.features, target.rows, target.features)
         return traced("relayout", [mesh.handle, *(",".join(each) for each in names), str(features)], [x])[0]
