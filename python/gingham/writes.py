@@ -4,6 +4,7 @@ weight.copy_(full); weight.mul_(mask); weight += full        a plain tensor of t
 weight[0] = 0; table.data[pad].zero_(); weight[:, 3].fill_(1)  made on the whole tensor and cut again: every rank calls it
 weight.data = full; weight.data = other.data                 the parameter has those values, and their dtype
 copy.deepcopy(model) after backward                          gradients too
+torch._foreach_mul_(parameters, 0.9)                         counts up their versions, as it does those of plain tensors
 weight.share_memory_()                                       refused: it has no memory of its own, and torch would crash
 
 torch's DTensor refuses the first, changes a copy that nobody sees in the second and nothing in the third. DTensors on other
@@ -46,6 +47,9 @@ def install() -> None:
         setattr(DTensor, name, _writing(name, getattr(torch.Tensor, name)))
     for name in ("__getitem__", *PARTS):
         setattr(DTensor, name, _looking(name, getattr(torch.Tensor, name)))
+    for name in dir(torch):
+        if name.startswith("_foreach_") and name.endswith("_"):
+            setattr(torch, name, _counting(getattr(torch, name)))
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment,method-assign]
     DTensor.__deepcopy__ = _copied  # type: ignore[assignment,method-assign]
     DTensor.share_memory_ = _refuse_sharing  # type: ignore[assignment,method-assign]
@@ -114,6 +118,21 @@ def _writing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return None if name == "__setitem__" else self
 
     return write
+
+
+def _counting(foreach: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's in-place operation on a list of tensors, which counts up no DTensor's version: backward could not tell that one changed."""
+
+    @wraps(foreach)
+    def change(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        result = foreach(tensors, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            changed = [each for each in tensors if isinstance(each, DTensor) and not each.is_inference()]
+            if changed:
+                torch.autograd.graph.increment_version(changed)
+        return result
+
+    return change
 
 
 def _write_back(mesh: Mesh, part: DTensor, owner: DTensor, how: Any) -> None:
