@@ -216,7 +216,9 @@ def linear(
     if differ and layout != "outer->outer":
         swapped = layout == "inner->outer"
     elif swapped == "auto":
-        swapped = 3 * k * (grid.pk - 1) + 2 * sum(ns) * (grid.pn - 1) < 3 * k * (grid.pn - 1) + 2 * sum(ns) * (grid.pk - 1)
+        ways = (linear(grid, 2 * grid.size, k, ns, layout=layout, swapped=way, bias=False) for way in (False, True))
+        unswapped_words, swapped_words = (sum(way.words.values()) for way in ways)
+        swapped = swapped_words < unswapped_words
     swapped = bool(swapped)
     cost = step(grid, m, k, ns, products, swapped, slices, bias, "M" if grid.rows == "sequence" else "")
     if not differ or layout != "outer->outer":

@@ -2,6 +2,7 @@
 installation is made of, the microbenchmark, checkpoints."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -18,8 +19,26 @@ MODES = ("1d", "2d", "2.5d", "3d")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Ends at Ctrl-C, or where nobody reads the output or it cannot be written, in one line at most."""
+    try:
+        status = _main(sys.argv[1:] if arguments is None else arguments)
+        if sys.stdout is not None:  # a process started without one
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("gingham: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"gingham: {error}", file=sys.stderr)
+        # what is left in the buffer would raise again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141 if isinstance(error, BrokenPipeError) else 1
+
+
+def _main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m gingham", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"gingham {importlib.metadata.version('gingham')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|plan|doctor|bench|ckpt")
     _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
     commands.add_parser("doctor", help="versions, BLAS, cores, what was built")
@@ -81,22 +100,54 @@ def _grid(text: str) -> tuple[int, int, int]:
     return pm, pn, pk
 
 
-def _wrong_sizes(arguments: list[str]) -> str | None:
-    """The binary reads what is no number as 0."""
-    for index, argument in enumerate(arguments):
-        name, given, value = argument.partition("=")
-        if name in ("--sizes", "--shape", "--grid", "--ranks"):
-            text = value if given else "".join(arguments[index + 1 : index + 2])
-            if not all(part.isdecimal() and int(part) for part in text.split(",")):
-                return f"{name} {text!r}"
+BENCH_CASES = (
+    *("matmul", "dx", "dw", "backward", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce", "all", "overlap"),
+    *("gemm", "kernels"),
+)
+BENCH_FLAGS = ("--check", "--swapped", "--tf32")
+BENCH_COUNTS = {"--sizes": 0, "--slices": 1, "--rounds": 1, "--ranks": 1, "--grid": 3, "--shape": 3}  # how many numbers; 0: any
+BENCH_WORDS = {
+    "--source": ("window", "ring"),
+    "--transport": ("shm", "link", "nccl", "copy"),
+    "--device": ("cpu", "cuda"),
+    "--library": ("gingham", "cublaslt", "nccl"),
+    "--as": ("processes", "threads"),
+    "--dtype": ("float32", "float64", "bfloat16", "float16"),
+}
+
+
+def wrong_bench(arguments: list[str]) -> str | None:
+    """What the microbenchmark would not understand: it takes words it does not know for the default, and what is no number for 0."""
+    if not arguments or arguments[0] not in BENCH_CASES:
+        return f"case {' '.join(arguments[:1])!r}: expected one of {', '.join(BENCH_CASES)}; see --help"
+    rest = iter(arguments[1:])
+    for name in rest:
+        if name in BENCH_FLAGS:
+            continue
+        if name not in (*BENCH_COUNTS, *BENCH_WORDS, "--latency", "--bandwidth"):
+            return f"unknown option {name}; see --help"
+        value = next(rest, "")
+        if name in BENCH_WORDS and value not in BENCH_WORDS[name]:
+            return f"{name} {value!r}: expected one of {', '.join(BENCH_WORDS[name])}"
+        if name in BENCH_COUNTS:
+            parts, count = value.split(","), BENCH_COUNTS[name]
+            if not all(part.isdecimal() and int(part) for part in parts) or count not in (0, len(parts)):
+                some = {0: "numbers of at least 1 such as 512,1024", 1: "a whole number of at least 1"}
+                return f"{name} {value!r}: expected {some.get(count, 'numbers of at least 1, three such as 2,2,1')}"
+        if name in ("--latency", "--bandwidth"):
+            try:
+                number(0, equal=name == "--latency")(value)
+            except argparse.ArgumentTypeError as error:
+                return f"{name}: {error}"
     return None
 
 
 def bench(arguments: list[str]) -> int:
-    wrong = _wrong_sizes(arguments)
+    wrong = None if arguments[:1] in (["--help"], ["-h"]) else wrong_bench(arguments)
     if wrong is not None:
-        print(f"gingham bench: {wrong}: expected numbers of at least 1 such as 512,1024", file=sys.stderr)
+        print(f"gingham bench: {wrong}", file=sys.stderr)
         return 2
+    arguments = ["--help" if argument == "-h" else argument for argument in arguments]
     binary = Path(__file__).parent / "bin" / "microbench"
     if not binary.exists():
         print(f"gingham bench: {binary} was not built; reinstall with `pip install .` or run `make build`", file=sys.stderr)

@@ -8,6 +8,7 @@ import torch
 
 from . import _C
 from .errors import MeshError
+from .function import Function
 from .layout import Layout, odd_ranks
 from .mesh import Mesh, check_local
 
@@ -59,7 +60,7 @@ def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh |
     return _C.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, shape: list[int], start: list[int], job: Any) -> torch.Tensor:
         ctx.arguments = p, key, shape, start, job

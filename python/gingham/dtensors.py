@@ -33,6 +33,9 @@ def install() -> None:
         setattr(DTensor, name, _with_warning(name, getattr(torch.Tensor, name)))
     for op in (torch.ops.aten._is_any_true.default, torch.ops.aten._is_all_true.default):
         register_sharding(op)(_of_blocks)
+    whole = Replicate()
+    # torch has a rule for the forward pass of weight_norm only
+    register_sharding(torch.ops.aten._weight_norm_interface_backward.default)(lambda *_: [([whole, whole], [whole] * 4 + [None])])
 
 
 def _with_plain(operator: Callable[..., Any]) -> Callable[..., Any]:

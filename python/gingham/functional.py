@@ -1,8 +1,7 @@
 """The autograd functions over the C++ steps: linear maps, changes of layout and of cuts, dropout.
 
-A linear map Y = X W has three products on one grid (docs/theory.md section 1): forward computes Y, backward computes dX and
-dW (and db) in one call that gathers dY once. Parameters arrive as DTensors and are unwrapped here; gradients leave as
-DTensors of the same placements. Nothing here sums gradients over replicas of an activation.
+A linear map Y = X W has three products on one grid (docs/theory.md section 1): forward computes Y, backward dX and dW (and db) in one
+call that gathers dY once. Parameters and gradients are DTensors; nothing here sums gradients over replicas of an activation.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from . import _C, compiled, formulas, gradients, second_order
 from .compiled import traced
 from .errors import MeshError, ShapeError
+from .function import Function
 from .gradients import deferring as deferring
 from .gradients import no_sync as no_sync
 from .gradients import owing as owing
@@ -74,7 +74,7 @@ def linear_plan(
     """The plan of linear maps [.., k] -> [.., n_i] that share X. Where mesh.outer and mesh.inner differ the layout
     decides which trade of axes is used, and a `swapped` that disagrees is a MeshError; elsewhere `swapped` is free.
     transposed: weights are stored [in, out]."""
-    ends = layout.split("->")
+    ends = layout.split("->") if isinstance(layout, str) else []
     if len(ends) != 2 or set(ends) - {"outer", "inner", "rows"} or ends == ["inner", "inner"]:
         raise MeshError(f"layout={layout!r}: expected 'outer->outer', 'outer->inner' or 'inner->outer' ('rows' for outer: whole features)")
     if swapped not in (None, False, True, "auto"):
@@ -177,9 +177,8 @@ def linear(
     weights: [out, in] ([in, out] where transposed), DTensors or local blocks cut as plan.weight_cuts. Raises TypeError
     for a tensor that is not plain and local; the step raises ShapeError, on every rank, where one rank's last dim or
     dtype does not fit its weights. Bytes: docs/theory.md section 4, and one relayout where layouts ask.
-    In a torch.autocast region x, weights and biases are cast to its dtype (float64 is not), products accumulate in
-    float32, y and the bytes of panels are of that dtype, partial sums travel in float32; backward uses the same casts,
-    and gradients come back in the dtypes of x and of the parameters.
+    In a torch.autocast region x, weights and biases are cast to its dtype (float64 is not), products accumulate in float32, y and the
+    bytes of panels are of that dtype, partial sums travel in float32; backward uses the same casts, gradients have their own dtypes.
     """
     if torch.compiler.is_compiling():
         return _linear(x, weights, biases, plan, epilogue)
@@ -187,10 +186,11 @@ def linear(
         return _linear(x, weights, biases, plan, epilogue)
     except (ShapeError, MeshError, TypeError) as error:
         owner = plan.owners[0]() if plan.owners else None
-        if isinstance(error, ShapeError) and isinstance(x, torch.Tensor) and x.dim() and x.shape[-1] == plan.k != plan.k_local:
-            # what is missed most often
-            whole = f"x has all {plan.k} features where a rank has {plan.k_local}: a full tensor? mesh.scatter(x) gives this rank's block"
-            error = ShapeError(f"{error}; {whole}")
+        if isinstance(error, ShapeError) and isinstance(x, torch.Tensor) and x.dim():
+            said = str(error).replace(f"dtype bytes{x.element_size()}", f"dtype {x.dtype}")  # the core knows integers by their size
+            if x.shape[-1] == plan.k != plan.k_local:  # what is missed most often
+                said += f"; x has all {plan.k} features where a rank has {plan.k_local}: a full tensor? mesh.scatter(x) gives its block"
+            error = ShapeError(said)
         raise error if owner is None else owner.named(error) from None
 
 
@@ -211,7 +211,7 @@ def _linear(
     return [relayout(y, plan.mesh, plan.y[1], plan.y[0], size) for y, size in zip(outputs, plan.n, strict=True)]
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     passes = 0
 
     @staticmethod

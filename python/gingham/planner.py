@@ -170,8 +170,20 @@ def trades(grid: Outline, part: Linears) -> bool:
     return part.layout != "outer->outer" and formulas.swapping_is_cheaper(grid, part.k, part.n, grid.outer, grid.outer)
 
 
+def _one_line(first: Choice, other: Choice) -> bool:
+    return first.grid == other.grid or {first.name, other.name} == {"grid"}
+
+
+def _names(choices: list[Choice]) -> str:
+    return " = ".join(dict.fromkeys(choice.name for choice in choices if choice.name != "grid")) or "grid"
+
+
+def _grids(choices: list[Choice]) -> str:
+    return ", ".join(dict.fromkeys(" x ".join(map(str, choice.grid)) for choice in choices))
+
+
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=whole(1), required=True, help="processes of the job")
+    parser.add_argument("--ranks", type=whole(1, 4096), required=True, help="processes of the job")
     for name, value, text in (
         ("layers", 4, "transformer blocks"),
         ("width", 256, "features between the blocks"),
@@ -196,18 +208,24 @@ def run(options: Namespace) -> int:
     machine = Machine(options.latency, options.bandwidth * 1e9, options.speed * 1e12, options.memory * 1e9)
     workload = gpt(options.layers, options.width, options.heads, options.batch, options.context, options.vocabulary)
     ranked = plans(workload, options.ranks, machine)
-    lines: dict[tuple[str, ...], list[str]] = {}
-    pale = []
-    for index, choice in enumerate(ranked):
-        costs = amount(choice.received / options.ranks), f"{choice.messages:,}", amount(choice.memory), f"{choice.seconds:.3e}"
-        note = choice.reason or ("<- mode='auto' takes this" if index == 0 else "")
-        # a mode and the grid that it is are one line
-        names = lines.setdefault((" x ".join(map(str, choice.grid)), *costs, choice.reason), [note])
-        names.append(choice.name)
-    for index, (note, *_) in enumerate(lines.values()):
-        pale += [index] if note and not note.startswith("<-") else []
-    rows = [(" = ".join(names), *cells[:-1], note) for cells, (note, *names) in lines.items()]
-    title = f"GPT of {workload.parameters():,} parameters, {options.batch} x {options.context} tokens, {options.ranks} ranks"
-    headings = ("grid", "m x n x k", "received a rank", "messages", "memory a rank", "seconds", "")
-    show(Console(), title, headings, rows, right=headings[1:-1], dim=pale)
+    # choices of the same cost are one line: a mode and the grid that it is, grids whose axes trade places
+    lines: dict[tuple[str, ...], list[Choice]] = {}
+    for choice in ranked:
+        costs = amount(choice.received / options.ranks), f"{choice.messages:,}", amount(choice.memory), f"{choice.seconds:#.3g}"
+        named = "" if choice.name == "grid" else choice.name
+        alike = next((key for key, (first, *_) in lines.items() if key[1:] == (*costs, choice.reason) and _one_line(first, choice)), None)
+        lines.setdefault(alike or (f"{named} {choice.grid}", *costs, choice.reason), []).append(choice)
+    rows = [(_names(choices), _grids(choices), *cells) for (_, *cells, _), choices in lines.items()]
+    reasons = [(row[0] if row[0] != "grid" else row[1], key[-1]) for row, key in zip(rows, lines, strict=True) if key[-1]]
+    ranks = f"{options.ranks} rank{'' if options.ranks == 1 else 's'}"
+    title = f"GPT of {workload.parameters():,} parameters, {options.batch} x {options.context} tokens, {ranks}"
+    headings = ("mode", "m x n x k", "received a rank", "messages", "memory a rank", "seconds")
+    console = Console()
+    pale = [index for index, key in enumerate(lines) if key[-1]]
+    show(console, title, headings, rows, right=headings[2:], dim=pale)
+    if not ranked[0].reason:
+        console.print(f"mode='auto' takes the first line, the cheapest: {ranked[0].name} {_grids(ranked[:1])}", markup=False)
+    for reason in dict.fromkeys(reason for _, reason in reasons):
+        which = ", ".join(name for name, why in reasons if why == reason)
+        console.print(f"not possible ({which}): {reason}", markup=False)
     return 1 if ranked[0].reason else 0

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from . import compiled
 from .compiled import names_of, traced
 from .errors import ShapeError
+from .function import Function
 from .layout import (
     Block,
     Cuts,
@@ -57,13 +58,17 @@ def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, featur
     """
     if source == target:
         return x
+    checks = mesh.checks
+    if checks is not None and hasattr(x, "checks"):
+        before, after = ((layout.features,) if x.dim() == 1 else layout.cuts(x.dim()) for layout in (source, target))
+        return checks.give(relayout(checks.take(x, before, "relayout"), mesh, source, target, features), after)
     if torch.compiler.is_compiling():
         names = (source.rows, source.features, target.rows, target.features)
         return traced("relayout", [mesh.handle, *(",".join(each) for each in names), str(features)], [x])[0]
     return _Relayout.apply(x, mesh, source, target, features)
 
 
-class _Relayout(torch.autograd.Function):
+class _Relayout(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:
         ctx.arguments = mesh, target, source, features
@@ -146,7 +151,7 @@ def reshard(weight: torch.Tensor, mesh: Mesh, source_cuts: Cuts, target_cuts: Cu
     return _Reshard.apply(weight, mesh, source_cuts, target_cuts, tuple(shape))
 
 
-class _Reshard(torch.autograd.Function):
+class _Reshard(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> torch.Tensor:
         ctx.weight, ctx.arguments = weight, (mesh, source, target, shape)

@@ -8,10 +8,11 @@ import torch
 
 from .compiled import KNOWN, Meta, Traced, find
 from .errors import ShapeError
+from .function import Function
 from .layout import Block, Cuts, block, blocks_from_shapes, slices
 
 
-class Scatter(torch.autograd.Function):
+class Scatter(Function):
     """Full -> block `mine`; the gradient is gathered from the ranks' blocks."""
 
     @staticmethod
@@ -24,7 +25,7 @@ class Scatter(torch.autograd.Function):
         return Gather.apply(grad, ctx.mesh, ctx.cuts), None, None, None
 
 
-class Gather(torch.autograd.Function):
+class Gather(Function):
     """Blocks -> full; the gradient is this rank's block of the full one."""
 
     @staticmethod

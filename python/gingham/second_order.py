@@ -23,6 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from .errors import MeshError
+from .function import Function
 from .layout import Names
 from .mesh import Mesh
 
@@ -114,7 +115,7 @@ def to_parameter(local: torch.Tensor | None, parameter: torch.Tensor | None) -> 
     return _ToParameter.apply(local, parameter._spec) if local is not None and isinstance(parameter, DTensor) else local
 
 
-class _ToBlock(torch.autograd.Function):
+class _ToBlock(Function):
     @staticmethod
     def forward(ctx: Any, parameter: Any) -> torch.Tensor:
         ctx.spec = parameter._spec
@@ -125,7 +126,7 @@ class _ToBlock(torch.autograd.Function):
         return _ToParameter.apply(grad, ctx.spec)
 
 
-class _ToParameter(torch.autograd.Function):
+class _ToParameter(Function):
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, spec: Any) -> torch.Tensor:
         ctx.spec = spec
@@ -159,7 +160,7 @@ def _sum(x: torch.Tensor, mesh: Mesh, names: Names) -> torch.Tensor:
     return wide.to(x.dtype)
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names) -> torch.Tensor:
         ctx.arguments = mesh, names
@@ -170,7 +171,7 @@ class _Summed(torch.autograd.Function):
         return _Shared.apply(grad, *ctx.arguments), None, None
 
 
-class _Shared(torch.autograd.Function):
+class _Shared(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names) -> torch.Tensor:
         ctx.arguments = mesh, names
@@ -192,7 +193,7 @@ def scattered(x: torch.Tensor, mesh: Mesh, names: Names, lengths: Sequence[int],
     return x if mesh.axis(names) is None else _Scattered.apply(x, mesh, names, tuple(lengths), parts)
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names, lengths: tuple[int, ...], parts: bool) -> torch.Tensor:
         ctx.arguments = mesh, names, lengths, parts
@@ -203,7 +204,7 @@ class _Gathered(torch.autograd.Function):
         return _Scattered.apply(grad, *ctx.arguments), None, None, None, None
 
 
-class _Scattered(torch.autograd.Function):
+class _Scattered(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names, lengths: tuple[int, ...], parts: bool) -> torch.Tensor:
         ctx.arguments = mesh, names, lengths, parts
@@ -227,7 +228,7 @@ def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [each.contiguous() for each in tensors]
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """Y = X W. Each of the three products' gradients is made of the other two, on the same operand layouts."""
 
     @staticmethod
@@ -250,7 +251,7 @@ class _Product(torch.autograd.Function):
         return None, None, None if dx is None else dx.view(x.shape), *dws
 
 
-class _InputGradient(torch.autograd.Function):
+class _InputGradient(Function):
     """dX = sum of dY_i W_i^T; `x` tells its shape only."""
 
     @staticmethod
@@ -269,7 +270,7 @@ class _InputGradient(torch.autograd.Function):
         return None, None, None, *dws, *(_Product.apply(step, count, g, *weights) if need_dy else [None] * count)
 
 
-class _WeightGradient(torch.autograd.Function):
+class _WeightGradient(Function):
     """dW_i = X^T dY_i; the weights tell their shapes only."""
 
     @staticmethod

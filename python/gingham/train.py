@@ -26,7 +26,7 @@ import gingham
 
 from . import cost, shown
 from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
-from .mesh import axes_of, fake_device
+from .mesh import axes_of, fake_device, max_ranks
 from .modes import Axes
 from .shown import amount
 
@@ -40,9 +40,19 @@ def train(options: Namespace) -> int:
         check(options, axes_of(**grid))
         text = read_text(options.text)
         batches(text, options.batch, options.context, options.seed)
+        _make_folder(options.save)
     except (ValueError, OSError) as error:
         print(f"gingham train: {error}", file=sys.stderr)
         return 2
+    try:
+        return _train(options, grid)
+    except FAULTS as error:
+        first = str(error).strip().partition("\n")[0]
+        print(f"gingham train: {type(error).__name__}: {first}", file=sys.stderr)
+        return 1
+
+
+def _train(options: Namespace, grid: dict[str, Any]) -> int:
     if "RANK" in os.environ:
         torch.set_num_threads(1)
         report = run(int(os.environ["RANK"]), options, grid)
@@ -72,6 +82,12 @@ def train(options: Namespace) -> int:
     return 0
 
 
+FAULTS = (
+    *(gingham.MeshError, gingham.ShapeError, gingham.CheckpointError, gingham.PeerDied, gingham.PeerStalled, gingham.PeerOutOfMemory),
+    *(MemoryError, OSError),
+)
+
+
 def mesh_arguments(options: Namespace) -> dict[str, Any]:
     """Arguments of gingham.init from the command line's; torchrun decides the number of ranks where it runs."""
     launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 0
@@ -80,6 +96,8 @@ def mesh_arguments(options: Namespace) -> dict[str, Any]:
     if options.grid:
         if options.mode:
             raise ValueError("--grid and --mode exclude each other: give one of them")
+        if options.depth or options.sequence:
+            raise ValueError(f"--{'depth' if options.depth else 'sequence'} belongs to a mode and not to --grid: leave it out")
         size = options.grid[0] * options.grid[1] * options.grid[2]
         if (options.ranks or launched or size) != size:
             raise ValueError(f"--grid {','.join(map(str, options.grid))} needs {size} ranks, got {options.ranks or launched}")
@@ -97,11 +115,42 @@ def check(options: Namespace, axes: Axes) -> None:
         raise ValueError(f"--heads {options.heads} must divide --width {options.width}")
     if options.heads % ranks:
         raise ValueError(f"--heads {options.heads} must be a multiple of {ranks}, the ranks that cut features on this grid")
-    folder = os.path.dirname(options.plot) if options.plot else ""
-    if folder and not os.path.isdir(folder):
-        raise ValueError(f"--plot {options.plot}: the folder {folder} does not exist")
+    if prod(axes.sizes.values()) > max_ranks:
+        raise ValueError(f"--ranks {prod(axes.sizes.values())}: a mesh has at most {max_ranks} ranks, those of one host")
+    if options.save == "":
+        raise ValueError("--save '': expected a folder; leave it out for no checkpoint")
+    if options.plot:
+        _check_plot(options)
     if options.device == "cuda" and not torch.cuda.is_available() and not fake_device:
         raise ValueError("--device cuda: torch finds no GPU here; leave it out, or see python -m gingham doctor")
+
+
+def _make_folder(save: str | None) -> None:
+    """What cannot be written is told before the first step."""
+    if save is None:
+        return
+    try:
+        os.makedirs(save, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--save {save}: no folder, and none can be made there: {error.strerror}") from None
+    if not os.access(save, os.W_OK):
+        raise ValueError(f"--save {save}: the folder cannot be written")
+
+
+def _check_plot(options: Namespace) -> None:
+    folder, suffix = os.path.dirname(options.plot) or ".", os.path.splitext(options.plot)[1][1:]
+    if not os.path.isdir(folder):
+        raise ValueError(f"--plot {options.plot}: the folder {folder} does not exist")
+    if os.path.isdir(options.plot) or not os.access(folder, os.W_OK):
+        raise ValueError(f"--plot {options.plot}: expected a file in a folder that can be written")
+    if suffix == "":
+        options.plot += ".png"
+    elif suffix != "png":
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = sorted(FigureCanvasBase.get_supported_filetypes())
+        if suffix not in known:
+            raise ValueError(f"--plot {options.plot}: matplotlib writes no .{suffix}, expected one of {', '.join(known)}")
 
 
 class Interruption:

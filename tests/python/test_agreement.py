@@ -89,6 +89,15 @@ def clip(max_norm: float = 1.0, **options: Any) -> Run:
     return run
 
 
+def clip_some(count: int) -> Run:
+    def run(mesh: gingham.Mesh) -> Any:
+        module = nn.Linear(W, W)
+        module(x_of(mesh)).sum().backward()
+        return gingham.clip_grad_norm_(list(module.parameters())[:count], 1.0)
+
+    return run
+
+
 def seeded(seed: int, make: Callable[[], torch.nn.Module]) -> Run:
     """A layer made under a seed of the rank's own (A4)."""
 
@@ -245,6 +254,9 @@ CASES: dict[str, tuple[Run, Run]] = {
     "cross_entropy label_smoothing": (loss(), loss(label_smoothing=0.1)),
     "cross_entropy ignore_index": (loss(), loss(ignore_index=0)),
     "cross_entropy reduction": (loss(), loss(reduction="sum")),
+    "cross_entropy weight": (loss(weight=torch.arange(1.0, W + 1)), loss(weight=torch.arange(2.0, W + 2))),
+    "cross_entropy weight or none": (loss(), loss(weight=torch.ones(W))),
+    "cross_entropy weight, reduction": (loss(weight=torch.ones(W)), loss(weight=torch.ones(W), reduction="sum")),
     "accuracy top_k": (accuracy(), accuracy(top_k=2)),
     "accuracy ignore_index": (accuracy(), accuracy(ignore_index=5)),
     "Dropout p": (dropout(), dropout(0.25)),
@@ -254,6 +266,7 @@ CASES: dict[str, tuple[Run, Run]] = {
     "Dropout called twice": (dropout(), dropout(times=2)),
     "clip_grad_norm_ max_norm": (clip(), clip(0.5)),
     "clip_grad_norm_ norm_type": (clip(), clip(norm_type=1.0)),
+    "clip_grad_norm_ of fewer": (clip_some(2), clip_some(1)),
     "matmul K": (product(8, 24, 24), product(8, 48, 24)),
     "matmul N": (product(8, 24, 24), product(8, 24, 48)),
     "matmul dtype": (product(8, 24, 24), product(8, 24, 24, torch.float64)),
@@ -274,8 +287,9 @@ CASES: dict[str, tuple[Run, Run]] = {
 }
 TYPICAL = (
     *("Linear bias", "Linear epilogue", "Linear seed", "Embedding padding_idx", "LayerNorm eps", "MLP activation outside of the step"),
-    *("SelfAttention causal", "SelfAttention rotary value", "cross_entropy label_smoothing", "Dropout p", "Dropout in eval"),
-    *("clip_grad_norm_ max_norm", "order of linears", "order of norms", "a repeated linear", "order of backward passes"),
+    *("SelfAttention causal", "SelfAttention rotary value", "cross_entropy label_smoothing", "cross_entropy weight", "Dropout p"),
+    *("Dropout in eval", "clip_grad_norm_ max_norm", "clip_grad_norm_ of fewer", "order of linears", "order of norms"),
+    *("a repeated linear", "order of backward passes"),
 )
 NAMES = ("1d", "2d", "2.5d", "3d")
 

@@ -293,3 +293,40 @@ def test_sizes_that_do_not_divide_want_their_shape(ranks) -> None:
 
     for message in ranks(4)(refuse):
         assert "global shape" in message, message
+
+
+def said_by_layers(rank: int) -> dict[str, str]:
+    """The likely mistake is in the words, by torch's names (D)."""
+    mesh = gingham.init(mode="2d", size=4)
+    full = torch.randn(8, 16)
+    x, target = mesh.scatter(full), torch.arange(8)
+    linear, norm = gingham.nn.Linear(16, 8), gingham.nn.LayerNorm(16)
+    calls = {
+        "int": lambda: linear(x.long()),
+        "norm of int": lambda: norm(x.long()),
+        "norm of full": lambda: norm(full),
+        "full labels": lambda: gingham.cross_entropy(linear(x), target),
+        "smoothing": lambda: gingham.cross_entropy(linear(x), mesh.scatter(target), label_smoothing=2.0),
+        "layout": lambda: gingham.nn.Linear(4, 4, True, None, torch.float64),
+        "list": lambda: gingham.nn.SelfAttention(16, 4)([1.0]),
+    }
+    said = {}
+    for name, call in calls.items():
+        with pytest.raises((gingham.ShapeError, gingham.MeshError, TypeError, ValueError)) as error:
+            call()
+        said[name] = str(error.value)
+    return said
+
+
+def test_d_layers_name_the_likely_mistake(ranks) -> None:
+    said = ranks(4)(said_by_layers)[1]
+    for name, words in {
+        "int": "torch.int64",
+        "norm of int": "torch.int64",
+        "norm of full": "mesh.scatter(x)",
+        "full labels": "mesh.scatter(target)",
+        "smoothing": "from 0 to 1",
+        "layout": "'outer->outer'",
+        "list": "SelfAttention's x: got a list",
+    }.items():
+        assert words in said[name], said[name]

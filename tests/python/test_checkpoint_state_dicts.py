@@ -260,3 +260,47 @@ def converted(rank: int, family: str, grid: dict[str, Any]) -> None:
 def test_c7_converted_models_load_and_are_copied(ranks: Any, family: str, grid: dict[str, Any]) -> None:
     pytest.importorskip("transformers")
     ranks(grid["size"])(converted, family, grid)
+
+
+def other_process(rank: int, plain: bool) -> dict[str, float]:
+    """An optimizer's state_dict of one process, loaded on a mesh that holds in_proj in three, and back."""
+    from gingham.integrations.states import FullState
+
+    mesh = gingham.init(mode="2d", size=4)
+    torch.manual_seed(0)
+    serial = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(8, 5, 16)
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.zero_grad()
+        model(x).pow(2).mean().backward()
+        optimizer.step()
+
+    def adam(model: Any) -> torch.optim.Optimizer:
+        named = list(model.named_parameters())
+        whole = [each if plain else each[1] for each in named if each[1].dim() > 1]
+        rest = [each if plain else each[1] for each in named if each[1].dim() == 1]
+        return torch.optim.AdamW([{"params": whole, "weight_decay": 0.3}, {"params": rest}], lr=0.1)
+
+    ours = gingham.parallelize(copy.deepcopy(serial), mesh)
+    mine, theirs = adam(ours), adam(serial)
+    for _ in range(2):
+        step(serial, theirs)
+    ours.load_state_dict(serial.state_dict())
+    mine.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    step(serial, theirs)
+    step(ours, mine)
+    back, expected = FullState(mine, rank).state_dict(), theirs.state_dict()
+    errors = {"output": float((ours(x) - serial(x)).abs().max())}
+    if rank == 0:
+        assert [{**group, "lr": 0} for group in back["param_groups"]] == [{**group, "lr": 0} for group in expected["param_groups"]]
+        for number, values in expected["state"].items():
+            for name, value in values.items():
+                errors[f"{number}.{name}"] = float((back["state"][number][name] - value).abs().max())
+    return errors
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["parameters", "named parameters"])
+def test_c2_an_optimizers_state_of_one_process_fits_parameters_held_in_three_and_back(ranks, plain: bool) -> None:
+    for errors in ranks(4)(other_process, plain):
+        assert max(errors.values()) < 1e-4, errors

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 import gingham
@@ -64,6 +65,22 @@ WRONG = [
     (["ckpt", "inspect", "no such folder"], "no such folder"),
     (["trace"], "invalid choice"),
     ([], "required"),
+    (["train", "--grid", "2,2,1", "--depth", "2"], "--depth belongs to a mode"),
+    (["train", "--grid", "1,2,1", "--sequence"], "--sequence belongs to a mode"),
+    (["train", "--save", ""], "--save '': expected a folder"),
+    (["train", "--save", __file__], "no folder, and none can be made"),
+    (["train", "--save", "/proc/gingham"], "no folder, and none can be made"),
+    (["train", "--plot", "x.foo"], "matplotlib writes no .foo"),
+    (["train", "--plot", "/tmp"], "expected a file in a folder"),
+    (["train", "--mode", "1d", "--ranks", "65", "--heads", "65", "--width", "130"], "at most 64 ranks"),
+    (["plan", "--ranks", "100000"], "at most 4096"),
+    (["bench"], "expected one of matmul"),
+    (["bench", "nosuch"], "expected one of matmul"),
+    (["bench", "matmul", "--rounds", "0"], "--rounds '0'"),
+    (["bench", "matmul", "--dtype", "foo"], "expected one of float32"),
+    (["bench", "matmul", "--grid", "2,2"], "three such as 2,2,1"),
+    (["bench", "overlap", "--bandwidth", "0"], "above 0"),
+    (["bench", "matmul", "--foo"], "unknown option --foo"),
 ]
 
 
@@ -99,6 +116,34 @@ def test_d_plan_fits_the_terminal_and_shows_every_mode_once(
     grids = re.findall(r"\d+ x \d+ x \d+", out)
     assert len(grids) >= len(set(grids)) >= 8
     assert re.search(r"\d (MB|GB|KB)", out) and "received a rank" in re.sub(r"\s+", " ", out) or width == 80
+
+
+def test_d_plan_has_one_line_a_grid_and_its_reasons_below(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "--ranks", "8", "--heads", "2", "--memory", "0.02"]) == 0
+    out = capsys.readouterr().out
+    table, below = out.split("mode='auto' takes the first line")
+    lines = table.split("\u2500")[-1].strip().splitlines()
+    assert all("MB" in line or line.strip() == "shard_depth" for line in lines), out
+    assert "needs" not in table and "divide" not in table
+    assert "not possible (1d" in below and "2 heads do not divide" in below and "allowed 0.02" in below
+
+
+def test_d_output_that_cannot_be_written_is_one_line() -> None:
+    for where, status, words in (("/dev/full", 1, "No space left"), ("/dev/null", 0, "")):
+        with open(where, "w") as out:
+            command = [sys.executable, "-m", "gingham", "plan", "--ranks", "2"]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+        assert done.returncode == status and words in done.stderr and done.stderr.count("\n") == bool(status), done.stderr
+
+
+def test_d_convert_writes_no_safetensors_among_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    gingham.save(torch.nn.Linear(3, 2), None, str(tmp_path / "runs"))
+    for target in (tmp_path / "runs", tmp_path / "runs" / "00000001"):
+        status, text = said(["ckpt", "convert", str(tmp_path / "runs"), str(target)], capsys)
+        assert status == 2 and "holds checkpoints" in text and text.count("\n") == 1
+    assert main(["ckpt", "convert", str(tmp_path / "runs"), str(tmp_path / "out")]) == 0
 
 
 def rendered(width: int, rows: list[tuple[str, ...]], **more: Any) -> str:

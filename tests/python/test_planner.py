@@ -328,7 +328,7 @@ def test_the_plan_command_shows_every_grid(capsys: Any, monkeypatch: pytest.Monk
         "1d sequence",
         "1 x 2 x 4",
         "6 heads do not divide by 8 feature ranks",
-        "mode='auto' takes this",
+        "mode='auto' takes the first line",
     ):
         assert part in out, out
     assert out.index("mode='auto'") < out.index("do not divide")

@@ -128,3 +128,43 @@ def converted(rank: int, options: dict[str, Any], family: str) -> dict[str, floa
 def test_a2_second_gradients_of_a_converted_llama(ranks, name: str) -> None:
     for errors in ranks(ranks_of(name))(converted, GRIDS[name], "llama"):
         assert max(errors.values()) <= BOUND, errors
+
+
+def transforms(rank: int) -> dict[str, str]:
+    """What torch.func and batched gradients say of a layer."""
+    mesh = gingham.init(mode="2d", size=4)
+    layer, full = gingham.nn.Linear(8, 8), torch.randn(4, 8)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return mesh.gather(layer(mesh.scatter(x)))
+
+    def batched() -> Any:
+        x = full.clone().requires_grad_()
+        y = run(x)
+        return torch.autograd.grad(y, x, torch.stack([y, y]), is_grads_batched=True)
+
+    def dual() -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            return run(torch.autograd.forward_ad.make_dual(full, full))
+
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: run(x).sum())(full),
+        "vmap": lambda: torch.vmap(run)(torch.stack([full, full])),
+        "jvp": lambda: torch.func.jvp(run, (full,), (full,)),
+        "batched": batched,
+        "vectorized": lambda: torch.autograd.functional.jacobian(lambda x: run(x).sum(0), full, vectorize=True),
+        "dual": dual,
+    }
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = ""
+        except NotImplementedError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_a2_what_torch_func_makes_of_layers_is_refused_by_name(ranks) -> None:
+    for found in ranks(4)(transforms):
+        assert all(text.startswith("gingham: ") and "create_graph=True" in text for text in found.values()), found

@@ -31,6 +31,11 @@ def load(module: torch.nn.Module, name: str) -> None:
     module.load_state_dict({key: value.clone() for key, value in module.state_dict().items()})
 
 
+def foreach(module: torch.nn.Module, name: str) -> None:
+    with torch.no_grad():
+        torch._foreach_lerp_([module.get_parameter(name)], [torch.ones_like(module.get_parameter(name))], 0.5)
+
+
 def step(kind: type, **options: Any) -> Change:
     def change(module: torch.nn.Module, name: str) -> None:
         for parameter in module.parameters():
@@ -44,6 +49,7 @@ CHANGES: dict[str, Change] = {
     "add_": add,
     "init": fill,
     "load_state_dict": load,
+    "_foreach_lerp_": foreach,
     "SGD": step(torch.optim.SGD, foreach=False),
     "AdamW fused": step(torch.optim.AdamW, fused=True),
     "AdamW foreach": step(torch.optim.AdamW, foreach=True),

@@ -79,7 +79,7 @@ def inspect(path: Path, console: Console) -> int:
     _show(console, folder.name, rows)
     for name in ("scheduler", "scaler", "groups", "scalars", "dropout", "modules"):
         if extra.get(name):
-            console.print(f"{name}: {str(extra[name])[:200]}", markup=False)
+            console.print(f"{name}: {extra[name]}", markup=False)
     return 0
 
 
@@ -121,6 +121,9 @@ def convert(source: Path, target: Path, shard_size: str, console: Console) -> No
     """Weights from the one form into the other, one tensor in memory at a time."""
     if _is_safetensors(source):
         _to_checkpoint(source, target, console)
+    elif target.is_dir() and ((target / folders.METADATA).is_file() or folders.complete(target)):
+        # both would then be read as safetensors
+        raise ValueError(f"{target}: holds checkpoints; expected another folder for safetensors")
     else:
         _to_safetensors(source, target, size_of(shard_size), console)
 

@@ -2,7 +2,8 @@
 
 A state dict of torch.nn's model, of DTensors, or of both fits a layer or a converted model on a mesh, keys and shapes as torch
 wants them: a full tensor is cut to the block of the parameter that it meets, a weight that the model holds in pieces (`joins`) is
-taken apart first. Of an optimizer, states as large as their parameter are cut before its next step.
+taken apart first, in an optimizer's state_dict too (optimizer_states). Of an optimizer, states as large as their parameter are cut
+before its next step.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..mesh import current, has_mesh
+from . import optimizer_states
 from .tensors import block_of
 
 
 def accept_full(model: torch.nn.Module) -> None:
     """Makes load_state_dict of every module in a model take full tensors for parameters that are cut, and joined ones."""
     for module in model.modules():
+        if hasattr(module, "joins"):
+            optimizer_states.note(module)
         if hasattr(module, "joins") or any(isinstance(parameter, DTensor) for parameter in module._parameters.values()):
             _accept(module)
 

@@ -28,8 +28,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import LayoutError
 from ..layout import Cuts, Layout, Names, odd_ranks
 from ..mesh import Mesh
-from .rules import Unknown, Wrong, words
+from .notes import Notes
+from .rules import After, Unknown, Wrong, words
 from .table import rule_of
+from .trial import tried
 
 log = logging.getLogger("gingham")
 
@@ -44,6 +46,11 @@ class Checked(torch.Tensor):
     cuts: Cuts
     partial: Names
     checks: Checks
+    checks_operations = True  # by which backward passes know the class
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        text = repr(_as_plain(self))
+        return f"{text} (this rank's part of a sum over {said(self.partial)})" if self.partial and self.checks.on else text
 
     def __deepcopy__(self, memo: Any) -> torch.Tensor:
         return self.checks.marked(copy.deepcopy(_as_plain(self), memo), self.cuts, self.partial)
@@ -60,15 +67,22 @@ class Checked(torch.Tensor):
                 return plain(func(*plain(args), **plain(kwargs))) if leaves and not _in_place(func) else func(*args, **kwargs)
             checks = leaves[0].checks
             try:
-                after = rule_of(func)(func, args, kwargs)
+                after = _followed(func, args, kwargs)
             except Wrong as wrong:
                 raise checks.error(wrong) from None
-            except (Unknown, AttributeError, LookupError, TypeError, ValueError) as unknown:
-                # also arguments in an order that the rule does not know; the operation itself says what is wrong with them
+            except Unknown as unknown:
                 checks.leave(f"{getattr(func, '__name__', func)} ({unknown})")
                 return func(*args, **kwargs)
             result = func(*args, **kwargs)
             return after(result) if after is not None else result
+
+
+def _followed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """By its rule, or by a trial where it has none or its arguments come in an order that the rule does not know."""
+    try:
+        return rule_of(func)(func, args, kwargs)
+    except (Unknown, AttributeError, LookupError, TypeError, ValueError):
+        return tried(func, args, kwargs)
 
 
 def _in_place(func: Any) -> bool:
@@ -101,9 +115,10 @@ class Checks:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.always = os.environ.get("GINGHAM_CHECK", "") == "1"
-        self.on = True
+        self.on, self.ending = True, False
         self.sites: set[tuple[str, int]] = set()
         self.told: set[str] = set()
+        self.notes = Notes()
 
     def marked(self, x: Any, cuts: Cuts, partial: Names = (), fresh: bool = False) -> Any:
         """x as a Checked tensor. fresh: nobody else has x, which becomes one itself; as_subclass would make a view of it."""
@@ -125,8 +140,9 @@ class Checks:
             self.end()
             return block
         site = here()
-        if site in self.sites and not self.always:
-            self.end()  # the second time round
+        if site in self.sites:  # the second time round
+            self.compare()
+            self.end()
         self.sites.add(site)
         return self.marked(block, cuts) if self.on else block
 
@@ -168,20 +184,35 @@ class Checks:
         if not self.on or not isinstance(y, torch.Tensor):
             return y
         made = self.marked(y, cuts, fresh=True)
-        if made.requires_grad and not self.always:
+        if made.requires_grad:
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_hook(self._end_with_backward)
         return made
 
     def _end_with_backward(self, gradient: torch.Tensor) -> None:
-        if self.on:
+        if self.on and not self.ending:
+            self.ending = True
+            self.compare()
             torch.autograd.Variable._execution_engine.queue_callback(self.end)
+
+    def compare(self) -> None:
+        """What met blocks since the last time, with the other ranks."""
+        found = self.notes.compare(self.mesh)
+        if found is not None:
+            raise self.error(*found)
 
     def end(self) -> None:
         """From here on plain tensors."""
+        self.ending = False
         if not self.always or _compiled:
             self.on = False
             self.mesh.checks = None
+
+    def note_plain(self, plain: torch.Tensor, dim: int, unit: Names, words: str) -> None:
+        self.notes.apart(plain, dim, unit, words, here())
+
+    def note_random(self, name: str) -> None:
+        self.notes.alike(name, here())
 
     def leave(self, what: str) -> None:
         """Says once that an operation is not followed."""
@@ -190,8 +221,8 @@ class Checks:
             file, line = here()
             log.info("checked mode does not follow %s (%s:%d); what comes of it is not checked", what, file, line)
 
-    def error(self, wrong: Wrong) -> LayoutError:
-        file, line = here()
+    def error(self, wrong: Wrong, site: tuple[str, int] | None = None) -> LayoutError:
+        file, line = site or here()
         return LayoutError(f"rank {self.mesh.rank}: {file}:{line}: {wrong.what}. {wrong.fix[:1].upper()}{wrong.fix[1:]}.")
 
 

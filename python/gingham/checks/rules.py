@@ -171,17 +171,46 @@ def elementwise(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Aft
     blocks = checked_in(everything)
     x, name = blocks[0], name_of(func)
     partial: Names = next((each.partial for each in blocks if each.partial), ())
-    if partial and not _linear(name, args, blocks):
+    if partial and not _linear(func, name, args, blocks):
         raise Wrong(
             f"{name} of this rank's part of a sum over {', '.join(partial)} is not that of the sum",
             "take the sum of what mesh.gather returns, or gingham.cross_entropy for a loss",
         )
     plain_parameters(max(blocks, key=lambda each: sum(map(bool, each.cuts))), everything, name)
     ndim = max(each.dim() for each in tensors_in(everything))
-    return mark(x, tuple(aligned(blocks, ndim)), partial)
+    cuts = tuple(aligned(blocks, ndim))
+    if partial and any(set(partial) & set(names) for names in cuts):
+        raise Wrong(
+            f"{name} of this rank's part of a sum over {', '.join(partial)} and elements that these ranks cut: it lacks the others' parts",
+            "take the sum of mesh.gather(x), or use gingham's own function (LayerNorm, RMSNorm, SelfAttention, ..)",
+        )
+    _note_plain(x, everything, cuts, name)
+    return mark(x, cuts, partial)
 
 
-def _linear(name: str, args: tuple[Any, ...], blocks: list[Any]) -> bool:
+def _note_plain(x: Any, everything: Sequence[Any], cuts: Cuts, name: str) -> None:
+    """Plain tensors that go with a block along a cut dim: the other ranks must have other values."""
+    try:
+        sizes = torch.broadcast_shapes(*(each.shape for each in tensors_in(everything)))
+    except RuntimeError:
+        full = next((each for each in tensors_in(everything) if not is_checked(each)), None)
+        if full is None or not any(cuts):
+            return  # the operation itself says it
+        raise Wrong(
+            f"{name} of {described(x)} and a plain tensor {tuple(full.shape)}: their sizes do not fit",
+            "a full tensor? mesh.scatter(full) gives this rank's part of it",
+        ) from None
+    for plain in tensors_in(everything):
+        for back in range(1, plain.dim() + 1) if not is_checked(plain) else ():
+            unit = cuts[-back]
+            if unit and plain.shape[-back] == sizes[-back] > 1:
+                x.checks.note_plain(plain, plain.dim() - back, unit, f"{name} of {described(x)}")
+                break
+
+
+def _linear(func: Any, name: str, args: tuple[Any, ...], blocks: list[Any]) -> bool:
+    if getattr(func, "__name__", "") in ("__rtruediv__", "__rdiv__", "reciprocal"):
+        return False  # the sum is below
     if name in ("add", "sub", "neg", "clone", "to", "float", "double", "detach", "contiguous", "requires_grad", "cpu"):
         return True
     return name in ("mul", "div") and len(blocks) == 1 and (name == "mul" or is_checked(args[0]))
@@ -260,6 +289,7 @@ def random(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
             f"{name}: random numbers for {described(x)}: every rank would draw the same for its own part",
             "use gingham.nn.Dropout, whose mask goes by global position, or draw the full tensor and mesh.scatter it",
         )
+    x.checks.note_random(name)
     return mark(x, x.cuts)
 
 
@@ -318,12 +348,20 @@ def attention(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After
     return mark(x, x.cuts)
 
 
+OF_FEATURES = (
+    *("triplet_margin_loss", "triplet_margin_with_distance_loss", "cosine_embedding_loss"),
+    *("multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss"),
+)
+
+
 def loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     """Losses of torch.nn.functional on a block."""
     x, name = checked_in([*args, *kwargs.values()])[0], name_of(func)
-    how = kwargs.get("reduction", next((each for each in args[2:] if each in ("mean", "sum", "none")), "mean"))
+    how = kwargs.get("reduction", next((each for each in args[2:] if isinstance(each, str)), "mean"))
+    if name in OF_FEATURES and x.dim() and x.cuts[-1]:
+        raise Wrong(f"{name} compares features that ranks cut: {described(x)}", "take the loss of mesh.gather(y)")
     classes = name in ("cross_entropy", "nll_loss", "kl_div") and x.dim() > 1 and x.cuts[1 if x.dim() > 1 else 0]
-    if classes and name != "kl_div" or how == "mean" and any_cut(x):
+    if classes and name != "kl_div" or how not in ("sum", "none") and any_cut(x):
         raise Wrong(
             f"{name} on {described(x)} is the loss of this rank's part: gradients would be as many times too large as there are parts",
             "use gingham.cross_entropy(logits, target), or the loss of mesh.gather(y)",
@@ -333,6 +371,8 @@ def loss(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
         return mark(x, (), axes)
     if how == "none" and name in ("cross_entropy", "nll_loss"):
         return mark(x, (*x.cuts[:1], *x.cuts[2:]))
+    if how == "none" and name in OF_FEATURES:
+        return mark(x, x.cuts[:-1])
     return mark(x, x.cuts if how == "none" else ())
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from .rules import (
     CONVERSIONS,
+    OF_FEATURES,
     Rule,
     Unknown,
     attention,
@@ -21,7 +22,7 @@ from .rules import (
     reduction,
     unmarked,
 )
-from .views import expanded, indexed, inserted, joined, permuted, pieces, reshape
+from .views import all_reduce, along, assigned, expanded, found, indexed, inserted, joined, like, permuted, pieces, reshape
 
 
 def rule_of(func: Any) -> Rule:
@@ -83,10 +84,17 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rand_like", "randn_like", "randint_like", "bernoulli", "normal", "uniform", "multinomial", "exponential"), random),
     **dict.fromkeys(("cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div"), loss),
     **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits", "gaussian_nll_loss", "poisson_nll_loss"), loss),
+    **dict.fromkeys(("margin_ranking_loss", "hinge_embedding_loss", "soft_margin_loss", *OF_FEATURES), loss),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "batch_norm", "instance_norm", "group_norm"), convolution),
     "scaled_dot_product_attention": attention,
     "getitem": indexed,
+    "setitem": assigned,
+    **dict.fromkeys(("index_select", "index_fill", "index_add", "index_copy", "index_reduce", "gather", "take_along_dim"), along),
+    **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce"), along),
+    **dict.fromkeys(("nonzero", "argwhere"), found),
+    **dict.fromkeys(("new_empty", "new_zeros", "new_ones", "new_full"), like),
     "embedding": lookup,
+    "all_reduce": all_reduce,
     ".data": elementwise,
     ".real": elementwise,
 }

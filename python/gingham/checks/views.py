@@ -119,6 +119,13 @@ def joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x, stack = blocks[0], name_of(func) == "stack"
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % (x.dim() + stack)
     plain_parameters(x, [tensors], name_of(func))
+    plain = [each for each in tensors if not is_checked(each) and each.numel()]
+    if plain and not stack and x.cuts[dim]:
+        raise Wrong(
+            f"{name_of(func)} of {described(x)} and a plain tensor {tuple(plain[0].shape)} along a dim that ranks cut: each rank would put"
+            " it into its own part",
+            "put together full tensors, then mesh.scatter",
+        )
     if any(each.cuts != x.cuts for each in blocks):
         raise Wrong(f"{name_of(func)} of {' and '.join(map(described, blocks))}: they lie on different ranks' elements", "use one layout")
     if stack:
@@ -129,6 +136,91 @@ def joined(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     return mark(x, x.cuts, x.partial)
 
 
+def _by_tensors(x: Any, index: Sequence[Any]) -> None:
+    """Raises Wrong where plain numbers index a dim that is cut: they count from 0 on every rank. Those found in a block do not."""
+    dim = 0
+    for each in index:
+        if each is Ellipsis:
+            dim = x.dim() - sum(1 for other in index[index.index(Ellipsis) + 1 :] if other is not None)
+            continue
+        numbers = isinstance(each, list) or isinstance(each, torch.Tensor) and not is_checked(each) and each.dtype != torch.bool
+        if numbers and x.cuts[dim]:
+            raise _by_number("an index by a tensor", dim, x)
+        dim += 0 if each is None else each.dim() if isinstance(each, torch.Tensor) and each.dtype == torch.bool else 1
+
+
+def _by_number(what: str, dim: int, x: Any) -> Wrong:
+    return Wrong(
+        f"{what} along dim {dim} of {described(x)}: numbers count from 0 on every rank, each takes elements of its own part",
+        "index what mesh.gather returns, or a dim that is whole",
+    )
+
+
+def along(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """index_select, gather, scatter, ..: by numbers along one dim."""
+    x, name = args[0], name_of(func)
+    at = 2 if name == "take_along_dim" else 1
+    dim = kwargs.get("dim", args[at] if len(args) > at else None)
+    index: Any = kwargs.get("index", kwargs.get("indices", args[3 - at] if len(args) > 3 - at else None))
+    if is_checked(x) and not (is_checked(index) and any(index.cuts)):
+        flat = tuple(range(x.dim())) if dim is None else (dim % max(1, x.dim()),)
+        if any(x.cuts[each] for each in flat):
+            raise _by_number(name, flat[0], x)
+    elif is_checked(x) and dim is not None and x.cuts[dim % x.dim()] and name in ("gather", "take_along_dim", "scatter"):
+        raise _by_number(name, dim % x.dim(), x)
+    raise Unknown(name)
+
+
+def assigned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """x[index] = value."""
+    x, index, value = args
+    if not is_checked(x):
+        return None
+    index = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(each, torch.Tensor | list) for each in index):
+        if any_cut(x):
+            _by_tensors(x, index)
+        return None
+    indexed(func, (x, index), {})
+    if is_checked(value):
+        raise Unknown("an assignment of a block")
+    return None
+
+
+def found(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """nonzero, argwhere: numbers that count within a block, of good use in that block only."""
+    x = args[0]
+    if not any_cut(x):
+        return None
+
+    def after(result: Any) -> Any:
+        many = result if isinstance(result, tuple) else (result,)
+        marked = [x.checks.marked(each, (SCRAMBLED, *((),) * (each.dim() - 1))) for each in many]
+        return tuple(marked) if isinstance(result, tuple) else marked[0]
+
+    return after
+
+
+def all_reduce(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """torch.distributed's, in place: what was a part of a sum is the sum."""
+    x = args[0] if args else kwargs["tensor"]
+    if is_checked(x):
+        x.partial = ()
+    return None
+
+
+def like(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
+    """x.new_zeros(size): dims as long as x's are cut as they are."""
+    x = args[0]
+
+    def after(result: Any) -> Any:
+        fits = result.dim() == x.dim()
+        cuts = tuple(names if fits and size == length else () for names, size, length in zip(x.cuts, result.shape, x.shape, strict=False))
+        return x.checks.marked(result, cuts) if fits else result
+
+    return after
+
+
 def indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x, index = args[0], args[1]
     if not is_checked(x):
@@ -136,6 +228,7 @@ def indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     index = index if isinstance(index, tuple) else (index,)
     if any(isinstance(each, torch.Tensor | list) for each in index):
         if any_cut(x):
+            _by_tensors(x, index)
             raise Unknown("an index by a tensor")
         return None
     left = x.dim() - sum(each is not None and each is not Ellipsis for each in index)

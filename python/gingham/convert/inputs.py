@@ -26,7 +26,7 @@ from .bytecode import chains
 from .entry import Inside, enclose
 from .generators import own_numbers
 from .loose import shared_gradient
-from .losses import Labelled, gather, is_transformers, loss_of
+from .losses import Labelled, gather, is_transformers, known_or_refused, loss_of
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -70,7 +70,8 @@ class Border:
         self.whole = WHOLE | self._checked(model, whole)
         self.told: set[str] = set()
         self.crossed, self.modules = False, 0
-        self.probed: set[str] = set()
+        self.probed: set[tuple[str, bool, bool]] = set()
+        self.rows: list[torch.Tensor] = []  # of the call, the tensors that were cut
         self.open: list[tuple[str, Any, int]] = []
         self.first: Any = None
         self.heads = heads
@@ -110,27 +111,30 @@ class Border:
         self.open.clear()
         args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
         what = type(model).__name__ + ("" if forward else f".{name}")
-        probed = torch.compiler.is_compiling() or name in self.probed
+        kind = (name, model.training, torch.is_grad_enabled())
+        probed = torch.compiler.is_compiling() or kind in self.probed
         self.inside.depth += 1
         try:
             with own_numbers(model, self.mesh, self.body == "outer"):
-                other = None if probed else self._probe(function, name, model, args, kwargs)
+                other = None if probed else self._probe(function, kind, model, args, kwargs)
+                state = None if other is None else probe.State(model)
                 output = function(model, *args, **kwargs)
         finally:
             self.inside.depth -= 1
-        if other is not None:
+        if other is not None and state is not None:
             probe.check(what, self.mesh, output, *other)
+            state.check(what, self.mesh, model)
         return self.after(model, kwargs, output, what)
 
-    def _probe(self, function: Any, name: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
-        """At the first call of a method: what it gives beside other samples, and how many there are here."""
+    def _probe(self, function: Any, kind: tuple[str, bool, bool], model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
+        """At the first call of a method (in training or not, with gradients or without): what it gives beside other samples."""
         if any(is_cache(value) for value in (*args, *kwargs.values())):
             return None  # which would be filled twice
-        self.probed.add(name)
+        self.probed.add(kind)
         if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
             return None
         rows = self.mesh.interval(self.size + self.missing, self.mesh.outer.rows)[1]
-        other = probe.run(function, model, args, kwargs, rows)
+        other = probe.run(function, model, args, kwargs, rows, self.rows)
         self.open.clear()
         return other, rows
 
@@ -139,6 +143,7 @@ class Border:
         new = object.__new__(Border)
         vars(new).update(vars(self))
         new.inside, new.told, new.first, new.labels, new.open = copy.deepcopy(self.inside, memo), set(), None, {}, []
+        new.rows = []
         new.probed, new.modules = set(self.probed), 0
         memo[id(self)] = new
         return new
@@ -146,10 +151,11 @@ class Border:
     def before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         named = dict(zip(names, args, strict=False))
         named |= {f"*{index}": x for index, x in enumerate(args[len(named) :])}
-        self.labels, self.tuples = {}, False
+        self.labels, self.tuples, self.rows = {}, False, []
         if self.hugging and len(args) <= len(names):
             kwargs, named = {**kwargs, **named}, {}
             self.labels = {name: kwargs.pop(name) for name in LABELS if kwargs.get(name) is not None}
+            known_or_refused(model, self.loss if self.labels else "")
             self.tuples = not _first(kwargs.pop("return_dict", None), getattr(model.config, "return_dict", True))
             if self.tuples:
                 kwargs["return_dict"] = True
@@ -216,12 +222,16 @@ class Border:
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
-                return plain(self.mesh.scatter(x.to(torch.uint8), "rows")).bool()
+                return self._noted(plain(self.mesh.scatter(x.to(torch.uint8), "rows")).bool())
             features = self.body == "outer" and x.is_floating_point() and (self.stack or name in STREAMS) and not name.endswith("_mask")
             y = plain(self.mesh.scatter(x, "x" if features else "rows", dim))
-            return y.transpose(0, 1).contiguous() if dim == 1 else y
+            return self._noted(y.transpose(0, 1).contiguous() if dim == 1 else y)
 
         return pytree.tree_map(cut, value)
+
+    def _noted(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(x)
+        return x
 
     def _uncut(self, name: str, x: Any) -> Any:
         """A tensor that every rank uses whole on its own rows: its gradient is the sum over them."""
@@ -247,7 +257,7 @@ class Border:
         )
 
     def after(self, model: Any, kwargs: Any, output: Any, what: str) -> Any:
-        labels, self.labels = self.labels, {}
+        labels, self.labels, self.rows = self.labels, {}, []
         if self.hugging and isinstance(output, dict):
             layout = "inner" if self._cut_logits() else "rows"
             call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, layout, self.widths)

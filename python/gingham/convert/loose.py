@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Traced, block_of, find, names_of, own, traced
+from ..function import Function
 from ..functional import like, local_of, reshard
 from ..layout import Cuts, Names
 from ..mesh import Mesh
@@ -97,7 +98,7 @@ def shared_gradient(x: torch.Tensor, mesh: Mesh, summed: Names) -> torch.Tensor:
     return _Block.apply(x, mesh, summed)
 
 
-class _Block(torch.autograd.Function):
+class _Block(Function):
     """A DTensor's own block; backward sums its gradient over the axes `summed`."""
 
     @staticmethod

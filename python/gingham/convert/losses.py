@@ -109,14 +109,20 @@ LOSSES: dict[str, Callable[[Labelled], torch.Tensor | None]] = {
 }
 
 
+def known_or_refused(model: Any, method: str | None) -> None:
+    """Raises NotImplementedError, before the call of a model with labels=, where its loss is not known."""
+    if method is None or "_loss_function" in vars(model):
+        made = "" if not hasattr(model, "prepare_decoder_input_ids_from_labels") else "decoder_input_ids="
+        given = f" (give {made}model.prepare_decoder_input_ids_from_labels(labels) instead of them)" if made else ""
+        raise NotImplementedError(
+            f"{type(model).__name__}: labels= needs a loss whose code is known on cut logits, and this class's is not (or was set"
+            f" after parallelize); leave labels out{given} and compute the loss from the outputs' logits"
+        )
+
+
 def loss_of(call: Labelled, method: str | None) -> torch.Tensor | None:
     """The loss that the model's class would give, of the whole batch, the same number on every rank; None where it gives none.
 
-    method: a name of LOSSES. Raises NotImplementedError where none is known and for a loss_function set after parallelize.
+    method: a name of LOSSES, for which `known_or_refused` has looked.
     """
-    if method is None or "_loss_function" in vars(call.model):
-        raise NotImplementedError(
-            f"{type(call.model).__name__}: labels= needs a loss whose code is known on cut logits, and this class's is not (or was set"
-            " after parallelize); leave labels out and compute the loss from the outputs' logits"
-        )
-    return LOSSES[method](call)
+    return None if method is None else LOSSES[method](call)

@@ -1,21 +1,26 @@
 """Does a model's code mix samples? On a part of the batch a mean or a softmax over it, or x @ x.T, would be of this rank's part.
 
-The first call of a model with code that nothing vouches for runs once more, without gradients, on this rank's rows all made equal to the
-last one: what comes out for the last sample must be the same. Generators, buffers and dropout's numbers are put back, so that the
-call itself sees what it would have seen. One row, and code that mixes samples in training only after the first call, are not seen.
+The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more,
+without gradients, on this rank's rows all made equal to the last one: what comes out for the last sample must be the same. It
+must be the same too where one such row more comes before it, in eval mode, so that code that goes by the number of samples or by
+a sample's place is seen. Generators, buffers, attributes and dropout's numbers are put back, so that the call itself sees what it
+would have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient that it left in
+attributes are refused. One row, and code that mixes samples after such calls only, are not seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch.utils import _pytree as pytree
 
-from .. import nn
 from ..mesh import Mesh
+from .agree import checksum
 from .wrappers import is_foreign
 
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding
@@ -33,36 +38,111 @@ def _is_heard(model: torch.nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
 
 
-def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int) -> Any:
-    """What the function gives for this rank's `rows` rows, all like the last one."""
+def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, cut: Sequence[torch.Tensor]) -> Any:
+    """What the function gives for this rank's `rows` rows, all like the last one; cut: the tensors that have these rows. Where the
+    number of rows or a sample's place counts, it is of the shape of none."""
+    before = {id(x) for x in cut if rows > 1 and len(x) == rows}
 
-    def alike(x: Any) -> Any:
-        cut = isinstance(x, torch.Tensor) and x.dim() and len(x) == rows and rows > 1
-        return x[-1:].expand_as(x).clone() if cut else x
+    def alike(more: int) -> Any:
+        def change(x: Any) -> Any:
+            return x[-1:].expand(rows + more, *x.shape[1:]).clone() if id(x) in before else x
+
+        return function(model, *pytree.tree_map(change, args), **pytree.tree_map(change, kwargs))
 
     with torch.no_grad(), _restored(model):
-        return function(model, *pytree.tree_map(alike, args), **pytree.tree_map(alike, kwargs))
+        found = alike(0)
+    if rows < 2:
+        return found, None
+    with torch.no_grad(), _in_eval(model):
+        state = torch.get_rng_state()
+        with _restored(model):
+            one = alike(0)
+            drew = not torch.equal(state, torch.get_rng_state())
+        with _restored(model):
+            other = alike(1)
+    return found, None if drew else (one, other)
+
+
+@contextmanager
+def _in_eval(model: torch.nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
 def _restored(model: torch.nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    calls = [(module, module.calls) for module in model.modules() if isinstance(module, nn.Dropout)]
+    held = [(module, {name: (value, _items(value)) for name, value in vars(module).items()}) for module in model.modules()]
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        for module, values in held:
+            for name in vars(module).keys() - values.keys():
+                del vars(module)[name]
+            for name, (value, items) in values.items():
+                vars(module)[name] = value
+                if items is not None:
+                    value.clear()
+                    value.extend(items) if isinstance(value, list) else value.update(items)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
-        for module, number in calls:
-            module.calls = number
+
+
+def _items(value: Any) -> Any:
+    return copy.copy(value) if type(value) in (list, dict, set) else None
+
+
+class State:
+    """What a call may leave in a model: buffers and attributes, as they were before."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.attributes = {(path, name): value for path, name, value in _attributes(model)}
+
+    def check(self, what: str, mesh: Mesh, model: torch.nn.Module) -> None:
+        """Raises NotImplementedError on every rank for a buffer that now goes by the rank, and for a number with a gradient."""
+        for path, name, value in _attributes(model):
+            if self.attributes.get((path, name)) is not value and value.requires_grad and value.dim() == 0:
+                raise NotImplementedError(
+                    f"{what}: {f'{path}.{name}'.lstrip('.')} is a number with a gradient that forward left in the model, made of this"
+                    " rank's samples or weights only; return a value for each sample and reduce them outside of the model"
+                )
+        buffers = dict(model.named_buffers())
+        changed = {name: x for name, x in buffers.items() if name not in self.buffers or not torch.equal(x, self.buffers[name])}
+        sums = [checksum(changed[name]) if name in changed else 0 for name in buffers]
+        if len({tuple(each) for each in mesh.world.sizes([crc32(repr(sums).encode())])}) > 1:
+            raise NotImplementedError(
+                f"{what}: buffers ({', '.join(changed) or 'of another rank'}) were changed by this rank's samples, which are a part of the"
+                " batch (running means, codebooks): update them outside of the model, from its full outputs, or use a mesh that leaves rows"
+                " whole"
+            )
+
+
+def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    for path, module in model.named_modules():
+        yield from ((path, name, value) for name, value in vars(module).items() if isinstance(value, torch.Tensor))
 
 
 def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
-    """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples."""
-    flags = mesh.world.sizes([int(_differs(output, probed, rows))])
-    odd = [rank for rank, (flag,) in enumerate(flags) if flag]
+    """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples, or other ones."""
+    alike, more = probed
+    placed = more is not None and _differs(more[0], more[1], rows, rows + 1)
+    flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed)])
+    odd, other = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in (0, 1))
+    if other and not odd:
+        raise NotImplementedError(
+            f"{what}: its code goes by the number of samples or by a sample's place among them, which on rank {other[0]} are those of its"
+            " part of the batch (x.shape[0], torch.arange(len(x)), enumerate(x)). Do that outside of the model, give it as an argument, or"
+            " use a mesh that leaves rows whole"
+        )
     if odd:
         raise NotImplementedError(
             f"{what}: its code mixes samples (a mean, softmax, sort or product over the batch): on rank {odd[0]} the result of a sample"
@@ -71,12 +151,15 @@ def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
         )
 
 
-def _differs(output: Any, probed: Any, rows: int) -> bool:
+def _differs(output: Any, probed: Any, rows: int, others: int) -> bool:
+    """Of an output for `rows` samples and one for `others`, the last."""
     pairs = list(zip(pytree.tree_leaves(output), pytree.tree_leaves(probed), strict=False))
     for y, other in pairs:
-        if not isinstance(y, torch.Tensor) or not isinstance(other, torch.Tensor) or y.shape != other.shape or not y.dim():
+        if not isinstance(y, torch.Tensor) or not isinstance(other, torch.Tensor) or not y.dim() or y.dim() != other.dim():
             continue
-        if rows < 2 or len(y) % rows or not y.is_floating_point():
+        if rows < 2 or len(y) % rows or not y.is_floating_point() or len(y) // rows * others != len(other):
+            continue
+        if y.shape[1:] != other.shape[1:]:
             continue
         last, also = (each.detach().double()[-(len(y) // rows) :] for each in (y, other))
         both = torch.isfinite(last) & torch.isfinite(also)

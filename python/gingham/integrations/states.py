@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
+from ..checkpoint.optimizer_states import joined
 from ..checkpoint.state import dropouts
 from ..checkpoint.tensors import plain_keys
 from ..checkpoint.together import Ranks
@@ -30,10 +31,11 @@ def full_model(model: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:
 class FullState:
     """An optimizer's state_dict() with full tensors on rank 0, the same for other ranks but without their values.
 
-    Every rank makes it; gathers one tensor at a time. A weight stored as one and held as three (GPT-2's c_attn) has three entries."""
+    Every rank makes it; gathers one tensor at a time. A weight stored as one and held as three (GPT-2's c_attn) has one entry."""
 
     def __init__(self, optimizer: Any, rank: int) -> None:
-        self.state = pytree.tree_map_only(DTensor, lambda tensor: _full(tensor, rank), optimizer.state_dict())
+        found = pytree.tree_map_only(DTensor, lambda tensor: _full(tensor, rank), optimizer.state_dict())
+        self.state = joined(found, optimizer) if rank == 0 else found
 
     def state_dict(self) -> dict[str, Any]:
         return self.state

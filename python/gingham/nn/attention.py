@@ -79,12 +79,13 @@ class SelfAttention(Layer):
         self.holds(self.q, self.k, self.v, self.o)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
-        if x.dim() != 3:
+        if not isinstance(x, torch.Tensor) or x.dim() != 3:
+            check_local(x, "SelfAttention's x", self.mesh)
             raise ShapeError(f"SelfAttention: rank {self.mesh.rank} got x of shape {tuple(x.shape)}, expected [batch, time, width]")
         # rows lead, as in every layer: [batch, time, ..] or [time, batch, ..]
         parts = (self.q, self.k, self.v)
-        weights: list[torch.Tensor] = [part.weight for part in parts]
-        biases: list[torch.Tensor | None] = [part.bias for part in parts]
+        operands = [part.operands() for part in parts]
+        weights, biases = [w for (w,), _ in operands], [b for _, (b,) in operands]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linear(self._rows_first(x), weights, biases, self.plan))
         past = 0 if cache is None else cache.length
         lengths, first = self._pieces(len(q))

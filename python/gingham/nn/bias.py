@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, names_of, traced
+from ..function import Function
 from ..functional import deferring, like, local_of, sum_or_defer
 from ..layout import Layout, Names
 from ..mesh import Mesh
@@ -50,7 +51,7 @@ def block_of_features(parameter: torch.Tensor, mesh: Mesh, layout: Layout, store
     return _BlockOfFeatures.apply(parameter, mesh, layout, stored, size)
 
 
-class _BlockOfFeatures(torch.autograd.Function):
+class _BlockOfFeatures(Function):
     @staticmethod
     def forward(ctx: Any, parameter: torch.Tensor, mesh: Mesh, layout: Layout, stored: Names, size: int) -> torch.Tensor:
         ctx.parameter, ctx.arguments = parameter, (mesh, layout, stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from zlib import crc32
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
@@ -25,8 +26,8 @@ def clip_grad_norm_(
 
     One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power > 0 or torch.inf.
     error_if_nonfinite: a norm that is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes
-    nothing here. Raises MeshError
-    where gradients are parts of sums that no_sync left out, or the ranks ask for other norms, ValueError for a norm_type <= 0.
+    nothing here. Raises MeshError where gradients are parts of sums that no_sync left out, or the ranks ask for other
+    norms or gradients, ValueError for a norm_type <= 0.
     """
     mesh = current()
     max_norm, norm_type = float(max_norm), float(norm_type)
@@ -47,7 +48,8 @@ def clip_grad_norm_(
             mine = torch.maximum(mine, local.max().view(1) if local.numel() else mine)
         elif _counts_here(grad, mesh.coordinates):
             mine += local.pow(norm_type).sum()
-    mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})")
+    shapes = crc32(repr([tuple(grad.shape) for grad in grads]).encode())
+    mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=}) of {len(grads)} gradients, shapes {shapes:08x}")
     parts = torch.cat(mesh.world.all_gather(mine, counted=False))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
+from ..function import Function
 from ..functional import deferring, like, local_of, settle, sum_or_defer, sum_over_depth
 from ..layout import Cuts, Layout, chunks
 from ..mesh import Mesh, check_local
@@ -99,10 +100,10 @@ class Embedding(Layer, torch.nn.Embedding):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return traced("embedding", [self.handle], [block_of(self.weight), self._checked(ids)])[0]
+            return traced("embedding", [self.handle], [block_of(self.operand("weight")), self._checked(ids)])[0]
         self.place.label = self.label()
         try:
-            return _Embedding.apply(self.weight, self._checked(ids), self.place)
+            return _Embedding.apply(self.operand("weight"), self._checked(ids), self.place)
         except (ShapeError, MeshError, TypeError) as error:
             raise self.named(error) from None
 
@@ -116,7 +117,7 @@ class Embedding(Layer, torch.nn.Embedding):
         return f"{self.count}, {self.width}" + ("" if self.padding_idx is None else f", padding_idx={self.padding_idx}")
 
 
-class _Embedding(torch.autograd.Function):
+class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, layer: Any) -> torch.Tensor:
         if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.count:

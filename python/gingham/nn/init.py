@@ -4,7 +4,8 @@ block, so that fans are global, and bits those of one process after the same see
     gingham.nn.init.orthogonal_(layer.weight)
 
 Every function of torch.nn.init that ends in "_" is here under its own name. Those that fill each element by itself
-(normal_, uniform_, constant_, kaiming_uniform_, ..) do the same when they are called as torch.nn.init's own.
+(normal_, uniform_, constant_, kaiming_uniform_, ..) do the same when they are called as torch.nn.init's own, and so do those that look at
+the whole matrix, since torch.nn.init's hand DTensors of a mesh to these (`from torch.nn.init import orthogonal_` after gingham).
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..errors import MeshError
 from ..mesh import mesh_of
-from .layer import fill
+from ..writes import fill
+
+WHOLE = ("dirac_", "eye_", "orthogonal_", "sparse_", "trunc_normal_")  # of torch.nn.init: look at more than one element
 
 
 def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +30,7 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(tensor, *args, **kwargs)
         mesh = mesh_of(tensor)
         if mesh is None:
-            raise MeshError(f"gingham.nn.init.{function.__name__}: the parameter lies on no mesh of gingham")
+            return function(tensor, *args, **kwargs)
         full = torch.empty(tensor.shape, dtype=tensor.dtype)
         function(full, *args, **kwargs)
         fill(mesh, tensor, full)
@@ -39,4 +41,6 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _FUNCTIONS = {name: _whole(function) for name, function in vars(torch.nn.init).items() if name.endswith("_") and not name.startswith("_")}
 globals().update(_FUNCTIONS)
+for _name in WHOLE:
+    setattr(torch.nn.init, _name, _whole(getattr(torch.nn.init, _name)))
 __all__ = sorted(_FUNCTIONS)  # noqa: PLE0605

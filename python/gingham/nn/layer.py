@@ -14,15 +14,17 @@ from typing import Any, TypeVar
 from zlib import crc32
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..checks import layer_forward
 from ..compiled import own
 from ..errors import MeshError, ShapeError
-from ..functional import local_of
-from ..layout import Cuts, block, slices
+from ..functional import reshard
+from ..layout import Cuts
 from ..mesh import Mesh, current, cuts_of
 from ..named import path_of
 from ..ranges import in_range, profiling
+from ..writes import cut_as, fill
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads
 
@@ -67,6 +69,7 @@ class Layer(torch.nn.Module):
         own(self)
         self.number = self.mesh.next_number()
         self._label = self._within = ""
+        self._placed: dict[str, Any] = {}
         return self.mesh
 
     def holds(self, *parts: Layer) -> None:
@@ -110,6 +113,40 @@ class Layer(torch.nn.Module):
         """Global sizes, as the constructor takes them."""
         return ()
 
+    def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
+        """Also for layer.weight = other: a full tensor is cut; another layer's parameter stays that one, and is cut for each call
+        where it lies otherwise (`operand`). Raises ShapeError where the global shape is another."""
+        old = self._parameters.get(name)
+        if isinstance(old, DTensor) and param is not None:
+            if param.shape != old.shape:
+                found = f"{type(self).__name__}({', '.join(map(str, self.sizes()))}).{name} = a tensor {tuple(param.shape)}"
+                raise ShapeError(
+                    f"rank {self.mesh.rank} got {found}, expected the full shape {tuple(old.shape)}; make a layer of that size"
+                )
+            if not isinstance(param, DTensor):
+                param = self._cut(old, param)
+        super().register_parameter(name, param)
+        if isinstance(param, DTensor):
+            self._placed.setdefault(name, param.placements)
+
+    def _cut(self, old: DTensor, full: torch.nn.Parameter) -> torch.nn.Parameter:
+        """The same DTensor for every layer that is given the same Parameter."""
+        known = getattr(full, "_on_mesh", None)
+        if known is None or known.device_mesh != old.device_mesh:
+            known = torch.nn.Parameter(cut_as(self.mesh, old, full), full.requires_grad)
+            full._on_mesh = known  # type: ignore[attr-defined]
+        return known
+
+    def operand(self, name: str) -> Any:
+        """The parameter as this layer's calls take it: cut again where it is another layer's, or made by a parametrization."""
+        value = getattr(self, name)
+        placed = self._placed.get(name)
+        if placed is None or not isinstance(value, DTensor) or value.placements == placed:
+            return value
+        if any(type(place) not in (Shard, Replicate) for place in value.placements):
+            return value.redistribute(value.device_mesh, placed)  # a sum that ranks hold parts of
+        return reshard(value, self.mesh, cuts_of(self.mesh, value.placements, value.dim()), cuts_of(self.mesh, placed, value.dim()))
+
     def draw(self, name: str, full: torch.Tensor) -> None:
         """Fills the full parameter `name` in place as torch's layer does at construction."""
         raise NotImplementedError(f"{type(self).__name__} draws no {name}")
@@ -122,16 +159,6 @@ class Layer(torch.nn.Module):
                 full = torch.empty(parameter.shape, dtype=parameter.dtype)
                 self.draw(name, full)
                 fill(self.mesh, parameter, full)
-
-
-@torch.no_grad()
-def fill(mesh: Mesh, parameter: torch.Tensor, full: torch.Tensor) -> None:
-    """Puts this rank's block of a full tensor into a DTensor of the mesh."""
-    if tuple(full.shape) != tuple(parameter.shape):
-        raise ShapeError(f"rank {mesh.rank} got a full tensor {tuple(full.shape)} for a parameter {tuple(parameter.shape)}")
-    cuts = cuts_of(mesh, parameter.placements, parameter.dim())  # type: ignore[attr-defined]
-    local_of(parameter).copy_(full[slices(block(full.shape, cuts, mesh.sizes, mesh.coordinates))])
-    torch.autograd.graph.increment_version(parameter)
 
 
 def bound_of(fan_in: int) -> float:

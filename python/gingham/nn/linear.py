@@ -107,11 +107,11 @@ class Linear(Layer, torch.nn.Linear):
             return y
         if self.bias is None:
             return y, None
-        return y, block_of_features(self.bias, self.mesh, self.plan.y[0], self.bias_cuts[0], self.out_features)
+        return y, block_of_features(self.operand("bias"), self.mesh, self.plan.y[0], self.bias_cuts[0], self.out_features)
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """What functional.linear multiplies by and adds."""
-        return [self.weight], [None if self.skip_bias_add else self.bias]
+        return [self.operand("weight")], [None if self.skip_bias_add else self.operand("bias")]
 
     def extra_repr(self) -> str:
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -150,6 +150,7 @@ def share_input(*linears: Linear) -> None:
 def _cut_again(layer: Linear, swapped: bool) -> None:
     old = layer.plan
     sizes = [layer.out_features]
+    layer._placed.clear()
     layer.plan = linear_plan(layer.mesh, layer.in_features, sizes, layer.layout, swapped, transposed=layer.transposed).owned_by(layer)
     layer.weight = _recut(layer.mesh, layer._parameters["weight"], old.weight_cuts, layer.plan.weight_cuts)
     if layer.bias is not None and not layer.skip_bias_add:
@@ -224,8 +225,9 @@ class Classifier(Linear):
         return super()._weight(dtype, given) if tied is None else tied
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        weight = self.weight if self.tied_cuts is None else reshard(self.weight, self.mesh, self.tied_cuts, self.plan.weight_cuts)
-        return [weight], [self.bias]
+        tied = self.tied_cuts
+        weight = self.operand("weight") if tied is None else reshard(self.weight, self.mesh, tied, self.plan.weight_cuts)
+        return [weight], [self.operand("bias")]
 
 
 def _without_reshard(mesh: Mesh, k: int, n: int, layout: str, cuts: Cuts) -> bool | None:

@@ -9,10 +9,12 @@ import torch
 from ..checks import cuts_of_block
 from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..errors import ShapeError
+from ..function import Function
 from ..functional import autocast_dtype, relayout
 from ..layout import Layout
 from ..mesh import Mesh, check_local, current
 from ..second_order import replay, shaped, summed
+from .layer import digest_of
 from .norm import gather_parts
 
 
@@ -44,6 +46,8 @@ def cross_entropy(
     target, moved, given, needed = _fitting(logits, target, mesh, layout, "cross_entropy")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing={label_smoothing}: expected a number from 0 to 1")
     if logits.dtype.itemsize == 2 and autocast_dtype(logits.device) is not None:
         logits = logits.float()
     if weight is not None:
@@ -74,7 +78,9 @@ def _weighted(
         raise NotImplementedError("cross_entropy: weight= in a compiled graph; take it out of the compiled part")
     check_local(weight, "cross_entropy's weight", mesh)
     named, wide = mesh.layout(layout), logits.double()
-    (start, width), vocabulary = mesh.extents(named, target.numel(), logits.shape[-1], "cross_entropy's weight")[2:]
+    made_of = f"weight of {digest_of(weight):08x}"
+    label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=}, {made_of})"
+    (start, width), vocabulary = mesh.extents(named, target.numel(), logits.shape[-1], label)[2:]
     if tuple(weight.shape) != (vocabulary,):
         raise ShapeError(f"cross_entropy: rank {mesh.rank} got weight {tuple(weight.shape)}, expected the full one, [{vocabulary}]")
     kept = target != ignored
@@ -106,8 +112,10 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
     if moved:
         target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+        full = logits.dim() == target.dim() + 1 > 1 and target.shape[0] > logits.shape[0]
         raise ShapeError(
             f"{name}: rank {mesh.rank} got logits {tuple(logits.shape)} and target {tuple(target.shape)}; expected [..., V] and [...]"
+            + ("; full labels? mesh.scatter(target) gives this rank's" if full else "")
         )
     return target, moved, given, needed
 
@@ -175,7 +183,7 @@ def _kept(target: torch.Tensor, ignored: int, vocabulary: int, name: str) -> tor
     return kept
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignored: int, smoothing: float, reduction: str

@@ -72,7 +72,8 @@ class MLP(Layer):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         act = ACTIVATIONS[self.activation]
         if self.gated:
-            gate, up = linear(x, [self.gate.weight, self.up.weight], [self.gate.bias, self.up.bias], self.plan)
+            operands = [part.operands() for part in (self.gate, self.up)]
+            gate, up = linear(x, [w for (w,), _ in operands], [b for _, (b,) in operands], self.plan)
             y = self.down(act(gate) * up)
         else:
             hidden = self.fc1(x)

@@ -12,6 +12,7 @@ import torch
 from ..checks import cuts_of_block
 from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
+from ..function import Function
 from ..functional import autocast_dtype, deferring, like, local_of
 from ..layout import Cuts, Names, coordinates_of, interval, members
 from ..mesh import Mesh, check_local
@@ -61,10 +62,13 @@ class _Norm(Layer):
         check_local(x, f"{kind}'s x", self.mesh)
         expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
         if x.dim() == 0 or x.shape[-1] != expected:
+            whole = "; a full tensor? mesh.scatter(x) gives this rank's block" if x.dim() and x.shape[-1] == self.features else ""
             raise ShapeError(
                 f"{kind}({self.features}): rank {self.mesh.rank} got x of shape {tuple(x.shape)},"
-                f" expected [..., {expected}], its block in layout {self.layout!r}"
+                f" expected [..., {expected}], its block in layout {self.layout!r}{whole}"
             )
+        if not x.is_floating_point():
+            raise TypeError(f"{kind}({self.features}): rank {self.mesh.rank} got x of {x.dtype}, expected a floating dtype")
         return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x.device) is not None else x
 
     def _call(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
@@ -77,11 +81,12 @@ class _Norm(Layer):
 
     def _normalise(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
         eps = torch.finfo(_wide(x.dtype)).eps if eps is None else eps
+        weight, bias = self.operand("weight"), self.operand("bias")
         if not torch.compiler.is_compiling():
             self.place.label = self.label()
-            return _Normalise.apply(x, self.weight, self.bias, self.place, centred, eps)
-        present = [block_of(each) for each in (self.weight, self.bias) if each is not None]
-        there = "".join("0" if each is None else "1" for each in (self.weight, self.bias))
+            return _Normalise.apply(x, weight, bias, self.place, centred, eps)
+        present = [block_of(each) for each in (weight, bias) if each is not None]
+        there = "".join("0" if each is None else "1" for each in (weight, bias))
         return traced("normalise", [self.handle, there, str(int(centred)), str(eps)], [x, *present])[0]
 
     def extra_repr(self) -> str:
@@ -185,7 +190,7 @@ def _moments(x: torch.Tensor, mesh: Mesh, names: Names, features: int, centred: 
     return merge(mesh, names, features, mean, m2)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalise(Function):
     """y = (x - mean) / sqrt(mean square + eps) * gamma + beta; each of gamma, beta may be None."""
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 
 from ..compiled import KNOWN, Meta, Traced, find, traced
 from ..errors import ShapeError
+from ..function import Function
 from ..functional import relayout
 from ..layout import Layout
 from ..mesh import Mesh
@@ -36,7 +37,7 @@ def gather_time(x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor
     return _GatherTime.apply(x, mesh, lengths)
 
 
-class _GatherTime(torch.autograd.Function):
+class _GatherTime(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
         ctx.mesh, ctx.lengths, ctx.dtype = mesh, lengths, x.dtype

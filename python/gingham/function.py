@@ -1,0 +1,59 @@
+"""The base of this package's autograd functions: what torch.func would make of them is refused by name.
+
+They call other ranks, which vmap, jvp and grad of torch.func cannot transform. torch.autograd.grad(create_graph=True) and
+torch.autograd.functional (without vectorize=True) give the same derivatives, right on every grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+
+
+class Function(torch.autograd.Function):
+    """Raises NotImplementedError inside torch.func's transforms, is_grads_batched and forward-mode differentiation."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "backward" in cls.__dict__:
+            cls.backward = staticmethod(_refusing(cls.__name__, cls.__dict__["backward"].__func__))  # type: ignore[method-assign]
+
+    @classmethod
+    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            raise _refusal(cls.__name__)
+        return super().apply(*args, **kwargs)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise _refusal("forward-mode differentiation")
+
+
+def _refusing(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(backward)
+    def call(ctx: Any, *gradients: Any) -> Any:
+        if any(isinstance(each, torch.Tensor) and (is_batchedtensor(each) or is_legacy_batchedtensor(each)) for each in gradients):
+            raise _refusal(f"{name}.backward")
+        return backward(ctx, *(_plain(each) for each in gradients))
+
+    return call
+
+
+def _plain(gradient: Any) -> Any:
+    """A gradient that a backward of the user's own made of tensors of the first step's check is one like any other here."""
+    if hasattr(type(gradient), "checks_operations"):
+        with torch._C.DisableTorchFunctionSubclass():
+            return gradient.as_subclass(torch.Tensor)
+    return gradient
+
+
+def _refusal(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"gingham: {what.strip('_')} inside vmap, jvp or grad of torch.func, is_grads_batched=True, vectorize=True or forward-mode"
+        " differentiation: it calls other ranks, which these transforms cannot follow. torch.autograd.grad(create_graph=True), called"
+        " once for each vector, and torch.autograd.functional without vectorize give the same derivatives"
+    )

@@ -1,0 +1,169 @@
+"""What the first calls of a converted model see of code that nothing vouches for: it goes by the samples of a rank (A8), or leaves
+something of them behind (A12)."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gingham
+from grids import GRIDS, ranks_of, relative
+
+W, ROWS = 24, 8
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(W, W), nn.Linear(W, W)
+        self.register_buffer("mean", torch.zeros(W))
+        self.kept: Any = None
+        self.calls, self.seen = 0, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x))
+
+
+class Size(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) / x.shape[0]
+
+
+class SizeBesideDropout(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(nn.functional.dropout(self.a(x), 0.5, self.training)) / len(x)
+
+
+class Place(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) * torch.arange(len(x)).unsqueeze(1)
+
+
+class Counted(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.b(self.a(row)) * index for index, row in enumerate(x)])
+
+
+class Running(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        if self.training:
+            with torch.no_grad():
+                self.mean.mul_(0.9).add_(h.mean(0), alpha=0.1)
+        return self.b(h)
+
+
+class Replaced(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return self.b(h)
+
+
+class Left(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        self.kept = h.pow(2).mean()
+        return self.b(h)
+
+
+class InTrainingOnly(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return self.b(h - h.mean(0) if self.training else h)
+
+
+class Mask(Two):
+    """As long as this rank's rows, and not one of them."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q = self.a(x.unsqueeze(1) + torch.arange(4.0).unsqueeze(1))
+        return self.b(((q @ q.transpose(1, 2) + mask).softmax(-1) @ q).sum(1))
+
+
+class Keeps(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        self.kept = h.detach() if self.kept is None else 0.5 * self.kept + h.detach()
+        self.calls += 1
+        self.seen.append(self.calls)
+        self.map = h.softmax(-1)
+        return self.b(h + self.kept + self.map) * self.calls * len(self.seen)
+
+
+WRONG = {Size: "number of samples", SizeBesideDropout: "number of samples", Place: "number of samples", Counted: "number of samples"}
+WRONG |= {Running: "buffers (mean)", Replaced: "buffers (mean)", Left: "kept is a number", InTrainingOnly: "mixes samples"}
+
+
+def outcomes(rank: int, options: dict[str, Any]) -> dict[str, str]:
+    mesh, found = gingham.init(**options), {}
+    warnings.simplefilter("ignore")
+    for kind in WRONG:
+        torch.manual_seed(0)
+        model = gingham.parallelize(kind(), mesh)
+        x = torch.randn(ROWS, W, generator=torch.Generator().manual_seed(1))
+        try:
+            if kind is InTrainingOnly:  # seen also where the first call was none
+                model.eval()
+                with torch.no_grad():
+                    model(x)
+                model.train()
+            model(x)
+            found[kind.__name__] = ""
+        except NotImplementedError as error:
+            found[kind.__name__] = str(error)
+    return found
+
+
+@pytest.mark.parametrize("name", ["2d", pytest.param("3d", marks=pytest.mark.matrix), pytest.param("2.5d", marks=pytest.mark.matrix)])
+def test_a8_a12_code_that_goes_by_this_ranks_samples_is_refused(ranks, name: str) -> None:
+    for found in ranks(ranks_of(name))(outcomes, GRIDS[name]):
+        assert not {kind.__name__: found[kind.__name__] for kind, words in WRONG.items() if words not in found[kind.__name__]}
+
+
+def compared(rank: int, options: dict[str, Any]) -> dict[str, float]:
+    """Models that keep something between calls, and an argument as long as a rank's rows: as in one process, call by call."""
+    mesh, found = gingham.init(**options), {}
+    for kind in (Mask, Keeps):
+        torch.manual_seed(0)
+        original = kind()
+        model = gingham.parallelize(copy.deepcopy(original), mesh)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            x = torch.randn(ROWS, W, generator=generator)
+            more = [torch.ones(4, 4).triu(1) * -1e9] if kind is Mask else []
+            found[kind.__name__] = max(found.get(kind.__name__, 0.0), relative(model(x, *more), original(x, *more)))
+    return found
+
+
+def test_what_a_right_model_keeps_is_as_it_would_be(ranks) -> None:
+    for found in ranks(4)(compared, GRIDS["2d"]):
+        assert all(error < 1e-5 for error in found.values()), found
+
+
+def labelled(rank: int) -> tuple[str, float]:
+    """T5's own labels, and the decoder's ids that it would make of them."""
+    import transformers
+
+    mesh = gingham.init(mode="2d", size=4)
+    torch.manual_seed(0)
+    sizes = dict(d_model=48, d_kv=4, d_ff=96, num_layers=1, num_heads=12, vocab_size=96, dropout_rate=0, decoder_start_token_id=0)
+    original = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    model = gingham.parallelize(copy.deepcopy(original), mesh)
+    ids = torch.randint(3, 96, (ROWS, 6), generator=torch.Generator().manual_seed(1))
+    try:
+        model(input_ids=ids, labels=ids)
+        text = ""
+    except NotImplementedError as error:
+        text = str(error)
+    decoder = model.prepare_decoder_input_ids_from_labels(ids)
+    got, expected = (each(input_ids=ids, decoder_input_ids=decoder).logits for each in (model, original))
+    return text, relative(got, expected)
+
+
+def test_a20_labels_of_an_unknown_loss_are_refused_before_the_call(ranks) -> None:
+    for text, error in ranks(4)(labelled):
+        assert "prepare_decoder_input_ids_from_labels" in text and error < 1e-5
