@@ -51,8 +51,8 @@ struct OperandSpec {
 class BoundStep {
  public:
   BoundStep(std::shared_ptr<Job> job, const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w,
-            const std::vector<OperandSpec>& y, std::shared_ptr<BoundAxis> depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n,
-            int slices, bool out_in)
+            const std::vector<OperandSpec>& y, std::shared_ptr<BoundAxis> depth, const std::string& slice_dim, int64_t k,
+            const std::vector<int64_t>& n, int slices, bool out_in)
       : job_(std::move(job)), out_in_(out_in), step_(job_->control(), job_->stream(), config(name, x, w, y, depth, slice_dim, k, n, slices)) {
     kept_ = {x.axis, depth};
     for (const auto& o : w) kept_.push_back(o.axis);

@@ -44,7 +44,9 @@ class BackwardRun {
   }
 
  private:
-  static int64_t rows_of(const Step::Config& c, const Step::Backward& call) { return call.x.data || c.x.by_posted_rows() ? call.x.rows : call.dy[0].rows; }
+  static int64_t rows_of(const Step::Config& c, const Step::Backward& call) {
+    return call.x.data || c.x.by_posted_rows() ? call.x.rows : call.dy[0].rows;
+  }
   int64_t n_of(size_t i) const { return block_size(step_.config.maps[i].w, step_.config.maps[i].w.offsets, call_.w[i], 1); }
 
   void begin() {

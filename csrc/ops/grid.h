@@ -14,7 +14,7 @@ namespace gingham {
 enum class Dim { M, K, N };
 
 struct Operand {
-  Axis* axis = nullptr;     // the axis of the further cut; null: none
+  Axis* axis = nullptr;          // the axis of the further cut; null: none
   int dim = 0;                   // rows (0) or columns (1) of the matrix as written above
   std::vector<int64_t> offsets;  // cut points inside the block along dim; empty: cut along M, at the rows that the ranks post
   bool replicated = false;       // the whole block stands on every rank of the axis: no gather, an all-reduce instead of a reduce-scatter

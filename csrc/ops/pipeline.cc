@@ -27,8 +27,7 @@ Pipeline::Slot Pipeline::declare(const Placement& place, const Matrix& m, Role r
   // On a ring the post carries only the key and the rows; data goes in messages.
   if (!axis->window()) {
     slot.lane = role == Role::input ? ++used->gathers : ++used->sums;
-    CHECK(MeshError, slot.lane < (role == Role::input ? kLanes / 2 : kLanes), "a step may move ", kLanes / 2 - 1,
-          " operands over one axis each way");
+    CHECK(MeshError, slot.lane < (role == Role::input ? kLanes / 2 : kLanes), "a step may move ", kLanes / 2 - 1, " operands over one axis each way");
     return slot;
   }
   residents_.push_back(std::make_unique<Resident>(m, *axis, stream_));

@@ -6,6 +6,19 @@
 // Bytes received per rank, averaged: Y: [x(pn-1) + w(pm-1) + y(pk-1)] / P, likewise for the other two; messages: S x (g-1) per operand that
 // has the slice dim, g-1 for the one that lacks it. Workspace: <= 2 slices of each streamed operand (ring; none in a window) and one
 // gathered block of the operand that lacks the slice dim where it is cut.
+//
+// Words of this folder, with Y[8, 12] = X[8, 6] W[6, 12] on 2 x 2 x 1 ranks (pm = pn = 2), S = 3 slices, as an example:
+//   Operand     X, W or Y and the axis along which a rank's block is cut once more: X [4, 6] over n, along K, into 2 of [4, 3]
+//   Cut         one such operand of one call: who owns which interval of the slice dim
+//   slice dim   what the loop runs over: K here; interval: between cut points of X and W, [0, 3) and [3, 6); slice s: the s-th third
+//               of every interval, columns 0 and 3 of X first
+//   panel       (slice, interval) of an operand, what one gemm takes
+//   Input       gives an operand's panels: whole | local | window | ring        Output   takes a result's: the same and queued
+//   round       one owner's panels in an Output that is summed over an axis: as many rounds as the axis has ranks
+//   Projection  one W and its Y of several that share X; Pipeline: what is posted and the loop over slices; StepCall: one call of a
+//               Step: its record, cut points and pipeline
+// A call is seven acts, forward and backward: begin (the record is published), declare (who moves what on which axis), post, compose
+// (inputs, outputs and products), run, close, finish (bias, activation, sums over depth).
 #pragma once
 #include <array>
 #include <functional>

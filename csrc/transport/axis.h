@@ -83,7 +83,7 @@ class Axis {
 
   virtual Board& board() = 0;
   virtual Ring& ring() = 0;
-  virtual Window* window() = 0;                   // null: data travels along the ring
+  virtual Window* window() = 0;                    // null: data travels along the ring
   virtual bool holds(const void* data) const = 0;  // peers can have it from where it stands
 
   void count_sent(size_t bytes) {
@@ -116,8 +116,7 @@ class Axis {
 // After an error it is left open: the job is over, or its axes begin anew.
 class Session {
  public:
-  explicit Session(Axis& axis, std::span<const Matrix> panels = {}, int64_t rows = -1, bool uneven = false, const Shape& shape = {})
-      : axis_(axis) {
+  explicit Session(Axis& axis, std::span<const Matrix> panels = {}, int64_t rows = -1, bool uneven = false, const Shape& shape = {}) : axis_(axis) {
     axis.board().post(panels, rows, uneven, shape);
     for (int hop = 1; hop < axis.size(); hop++) axis.board().rows(axis.next(hop));
   }
