@@ -212,7 +212,7 @@ void define_step(py::module_& m) {
                     std::shared_ptr<BoundAxis>, const std::string&, int64_t, const std::vector<int64_t>&, int, bool>(),
            py::arg("job"), py::arg("name"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("depth"), py::arg("slice_dim"), py::arg("k"),
            py::arg("n"), py::arg("slices") = 1, py::arg("out_in") = true)
-      .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none")
+      .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none", py::arg("out_dtype") = "")
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
            py::arg("reduce_depth") = true);
 }

@@ -59,7 +59,8 @@ class BoundStep {
     for (const auto& o : y) kept_.push_back(o.axis);
   }
 
-  Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind) {
+  // out_dtype: of the results; "": x's. float32 for 16-bit operands: their sums are kept as they are made.
+  Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind, const std::string& out_dtype) {
     CHECK(ShapeError, ws.size() == maps_ && biases.size() == maps_, "step of ", maps_, " weights got ", ws.size(), " and ", biases.size(), " biases");
     CHECK(ShapeError, kind == "none" || kind == "gelu", "epilogue=", kind, ", expected none or gelu");
     const OnCallersStream on_stream(job_);
@@ -78,7 +79,7 @@ class BoundStep {
     std::vector<int64_t> shape = tx.shape;
     call.allocate = [&](int64_t rows, int64_t cols) {
       shape.back() = cols;
-      return made.add(rows == call.x.rows ? shape : std::vector<int64_t>{rows, cols}, tx.dtype_name);
+      return made.add(rows == call.x.rows ? shape : std::vector<int64_t>{rows, cols}, out_dtype.empty() ? tx.dtype_name : out_dtype);
     };
     std::vector<Matrix> results;
     {

@@ -219,9 +219,10 @@ class _Scattered(Function):
         return _Gathered.apply(grad, *ctx.arguments), None, None, None, None
 
 
-def product(x: torch.Tensor, weights: Sequence[torch.Tensor], step: Any) -> tuple[torch.Tensor, ...]:
-    """Y_i = X W_i on the operands of one C++ step."""
-    return _Product.apply(step, len(weights), x, *weights)
+def product(x: torch.Tensor, weights: Sequence[torch.Tensor], step: Any, out_dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
+    """Y_i = X W_i on the operands of one C++ step. out_dtype: of Y where it is not X's; its gradient is cast to X's."""
+    ys: tuple[torch.Tensor, ...] = _Product.apply(step, len(weights), out_dtype, x, *weights)
+    return ys
 
 
 def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -232,23 +233,25 @@ class _Product(Function):
     """Y = X W. Each of the three products' gradients is made of the other two, on the same operand layouts."""
 
     @staticmethod
-    def forward(ctx: Any, step: Any, count: int, x: torch.Tensor, *weights: torch.Tensor) -> Any:
+    def forward(ctx: Any, step: Any, count: int, out_dtype: torch.dtype | None, x: torch.Tensor, *weights: torch.Tensor) -> Any:
         ctx.step, ctx.count = step, count
         ctx.save_for_backward(x, *weights)
-        ys = step.forward(x.contiguous(), _contiguous(weights), [None] * count)[:count]
+        name = "" if out_dtype is None else str(out_dtype).removeprefix("torch.")
+        ys = step.forward(x.contiguous(), _contiguous(weights), [None] * count, out_dtype=name)[:count]
         return tuple(_with_dims_of(y, x) for y in ys)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> Any:
         step, count = ctx.step, ctx.count
         x, *weights = ctx.saved_tensors
-        need_x, need_w = ctx.needs_input_grad[2], any(ctx.needs_input_grad[3:])
+        dys = tuple(dy.to(x.dtype) for dy in dys)
+        need_x, need_w = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
         if torch.is_grad_enabled():
             dx = _InputGradient.apply(step, count, x.detach(), *weights, *dys) if need_x else None
             dws = _WeightGradient.apply(step, count, x, *(w.detach() for w in weights), *dys) if need_w else [None] * count
-            return None, None, dx, *dws
+            return None, None, None, dx, *dws
         dx, dws, _ = step.backward(x.contiguous(), _contiguous(weights), _contiguous(dys), need_x, need_w, [False] * count)
-        return None, None, None if dx is None else dx.view(x.shape), *dws
+        return None, None, None, None if dx is None else dx.view(x.shape), *dws
 
 
 class _InputGradient(Function):
@@ -267,7 +270,7 @@ class _InputGradient(Function):
         weights, dys = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         need_w, need_dy = any(ctx.needs_input_grad[3 : 3 + count]), any(ctx.needs_input_grad[3 + count :])
         dws = _WeightGradient.apply(step, count, g, *(w.detach() for w in weights), *dys) if need_w else [None] * count
-        return None, None, None, *dws, *(_Product.apply(step, count, g, *weights) if need_dy else [None] * count)
+        return None, None, None, *dws, *(_Product.apply(step, count, None, g, *weights) if need_dy else [None] * count)
 
 
 class _WeightGradient(Function):
@@ -286,7 +289,7 @@ class _WeightGradient(Function):
         x, *dys = ctx.saved_tensors
         dx = _InputGradient.apply(step, count, x.detach(), *gs, *dys) if ctx.needs_input_grad[2] else None
         need_dy = any(ctx.needs_input_grad[3 + count :])
-        ddys = _Product.apply(step, count, x, *gs) if need_dy else [None] * count
+        ddys = _Product.apply(step, count, None, x, *gs) if need_dy else [None] * count
         return None, None, dx, *[None] * count, *ddys
 
 

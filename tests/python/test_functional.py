@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gingham
-from grids import GRIDS, every_grid, ranks_of, relative
+from grids import GRIDS, every_grid, grids, ranks_of, relative
 
 
 def products(rank: int, options: dict[str, Any], source: str, slices: int) -> dict[str, float]:
@@ -104,3 +104,38 @@ def test_noncontiguous_and_expanded(ranks) -> None:
         return relative(a.grad, expected) < 1e-12
 
     assert all(ranks(4)(views))
+
+
+def wide(rank: int, options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A float32 result of 16-bit operands: its error and its gradients' against float64, and what is refused."""
+    mesh = gingham.init(**options)
+    torch.manual_seed(0)
+    full = [torch.randn(16, 24).to(dtype), torch.randn(24, 8).to(dtype)]
+    a, b = (mesh.scatter(each, name).requires_grad_() for each, name in zip(full, "ab", strict=True))
+    c = gingham.matmul(a, b, shape=(16, 24, 8), out_dtype=torch.float32)
+    x, y = (each.double().requires_grad_() for each in full)
+    expected = x @ y
+    gradient = torch.randint(-2, 3, (16, 8)).float()  # as exact in 16 bits
+    c.backward(mesh.scatter(gradient, "c"))
+    expected.backward(gradient.double())
+    refused = []
+    for wrong in (torch.float64, torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        with pytest.raises(gingham.ShapeError, match="out_dtype") as caught:
+            gingham.matmul(a, b, shape=(16, 24, 8), out_dtype=wrong)
+        refused.append(str(caught.value))
+    same = gingham.matmul(a, b, shape=(16, 24, 8), out_dtype=dtype)
+    return {
+        "dtypes": (c.dtype, same.dtype, a.grad.dtype),
+        "c": relative(mesh.gather(c.detach(), "c"), expected.detach()),
+        "narrow": relative(mesh.gather(same.detach(), "c"), expected.detach()),
+        "gradients": max(relative(mesh.gather(p.grad, n), q.grad) for p, q, n in ((a, x, "a"), (b, y, "b"))),
+        "refused": len(refused),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@grids("2d", "3d")
+def test_c15_float32_results_of_16_bit_operands(ranks, name: str, dtype: torch.dtype) -> None:
+    for found in ranks(ranks_of(name))(wide, GRIDS[name], dtype):
+        assert found["dtypes"] == (torch.float32, dtype, dtype) and found["refused"] == 2
+        assert found["c"] <= 1e-6 < 1e-5 < found["narrow"] and found["gradients"] <= 5e-3, found
