@@ -85,8 +85,8 @@ FAULTS = [
         "",
         JITTER,
     ),
-    host("a slice is used before it is here", "ring", INPUT, "    axis_.arrived(lane_);\n", "", JITTER),
-    host("the last slice is not drained", "ring", INPUT, "    if (slice + 1 == slices()) axis_.drain(axis_.next(), lane_);\n", "", JITTER),
+    host("a slice is used before it is here", "ring", INPUT, "    ring_.arrived(lane_);\n", "", JITTER),
+    host("the last slice is not drained", "ring", INPUT, "    if (slice + 1 == slices()) ring_.drain(axis_.next(), lane_);\n", "", JITTER),
     host(
         "a share goes to the wrong place",
         "ring",
@@ -95,7 +95,7 @@ FAULTS = [
         "for (int r = 0; r <= rank; r++) data +=",
         NCCL_PRODUCTS,
     ),
-    host("a partial sum is added before it is here", "ring", OUTPUT, "    if (turn_ > 0) axis_.arrived(lane_);\n", "", JITTER),
+    host("a partial sum is added before it is here", "ring", OUTPUT, "    if (round_ > 0) axis_.ring().arrived(lane_);\n", "", JITTER),
     host(
         "the ring of sums is left early",
         "ring",
@@ -104,7 +104,7 @@ FAULTS = [
         END_OF_QUEUED_RING,
         JITTER,
     ),
-    host("a relay's buffers in the wrong turn", "ring", RELAY, "sent_ - sent_from_[turn_]);", "sent_ - sent_from_[turn_] + 1);", JITTER),
+    host("a relay's buffers in the wrong turn", "ring", RELAY, "sent_ - sent_from_[buffer_]);", "sent_ - sent_from_[buffer_] + 1);", JITTER),
     host(
         "messages one byte short",
         "group",
