@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from .errors import MeshError
 from .mesh import Mesh, cuts_of, mesh_of
@@ -38,6 +39,7 @@ def install() -> None:
     DTensor.numpy = _without_numpy  # type: ignore[assignment,method-assign]
     for op in (torch.ops.aten._is_any_true.default, torch.ops.aten._is_all_true.default):
         register_sharding(op)(_of_blocks)
+    _WeightNorm.right_inverse = _summed(_WeightNorm.right_inverse)  # type: ignore[method-assign]
     whole = Replicate()
     # torch has a rule for the forward pass of weight_norm only
     register_sharding(torch.ops.aten._weight_norm_interface_backward.default)(lambda *_: [([whole, whole], [whole] * 4 + [None])])
@@ -60,6 +62,22 @@ def _with_plain(operator: Callable[..., Any]) -> Callable[..., Any]:
         raise _mixed(mesh, operator.__name__, self, other)
 
     return apply
+
+
+def _summed(inverse: Callable[..., Any]) -> Callable[..., Any]:
+    """weight_norm's magnitudes, which become a parameter: no parts of sums, which no optimizer can change in place."""
+
+    @wraps(inverse)
+    def parts(self: Any, weight: torch.Tensor) -> Any:
+        found = inverse(self, weight)
+        if not isinstance(weight, DTensor) or mesh_of(weight) is None:
+            return found
+        return tuple(
+            each.redistribute(each.device_mesh, [place if type(place) in (Shard, Replicate) else Replicate() for place in each.placements])
+            for each in found
+        )
+
+    return parts
 
 
 def _mixed(mesh: Mesh, name: str, parameter: DTensor, plain: torch.Tensor) -> Exception:
