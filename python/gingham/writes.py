@@ -3,6 +3,7 @@
 weight.copy_(full); weight.mul_(mask); weight += full        a plain tensor of the global shape is cut as the parameter is
 weight[0] = 0; table.data[pad].zero_(); weight[:, 3].fill_(1)  made on the whole tensor and cut again: every rank calls it
 weight.data = full; weight.data = other.data                 the parameter has those values, and their dtype
+weight.grad = full                                            cut as the parameter is, for every optimizer
 copy.deepcopy(model) after backward                          gradients too
 torch._foreach_mul_(parameters, 0.9)                         counts up their versions, as it does those of plain tensors
 weight.share_memory_()                                       refused: it has no memory of its own, and torch would crash
@@ -38,6 +39,7 @@ MOVES = {"t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_",
 PARTS = ("select", "narrow", "chunk", "split", "unbind", "diagonal", "tensor_split", "view", "reshape", "flatten")
 
 _data: Any = torch.Tensor.data
+_grad: Any = torch.Tensor.grad
 _deepcopy = torch.Tensor.__deepcopy__
 
 
@@ -51,6 +53,7 @@ def install() -> None:
         if name.startswith("_foreach_") and name.endswith("_"):
             setattr(torch, name, _counting(getattr(torch, name)))
     DTensor.data = property(_get_data, _set_data)  # type: ignore[assignment,method-assign]
+    DTensor.grad = property(_grad.__get__, _set_grad, _grad.__delete__)  # type: ignore[assignment]
     DTensor.__deepcopy__ = _copied  # type: ignore[assignment,method-assign]
     DTensor.share_memory_ = _refuse_sharing  # type: ignore[assignment,method-assign]
 
@@ -184,6 +187,19 @@ def _set_data(self: DTensor, new: torch.Tensor) -> None:
     held: Any = new.detach()
     _data.__set__(self, held)
     self._local_tensor, self._spec = held._local_tensor, held._spec
+
+
+def _set_grad(self: DTensor, new: torch.Tensor | None) -> None:
+    if new is not None and not isinstance(new, DTensor) and isinstance(new, torch.Tensor) and not torch.compiler.is_compiling():
+        mesh = owner_of(self)
+        if mesh is not None:
+            if new.shape != self.shape:
+                raise ShapeError(
+                    f"grad: rank {mesh.rank} got a plain tensor {tuple(new.shape)} for a parameter {tuple(self.shape)}; expected the full"
+                    " gradient, the same on every rank, or a DTensor placed as the parameter is"
+                )
+            new = cut_as(mesh, self, new)
+    _grad.__set__(self, new)
 
 
 def _copied(self: DTensor, memo: dict[int, Any]) -> Any:

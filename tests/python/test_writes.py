@@ -173,3 +173,64 @@ def copies(rank: int) -> list[bool]:
 
 def test_c7_a_model_is_copied_after_backward_with_its_gradients(ranks) -> None:
     assert all(all(good) for good in ranks(4)(copies))
+
+
+def gradients(rank: int) -> dict[str, float]:
+    """Gradients given whole, by each kind of step, and masks on parameters, beside one process; magnitudes of weight_norm too."""
+    gingham.init(mode="2d", size=4)
+    errors = {}
+    full = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(2))
+    mask = (torch.arange(full.numel()).view_as(full) % 3 > 0).float()
+    for name, options in (("SGD", {}), ("AdamW", {"fused": True}), ("Adam", {"foreach": True}), ("Adafactor", {}), ("Muon", {})):
+        made = []
+        for kind in (nn, torch.nn):
+            torch.manual_seed(0)
+            layer = kind.Linear(WIDTH, ROWS, bias=False)
+            layer.weight.grad = full.clone()
+            layer.weight.grad = layer.weight.grad * mask
+            getattr(torch.optim, name)(layer.parameters(), lr=0.1, **options).step()
+            made.append(layer)
+        errors[name] = float((made[0].weight.full_tensor() - made[1].weight).abs().max())
+    torch.manual_seed(0)
+    normed, serial = torch.nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, ROWS)), None
+    torch.manual_seed(0)
+    serial = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(WIDTH, ROWS))
+    for layer in (normed, serial):
+        layer.weight.square().sum().backward()
+        torch.optim.SGD(layer.parameters(), lr=0.1).step()
+    errors["weight_norm"] = float((normed.weight.full_tensor() - serial.weight).abs().max())
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        drawn = nn.Linear(WIDTH, ROWS)
+    torch.manual_seed(0)
+    errors["under meta"] = float((drawn.weight.full_tensor() - torch.nn.Linear(WIDTH, ROWS).weight).abs().max())
+    return errors
+
+
+def test_a1_a_gradient_given_whole_is_cut_for_every_optimizer(ranks) -> None:
+    for errors in ranks(4)(gradients):
+        assert max(errors.values()) < 1e-5, errors
+
+
+def strange(rank: int) -> dict[str, str]:
+    gingham.init(mode="2d", size=4)
+    layer, found = nn.Linear(WIDTH, ROWS), {}
+    calls = {
+        "in_features=16.0": lambda: nn.Linear(16.0, 8),
+        "in_features=-16": lambda: nn.Linear(-16, 8),
+        "num_embeddings=10.0": lambda: nn.Embedding(10.0, 8),
+        "normalized_shape=16.0": lambda: nn.LayerNorm(16.0),
+        "layer(x)": lambda: torch.ones(4, WIDTH) @ layer.weight.T,
+        "full_tensor()": lambda: layer.weight.detach().numpy(),
+        "full gradient": lambda: setattr(layer.weight, "grad", torch.ones(2, 2)),
+    }
+    for name, call in calls.items():
+        with pytest.raises((TypeError, gingham.ShapeError, gingham.MeshError)) as raised:
+            call()
+        found[name] = str(raised.value)
+    return found
+
+
+def test_d_sizes_and_direct_uses_of_parameters_say_what_to_write(ranks) -> None:
+    for name, message in ranks(4)(strange)[0].items():
+        assert name in message, (name, message)

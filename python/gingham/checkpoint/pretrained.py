@@ -24,7 +24,8 @@ def attach(model: torch.nn.Module) -> None:
     """Gives a converted model its load_state_dict for full tensors and, where it has the methods, save_pretrained over a mesh and a
     resize_token_embeddings that says when it can be called."""
     accept_full(model)
-    if callable(getattr(model, "save_pretrained", None)):
+    method = getattr(type(model), "save_pretrained", None)
+    if callable(getattr(model, "save_pretrained", None)) and not hasattr(method, "_gingham"):  # peft's gathers by itself
         model.save_pretrained = MethodType(save_pretrained, model)  # type: ignore[assignment]
     if callable(getattr(model, "resize_token_embeddings", None)):
         model.resize_token_embeddings = MethodType(resize_token_embeddings, model)  # type: ignore[assignment]
@@ -35,13 +36,14 @@ def save_pretrained(
     save_directory: str | os.PathLike[str],
     is_main_process: bool = True,
     state_dict: dict[str, Any] | None = None,
+    method: Any = None,
     **options: Any,
 ) -> None:
     """transformers' save_pretrained, called by every rank; rank 0 writes (unless its is_main_process is False) and holds the full
     model while it does. state_dict: full tensors to write in place of the model's; one of DTensors is the model's own and gathered.
     Bytes: every block that rank 0 lacks, sent to it once; not counted as traffic. Raises CheckpointError on every rank where one
-    fails, NotImplementedError for options that transformers no longer has or that write per rank."""
-    method = type(model).save_pretrained
+    fails, NotImplementedError for options that transformers no longer has or that write per rank. method: the library's own."""
+    method = method or type(model).save_pretrained
     if options.get("distributed_checkpoint"):
         raise NotImplementedError("save_pretrained: distributed_checkpoint=True on a gingham mesh; use gingham.save, or leave it out")
     if options.get("safe_serialization") is False and "safe_serialization" not in inspect.signature(method).parameters:

@@ -20,7 +20,7 @@ from .losses import is_transformers
 from .plan import show
 from .regions import STACKS, batch_dim, enter, region_of, roles_of_children, width_of
 from .rules import REQUIRED, SHARED, Rules, matches, rules_of
-from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, seen_paths
+from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, refuse_prompts, seen_paths
 
 __all__ = ["parallelize", "register_forward_method"]
 
@@ -100,7 +100,8 @@ def _parallelize(model: torch.nn.Module, mesh: Mesh, io: str, plan: Mapping[str,
     for path in sorted((set(rules.unused()) & asked) - set(type(inner)._tp_plan or () if apart else ())):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=3)
     _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
-    pretrained.attach(model)
+    for each in {id(each): each for each in (model, core(model))}.values():
+        pretrained.attach(each)
     made.model = model
     return made
 
@@ -131,6 +132,7 @@ def _attach(
 def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str) -> tuple[str | None, bool]:
     """What a model is, before anything of it changes: the method of its loss, and whether its head stands apart, on whole features
     of the whole batch, since nothing vouches for it. Raises NotImplementedError for code that nothing vouches for."""
+    refuse_prompts(model)
     rules.seen = {path: plain for path, plain in seen_paths(model).items() if path != plain}
     base = base_of(inner)
     if rules.body == "outer":

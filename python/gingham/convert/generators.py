@@ -2,7 +2,8 @@
 block of rows and features, the same for ranks that hold the same block, whatever the ranks' own seeds.
 
 For the time of a call torch's generator is one that is seeded by a number which rank 0 draws and by where the block lies; the mask of a
-row therefore depends on the mesh, unlike that of gingham.nn.Dropout. Afterwards the generator goes on from the one number drawn.
+row therefore depends on the mesh, unlike that of gingham.nn.Dropout. Afterwards the generator goes on from the one number drawn, or
+where the model's code drew nothing from where it was, so that what else draws from it (a loader that shuffles) goes on as in one process.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ def own_numbers(model: torch.nn.Module, mesh: Mesh, cut_features: bool) -> Itera
     if torch.compiler.is_compiling() or not model.training or mesh.size == 1:
         yield
         return
+    before = torch.get_rng_state()
     drawn = int(torch.randint(1 << 62, ()))
     after = torch.get_rng_state()
     seed = mesh.world.sizes([drawn])[0][0]
@@ -34,11 +36,16 @@ def own_numbers(model: torch.nn.Module, mesh: Mesh, cut_features: bool) -> Itera
     torch.set_rng_state(state)
     on_gpu = mesh.device.type == "cuda"
     kept = torch.cuda.get_rng_state(mesh.device) if on_gpu else None
+    begun = None
     if on_gpu:
         torch.cuda.manual_seed(generator.initial_seed())
+        begun = torch.cuda.get_rng_state(mesh.device)
     try:
         yield
     finally:
-        torch.set_rng_state(after)
+        drew = not torch.equal(torch.get_rng_state(), state)
+        if begun is not None:
+            drew = drew or not torch.equal(torch.cuda.get_rng_state(mesh.device), begun)
+        torch.set_rng_state(after if drew else before)
         if kept is not None:
             torch.cuda.set_rng_state(kept, mesh.device)

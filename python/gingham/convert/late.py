@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from .. import nn
+from ..checkpoint.state_dicts import accept_full
 from . import identity
 from .layers import FusedLinears, convert_late
 from .wrappers import adapter_roles
@@ -28,6 +29,7 @@ def adopt(model: torch.nn.Module, mesh: Any, body: str) -> None:
         base = module._modules.get("base_layer")
         if isinstance(base, nn.Linear | FusedLinears) and any(side in module._modules for side in SIDES):
             _adapters(path, module, base, mesh)
+            accept_full(module)
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and not isinstance(parameter, DTensor):

@@ -256,6 +256,13 @@ class FusedLinears(torch.nn.Module):
         if "bias" in given:
             self.joins["bias"] = (("q.bias", "k.bias", "v.bias"), 0)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("joins", {}):
+            raise AttributeError(
+                f"{name} of a weight held as three, q.{name}, k.{name}, v.{name} (see `joins`): read these; merge before parallelize"
+            )
+        return super().__getattr__(name)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: list[Any] = [self.q, self.k, self.v]
         return torch.cat(linear(x, [part.weight for part in parts], [part.bias for part in parts], self.plan), -1)

@@ -26,5 +26,6 @@ def install() -> None:
     parallel_wrappers.install()
     hooks.when_imported("accelerate.state", "gingham.integrations.one_process")
     hooks.when_imported("accelerate.accelerator", "gingham.integrations.accelerator")
+    hooks.when_imported("peft.peft_model", "gingham.integrations.adapters")
     hooks.when_imported("transformers.training_args", "gingham.integrations.training_arguments")
     hooks.when_imported("transformers.trainer", "gingham.integrations.trainer")

@@ -6,7 +6,7 @@ import sys
 from functools import wraps
 from typing import Any
 
-from .hooks import shared_mesh
+from .hooks import around, shared_mesh
 
 KEPT = "_gingham_before"  # what the state held before a mesh changed it
 
@@ -15,6 +15,8 @@ def install(module: Any) -> None:
     """module: accelerate.state."""
     for state in (module.PartialState, module.AcceleratorState):
         _look_again(state)
+    # Accelerator.end_training ends a process group; the mesh's is gingham.destroy's to end
+    around(module.PartialState, "destroy_process_group", lambda mesh, original, self, group=None: None)
     divided = module.PartialState.use_distributed
 
     # what is decorated with on_main_process runs on rank 0 only, though there is one process to share data with

@@ -16,7 +16,7 @@ from ..functional import deferring, like, local_of, settle, sum_or_defer, sum_ov
 from ..layout import Cuts, Layout, chunks
 from ..mesh import Mesh, check_local
 from ..second_order import gathered, refuse_deferred, replay, shared
-from .layer import Layer
+from .layer import Layer, size_of
 from .parameter import Given, make_parameter
 
 
@@ -48,7 +48,7 @@ class Embedding(Layer, torch.nn.Embedding):
         device: Any = None,
     ) -> None:
         self.begin(mesh, device)
-        count, width = num_embeddings, embedding_dim
+        count, width = size_of("Embedding", "num_embeddings", num_embeddings), size_of("Embedding", "embedding_dim", embedding_dim)
         self.num_embeddings, self.embedding_dim, self.count, self.width = count, width, count, width
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, norm_type, False, False
         if max_norm is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import wraps
+from operator import index
 from typing import Any, TypeVar
 from zlib import crc32
 
@@ -27,6 +28,23 @@ from ..ranges import in_range, profiling
 from ..writes import cut_as, fill
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads
+
+
+def drawing_device() -> str | None:
+    """Of full parameters that are drawn: torch's default, but the CPU under torch.device("meta"), where nothing would be drawn."""
+    return "cpu" if torch.get_default_device().type == "meta" else None
+
+
+def size_of(layer: str, name: str, value: Any) -> int:
+    """A size that a constructor is given. Raises TypeError for what is no integer, ShapeError for a negative one."""
+    try:
+        size = index(value)
+    except TypeError:
+        raise TypeError(f"{layer}: got {name}={value!r}, a {type(value).__name__}; expected an integer") from None
+    if size < 0:
+        raise ShapeError(f"{layer}: got {name}={size}, expected a size of 0 or more")
+    return size
+
 
 Raised = TypeVar("Raised", bound=BaseException)
 
@@ -156,7 +174,7 @@ class Layer(torch.nn.Module):
         """Draws the layer's own parameters again, in place: the bits of torch.nn's reset_parameters after the same seed."""
         for name, parameter in self._parameters.items():
             if parameter is not None:
-                full = torch.empty(parameter.shape, dtype=parameter.dtype)
+                full = torch.empty(parameter.shape, dtype=parameter.dtype, device=drawing_device())
                 self.draw(name, full)
                 fill(self.mesh, parameter, full)
 

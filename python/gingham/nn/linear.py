@@ -16,7 +16,7 @@ from ..layout import Cuts
 from ..mesh import Mesh, current
 from .bias import block_of_features, stored_axes
 from .embedding import Embedding
-from .layer import Layer, bound_of
+from .layer import Layer, bound_of, size_of
 from .parameter import Given, make_parameter
 from .shared import SharedInput
 
@@ -59,6 +59,7 @@ class Linear(Layer, torch.nn.Linear):
         device: Any = None,
     ) -> None:
         self.begin(mesh, device)
+        in_features, out_features = size_of("Linear", "in_features", in_features), size_of("Linear", "out_features", out_features)
         self.in_features, self.out_features = in_features, out_features
         self.initialisers = {"weight": init_weight, "bias": init_bias}
         self.layout, self.epilogue, self.skip_bias_add, self.transposed = layout, epilogue, skip_bias_add, transposed

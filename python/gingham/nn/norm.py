@@ -18,7 +18,7 @@ from ..layout import Cuts, Names, coordinates_of, interval, members
 from ..mesh import Mesh, check_local
 from ..second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
-from .layer import Layer
+from .layer import Layer, size_of
 from .parameter import Given, make_parameter
 
 
@@ -32,7 +32,8 @@ class _Norm(Layer):
 
     def _start(self, shape: int | Sequence[int], eps: float | None, mesh: Mesh | None, layout: str, affine: bool, device: Any) -> None:
         mesh = self.begin(mesh, device)
-        self.normalized_shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        sizes = shape if isinstance(shape, Sequence) else (shape,)
+        self.normalized_shape = tuple(size_of(type(self).__name__, "normalized_shape", size) for size in sizes)
         if len(self.normalized_shape) != 1:
             raise NotImplementedError(
                 f"{type(self).__name__}: normalized_shape={self.normalized_shape}, expected one dim, the last, which ranks cut"

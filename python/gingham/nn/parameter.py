@@ -9,7 +9,7 @@ import torch
 from ..errors import ShapeError
 from ..layout import Cuts
 from ..mesh import Mesh
-from .layer import digest_of
+from .layer import digest_of, drawing_device
 
 Given = Mapping[str, torch.Tensor] | None
 
@@ -30,7 +30,7 @@ def make_parameter(
     device, absent; a Parameter's requires_grad is kept. Raises ShapeError where it is missing or has another shape.
     """
     if given is None:
-        full = torch.empty(*shape, dtype=dtype)
+        full = torch.empty(*shape, dtype=dtype, device=drawing_device())
         with torch.no_grad():
             draw(full)
         return _noted(mesh.parameter(full, cuts), full)
