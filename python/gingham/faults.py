@@ -19,6 +19,7 @@ from dataclasses import dataclass
 VARIABLE = "GINGHAM_FAULT"
 KINDS = ("kill", "stop", "raise", "exit", "oom")
 POINTS = ("init", "save", "load")
+MOST = 2**31 - 1  # the last call that can be named
 INIT = ("init.start", "init.arrive", "init.group", "init.join", "init.mesh")  # after the step of that name
 
 
@@ -60,6 +61,8 @@ def parse(text: str, size: int) -> list[Fault]:
         fault = Fault(int(fields["rank"]), fields["op"], int(fields.get("call", 1)), fields["kind"])
         if fault.rank >= size:
             raise wrong(f"rank={fault.rank} of a job of {size}")
+        if fault.call > MOST:
+            raise wrong(f"call={fault.call}, expected at most {MOST}")
         if fault.call < 1:
             raise wrong("calls count from 1, got call=0,")
         if fault.kind not in KINDS:

@@ -104,7 +104,9 @@ FAULTS = [
         END_OF_QUEUED_RING,
         JITTER,
     ),
-    host("a relay's buffers in the wrong turn", "ring", RELAY, "sent_ - sent_from_[buffer_]);", "sent_ - sent_from_[buffer_] + 1);", JITTER),
+    host(
+        "a relay's buffers in the wrong turn", "ring", RELAY, "sent_ - sent_from_[buffer_]);", "sent_ - sent_from_[buffer_] + 1);", JITTER
+    ),
     host(
         "messages one byte short",
         "group",

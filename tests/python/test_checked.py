@@ -324,3 +324,40 @@ def scattered(rank: int, options: dict[str, Any]) -> str:
 
 def test_a6_other_values_given_to_scatter(ranks) -> None:
     assert all("values on ranks [2]" in text for text in ranks(4)(scattered, GRIDS["2d"]))
+
+
+def scattered_twice(rank: int, options: dict[str, Any]) -> list[str]:
+    """A wrong operation after a second scatter on the same line, in a helper, in a comprehension; and a loop without backward passes."""
+    told = []
+    for way in range(3):
+        mesh = gingham.init(**options)
+        torch.manual_seed(0)
+        layer, full = nn.Linear(W, W), torch.randn(ROWS, W)
+
+        def put(x: torch.Tensor, mesh: Any = mesh) -> torch.Tensor:
+            return mesh.scatter(x)
+
+        try:
+            if way == 0:
+                y, other = layer(mesh.scatter(full)), mesh.scatter(full)
+            elif way == 1:
+                y = layer(put(full))
+                other = put(full)
+            else:
+                y, other = (layer(each) for each in [mesh.scatter(each) for each in (full, full)])
+            (y + other).softmax(-1)
+            told.append("")
+        except gingham.LayoutError as error:
+            told.append(str(error))
+        gingham.destroy()
+    mesh = gingham.init(**options)
+    layer = nn.Linear(W, W)
+    with torch.no_grad():
+        kinds = [type(layer(mesh.scatter(torch.randn(ROWS, W)))) is torch.Tensor for _ in range(3)]
+    return [*told, str(kinds)]
+
+
+def test_a12_the_check_ends_with_the_step_and_not_with_a_second_scatter(ranks) -> None:
+    for *told, kinds in ranks(4)(scattered_twice, GRIDS["2d"]):
+        assert all("softmax" in text for text in told), told
+        assert kinds == "[False, True, True]"

@@ -162,6 +162,7 @@ def test_b1_memory_that_runs_out_between_calls_is_told_at_the_next(ranks) -> Non
         ("rank=0,op=matmul,call=x,kind=kill", "call=x is no number"),
         ("rank=0,op=init.somewhere,kind=kill", "init.somewhere"),
         ("nonsense", "unknown field 'nonsense'"),
+        ("rank=0,op=matmul,call=99999999999999999999,kind=kill", "expected at most"),
     ],
 )
 def test_a_wrong_fault_is_refused_by_init(monkeypatch, text: str, words: str) -> None:

@@ -1,7 +1,7 @@
 """The first step is checked: tensors say how they are cut, and an operation that is wrong on a block is an error with its line.
 
 scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or, where nothing
-is trained, scatter is called from the same place again). Each of torch's operations on them goes by a rule
+is trained, scatter is called from the same place again after layers used what it gave). Each of torch's operations on them goes by a rule
 (table): elementwise ones keep the cuts, views move them, a sum over a cut dim is a part, and what would give this
 rank's answer instead of the job's is a LayoutError. After that plain tensors flow and nothing is paid.
 
@@ -116,7 +116,8 @@ class Checks:
         self.mesh = mesh
         self.always = os.environ.get("GINGHAM_CHECK", "") == "1"
         self.on, self.ending = True, False
-        self.sites: set[tuple[str, int]] = set()
+        self.places: dict[Any, int] = {}  # where scatter was called from, and how many blocks layers had used by then
+        self.uses = 0
         self.told: set[str] = set()
         self.notes = Notes()
 
@@ -139,11 +140,12 @@ class Checks:
         if _compiled or torch.compiler.is_compiling():
             self.end()
             return block
-        site = here()
-        if site in self.sites:  # the second time round
+        place = _place()
+        if place in self.places:
             self.compare()
-            self.end()
-        self.sites.add(site)
+            if self.uses > self.places[place]:  # the second time round
+                self.end()
+        self.places[place] = self.uses
         return self.marked(block, cuts) if self.on else block
 
     def alike(self, x: torch.Tensor) -> None:
@@ -168,6 +170,7 @@ class Checks:
         """The plain tensor, if it is cut as `what` expects; None: any cuts."""
         if not isinstance(x, Checked):
             return x
+        self.uses += 1
         if x.partial and self.on:
             raise self.error(Wrong(f"{what} got this rank's part of a sum over {said(x.partial)}", "gather first, then sum"))
         if cuts is not None and x.cuts != cuts and self.on:
@@ -226,6 +229,15 @@ class Checks:
         return LayoutError(f"rank {self.mesh.rank}: {file}:{line}: {wrong.what}. {wrong.fix[:1].upper()}{wrong.fix[1:]}.")
 
 
+def _place() -> tuple[tuple[int, int], ...]:
+    """The calls that led here, each by its instruction: what a loop comes back to, not another call on the same line."""
+    found, frame = [], sys._getframe(1)
+    while frame is not None:
+        found.append((id(frame.f_code), frame.f_lasti))
+        frame = frame.f_back  # type: ignore[assignment]
+    return tuple(found)
+
+
 def here() -> tuple[str, int]:
     """The innermost line that is neither ours nor torch's."""
     frame = sys._getframe(1)
@@ -250,6 +262,7 @@ def layer_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         ends = self.ends(x) if isinstance(x, Checked) else None
         if ends is not None and isinstance(x, Checked):
             checks.take(x, ends[0], type(self).__name__)
+        checks.uses += 1
         y = forward(self, *plain(args), **plain(kwargs))
         if ends is None:
             return y
