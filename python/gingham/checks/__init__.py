@@ -1,9 +1,10 @@
 """The first step is checked: tensors say how they are cut, and an operation that is wrong on a block is an error with its line.
 
-scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or, where nothing
-is trained, scatter is called from the same place again after layers used what it gave). Each of torch's operations on them goes by a rule
-(table): elementwise ones keep the cuts, views move them, a sum over a cut dim is a part, and what would give this
-rank's answer instead of the job's is a LayoutError. After that plain tensors flow and nothing is paid.
+scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or, where nothing is
+trained, scatter is called from the same place again after layers used what it gave, or eight times). Each of torch's
+operations on them goes by a rule (table): elementwise ones keep the cuts, views move them, a sum over a cut dim is a
+part, and what would give this rank's answer instead of the job's is a LayoutError. After that plain tensors flow and
+nothing is paid.
 
     GINGHAM_CHECK=0 never, =1 always; torch.compile switches it off.
 """
@@ -36,6 +37,7 @@ from .trial import tried
 log = logging.getLogger("gingham")
 
 OURS, TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
+BATCH = 8  # tensors that one loop over scatter hands out in a step, at most, as far as the check can tell
 _compiled = False  # torch.compile was called in this process
 _plain_of = WeakTensorKeyDictionary()  # of a plain tensor, the Checked one that it is a view of
 
@@ -116,7 +118,8 @@ class Checks:
         self.mesh = mesh
         self.always = os.environ.get("GINGHAM_CHECK", "") == "1"
         self.on, self.ending = True, False
-        self.places: dict[Any, int] = {}  # where scatter was called from, and how many blocks layers had used by then
+        # where scatter was called from: how many blocks layers had used by then, and how often
+        self.places: dict[Any, tuple[int, int]] = {}
         self.uses = 0
         self.told: set[str] = set()
         self.notes = Notes()
@@ -140,12 +143,15 @@ class Checks:
         if _compiled or torch.compiler.is_compiling():
             self.end()
             return block
+        if self.mesh.job.orphaned:  # a data loader's worker: the ranks of the job know nothing of it
+            return block
         place = _place()
-        if place in self.places:
+        uses, visits = self.places.get(place, (self.uses, 0))
+        if visits:
             self.compare()
-            if self.uses > self.places[place]:  # the second time round
-                self.end()
-        self.places[place] = self.uses
+        if self.uses > uses or visits + 1 >= BATCH:  # the second time round, not the next tensor of one batch
+            self.end()
+        self.places[place] = self.uses, visits + 1
         return self.marked(block, cuts) if self.on else block
 
     def alike(self, x: torch.Tensor) -> None:
