@@ -34,9 +34,12 @@ def matmul(
     checks = mesh.checks
     if checks is not None:
         marked = any(hasattr(each, "checks") for each in (a, b))
+        over = marked and checks.again(b, a)
         a, b = (checks.take(each, mesh.cuts(name, each.dim()), f"matmul's {name}") for each, name in ((a, "a"), (b, "b")))
-        if marked:
+        if marked and not over:
             return checks.give(_matmul(a, b, mesh, shape, out_dtype), mesh.cuts("c", 2))
+    elif type(a) is not torch.Tensor or type(b) is not torch.Tensor:  # blocks of another mesh's checked step
+        a, b = (each.checks.take(each, None, "matmul") if hasattr(each, "checks") else each for each in (a, b))
     return _matmul(a, b, mesh, shape, out_dtype)
 
 

@@ -121,6 +121,8 @@ class Checks:
         # where scatter was called from: how many blocks layers had used by then, and how often
         self.places: dict[Any, tuple[int, int]] = {}
         self.uses = 0
+        self.made: list[weakref.ref[torch.Tensor]] = []  # Checked ones, which are plain again when the check ends
+        self.calls: dict[Any, Any] = {}  # the block that a layer took where it was called
         self.told: set[str] = set()
         self.notes = Notes()
 
@@ -136,6 +138,8 @@ class Checks:
         made.cuts, made.partial, made.checks = cuts, partial, self
         if fresh:
             made.__class__ = Checked
+        if not self.always:
+            self.made.append(weakref.ref(made))
         return made
 
     def hand_out(self, block: torch.Tensor, cuts: Cuts) -> torch.Tensor:
@@ -171,6 +175,18 @@ class Checks:
                     "give every rank the same full tensor: seed generators and samplers alike",
                 )
             )
+
+    def again(self, what: Any, x: torch.Tensor) -> bool:
+        """Whether the very same call was made before: a loop over one forward pass, which ends the check. what: the layer, or the
+        other operand."""
+        place = (*_place(), id(what))
+        known = self.calls.get(place)
+        self.calls[place] = weakref.ref(x)
+        if known is None or known() is not x:
+            return False
+        self.compare()
+        self.end()
+        return not self.on
 
     def take(self, x: Any, cuts: Cuts | None, what: str, fix: str = "") -> Any:
         """The plain tensor, if it is cut as `what` expects; None: any cuts."""
@@ -216,6 +232,9 @@ class Checks:
         if not self.always or _compiled:
             self.on = False
             self.mesh.checks = None
+            for made in [x for x in (each() for each in self.made) if x is not None]:
+                made.__class__ = torch.Tensor  # type: ignore[assignment]
+            self.made.clear()
 
     def note_plain(self, plain: torch.Tensor, dim: int, unit: Names, words: str) -> None:
         self.notes.apart(plain, dim, unit, words, here())
@@ -266,6 +285,8 @@ def layer_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(self, *(plain(args) if checks is None and _any(args) else args), **kwargs)
         x = args[0] if args else kwargs.get("x")
         ends = self.ends(x) if isinstance(x, Checked) else None
+        if isinstance(x, Checked) and checks.again(self, x):
+            return forward(self, *plain(args), **plain(kwargs))
         if ends is not None and isinstance(x, Checked):
             checks.take(x, ends[0], type(self).__name__)
         checks.uses += 1
