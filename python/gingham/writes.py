@@ -97,11 +97,7 @@ def _writing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         # torch says what is wrong with a leaf that is changed where its gradient would be lost
         if torch.compiler.is_compiling() or torch.is_grad_enabled() and self.requires_grad:
             return method(self, *args, **kwargs)
-        plain = [
-            each
-            for each in pytree.tree_leaves((args, kwargs))
-            if isinstance(each, torch.Tensor) and not isinstance(each, DTensor) and each.dim()
-        ]
+        plain = any(map(_is_plain, pytree.tree_leaves((args, kwargs))))
         source = getattr(self, "_part_of", None)
         if by_element and not plain and source is None:
             return method(self, *args, **kwargs)
@@ -170,18 +166,23 @@ def _get_data(self: DTensor) -> Any:
     return found
 
 
+def _cut_here(self: DTensor, mesh: Mesh, what: str, kind: str, new: torch.Tensor) -> DTensor:
+    """A full tensor that takes the place of the parameter's data or grad. Raises ShapeError for one of another shape."""
+    if new.shape != self.shape:
+        raise ShapeError(
+            f"{what}: rank {mesh.rank} got a plain tensor {tuple(new.shape)} for a parameter {tuple(self.shape)}; expected the full"
+            f" {kind}, the same on every rank, or a DTensor placed as the parameter is"
+        )
+    return cut_as(mesh, self, new)
+
+
 def _set_data(self: DTensor, new: torch.Tensor) -> None:
     mesh = None if torch.compiler.is_compiling() else owner_of(self)
     if mesh is None:
         _data.__set__(self, new)
         return
     if not isinstance(new, DTensor):
-        if new.shape != self.shape:
-            raise ShapeError(
-                f"data: rank {mesh.rank} got a plain tensor {tuple(new.shape)} for a parameter {tuple(self.shape)}; expected the full"
-                " tensor, the same on every rank, or a DTensor placed as the parameter is"
-            )
-        new = cut_as(mesh, self, new)
+        new = _cut_here(self, mesh, "data", "tensor", new)
     elif new.placements != self.placements and new.shape == self.shape:
         new = new.redistribute(self.device_mesh, self.placements)
     held: Any = new.detach()
@@ -193,12 +194,7 @@ def _set_grad(self: DTensor, new: torch.Tensor | None) -> None:
     if new is not None and not isinstance(new, DTensor) and isinstance(new, torch.Tensor) and not torch.compiler.is_compiling():
         mesh = owner_of(self)
         if mesh is not None:
-            if new.shape != self.shape:
-                raise ShapeError(
-                    f"grad: rank {mesh.rank} got a plain tensor {tuple(new.shape)} for a parameter {tuple(self.shape)}; expected the full"
-                    " gradient, the same on every rank, or a DTensor placed as the parameter is"
-                )
-            new = cut_as(mesh, self, new)
+            new = _cut_here(self, mesh, "grad", "gradient", new)
     _grad.__set__(self, new)
 
 

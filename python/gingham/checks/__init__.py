@@ -235,6 +235,7 @@ class Checks:
             for made in [x for x in (each() for each in self.made) if x is not None]:
                 made.__class__ = torch.Tensor  # type: ignore[assignment]
             self.made.clear()
+            self.calls.clear()
 
     def note_plain(self, plain: torch.Tensor, dim: int, unit: Names, words: str) -> None:
         self.notes.apart(plain, dim, unit, words, here())
@@ -284,9 +285,9 @@ def layer_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
         if checks is None or not any(isinstance(x, Checked) for x in (*args, *kwargs.values())):
             return forward(self, *(plain(args) if checks is None and _any(args) else args), **kwargs)
         x = args[0] if args else kwargs.get("x")
-        ends = self.ends(x) if isinstance(x, Checked) else None
         if isinstance(x, Checked) and checks.again(self, x):
             return forward(self, *plain(args), **plain(kwargs))
+        ends = self.ends(x) if isinstance(x, Checked) else None
         if ends is not None and isinstance(x, Checked):
             checks.take(x, ends[0], type(self).__name__)
         checks.uses += 1

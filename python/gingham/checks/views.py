@@ -171,15 +171,22 @@ def along(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     raise Unknown(name)
 
 
+def _numbered(x: Any, index: Any) -> tuple[tuple[Any, ...], bool]:
+    """The index as a tuple, and whether tensors or lists are in it. Raises Wrong where these number a cut dim."""
+    index = index if isinstance(index, tuple) else (index,)
+    numbered = any(isinstance(each, torch.Tensor | list) for each in index)
+    if numbered and any_cut(x):
+        _by_tensors(x, index)
+    return index, numbered
+
+
 def assigned(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     """x[index] = value."""
     x, index, value = args
     if not is_checked(x):
         return None
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(each, torch.Tensor | list) for each in index):
-        if any_cut(x):
-            _by_tensors(x, index)
+    index, numbered = _numbered(x, index)
+    if numbered:
         return None
     indexed(func, (x, index), {})
     if is_checked(value):
@@ -225,11 +232,10 @@ def indexed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> After:
     x, index = args[0], args[1]
     if not is_checked(x):
         return None
-    index = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(each, torch.Tensor | list) for each in index):
-        if any_cut(x):
-            _by_tensors(x, index)
-            raise Unknown("an index by a tensor")
+    index, numbered = _numbered(x, index)
+    if numbered and any_cut(x):
+        raise Unknown("an index by a tensor")
+    if numbered:
         return None
     left = x.dim() - sum(each is not None and each is not Ellipsis for each in index)
     cuts: list[Names] = []
