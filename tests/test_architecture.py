@@ -31,7 +31,7 @@ PYTHON_MODULES = {
     "function": set(),
     "meeting": {"rendezvous", "errors"},
     "live": set(),
-    "compiled": {"errors"},
+    "compiled": {"function", "errors"},
     "named": set(),
     "ranges": {"named"},
     "modes": {"layout", "errors"},

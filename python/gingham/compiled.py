@@ -25,6 +25,7 @@ from torch._library.effects import EffectType
 from torch.distributed.tensor import DTensor
 
 from .errors import ShapeError
+from .function import Context
 
 Meta = tuple[Sequence[int], torch.dtype]
 
@@ -109,19 +110,6 @@ def traced(name: str, words: Sequence[str], tensors: Sequence[torch.Tensor], out
     return torch.ops.gingham.forward([tensor.contiguous() for tensor in tensors], "|".join([name, *words]))[:outputs]
 
 
-class _Context:
-    """Stands for autograd's ctx in the two ops."""
-
-    def __init__(self, needs: tuple[bool, ...]) -> None:
-        self.__dict__.update(needs_input_grad=needs, saved_tensors=(), next_functions=((None, 0),) * 64)
-
-    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
-        self.__dict__["saved_tensors"] = tensors
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
-
-
 @dataclass(frozen=True)
 class _Input:
     """An attribute or saved tensor that is the input number `index`, seen in `shape`."""
@@ -173,13 +161,13 @@ def _owned(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
 def _forward(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
     name, *words = call.split("|")
     known = KNOWN[name]
-    ctx = _Context((False,) * 64)
+    ctx = Context()
     outputs = known.function.forward(ctx, *known.arguments(words, tensors))
     outputs = [_owned(each, tensors) for each in (outputs if isinstance(outputs, tuple) else (outputs,))]
-    saved = ctx.__dict__.pop("saved_tensors")
+    saved = ctx.__dict__.pop("saved_tensors", ())
     places = tuple(_place(each, tensors) for each in saved)
     kept = [_owned(each, tensors) for each, place in zip(saved, places, strict=True) if place is _KEPT]
-    attributes = {key: _pack(value, tensors) for key, value in ctx.__dict__.items() if key not in ("needs_input_grad", "next_functions")}
+    attributes = {key: _pack(value, tensors) for key, value in ctx.__dict__.items()}
     key = (call, *((tuple(tensor.shape), tensor.dtype) for tensor in tensors))
     number = _numbers.setdefault(key, len(_notes))
     _notes[number : number + 1] = [(places, attributes)]
@@ -219,7 +207,8 @@ def _backward(
     stand_ins = tensors or [torch.empty(0) for _ in needs]
     arguments = known.arguments(words, stand_ins)
     where = [next((index for index, tensor in enumerate(stand_ins) if tensor is argument), None) for argument in arguments]
-    ctx = _Context(tuple(index is not None and needs[index] for index in where))
+    ctx = Context()
+    ctx.needs_input_grad = tuple(index is not None and needs[index] for index in where)
     ctx.__dict__.update({key: _unpack(value, tensors) for key, value in attributes.items()})
     ctx.save_for_backward(*(next(kept) if place is _KEPT else _unpack(place, tensors) for place in places))
     arrived = iter(gradients)

@@ -1,7 +1,8 @@
 """The base of this package's autograd functions: what torch.func would make of them is refused by name.
 
 They call other ranks, which vmap, jvp and grad of torch.func cannot transform. torch.autograd.grad(create_graph=True) and
-torch.autograd.functional (without vectorize=True) give the same derivatives, right on every grid.
+torch.autograd.functional (without vectorize=True) give the same derivatives, right on every grid. A call of which nothing will be
+differentiated runs forward alone, without autograd's node around it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,23 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
+
+
+class Context:
+    """Stands for autograd's ctx where there is no node."""
+
+    needs_input_grad: tuple[bool, ...] = (False,) * 64
+    next_functions: tuple[Any, ...] = ((None, 0),) * 64
+    saved_tensors: tuple[torch.Tensor | None, ...] = ()
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
 
 
 class Function(torch.autograd.Function):
@@ -23,10 +40,18 @@ class Function(torch.autograd.Function):
             cls.backward = staticmethod(_refusing(cls.__name__, cls.__dict__["backward"].__func__))  # type: ignore[method-assign]
 
     @classmethod
-    def apply(cls, *args: Any, **kwargs: Any) -> Any:
+    def apply(cls, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
             raise _refusal(cls.__name__)
-        return super().apply(*args, **kwargs)
+        if forward_ad._current_level < 0:
+            if not torch.is_grad_enabled():
+                return cls.forward(Context(), *args)
+            for each in args:
+                if isinstance(each, Tensor) and each.requires_grad:
+                    break
+            else:
+                return cls.forward(Context(), *args)
+        return super().apply(*args)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -36,9 +61,12 @@ class Function(torch.autograd.Function):
 def _refusing(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def call(ctx: Any, *gradients: Any) -> Any:
-        if any(isinstance(each, torch.Tensor) and (is_batchedtensor(each) or is_legacy_batchedtensor(each)) for each in gradients):
-            raise _refusal(f"{name}.backward")
-        return backward(ctx, *(_plain(each) for each in gradients))
+        for each in gradients:
+            if each is not None and (is_batchedtensor(each) or is_legacy_batchedtensor(each)):
+                raise _refusal(f"{name}.backward")
+            if type(each) is not torch.Tensor and hasattr(type(each), "checks_operations"):
+                return backward(ctx, *map(_plain, gradients))
+        return backward(ctx, *gradients)
 
     return call
 

@@ -202,7 +202,7 @@ def _linear(
         raise ShapeError(f"linear {plan.k} -> {plan.n}: got a tensor without dims, expected [..., {plan.k_local}]")
     if x.dim() == 1:
         return [y.squeeze(0) for y in _linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
-    dtype = autocast_dtype(x.device)
+    dtype = autocast_dtype(x)
     x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k).contiguous()
     if torch.compiler.is_compiling():
         outputs = _traced_linear(x, weights, biases, plan, epilogue)
@@ -220,26 +220,24 @@ class _Linear(Function):
     ) -> Any:
         count = len(plan.n)
         local = [local_of(parameter) for parameter in parameters]
-        if dtype is not None:
-            local = [_cast(plan.mesh, block, dtype) for block in local]
-        weights = local[:count]
-        ctx.label = plan.label
-        plan.mesh.say(ctx.label)
-        outputs = plan.step.forward(x, weights, local[count:], epilogue)
+        blocks = local if dtype is None else [_cast(plan.mesh, block, dtype) for block in local]
+        weights = blocks[:count]
+        plan.mesh.say(plan.label)
+        outputs = plan.step.forward(x, weights, blocks[count:], epilogue)
         ys, before = outputs[:count], outputs[count:]
         ctx.plan, ctx.parameters, ctx.count, ctx.call = plan, parameters, count, (epilogue, dtype)
         ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
         ctx.shapes = [y.shape for y in ys]
         # as torch.nn: a weight counts where the gradient of x is made of it; a cast one has been copied
-        read = ctx.needs_input_grad[0]
-        ctx.versions = versions_of([("weight", w) for w, block in zip(parameters, weights, strict=False) if read and local_of(w) is block])
+        read = range(count) if ctx.needs_input_grad[0] else ()
+        ctx.versions = versions_of([("weight", parameters[at]) for at in read if local[at] is weights[at]])
         ctx.save_for_backward(x, *weights, *before)
         return tuple(_with_inner_dims(y, x, axis) for y, axis in zip(ys, plan.n_local, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         _Linear.passes += 1
-        check_versions(ctx.label, ctx.plan.mesh, ctx.versions)
+        check_versions(ctx.plan.label, ctx.plan.mesh, ctx.versions)
         if torch.is_grad_enabled():
             return _linear_again(ctx, cotangents)
         owner = ctx.plan.owners[0]() if ctx.plan.owners and profiling() else None
@@ -258,14 +256,14 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     used = [dy is not None for dy in cotangents]
     need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
-    nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need]
     put_off = deferring(parameters)
     here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
     need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
-    plan.mesh.say(ctx.label)
+    plan.mesh.say(plan.label)
     threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
+    nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need and threaded]
     later = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
     dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
     dbs = [_bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)]
@@ -287,7 +285,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
 def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     """The gradients of a linear map that will be differentiated again: see second_order."""
     plan, count, (epilogue, dtype) = ctx.plan, ctx.count, ctx.call
-    second_order.refuse_deferred(ctx.label, plan.mesh, deferring(ctx.parameters))
+    second_order.refuse_deferred(plan.label, plan.mesh, deferring(ctx.parameters))
 
     def compose(x: torch.Tensor, *blocks: torch.Tensor | None) -> list[torch.Tensor]:
         if dtype is not None:
@@ -315,7 +313,7 @@ def _traced_linear(
 ) -> list[torch.Tensor]:
     present = [compiled.block_of(each) for each in (*weights, *biases) if each is not None]
     there = "".join("0" if bias is None else "1" for bias in biases)
-    dtype = autocast_dtype(x.device)
+    dtype = autocast_dtype(x)
     words = [plan.handles[0], epilogue, there, str(dtype).removeprefix("torch.") if dtype else ""]
     return traced("linear", words, [x, *present], len(plan.n))
 

@@ -46,10 +46,11 @@ def matmul(
 def _matmul(
     a: torch.Tensor, b: torch.Tensor, mesh: Mesh, shape: tuple[int, int, int] | None, out_dtype: torch.dtype | None
 ) -> torch.Tensor:
-    for tensor, name in ((a, "a"), (b, "b")):
-        check_local(tensor, f"matmul's {name}", mesh)
-        if tensor.dim() != 2:
-            raise ShapeError(f"matmul: {name} has shape {tuple(tensor.shape)}, expected a matrix")
+    check_local(a, "matmul's a", mesh)
+    check_local(b, "matmul's b", mesh)
+    if a.dim() != 2 or b.dim() != 2:
+        name, tensor = ("a", a) if a.dim() != 2 else ("b", b)
+        raise ShapeError(f"matmul: {name} has shape {tuple(tensor.shape)}, expected a matrix")
     a, b = cast_for_autocast(a), cast_for_autocast(b)
     if out_dtype is not None and out_dtype != a.dtype and not (out_dtype == torch.float32 and a.dtype.itemsize == 2):
         raise ShapeError(f"matmul: got out_dtype={out_dtype}, expected {a.dtype}, that of a, or float32 for operands of 16 bits")
@@ -58,10 +59,11 @@ def _matmul(
     _, k, n = shape or (0, a.shape[1] * pk * pn, b.shape[1] * pn)
     wide = None if out_dtype in (None, a.dtype) else out_dtype
     key = ("matmul", k, n, wide)
-    if key not in mesh.steps:
-        mesh.steps[key] = make_step(mesh, "matmul" if wide is None else "matmul to float32", k, [n], False, None)
+    step = mesh.steps.get(key)
+    if step is None:
+        step = mesh.steps[key] = make_step(mesh, "matmul" if wide is None else "matmul to float32", k, [n], False, None)
     try:
-        return product(a, [b], mesh.steps[key], wide)[0]
+        return product(a, [b], step, wide)[0]
     except ShapeError as error:
         if shape is not None:
             raise

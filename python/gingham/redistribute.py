@@ -39,14 +39,15 @@ from .second_order import like as like
 from .second_order import local_of as local_of
 
 
-def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """The dtype of the torch.autocast region that this call is in, or None outside of one."""
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of the torch.autocast region of x's device that this call is in, or None outside of one."""
+    kind = "cpu" if x.is_cpu else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """What torch.autocast does to an operand of a product: in a region its dtype, unless x is float64 or of integers."""
-    dtype = autocast_dtype(x.device)
+    dtype = autocast_dtype(x)
     return x if dtype in (None, x.dtype) or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
 
 
@@ -56,7 +57,7 @@ def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, featur
     Its gradient is the opposite relayout. Bytes: every word that a rank's new block has and its old one had not, at
     most one message a peer; nothing where the layouts are equal or the new block lies inside the old one.
     """
-    if source == target:
+    if source is target or source == target:
         return x
     checks = mesh.checks
     if checks is not None and hasattr(x, "checks"):

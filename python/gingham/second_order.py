@@ -37,7 +37,8 @@ def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Te
     """A gradient in the form of its parameter."""
     if local is None or not isinstance(parameter, DTensor):
         return local
-    return DTensor(local, parameter._spec, requires_grad=False)
+    # without __init__, which does nothing but costs as much as the rest
+    return DTensor.__new__(DTensor, local, parameter._spec, requires_grad=False)
 
 
 def shaped(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -50,13 +51,13 @@ def alias(x: torch.Tensor) -> torch.Tensor:
     return torch.ops.aten._unsafe_view.default(x, list(x.shape))
 
 
-Versions = tuple[tuple[str, Any, int], ...]
+Versions = list[tuple[str, Any, int]]
 
 
 def versions_of(parameters: Sequence[tuple[str, Any]]) -> Versions:
     """(name, parameter, version) of the DTensors among them. An in-place operation on a DTensor counts up its own version, not that
     of the block which an autograd function saves."""
-    return tuple((name, each, each._version) for name, each in parameters if isinstance(each, DTensor) and not each.is_inference())
+    return [(name, each, each._version) for name, each in parameters if isinstance(each, DTensor) and not each.is_inference()]
 
 
 def check_versions(what: str, mesh: Mesh, versions: Versions) -> None:
@@ -236,9 +237,9 @@ class _Product(Function):
     def forward(ctx: Any, step: Any, count: int, out_dtype: torch.dtype | None, x: torch.Tensor, *weights: torch.Tensor) -> Any:
         ctx.step, ctx.count = step, count
         ctx.save_for_backward(x, *weights)
-        name = "" if out_dtype is None else str(out_dtype).removeprefix("torch.")
-        ys = step.forward(x.contiguous(), _contiguous(weights), [None] * count, out_dtype=name)[:count]
-        return tuple(_with_dims_of(y, x) for y in ys)
+        wide = {} if out_dtype is None else {"out_dtype": str(out_dtype).removeprefix("torch.")}
+        ys = step.forward(x.contiguous(), _contiguous(weights), [None] * count, **wide)
+        return tuple([_with_dims_of(y, x) for y in ys[:count]])
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> Any:

@@ -276,29 +276,39 @@ def said(names: Names) -> str:
     return ", ".join(names)
 
 
-def layer_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A layer's forward that takes Checked tensors and gives them while the step is checked."""
+def layer_forward(forward: Callable[..., Any], profiled: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A layer's forward that takes Checked tensors and gives them while the step is checked. profiled: the forward that torch.profiler
+    sees."""
 
     @wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        checks = None if torch.compiler.is_compiling() or self.mesh is None else self.mesh.checks
-        if checks is None or not any(isinstance(x, Checked) for x in (*args, *kwargs.values())):
-            return forward(self, *(plain(args) if checks is None and _any(args) else args), **kwargs)
-        x = args[0] if args else kwargs.get("x")
-        if isinstance(x, Checked) and checks.again(self, x):
-            return forward(self, *plain(args), **plain(kwargs))
-        ends = self.ends(x) if isinstance(x, Checked) else None
-        if ends is not None and isinstance(x, Checked):
-            checks.take(x, ends[0], type(self).__name__)
-        checks.uses += 1
-        y = forward(self, *plain(args), **plain(kwargs))
-        if ends is None:
-            return y
-        if isinstance(y, tuple):
-            return checks.give(y[0], ends[1]), *y[1:]
-        return checks.give(y, ends[1])
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        run = profiled if profiled is not None and torch.autograd._profiler_enabled() else forward
+        checks = None if self.mesh is None else self.mesh.checks
+        for x in (*args, *kwargs.values()) if kwargs else args:
+            if type(x) is not torch.Tensor and isinstance(x, Checked):
+                return _checked(checks, run, self, args, kwargs)
+        return run(self, *args, **kwargs)
 
     return call
+
+
+def _checked(checks: Checks | None, run: Callable[..., Any], layer: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """A forward on blocks of which one at least is Checked."""
+    x = args[0] if args else kwargs.get("x")
+    if checks is None or isinstance(x, Checked) and checks.again(layer, x):
+        return run(layer, *plain(args), **plain(kwargs))
+    ends = layer.ends(x) if isinstance(x, Checked) else None
+    if ends is not None and isinstance(x, Checked):
+        checks.take(x, ends[0], type(layer).__name__)
+    checks.uses += 1
+    y = run(layer, *plain(args), **plain(kwargs))
+    if ends is None:
+        return y
+    if isinstance(y, tuple):
+        return checks.give(y[0], ends[1]), *y[1:]
+    return checks.give(y, ends[1])
 
 
 def _any(args: Sequence[Any]) -> bool:

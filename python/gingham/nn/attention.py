@@ -138,7 +138,7 @@ class SelfAttention(Layer):
             grouped = self.heads != self.kv_heads
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=self.scale, enable_gqa=grouped)
         k, v = (part.repeat_interleave(self.heads // self.kv_heads, 1) if self.heads != self.kv_heads else part for part in (k, v))
-        if autocast_dtype(q.device) is None:
+        if autocast_dtype(q) is None:
             return self._attend_dropping(q, k, v, mask)
         with torch.autocast(q.device.type, enabled=False):  # it would round the scores to 16 bits
             return self._attend_dropping(q, k, v, mask)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
 from operator import index
 from typing import Any, TypeVar
 from zlib import crc32
@@ -24,7 +23,7 @@ from ..functional import reshard
 from ..layout import Cuts
 from ..mesh import Mesh, current, cuts_of
 from ..named import path_of
-from ..ranges import in_range, profiling
+from ..ranges import in_range
 from ..writes import cut_as, fill
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads
@@ -61,14 +60,7 @@ def digest_of(full: torch.Tensor) -> int:
 
 def _ranged(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A forward that torch.profiler sees by the layer's name."""
-
-    @wraps(forward)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not profiling():
-            return forward(self, *args, **kwargs)
-        return in_range(self, lambda: forward(self, *args, **kwargs))
-
-    return call
+    return lambda self, *args, **kwargs: in_range(self, lambda: forward(self, *args, **kwargs))
 
 
 class Layer(torch.nn.Module):
@@ -98,7 +90,8 @@ class Layer(torch.nn.Module):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "forward" in cls.__dict__:
-            cls.forward = layer_forward(_ranged(cls.__dict__["forward"]))  # type: ignore[method-assign]
+            forward = cls.__dict__["forward"]
+            cls.forward = layer_forward(forward, _ranged(forward))  # type: ignore[method-assign]
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
         """The cuts of the input x and of the output; None: not checked."""
@@ -157,7 +150,9 @@ class Layer(torch.nn.Module):
 
     def operand(self, name: str) -> Any:
         """The parameter as this layer's calls take it: cut again where it is another layer's, or made by a parametrization."""
-        value = getattr(self, name)
+        value: Any = self._parameters.get(name)
+        if value is None:
+            value = getattr(self, name)
         placed = self._placed.get(name)
         if placed is None or not isinstance(value, DTensor) or value.placements == placed:
             return value

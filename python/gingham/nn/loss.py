@@ -48,7 +48,7 @@ def cross_entropy(
         raise ValueError(f"reduction={reduction!r}: expected 'mean', 'sum' or 'none'")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing={label_smoothing}: expected a number from 0 to 1")
-    if logits.dtype.itemsize == 2 and autocast_dtype(logits.device) is not None:
+    if logits.dtype.itemsize == 2 and autocast_dtype(logits) is not None:
         logits = logits.float()
     if weight is not None:
         losses, total = _weighted(logits, target, weight, mesh, layout, ignore_index, label_smoothing, reduction)

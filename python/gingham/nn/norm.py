@@ -70,7 +70,7 @@ class _Norm(Layer):
             )
         if not x.is_floating_point():
             raise TypeError(f"{kind}({self.features}): rank {self.mesh.rank} got x of {x.dtype}, expected a floating dtype")
-        return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x.device) is not None else x
+        return x.float() if x.dtype.itemsize == 2 and x.device.type != "cpu" and autocast_dtype(x) is not None else x
 
     def _call(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
         if torch.compiler.is_compiling():
