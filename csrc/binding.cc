@@ -67,26 +67,27 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-void define_errors(py::module_& m) {
-  py::register_exception<ShapeError>(m, "ShapeError", PyExc_ValueError);
-  py::register_exception<MeshError>(m, "MeshError", PyExc_ValueError);
-  static py::exception<PeerDied> died(m, "PeerDied", PyExc_RuntimeError);
-  static py::exception<PeerStalled> stalled(m, "PeerStalled", PyExc_RuntimeError);
-  static py::exception<PeerOutOfMemory> memory(m, "PeerOutOfMemory", PyExc_MemoryError);
+// Raises the class of gingham/errors.py of that name; it is looked up where one is raised, so that the module below needs no core.
+void raise_in_python(const char* name, const Error& error, std::optional<int> rank = std::nullopt) {
+  py::object instance = py::module_::import("gingham.errors").attr(name)(error.what());
+  if (rank) instance.attr("rank") = *rank;
+  PyErr_SetObject(py::type::handle_of(instance).ptr(), instance.ptr());
+}
+
+void define_errors() {
   py::register_exception_translator([](std::exception_ptr p) {
-    auto raise = [](py::handle type, const PeerError& error) {
-      py::object instance = type(error.what());
-      instance.attr("rank") = error.rank;
-      PyErr_SetObject(type.ptr(), instance.ptr());
-    };
     try {
       if (p) std::rethrow_exception(p);
+    } catch (const ShapeError& error) {
+      raise_in_python("ShapeError", error);
+    } catch (const MeshError& error) {
+      raise_in_python("MeshError", error);
     } catch (const PeerDied& error) {
-      raise(died, error);
+      raise_in_python("PeerDied", error, error.rank);
     } catch (const PeerStalled& error) {
-      raise(stalled, error);
+      raise_in_python("PeerStalled", error, error.rank);
     } catch (const PeerOutOfMemory& error) {
-      raise(memory, error);
+      raise_in_python("PeerOutOfMemory", error, error.rank);
     } catch (const OutOfMemory& error) {
       PyErr_SetString(PyExc_MemoryError, error.what());
     }
@@ -243,7 +244,7 @@ void define_functions(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   using namespace gingham;
   m.doc() = "gingham's C++ core";
-  define_errors(m);
+  define_errors();
   Control::interrupt = check_signals;
   define_job(m);
   define_step(m);

@@ -61,13 +61,13 @@ def serve(rank: int, pipe: Connection) -> None:
     """The loop of one rank; a call's mesh is destroyed before the next call."""
     import torch
 
-    from gingham import job, mesh
+    from gingham import job, native
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     multiprocessing.current_process()._config["daemon"] = False  # ranks have data loaders with workers
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
-    mesh.set_num_threads(1)
+    native.set_num_threads(1)
     gc.freeze()  # what the server imported is never garbage: destroy() need not look through it after every call
     while True:
         try:

@@ -5,20 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-class ShapeError(ValueError): ...
-class MeshError(ValueError): ...
-
-class PeerDied(RuntimeError):
-    rank: int
-
-class PeerStalled(RuntimeError):
-    rank: int
-
-class PeerOutOfMemory(MemoryError):
-    """Memory ran out on another rank: every rank gave up the call, and the mesh can be used again."""
-
-    rank: int
-
 class Label:
     text: str
     def __init__(self, text: str) -> None: ...

@@ -16,7 +16,8 @@ from .convert import parallelize, register_forward_method  # noqa: E402
 from .errors import LayoutError, MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError  # noqa: E402
 from .functional import no_sync  # noqa: E402
 from .job import destroy, init  # noqa: E402
-from .mesh import Mesh, version  # noqa: E402
+from .mesh import Mesh  # noqa: E402
+from .native import version  # noqa: E402
 from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E402
 from .products import matmul  # noqa: E402
 from .spawn import spawn  # noqa: E402

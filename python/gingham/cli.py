@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from . import planner
 from .checkpoint import command as ckpt
@@ -160,12 +159,13 @@ def bench(arguments: list[str]) -> int:
     return subprocess.run([str(binary), *arguments], check=False, env=environment).returncode
 
 
-def cuda_rows(mesh: Any) -> list[tuple[str, str]]:
+def cuda_rows() -> list[tuple[str, str]]:
     """What was built for GPUs, what this machine has, and how far it was ever verified."""
+    from . import native
     from .job import find_nccl
 
     find_nccl()
-    report = mesh.device_report()
+    report = native.device_report()
     if not report["built"]:
         return [("CUDA", f"not built: {report['missing']}")]
     driver = f"driver for CUDA {_cuda(report['driver'])}" if report["driver"] else "no driver"
@@ -177,7 +177,7 @@ def cuda_rows(mesh: Any) -> list[tuple[str, str]]:
         ("NCCL", nccl),
         (
             "Hopper gemm",
-            mesh.hopper_status()
+            native.hopper_status()
             if report["devices"]
             else "compiled only: off until it has been compared with the sm_80 kernel on a device",
         ),
@@ -205,9 +205,9 @@ def doctor() -> int:
     ]
     good = True
     try:
-        from . import mesh
+        from . import native
 
-        rows += [("gingham", mesh.version()), ("BLAS", mesh.blas()), *cuda_rows(mesh)]
+        rows += [("gingham", native.version()), ("BLAS", native.blas()), *cuda_rows()]
     except Exception as error:
         good = False
         rows.append(("gingham", f"cannot be used: {type(error).__name__}: {error}"))

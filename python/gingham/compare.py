@@ -12,7 +12,6 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
-from . import errors
 from .checkpoint.tensors import plain_keys
 from .errors import MeshError
 from .layout import block, coordinates_of, odd_ranks
@@ -20,7 +19,7 @@ from .mesh import Mesh, current, cuts_of
 from .nn.layer import digest_of
 
 
-class Difference(errors._C.MeshError):
+class Difference(MeshError):
     """A converted model that computes other values than its original. where: the first module, output or gradient that differs;
     error: relative, in the Frobenius norm."""
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import _C
+from . import native
 from .errors import MeshError
 from .function import Function
 from .layout import Layout, odd_ranks
@@ -57,14 +57,14 @@ def dropout_place(
 def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
     """dropout by numbers [3 + 2 dims]: the key, the global shape and the start; without a gradient."""
     seed, name, call, *place = numbers.tolist()
-    return _C.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
+    return native.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
 
 
 class _Dropout(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, shape: list[int], start: list[int], job: Any) -> torch.Tensor:
         ctx.arguments = p, key, shape, start, job
-        return _C.dropout(x.contiguous(), p, *key, shape, start, job)
+        return native.dropout(x.contiguous(), p, *key, shape, start, job)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, compiled, formulas, gradients, second_order
+from . import compiled, formulas, gradients, native, second_order
 from .compiled import traced
 from .errors import MeshError, ShapeError
 from .function import Function
@@ -126,16 +126,16 @@ def make_step(
         replicated = False
         if layouts is not None and not set(second) <= set(layouts[index].features):
             if set(second) <= set(layouts[index].rows):
-                return _C.Operand(mesh.axis(second), 0, [], False)
+                return native.Operand(mesh.axis(second), 0, [], False)
             replicated = True
-        return _C.Operand(mesh.axis(second), 1, _points(mesh, block, second), replicated)
+        return native.Operand(mesh.axis(second), 1, _points(mesh, block, second), replicated)
 
     def weight(size: int) -> Any:
         block = mesh.interval(size if swapped else k, second if swapped else first)[1]
-        return _C.Operand(mesh.axis(again), 1 if swapped else 0, _points(mesh, block, again), False)
+        return native.Operand(mesh.axis(again), 1 if swapped else 0, _points(mesh, block, again), False)
 
     along_rows = layouts is not None and any(set(first + second) & set(layout.rows) for layout in layouts)
-    return _C.Step(
+    return native.Step(
         mesh.job,
         name,
         activation(0, k, first, second),
@@ -251,7 +251,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     weights, before = saved[:count], saved[count:]
     dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
     if before:
-        dys = [_C.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
+        dys = [native.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
     need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
     used = [dy is not None for dy in cotangents]
     need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import checks, faults, mesh, random, rendezvous
+from . import checks, faults, mesh, native, random, rendezvous
 from .config import parse_parallel
 from .errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 from .layout import odd_ranks
@@ -82,8 +82,8 @@ def _check_size(axes: Axes, heap: int | None) -> tuple[int, int]:
     rank, world = rendezvous.world()
     if axes.size != world:
         raise MeshError(_wrong_size(axes.size, world))
-    if world > mesh.max_ranks:
-        raise MeshError(f"a mesh has at most {mesh.max_ranks} ranks, those of one host; got {world}")
+    if world > native.max_ranks:
+        raise MeshError(f"a mesh has at most {native.max_ranks} ranks, those of one host; got {world}")
     if heap is not None and heap < 1:
         raise MeshError(f"heap={heap}: expected bytes for each rank, at least 1")
     return rank, world
@@ -187,9 +187,9 @@ def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ..
     rank, timeout = meeting.rank, options[0]
     count = 2 if axes.depth and options[-1] == "cpu" else 1
     if rank == 0:
-        jobs += [mesh.Job(0, axes.size, "", timeout, heap or 0) for _ in range(count)]
+        jobs += [native.Job(0, axes.size, "", timeout, heap or 0) for _ in range(count)]
     description = (
-        f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, heap {heap}, gingham {mesh.version()}"
+        f"{dict(axes.sizes)}, outer {axes.outer}, replicated over {axes.depth}, options {options}, heap {heap}, gingham {native.version()}"
     )
     told = meeting.exchange("described", (description, [job.path for job in jobs]))
     descriptions = [text for text, _ in told]
@@ -197,7 +197,7 @@ def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ..
     if odd:
         raise seen_by_all(MeshError(f"ranks {odd} called init differently: {descriptions[odd[0]]}; the others: {usual}"))
     if rank != 0:
-        jobs += [mesh.Job(rank, axes.size, path, timeout) for path in told[0][1]]
+        jobs += [native.Job(rank, axes.size, path, timeout) for path in told[0][1]]
 
     def ready() -> None:
         for job in jobs:
@@ -223,7 +223,7 @@ def _use_gpu(job: Any) -> torch.device:
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
     find_nccl()
     job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
-    if mesh.fake_device:  # the tests' runtime computes on torch's CPU tensors
+    if native.fake_device:  # the tests' runtime computes on torch's CPU tensors
         return torch.device("cpu")
     torch.cuda.set_device(ordinal)
     return torch.device("cuda", ordinal)
@@ -305,4 +305,4 @@ def find_nccl() -> None:
     except ModuleNotFoundError:
         return
     for folder in (wheel.submodule_search_locations or ()) if wheel else ():
-        mesh.set_nccl_path(str(Path(folder) / "lib" / "libnccl.so.2"))
+        native.set_nccl_path(str(Path(folder) / "lib" / "libnccl.so.2"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import count
-from math import prod
 from typing import Any
 from weakref import WeakSet
 
@@ -13,26 +12,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import _C
+from . import native
 from .compiled import keep, traced
 from .errors import MeshError, ShapeError
 from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
 from .live import Live
 from .modes import Axes as Axes
+from .modes import GridShape, axes_named
 from .modes import axes_of as axes_of
-from .modes import axes_of_device_mesh as axes_of_device_mesh
 from .scatter import Gather, Scatter
-
-Job = _C.Job
-version = _C.version
-set_num_threads = _C.set_num_threads
-device_report, set_nccl_path, fake_device = _C.device_report, _C.set_nccl_path, _C.fake_device
-blas, hopper_status, max_ranks = _C.blas, _C.hopper_status, _C.max_ranks
 
 LABELS = 4096  # kept at a time
 
 
-class Mesh(Live):
+class Mesh(GridShape, Live):
     """Made by `gingham.init`. `coordinates`: this rank's place by axis; `outer`, `inner`: the two activation layouts;
     `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
 
@@ -47,13 +40,12 @@ class Mesh(Live):
         link: tuple[float, float],
         device: torch.device,
     ) -> None:
-        self.axes, self.rank, self.device_mesh, self._link = axes, rank, device_mesh, link
+        super().__init__(axes)
+        self.rank, self.device_mesh, self._link = rank, device_mesh, link
         self.job, self.background = jobs
         self.device = device
-        self.source, self.slices, self.size = source, slices, axes.size
-        self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
+        self.source, self.slices = source, slices
         self.coordinates = coordinates_of(rank, self.sizes)
-        self.grid = tuple(self.parts(names) for names in (axes.m, axes.n, axes.k))
         every = tuple(self.sizes)
         groups: dict[str, Names] = {name: (name,) for name in every if self.sizes[name] > 1}
         groups |= {key: names for key, names in {"m": axes.m, "features": axes.outer.features}.items() if len(names) > 1}
@@ -61,7 +53,7 @@ class Mesh(Live):
         self._axes: dict[frozenset[str], Any] = {}
         self._keys: dict[str, Any] = {}
         for key, names in groups.items():
-            self._keys[key] = _C.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
+            self._keys[key] = native.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
             self._axes[frozenset(names)] = self._keys[key]
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
@@ -73,15 +65,12 @@ class Mesh(Live):
         self.depth_sums: Any = None
         self.ended = False
         self._background: Any = None
-        self.world = _C.Axis(self.job, indices["world"], list(range(self.size)), source, *link)
+        self.world = native.Axis(self.job, indices["world"], list(range(self.size)), source, *link)
         if len(groups) > 1:
             self._keys["world"] = self.world
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
-
-    def parts(self, names: Names) -> int:
-        return prod(self.sizes[name] for name in names)
 
     def axis(self, names: Names) -> Any:
         """The communicator over the axes `names` in mesh order, or None where it would have one rank."""
@@ -95,12 +84,6 @@ class Mesh(Live):
         kept = frozenset(name for name in names if self.sizes[name] > 1)
         joint = kept in self._axes or len(kept) == sum(size > 1 for size in self.sizes.values())
         return [self.axis(names)] if joint and kept else [self._axes[frozenset((name,))] for name in self.sizes if name in kept]
-
-    def layout(self, name: str) -> Layout:
-        """ "outer", "inner" or "rows": outer's rows with whole features."""
-        if name not in ("outer", "inner", "rows"):
-            raise MeshError(f"layout={name!r}: expected 'outer', 'inner' or 'rows'")
-        return {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}[name]
 
     def interval(self, size: int, names: Names) -> Interval:
         """(offset, length) of this rank's piece of a dim of `size` cut over the axes `names`."""
@@ -197,7 +180,7 @@ class Mesh(Live):
         if known is None:
             if len(self._labels) >= LABELS:
                 self._labels.clear()
-            known = self._labels[label] = _C.Label(label)
+            known = self._labels[label] = native.Label(label)
         self.job.say(known) if moves else self.job.note(known)
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
@@ -213,7 +196,7 @@ class Mesh(Live):
         """A second communicator over depth, in a job of its own, for a thread beside the main one; counted under depth."""
         if self._background is None:
             ranks = members(self.axes.depth, self.sizes, self.coordinates)
-            self._background = _C.Axis(self.background, 0, ranks, self.source, *self._link)
+            self._background = native.Axis(self.background, 0, ranks, self.source, *self._link)
         return self._background
 
     def background_empty(self, like: torch.Tensor) -> torch.Tensor:
@@ -254,6 +237,11 @@ def has_mesh() -> bool:
 
 
 _alive: WeakSet[Mesh] = WeakSet()
+
+
+def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
+    """The axes of a torch DeviceMesh. Raises MeshError where its dims' names are those of no mode."""
+    return axes_named(device_mesh.mesh_dim_names or (), device_mesh.shape)
 
 
 def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, prod
 
-from torch.distributed.device_mesh import DeviceMesh
-
 from .errors import MeshError
 from .layout import Layout, Names
 
@@ -34,6 +32,28 @@ class Axes:
     @property
     def size(self) -> int:
         return prod(self.sizes.values())
+
+
+class GridShape:
+    """What arithmetic needs of a grid: axes, sizes, layouts. A Mesh is one on which calls run; the planner's are only thought of.
+
+    `grid`: (pm, pn, pk); `outer`, `inner`: the two activation layouts.
+    """
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes, self.size = axes, axes.size
+        self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
+        self.grid = tuple(self.parts(names) for names in (axes.m, axes.n, axes.k))
+
+    def parts(self, names: Names) -> int:
+        """The number of pieces that the axes `names` cut a dim into."""
+        return prod(self.sizes[name] for name in names)
+
+    def layout(self, name: str) -> Layout:
+        """ "outer", "inner" or "rows": outer's rows with whole features."""
+        if name not in ("outer", "inner", "rows"):
+            raise MeshError(f"layout={name!r}: expected 'outer', 'inner' or 'rows'")
+        return {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}[name]
 
 
 def axes_of(
@@ -130,9 +150,9 @@ def _without_size_one(axes: Axes) -> Axes:
     return replace(axes, m=kept(axes.m), n=kept(axes.n), k=kept(axes.k), depth=kept(axes.depth), outer=outer, inner=inner)
 
 
-def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
-    """The axes of a torch DeviceMesh, by its dim names: (tp), (row, col), (depth, row, col) or (k, n, m)."""
-    names, shape = tuple(device_mesh.mesh_dim_names or ()), tuple(device_mesh.shape)
+def axes_named(names: Sequence[str], shape: Sequence[int]) -> Axes:
+    """The axes of a torch DeviceMesh, by its dims' names and sizes: (tp), (row, col), (depth, row, col) or (k, n, m)."""
+    names, shape = tuple(names), tuple(shape)
     if names == ("k", "n", "m"):
         return axes_of(None, grid=(shape[2], shape[1], shape[0]))
     modes = {("tp",): "1d", ("row", "col"): "2d", ("depth", "row", "col"): "2.5d"}

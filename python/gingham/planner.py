@@ -19,9 +19,9 @@ from rich.console import Console
 
 from . import formulas
 from .errors import MeshError
-from .formulas import Outline, largest
+from .formulas import largest
 from .layout import Layout
-from .mesh import axes_of
+from .modes import GridShape, axes_of
 from .options import number, whole
 from .shown import amount, show
 from .workload import Attention, Linears, Norm, Part, Table, Workload, gpt
@@ -94,7 +94,7 @@ def choose(workload: Workload, ranks: int, machine: Machine | None = None) -> Ch
 
 
 def _cost(arguments: dict[str, Any], workload: Workload, machine: Machine) -> Choice:
-    grid = Outline(axes_of(**arguments))
+    grid = GridShape(axes_of(**arguments))
     costs = [(times, _part_cost(grid, part, workload)) for times, part in workload.parts]
     received, messages, parameters, kept, flops = (sum(times * cost[index] for times, cost in costs) for index in range(5))
     memory = workload.item * ((2 + workload.states) * parameters + kept)
@@ -105,7 +105,7 @@ def _cost(arguments: dict[str, Any], workload: Workload, machine: Machine) -> Ch
     return Choice(arguments, grid.grid, received, messages, memory, seconds, reason)
 
 
-def _impossible(grid: Outline, part: Part) -> str:
+def _impossible(grid: GridShape, part: Part) -> str:
     if isinstance(part, Attention):
         ranks = grid.parts(grid.inner.features)
         for name, heads in (("heads", part.heads), ("key and value heads", part.kv_heads)):
@@ -114,7 +114,7 @@ def _impossible(grid: Outline, part: Part) -> str:
     return ""
 
 
-def _part_cost(grid: Outline, part: Part, workload: Workload) -> tuple[int, int, int, int, int]:
+def _part_cost(grid: GridShape, part: Part, workload: Workload) -> tuple[int, int, int, int, int]:
     """(bytes of all ranks, messages of one, words of parameters on the fullest rank, words it keeps for backward, its flops)."""
     item, tokens = workload.item, workload.batch * workload.context
     if isinstance(part, Linears):
@@ -137,12 +137,12 @@ def _part_cost(grid: Outline, part: Part, workload: Workload) -> tuple[int, int,
     return received, formulas.cross_entropy_messages(grid, grid.inner), 0, kept, 0
 
 
-def _block(grid: Outline, workload: Workload, features: int, layout: Layout) -> int:
+def _block(grid: GridShape, workload: Workload, features: int, layout: Layout) -> int:
     """Words of the largest block of an activation [batch, context, features], cut along the batch."""
     return largest(grid, workload.batch, layout.rows) * workload.context * largest(grid, features, layout.features)
 
 
-def _linears_cost(grid: Outline, part: Linears, workload: Workload) -> tuple[int, int, int, int, int]:
+def _linears_cost(grid: GridShape, part: Linears, workload: Workload) -> tuple[int, int, int, int, int]:
     swapped = trades(grid, part)
     tokens = workload.batch * workload.context
     given, into = (grid.layout(end) for end in part.layout.split("->"))
@@ -163,7 +163,7 @@ def _linears_cost(grid: Outline, part: Linears, workload: Workload) -> tuple[int
     return workload.item * words, messages, held, kept, flops
 
 
-def trades(grid: Outline, part: Linears) -> bool:
+def trades(grid: GridShape, part: Linears) -> bool:
     """Whether n and k trade places in these linears: the layout decides where outer and inner differ, else the bytes."""
     if grid.outer != grid.inner:
         return part.layout == "inner->outer"

@@ -29,7 +29,7 @@ from typing import Any
 import cloudpickle
 import torch
 
-from . import job, mesh, rendezvous
+from . import job, native, rendezvous
 from .errors import PeerDied, PeerOutOfMemory, PeerStalled
 
 # a function of the caller's script may name torch.ops, or an operation of it, which travels by its name
@@ -136,7 +136,7 @@ def _serve(rank: int, caller: int, environment: dict[str, str], payload: bytes, 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    mesh.set_num_threads(1)
+    native.set_num_threads(1)
     try:
         fn, args = cloudpickle.loads(payload)
         answer = cloudpickle.dumps((fn(rank, *args), None, ""))

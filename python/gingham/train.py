@@ -26,8 +26,9 @@ import gingham
 
 from . import cost, shown
 from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
-from .mesh import axes_of, fake_device, max_ranks
+from .mesh import axes_of
 from .modes import Axes
+from .native import fake_device, max_ranks
 from .shown import amount
 
 MESHES = {"1d": 8, "2d": 4, "2.5d": 8, "3d": 8}  # ranks that a mode takes unless --ranks says otherwise

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the pac
 
 SCRIPT = """
 import json, torch, gingham
-from gingham import mesh
-found = {"report": mesh.device_report()}
+from gingham import native
+found = {"report": native.device_report()}
 gingham.init(mode="1d", size=1)
 x = torch.randn(4, 8, requires_grad=True)
 layer = gingham.nn.Linear(8, 3)

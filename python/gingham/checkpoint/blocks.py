@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from .._C import crc32c
+from ..native import crc32c
 from . import folders
 from .metadata import METADATA, read_metadata
 from .together import CheckpointError

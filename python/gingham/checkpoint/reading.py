@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from .._C import crc32c
+from ..native import crc32c
 from . import folders
 from .blocks import BUFFER, Block, Opened, damaged
 from .tensors import LoadPlanner
