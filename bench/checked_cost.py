@@ -16,7 +16,7 @@ import time
 import torch
 
 import gingham
-from gingham.gpt import GPT, Shape, parallel_kit
+from gingham.commands.gpt import GPT, Shape, parallel_kit
 
 
 def lives(rank: int, count: int) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ import torch
 from launch import arguments, launch
 
 import gingham
-from gingham.gpt import GPT, Shape, batches, parallel_kit, read_text, serial_kit
+from gingham.commands.gpt import GPT, Shape, batches, parallel_kit, read_text, serial_kit
 
 
 def train(model: Any, options: Any, mesh: gingham.Mesh | None) -> list[float]:

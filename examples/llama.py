@@ -11,7 +11,7 @@ from launch import arguments, launch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import gingham
-from gingham.gpt import batches, read_text
+from gingham.commands.gpt import batches, read_text
 
 
 def build() -> LlamaForCausalLM:

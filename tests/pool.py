@@ -18,8 +18,8 @@ from typing import Any
 
 import cloudpickle
 
-from gingham import rendezvous
-from gingham.spawn import rank_environment
+from gingham.launch import rendezvous
+from gingham.launch.spawn import rank_environment
 
 # seconds in every rank, once in their server; those not installed are left out
 MODELS = [f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "bert", "vit")]
@@ -39,7 +39,7 @@ def _answer(rank: int, message: bytes) -> bytes:
     import torch
 
     from gingham import checks
-    from gingham.job import report_failure
+    from gingham.launch.init import report_failure
 
     try:
         fn, args, environment = cloudpickle.loads(message)
@@ -61,7 +61,8 @@ def serve(rank: int, pipe: Connection) -> None:
     """The loop of one rank; a call's mesh is destroyed before the next call."""
     import torch
 
-    from gingham import job, native
+    from gingham import native
+    from gingham.launch import init
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     multiprocessing.current_process()._config["daemon"] = False  # ranks have data loaders with workers
@@ -75,7 +76,7 @@ def serve(rank: int, pipe: Connection) -> None:
         except EOFError:
             return
         pipe.send_bytes(_answer(rank, message))
-        job.destroy()
+        init.destroy()
 
 
 class Pool:

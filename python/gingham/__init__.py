@@ -9,18 +9,25 @@ if not _sys.platform.startswith("linux"):
 if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"gingham needs torch 2.10 or newer (DLPack's C exchange API); found torch {_torch.__version__}")
 
-from . import dtensors, integrations, nn, optimizers, writes  # noqa: E402, F401
+from . import integrations, nn  # noqa: E402
+from .autograd.gradients import no_sync  # noqa: E402
+from .autograd.matmul import matmul  # noqa: E402
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
-from .compare import check, check_replicas  # noqa: E402
+from .convert import compare as compare  # noqa: E402
 from .convert import parallelize, register_forward_method  # noqa: E402
+from .convert.compare import check, check_replicas  # noqa: E402
 from .errors import LayoutError, MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError  # noqa: E402
-from .functional import no_sync  # noqa: E402
-from .job import destroy, init  # noqa: E402
+from .integrations import optimizers as optimizers  # noqa: E402
+from .launch.init import destroy, init  # noqa: E402
+from .launch.spawn import spawn  # noqa: E402
 from .mesh import Mesh  # noqa: E402
+from .mesh import dtensors as dtensors  # noqa: E402
+from .mesh import writes as writes  # noqa: E402
 from .native import version  # noqa: E402
 from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E402
-from .products import matmul  # noqa: E402
-from .spawn import spawn  # noqa: E402
+from .plan import Machine, Workload  # noqa: E402
+from .plan import choose as planner  # noqa: E402, F401
+from .plan import workload as workload  # noqa: E402
 
 integrations.install()
 __version__ = version()
@@ -28,12 +35,14 @@ __all__ = [
     "CheckpointError",
     "GradScaler",
     "LayoutError",
+    "Machine",
     "Mesh",
     "MeshError",
     "PeerDied",
     "PeerOutOfMemory",
     "PeerStalled",
     "ShapeError",
+    "Workload",
     "accuracy",
     "check",
     "check_replicas",

@@ -9,7 +9,7 @@ import torch
 
 import gingham
 from gingham import nn
-from gingham.config import parse_parallel
+from gingham.launch.parallel_config import parse_parallel
 from gingham.mesh import axes_of, axes_of_device_mesh
 from grids import GRIDS, ranks_of, relative
 

@@ -31,7 +31,7 @@ class Run:
 
     def __init__(self, grid: dict[str, Any], seed: int = 3) -> None:
         import gingham
-        from gingham.gpt import GPT, Shape, parallel_kit, serial_kit
+        from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
 
         self.mesh = gingham.init(**grid) if grid else None
         torch.manual_seed(seed)
@@ -192,7 +192,7 @@ def test_a_serial_run_moves_to_a_grid(ranks: Any, tmp_path: Path) -> None:
 def footprint(rank: int) -> tuple[int, dict[str, tuple[int, int]]]:
     """Bytes of parameters, gradients and AdamW state here, and (bytes here, whole) of each parameter."""
     import gingham
-    from gingham.gpt import GPT, Shape, parallel_kit
+    from gingham.commands.gpt import GPT, Shape, parallel_kit
 
     mesh = gingham.init(mode="2.5d", size=8, depth=2, shard_depth=True)
     model = GPT(parallel_kit(mesh), Shape(layers=2, width=512, heads=8, context=64, dropout=0.0))
@@ -211,7 +211,7 @@ def footprint(rank: int) -> tuple[int, dict[str, tuple[int, int]]]:
 
 def test_memory_per_rank_is_an_eighth_of_serial(ranks: Any) -> None:
     """2.5d with the weights cut over depth too: <= 1.1 x serial / 8, and only biases and norms are held more than once."""
-    from gingham.gpt import GPT, Shape, serial_kit
+    from gingham.commands.gpt import GPT, Shape, serial_kit
 
     model = GPT(serial_kit(), Shape(layers=2, width=512, heads=8, context=64, dropout=0.0))
     serial = sum(4 * weight.numel() * weight.element_size() + 4 for weight in model.parameters())

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import gingham
-from gingham.cli import main
+from gingham.commands.cli import main
 
 
 def net(value: float) -> torch.nn.Module:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import gingham
 from gingham.checkpoint import blocks
-from gingham.cli import main
+from gingham.commands.cli import main
 
 Files = dict[str, bytes]
 

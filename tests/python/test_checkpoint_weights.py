@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import gingham
 from gingham.checkpoint import weights
-from gingham.cli import main
+from gingham.commands.cli import main
 
 GRIDS: list[Any] = [
     dict(mode="2.5d", size=8, depth=2),
@@ -23,7 +23,7 @@ Bits = dict[str, torch.Tensor]
 
 
 def serial(seed: int = 3, **changed: Any) -> torch.nn.Module:
-    from gingham.gpt import GPT, Shape, serial_kit
+    from gingham.commands.gpt import GPT, Shape, serial_kit
 
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -34,7 +34,7 @@ def serial(seed: int = 3, **changed: Any) -> torch.nn.Module:
 
 
 def parallel(grid: dict[str, Any], seed: int, **changed: Any) -> torch.nn.Module:
-    from gingham.gpt import GPT, Shape, parallel_kit
+    from gingham.commands.gpt import GPT, Shape, parallel_kit
 
     mesh = gingham.init(**grid)
     torch.manual_seed(seed)
@@ -228,7 +228,7 @@ def test_convert_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
     model = torch.nn.Sequential(*[torch.nn.Linear(1024, 1024, bias=False) for _ in range(24)])
     gingham.save(model, None, tmp_path / "run")
     script = (
-        "import resource, sys\nfrom gingham.cli import main\n"
+        "import resource, sys\nfrom gingham.commands.cli import main\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "assert main(['ckpt', 'convert', *sys.argv[1:]]) == 0\n"
         "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"

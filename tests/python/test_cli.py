@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 
 import gingham
-from gingham import shown
-from gingham.cli import main
+from gingham.commands.cli import main
+from gingham.plan import tables
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -148,15 +148,15 @@ def test_d_convert_writes_no_safetensors_among_checkpoints(tmp_path: Path, capsy
 
 def rendered(width: int, rows: list[tuple[str, ...]], **more: Any) -> str:
     console = Console(file=io.StringIO(), width=width)
-    shown.show(console, "a model", ("layer", "kind", "here", "bytes"), rows, ("bytes",), **more)
+    tables.show(console, "a model", ("layer", "kind", "here", "bytes"), rows, ("bytes",), **more)
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_d_tables_fold_equal_blocks_and_never_cut_a_number() -> None:
     rows = [(f"transformer.blocks.{i}.{name}", "linear, swapped", "123456 x 654321", "3.34 MB") for i in range(12) for name in ("q", "fc")]
-    folded = shown.fold([*rows, ("head", "linear", "8 x 8", "1 B"), ("transformer.blocks.13.q", *rows[0][1:])])
+    folded = tables.fold([*rows, ("head", "linear", "8 x 8", "1 B"), ("transformer.blocks.13.q", *rows[0][1:])])
     assert [row[0] for row in folded] == ["transformer.blocks.0-11.q", "transformer.blocks.13.q", "transformer.blocks.0-11.fc", "head"]
-    assert shown.fold([("a.0.x", "1"), ("a.1.x", "2")]) == [("a.0.x", "1"), ("a.1.x", "2")]
+    assert tables.fold([("a.0.x", "1"), ("a.1.x", "2")]) == [("a.0.x", "1"), ("a.1.x", "2")]
     for width in (40, 60, 80, 200):
         text = rendered(width, folded, total=("all", "", "", "40.1 MB"))
         assert "…" not in text and "123456" in text and "654321" in text and "40.1" in text
@@ -169,7 +169,7 @@ def test_d_tables_fold_equal_blocks_and_never_cut_a_number() -> None:
     [(0, "0 B"), (999, "999 B"), (1000, "1.00 KB"), (999_600, "1.00 MB"), (33_500_000, "33.5 MB"), (2.15e9, "2.15 GB"), (123e12, "123 TB")],
 )
 def test_d_bytes_have_units(size: float, text: str) -> None:
-    assert shown.amount(size) == text
+    assert tables.amount(size) == text
 
 
 def printed(rank: int, width: int) -> str:
@@ -178,14 +178,14 @@ def printed(rank: int, width: int) -> str:
 
     import torch
 
-    from gingham.convert import _parallelize, plan
+    from gingham.convert import _parallelize, table
 
     mesh = gingham.init(mode="2d", size=4)
     layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     model = torch.nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        plan.show(_parallelize(model, mesh, "full", None, ()), 1024, width)
+        table.show(_parallelize(model, mesh, "full", None, ()), 1024, width)
     return out.getvalue()
 
 

@@ -9,7 +9,8 @@ import torch
 
 import families
 import gingham
-from gingham import gpt, nn
+from gingham import nn
+from gingham.commands import gpt
 from grids import GRIDS, ranks_of, relative
 
 Model = Callable[..., torch.Tensor]

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import gingham
-from gingham import faults, nn
+from gingham import nn
+from gingham.launch import faults
 from grids import GRIDS, ranks_of
 from pool import RankError
 
@@ -37,7 +38,7 @@ def steps(rank: int, name: str, fault: str, folder: str, timeout: float = 60.0) 
         for _ in range(200):
             mesh.gather(x)
     except BaseException as error:
-        from gingham.job import report_failure
+        from gingham.launch.init import report_failure
 
         report_failure(error)
         return type(error).__name__, getattr(error, "rank", None), str(error), time.monotonic()

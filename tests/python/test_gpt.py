@@ -20,7 +20,7 @@ def parallel_gradients(rank: int, grid: dict[str, Any], batch: int) -> tuple[flo
     from torch.distributed.tensor.debug import CommDebugMode
 
     import gingham
-    from gingham.gpt import GPT, Shape, parallel_kit
+    from gingham.commands.gpt import GPT, Shape, parallel_kit
 
     mesh = gingham.init(**grid)
     torch.manual_seed(3)
@@ -35,7 +35,7 @@ def parallel_gradients(rank: int, grid: dict[str, Any], batch: int) -> tuple[flo
 
 
 def serial_gradients(batch: int, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
-    from gingham.gpt import GPT, Shape, serial_kit
+    from gingham.commands.gpt import GPT, Shape, serial_kit
 
     torch.manual_seed(3)
     model = GPT(serial_kit(), Shape(**SHAPE)).to(dtype)

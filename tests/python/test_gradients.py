@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import gingham
-from gingham import gradients
+from gingham.autograd import gradients
 from grids import relative, whole
 
 Pair = tuple[torch.nn.Linear, torch.nn.Linear]

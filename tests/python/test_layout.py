@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gingham import layout
-from gingham.layout import Layout
+from gingham.mesh import layout
+from gingham.mesh.layout import Layout
 
 SIZES = {"k": 2, "n": 3, "m": 2}
 

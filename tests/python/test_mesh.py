@@ -105,7 +105,7 @@ def test_from_a_device_mesh(ranks) -> None:
     def make(rank: int) -> tuple[Any, ...]:
         from torch.distributed.device_mesh import init_device_mesh
 
-        from gingham import rendezvous
+        from gingham.launch import rendezvous
 
         rendezvous.make_process_group()
         mesh = gingham.init(init_device_mesh("cpu", (2, 2, 2), mesh_dim_names=("depth", "row", "col")))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import gingham
-from gingham.config import parse_parallel
+from gingham.launch.parallel_config import parse_parallel
 from gingham.mesh import axes_of
 
 # configuration, number of ranks -> (pm, pn, pk), or what is not built yet

@@ -9,8 +9,9 @@ import torch
 
 import gingham
 import theory
-from gingham import planner, workload
-from gingham.cli import main
+from gingham.commands.cli import main
+from gingham.launch.describe import describe
+from gingham.plan import choose, workload
 from theory import nested_cuts
 
 GRID = tuple[int, int, int]
@@ -154,7 +155,7 @@ def test_the_choice_is_within_5_percent_of_brute_force(forced: Any, model: str, 
     limit = sorted(brute.memory for _, brute in every)[len(every) // 2] if limited else float("inf")
     fitting = [(arguments, brute) for arguments, brute in every if brute.memory <= limit]
     described = workload.gpt(*MODELS[model])
-    choice = planner.choose(described, ranks, planner.Machine(*MACHINES[machine], memory=limit))
+    choice = choose.choose(described, ranks, choose.Machine(*MACHINES[machine], memory=limit))
     chosen = next(brute for arguments, brute in fitting if same(arguments, choice.arguments))
     assert chosen.seconds <= 1.05 * min(brute.seconds for _, brute in fitting)
     assert (choice.received, choice.messages, choice.memory) == (chosen.received, chosen.messages, chosen.memory)
@@ -163,7 +164,7 @@ def test_the_choice_is_within_5_percent_of_brute_force(forced: Any, model: str, 
 def test_every_grid_is_planned_with_the_brute_forces_numbers(forced: Any) -> None:
     for model, ranks in (("small", 8), ("uneven", 12)):
         described = workload.gpt(*MODELS[model])
-        planned = planner.plans(described, ranks, planner.Machine(*MACHINES["host"]))
+        planned = choose.plans(described, ranks, choose.Machine(*MACHINES["host"]))
         every = forced(model, ranks, "host")
         assert len(planned) == len(every)
         for arguments, brute in every:
@@ -174,21 +175,21 @@ def test_every_grid_is_planned_with_the_brute_forces_numbers(forced: Any) -> Non
 
 
 def test_answers_1d_when_1d_is_best_and_a_grid_when_not() -> None:
-    assert planner.choose(workload.gpt(2, 256, 8, 1, 16), 8).name == "1d"
-    assert planner.choose(workload.gpt(4, 256, 8, 8, 128), 8).name == "1d"
-    assert planner.choose(workload.gpt(4, 256, 8, 32, 128), 8).name == "2.5d depth=2"
-    big = planner.choose(workload.gpt(2, 1024, 16, 64, 512), 64)
+    assert choose.choose(workload.gpt(2, 256, 8, 1, 16), 8).name == "1d"
+    assert choose.choose(workload.gpt(4, 256, 8, 8, 128), 8).name == "1d"
+    assert choose.choose(workload.gpt(4, 256, 8, 32, 128), 8).name == "2.5d depth=2"
+    big = choose.choose(workload.gpt(2, 1024, 16, 64, 512), 64)
     assert (
-        big.grid[0] > 1 and big.received < next(c for c in planner.plans(workload.gpt(2, 1024, 16, 64, 512), 64) if c.name == "1d").received
+        big.grid[0] > 1 and big.received < next(c for c in choose.plans(workload.gpt(2, 1024, 16, 64, 512), 64) if c.name == "1d").received
     )
 
 
 def test_what_is_not_possible_says_why() -> None:
     described = workload.gpt(2, 96, 6, 8, 16)
-    reasons = {choice.name: choice.reason for choice in planner.plans(described, 4)}
+    reasons = {choice.name: choice.reason for choice in choose.plans(described, 4)}
     assert reasons["1d"] == "6 heads do not divide by 4 feature ranks" and not reasons["2d"]
     with pytest.raises(gingham.MeshError, match="no grid of 4 ranks fits.*needs .* GB a rank"):
-        planner.choose(described, 4, planner.Machine(memory=1e3))
+        choose.choose(described, 4, choose.Machine(memory=1e3))
 
 
 COUNTED: dict[int, list[dict[str, Any]]] = {
@@ -207,7 +208,7 @@ COUNTED: dict[int, list[dict[str, Any]]] = {
 
 def one_step(rank: int, grids: list[dict[str, Any]], size: dict[str, int]) -> list[tuple[int, int, int]]:
     """(bytes received, messages, bytes of weights, gradients and AdamW's moments) of this rank, by grid."""
-    from gingham.gpt import GPT, VOCABULARY, Shape, parallel_kit
+    from gingham.commands.gpt import GPT, VOCABULARY, Shape, parallel_kit
 
     found = []
     for grid in grids:
@@ -233,7 +234,7 @@ def test_predicted_bytes_are_the_bytes_counted_in_a_run(ranks: Any, ranks_used: 
     size = dict(layers=1, width=72, heads=24, batch=7, context=5)
     described = workload.gpt(**size)
     answers = ranks(ranks_used)(one_step, COUNTED[ranks_used], size)
-    planned = planner.plans(described, ranks_used)
+    planned = choose.plans(described, ranks_used)
     for index, arguments in enumerate(COUNTED[ranks_used]):
         choice = next(choice for choice in planned if same(arguments, choice.arguments))
         received, messages, held = zip(*(answer[index] for answer in answers), strict=True)
@@ -244,7 +245,7 @@ def test_predicted_bytes_are_the_bytes_counted_in_a_run(ranks: Any, ranks_used: 
 
 
 def choose_alike(rank: int) -> tuple[Any, ...]:
-    from gingham.gpt import GPT, Shape, serial_kit
+    from gingham.commands.gpt import GPT, Shape, serial_kit
 
     with torch.device("meta"):
         model = GPT(serial_kit(), Shape(2, 256, 8, 16, 0.0))
@@ -257,7 +258,7 @@ def choose_alike(rank: int) -> tuple[Any, ...]:
 
 def test_init_auto(ranks: Any) -> None:
     answers = ranks(8)(choose_alike)
-    expected = planner.choose(workload.gpt(2, 1024, 16, 64, 512), 8, planner.Machine(latency=0.0)).grid
+    expected = choose.choose(workload.gpt(2, 1024, 16, 64, 512), 8, choose.Machine(latency=0.0)).grid
     assert answers == [((1, 8, 1), expected, 64.0)] * 8 and expected != (1, 8, 1)
     for wrong, message in (
         (dict(), "expected a torch.nn.Module and tokens="),
@@ -277,19 +278,19 @@ def merged(described: workload.Workload) -> dict[Any, int]:
 
 
 def test_describe_reads_what_gpt_says() -> None:
-    from gingham.gpt import GPT, Shape, parallel_kit, serial_kit
+    from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
 
     expected = merged(workload.gpt(3, 64, 4, 5, 16))
     with torch.device("meta"):
         model = GPT(serial_kit(), Shape(3, 64, 4, 16, 0.1))
-    assert merged(workload.describe(model, 5, 16)) == expected
+    assert merged(describe(model, 5, 16)) == expected
     gingham.init()
     try:
-        assert merged(workload.describe(GPT(parallel_kit(gingham.mesh.current()), Shape(3, 64, 4, 16, 0.1)), 5, 16)) == expected
+        assert merged(describe(GPT(parallel_kit(gingham.mesh.current()), Shape(3, 64, 4, 16, 0.1)), 5, 16)) == expected
     finally:
         gingham.destroy()
     stack = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(32, 4, 64), 2, enable_nested_tensor=False)
-    parts = merged(workload.describe(stack, 2, 4))
+    parts = merged(describe(stack, 2, 4))
     for part in (
         workload.Linears(32, (32, 32, 32), "outer->inner"),
         workload.Linears(32, (64,), "outer->inner", kept=1),
@@ -297,7 +298,7 @@ def test_describe_reads_what_gpt_says() -> None:
         workload.Attention(32, 4, 4),
     ):
         assert parts[part] == 2
-    assert workload.describe(stack, 2, 4).parameters() == sum(p.numel() for p in stack.parameters())
+    assert describe(stack, 2, 4).parameters() == sum(p.numel() for p in stack.parameters())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert", "vit"])
@@ -307,7 +308,7 @@ def test_describe_counts_the_parameters_of_hugging_face_models(family: str) -> N
 
     with torch.random.fork_rng():
         model = build(family)
-    described = workload.describe(model, 4, 8)
+    described = describe(model, 4, 8)
     whole = sum(parameter.numel() for parameter in model.parameters())
     # tied heads count twice, class tokens, positions and convolutions not at all
     assert 0.75 * whole <= described.parameters() <= 1.3 * whole, (described.parameters(), whole)

@@ -21,7 +21,7 @@ def options(**changed: Any) -> Namespace:
 
 
 def curve(rank: int, chosen: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
-    from gingham import train
+    from gingham.commands import train
 
     return train.run(rank, chosen, grid)
 
@@ -29,7 +29,7 @@ def curve(rank: int, chosen: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
 def serial(chosen: Namespace) -> dict[str, Any]:
     from rich.console import Console
 
-    from gingham import train
+    from gingham.commands import train
 
     return train.train_serial(chosen, Console(quiet=True))
 

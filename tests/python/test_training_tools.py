@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 import gingham
 import theory
-from gingham import gpt, nn
-from gingham.redistribute import relayout
+from gingham import nn
+from gingham.autograd.relayout import relayout
+from gingham.commands import gpt
 from grids import GRIDS, grids, ranks_of, relative, whole
 
 

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..layout import block
 from ..mesh import has_mesh
+from ..mesh.layout import block
 from .metadata import uncovered
 from .together import CheckpointError
 

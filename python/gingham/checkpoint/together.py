@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .. import faults
 from ..errors import MeshError, PeerDied, PeerStalled
+from ..launch import faults
 from ..mesh import current, has_mesh
 
 BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled

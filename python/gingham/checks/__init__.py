@@ -27,8 +27,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LayoutError
-from ..layout import Cuts, Layout, Names, odd_ranks
 from ..mesh import Mesh
+from ..mesh.layout import Cuts, Layout, Names, odd_ranks
 from .notes import Notes
 from .rules import After, Unknown, Wrong, words
 from .table import rule_of

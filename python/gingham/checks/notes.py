@@ -12,8 +12,8 @@ from zlib import crc32
 
 import torch
 
-from ..layout import Names, odd_ranks
 from ..mesh import Mesh
+from ..mesh.layout import Names, odd_ranks
 from .rules import Wrong
 
 MOST = 500  # notes that are kept

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..layout import Cuts, Names
+from ..mesh.layout import Cuts, Names
 
 After = Callable[[Any], Any] | None
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], After]

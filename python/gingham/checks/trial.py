@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from ..layout import Names
+from ..mesh.layout import Names
 from .rules import SCRAMBLED, After, Unknown, Wrong, described, is_checked, name_of, plain_parameters
 from .rules import random as random_rule
 

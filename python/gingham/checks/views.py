@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..layout import Cuts, Names
+from ..mesh.layout import Cuts, Names
 from .rules import SCRAMBLED, After, Unknown, Wrong, any_cut, checked_in, described, is_checked, mark, name_of, plain_parameters
 
 

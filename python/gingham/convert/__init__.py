@@ -17,9 +17,9 @@ from .entry import enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
 from .layers import Conversion
 from .losses import is_transformers
-from .plan import show
 from .regions import STACKS, batch_dim, enter, region_of, roles_of_children, width_of
 from .rules import REQUIRED, SHARED, Rules, matches, rules_of
+from .table import show
 from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, refuse_prompts, seen_paths
 
 __all__ = ["parallelize", "register_forward_method"]

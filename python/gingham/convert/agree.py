@@ -17,10 +17,10 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..compiled import define, find
 from ..errors import MeshError
-from ..layout import odd_ranks
+from ..graph_ops import define, find
 from ..mesh import Mesh
+from ..mesh.layout import odd_ranks
 
 PIECE = 1 << 26  # bytes of a broadcast at a time
 

@@ -12,10 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..autograd.linear import linear, linear_plan, relayout
 from ..errors import ShapeError
-from ..functional import linear, linear_plan, relayout
-from ..layout import Layout
 from ..mesh import Mesh
+from ..mesh.layout import Layout
 from ..nn.attention import softmax
 from .loose import shared_gradient
 

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..layout import position
 from ..mesh import Mesh
+from ..mesh.layout import position
 
 SEED_BYTES = 8  # at the beginning of the CPU generator's state: what torch.initial_seed() reads, by which gingham.nn.Dropout draws
 

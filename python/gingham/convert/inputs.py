@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from .. import nn
 from ..checks import plain
 from ..errors import ShapeError
-from ..layout import chunks
 from ..mesh import Mesh
+from ..mesh.layout import chunks
 from . import late, probe
 from .agree import check_alike
 from .bytecode import chains

@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..autograd.linear import linear, linear_plan, relayout
 from ..errors import ShapeError
-from ..functional import linear, linear_plan, relayout
 from ..mesh import Mesh
 from .loose import hold
 from .rules import LOOSE, Rules, matches

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..compiled import KNOWN, Traced, block_of, find, names_of, own, traced
+from ..autograd.linear import like, local_of, reshard
+from ..autograd.second_order import alias, check_versions, summed, to_parameter, versions_of
 from ..function import Function
-from ..functional import like, local_of, reshard
-from ..layout import Cuts, Names
+from ..graph_ops import KNOWN, Traced, block_of, find, names_of, own, traced
 from ..mesh import Mesh
-from ..second_order import alias, check_versions, summed, to_parameter, versions_of
+from ..mesh.layout import Cuts, Names
 
 
 def hold(

@@ -18,9 +18,9 @@ import numpy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..functional import local_of
-from ..layout import Block, block
+from ..autograd.linear import local_of
 from ..mesh import Mesh
+from ..mesh.layout import Block, block
 from .loose import cuts_of
 
 aten = torch.ops.aten

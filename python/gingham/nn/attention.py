@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..autograd.linear import autocast_dtype, linear, linear_plan
 from ..errors import ShapeError
-from ..functional import autocast_dtype, linear, linear_plan
-from ..layout import Cuts
 from ..mesh import Mesh, check_local
+from ..mesh.layout import Cuts
 from .dropout import Dropout
 from .layer import Layer
 from .linear import Linear

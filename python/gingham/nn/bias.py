@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from ..compiled import KNOWN, Meta, Traced, block_of, find, names_of, traced
+from ..autograd.linear import deferring, like, local_of, sum_or_defer
+from ..autograd.second_order import refuse_deferred, replay, shared
 from ..function import Function
-from ..functional import deferring, like, local_of, sum_or_defer
-from ..layout import Layout, Names
+from ..graph_ops import KNOWN, Meta, Traced, block_of, find, names_of, traced
 from ..mesh import Mesh
-from ..second_order import refuse_deferred, replay, shared
+from ..mesh.layout import Layout, Names
 
 
 def stored_axes(mesh: Mesh, features: Names) -> Names:

@@ -8,8 +8,8 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..autograd.linear import local_of, owing
 from ..errors import MeshError
-from ..functional import local_of, owing
 from ..mesh import current
 
 

@@ -11,11 +11,11 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from ..autograd.dropout import dropout, dropout_again, dropout_place
 from ..checks import cuts_of_block, layer_forward
-from ..compiled import define
-from ..dropout import dropout, dropout_again, dropout_place
-from ..layout import Cuts
+from ..graph_ops import define
 from ..mesh import Mesh, current, has_mesh
+from ..mesh.layout import Cuts
 
 KEPT_CALLS = 4096  # calls whose number a recomputation can still find
 

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
+from ..autograd.linear import deferring, like, local_of, settle, sum_or_defer, sum_over_depth
+from ..autograd.second_order import gathered, refuse_deferred, replay, shared
 from ..errors import MeshError, ShapeError
 from ..function import Function
-from ..functional import deferring, like, local_of, settle, sum_or_defer, sum_over_depth
-from ..layout import Cuts, Layout, chunks
+from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
-from ..second_order import gathered, refuse_deferred, replay, shared
+from ..mesh.layout import Cuts, Layout, chunks
 from .layer import Layer, size_of
 from .parameter import Given, make_parameter
 

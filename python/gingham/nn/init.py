@@ -18,7 +18,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..mesh import mesh_of
-from ..writes import fill
+from ..mesh.writes import fill
 
 WHOLE = ("dirac_", "eye_", "orthogonal_", "sparse_", "trunc_normal_")  # of torch.nn.init: look at more than one element
 

@@ -16,15 +16,15 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..autograd.linear import reshard
+from ..autograd.named import path_of
+from ..autograd.ranges import in_range
 from ..checks import layer_forward
-from ..compiled import own
 from ..errors import MeshError, ShapeError
-from ..functional import reshard
-from ..layout import Cuts
+from ..graph_ops import own
 from ..mesh import Mesh, current, cuts_of
-from ..named import path_of
-from ..ranges import in_range
-from ..writes import cut_as, fill
+from ..mesh.layout import Cuts
+from ..mesh.writes import cut_as, fill
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads
 

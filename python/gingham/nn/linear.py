@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..autograd.linear import linear, linear_plan, local_of, reshard
 from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError
-from ..functional import linear, linear_plan, local_of, reshard
-from ..layout import Cuts
 from ..mesh import Mesh, current
+from ..mesh.layout import Cuts
 from .bias import block_of_features, stored_axes
 from .embedding import Embedding
 from .layer import Layer, bound_of, size_of

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
+from ..autograd.linear import autocast_dtype, relayout
+from ..autograd.second_order import replay, shaped, summed
 from ..checks import cuts_of_block
-from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..errors import ShapeError
 from ..function import Function
-from ..functional import autocast_dtype, relayout
-from ..layout import Layout
+from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..mesh import Mesh, check_local, current
-from ..second_order import replay, shaped, summed
+from ..mesh.layout import Layout
 from .layer import digest_of
 from .norm import gather_parts
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..autograd.linear import linear, linear_plan
 from ..checks import cuts_of_block
-from ..functional import linear, linear_plan
-from ..layout import Cuts
 from ..mesh import Mesh
+from ..mesh.layout import Cuts
 from .dropout import Dropout
 from .layer import Layer
 from .linear import Linear

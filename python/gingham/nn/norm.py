@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
+from ..autograd.linear import autocast_dtype, deferring, like, local_of
+from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from ..checks import cuts_of_block
-from ..compiled import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..errors import MeshError, ShapeError
 from ..function import Function
-from ..functional import autocast_dtype, deferring, like, local_of
-from ..layout import Cuts, Names, coordinates_of, interval, members
+from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
-from ..second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
+from ..mesh.layout import Cuts, Names, coordinates_of, interval, members
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
 from .layer import Layer, size_of
 from .parameter import Given, make_parameter

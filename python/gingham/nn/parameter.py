@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..errors import ShapeError
-from ..layout import Cuts
 from ..mesh import Mesh
+from ..mesh.layout import Cuts
 from .layer import digest_of, drawing_device
 
 Given = Mapping[str, torch.Tensor] | None

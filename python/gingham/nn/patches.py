@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..autograd.linear import linear, linear_plan, relayout, reshard
 from ..errors import ShapeError
-from ..functional import linear, linear_plan, relayout, reshard
-from ..layout import Cuts, Layout
 from ..mesh import Mesh, check_local
+from ..mesh.layout import Cuts, Layout
 from .layer import Layer, bound_of
 from .parameter import Given, make_parameter
 

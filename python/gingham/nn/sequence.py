@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 
-from ..compiled import KNOWN, Meta, Traced, find, traced
+from ..autograd.linear import relayout
+from ..autograd.second_order import scattered
 from ..errors import ShapeError
 from ..function import Function
-from ..functional import relayout
-from ..layout import Layout
+from ..graph_ops import KNOWN, Meta, Traced, find, traced
 from ..mesh import Mesh
-from ..second_order import scattered
+from ..mesh.layout import Layout
 
 
 def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..autograd.linear import LinearPlan, backward_passes, linear, local_of
 from ..checks import origin
-from ..functional import LinearPlan, backward_passes, linear, local_of
 
 
 class SharedInput:

@@ -234,7 +234,7 @@ def test_ctrl_c_returns_from_a_wait(ranks, phase: str) -> None:
             gingham.matmul(a, b) if phase == "forward" else c.sum().backward()
         except KeyboardInterrupt as error:
             took = time.monotonic() - sent[0]
-            from gingham.job import report_failure
+            from gingham.launch.init import report_failure
 
             report_failure(error)
             return "KeyboardInterrupt", took

@@ -7,12 +7,11 @@ reading it gives the poison.
 from dataclasses import dataclass
 
 import numpy as np
-
-from .access import count_conflicts, shared_places
-from .machine import Machine, Sel, Step, opcode
-from .memory import READ, Array
-from .operands import address, get
-from .parse import Imm, Instr, PtxError
+from gingham.access import count_conflicts, shared_places
+from gingham.machine import Machine, Sel, Step, opcode
+from gingham.memory import READ, Array
+from gingham.operands import address, get
+from gingham.parse import Imm, Instr, PtxError
 
 
 @dataclass
@@ -112,7 +111,7 @@ def partial(m: Machine, where: Array, count: Array) -> Array:
 @opcode("cp")
 def cp(m: Machine, instr: Instr) -> Step:
     if "bulk" in instr.mods:
-        from .tma import bulk
+        from gingham.tma import bulk
 
         return bulk(m, instr)
     if instr.mods[0] != "async" or "mbarrier" in instr.mods:

@@ -4,9 +4,8 @@ import ctypes
 from collections.abc import Iterator
 
 import numpy as np
-
-from .host import Host
-from .memory import Array
+from gingham.host import Host
+from gingham.memory import Array
 
 Pair = tuple[str, Array, Array]  # name, got, expected
 

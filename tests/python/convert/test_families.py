@@ -275,8 +275,8 @@ def counted(rank: int, family: str, grid: dict[str, Any]) -> tuple[int, int]:
     """Bytes of a step that the plan's rows add up to, for this rank, and those counted."""
     import gingham
     from gingham.convert.layers import Conversion
-    from gingham.convert.plan import rows
     from gingham.convert.rules import rules_of
+    from gingham.convert.table import rows
 
     mesh = gingham.init(**grid)
     model = gingham.parallelize(families.build(family), mesh)

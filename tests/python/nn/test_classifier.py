@@ -8,8 +8,8 @@ import torch
 
 import gingham
 from gingham import nn
-from gingham.functional import reshard
-from gingham.layout import block, coordinates_of
+from gingham.autograd.linear import reshard
+from gingham.mesh.layout import block, coordinates_of
 from grids import GRIDS, grids, ranks_of, relative, whole
 
 SHAPE = (13, 10)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import gingham
 from gingham import nn
-from gingham.gpt import SerialAttention, SerialMLP
+from gingham.commands.gpt import SerialAttention, SerialMLP
 from grids import GRIDS, every_grid, ranks_of
 from twins import compare, twins
 

@@ -1,0 +1,71 @@
+"""Dropout by Philox: a mask that depends on the seed, the module's name, the call's number and each element's global index."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .. import native
+from ..errors import MeshError
+from ..function import Function
+from ..mesh import Mesh, check_local
+from ..mesh.layout import Layout, odd_ranks
+
+Key = tuple[int, int, int]  # seed, name, call number
+
+
+def dropout(x: torch.Tensor, p: float, key: Key, mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1)) -> torch.Tensor:
+    """x * keep / (1 - p), keep drawn by Philox from key = (seed, name, call) and the global index of each element.
+
+    dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset; it
+    carries the seed too, of which rank 0's counts, so that ranks with generators of their own (torch.manual_seed(seed +
+    rank)) draw one mask. Raises MeshError where the ranks differ in p, the name or the call's number.
+    """
+    check_local(x, "dropout's x", mesh)
+    key, *place = dropout_place(x, mesh, layout, dims, p, key)
+    return _Dropout.apply(x, p, key, *place, None if mesh is None else mesh.job)
+
+
+def dropout_place(
+    x: torch.Tensor, mesh: Mesh | None, layout: str, dims: tuple[int, int], p: float, key: Key
+) -> tuple[Key, list[int], list[int]]:
+    """The key on which the ranks agree, the global shape of an activation and where x begins in it."""
+    shape, start = list(x.shape), [0] * x.dim()
+    if mesh is not None and mesh.size > 1:
+        row, feature = (dim % x.dim() for dim in dims)
+        named = mesh.layout(layout)
+        if row == feature:
+            named = Layout(named.rows, ())
+        label = f"Dropout(p={p}, layout={layout!r}, dims={dims}, name {key[1]:x})"
+        sizes = x.shape[row], x.shape[feature] if row != feature else 0
+        rows, total, columns, width, keys = mesh.extents_and(named, *sizes, label, *key)
+        calls = [call for _, _, call in keys]
+        odd, usual = odd_ranks(calls)
+        if odd:
+            raise MeshError(
+                f"dropout on rank {mesh.rank}: ranks {odd} make call {[calls[rank] for rank in odd]} of it, the others call {usual};"
+                " every rank must make the same calls in training mode"
+            )
+        key = keys[0]
+        start[row], shape[row] = rows[0], total
+        if row != feature:
+            start[feature], shape[feature] = columns[0], width
+    return key, shape, start
+
+
+def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
+    """dropout by numbers [3 + 2 dims]: the key, the global shape and the start; without a gradient."""
+    seed, name, call, *place = numbers.tolist()
+    return native.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
+
+
+class _Dropout(Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float, key: Key, shape: list[int], start: list[int], job: Any) -> torch.Tensor:
+        ctx.arguments = p, key, shape, start, job
+        return native.dropout(x.contiguous(), p, *key, shape, start, job)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Dropout.apply(grad, *ctx.arguments), None, None, None, None, None

@@ -1,0 +1,216 @@
+"""`python -m gingham train|plan|doctor|bench|ckpt`: the main job, the choice of a grid, what this
+installation is made of, the microbenchmark, checkpoints."""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from . import ckpt, plan
+from .options import Parser, number, whole
+
+MODES = ("1d", "2d", "2.5d", "3d")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Ends at Ctrl-C, or where nobody reads the output or it cannot be written, in one line at most."""
+    try:
+        status = _main(sys.argv[1:] if arguments is None else arguments)
+        if sys.stdout is not None:  # a process started without one
+            sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        print("gingham: interrupted", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"gingham: {error}", file=sys.stderr)
+        # what is left in the buffer would raise again when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141 if isinstance(error, BrokenPipeError) else 1
+
+
+def _main(arguments: list[str]) -> int:
+    parser = Parser(prog="python -m gingham", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"gingham {importlib.metadata.version('gingham')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train|plan|doctor|bench|ckpt")
+    _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
+    commands.add_parser("doctor", help="versions, BLAS, cores, what was built")
+    commands.add_parser("bench", help="run the microbenchmark (arguments are passed on)", add_help=False)
+    plan.add_arguments(commands.add_parser("plan", help="what every grid of so many ranks would cost; starts nothing"))
+    ckpt.add_arguments(commands.add_parser("ckpt", help="look into a checkpoint, or turn it into safetensors and back"))
+    chosen, rest = parser.parse_known_args(arguments)
+    if chosen.command == "bench":
+        return bench(rest)
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if chosen.command == "doctor":
+        return doctor()
+    if chosen.command in ("plan", "ckpt"):
+        return (plan if chosen.command == "plan" else ckpt).run(chosen)
+    from .train import train
+
+    return train(chosen)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    grid = parser.add_argument_group("grid")
+    grid.add_argument("--ranks", type=whole(1), default=0, help="processes to start (default: torchrun's number, or what the grid needs)")
+    grid.add_argument("--mode", choices=MODES, help="default: 2.5d with depth 2 on 8 ranks, or grid where --grid is given")
+    grid.add_argument("--depth", type=whole(1), default=0, help="layers of a 2.5d grid (default: 2 in 2.5d)")
+    grid.add_argument("--grid", type=_grid, metavar="pm,pn,pk", help="any grid instead of a mode")
+    grid.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cpu, or GINGHAM_DEVICE; cuda: one rank a GPU, never run on one yet"
+    )
+    grid.add_argument("--sequence", action="store_true", help="1d: cut the rows between the layers instead of replicating them")
+    model = parser.add_argument_group("model")
+    for name, value, text in (
+        ("layers", 4, "transformer blocks"),
+        ("width", 256, "features between the blocks"),
+        ("heads", 8, "attention heads, which divide --width and are divided by the ranks that cut features"),
+        ("context", 128, "tokens of a sample"),
+    ):
+        model.add_argument(f"--{name}", type=whole(1), default=value, help=text)
+    model.add_argument("--dropout", type=number(0, 1, equal=True), default=0.1, help="probability of dropping an element")
+    run = parser.add_argument_group("run")
+    run.add_argument("--text", help="file or folder to read (default: the Python standard library's sources)")
+    run.add_argument("--steps", type=whole(1), default=200, help="steps of the optimizer")
+    run.add_argument("--batch", type=whole(1), default=8, help="samples of a step, over all ranks")
+    run.add_argument("--lr", type=number(0), default=3e-4, help="learning rate of AdamW")
+    run.add_argument("--seed", type=whole(0, 1 << 40), default=0, help="of weights, masks and batches")
+    run.add_argument("--compare-serial", action="store_true", help="train the same torch.nn model in one process as well")
+    run.add_argument("--sample", type=whole(0), default=160, metavar="BYTES", help="length of the text generated at the end")
+    run.add_argument("--plot", default="loss.png", help="where the loss curve goes; '' for none")
+    run.add_argument("--save", metavar="FOLDER", help="where a checkpoint goes at the end, or at Ctrl-C (default: none is written)")
+
+
+def _grid(text: str) -> tuple[int, int, int]:
+    try:
+        pm, pn, pk = (int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected three numbers such as 2,2,2") from None
+    if min(pm, pn, pk) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected three numbers of at least 1")
+    return pm, pn, pk
+
+
+BENCH_CASES = (
+    *("matmul", "dx", "dw", "backward", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce", "all", "overlap"),
+    *("gemm", "kernels"),
+)
+BENCH_FLAGS = ("--check", "--swapped", "--tf32")
+BENCH_COUNTS = {"--sizes": 0, "--slices": 1, "--rounds": 1, "--ranks": 1, "--grid": 3, "--shape": 3}  # how many numbers; 0: any
+BENCH_WORDS = {
+    "--source": ("window", "ring"),
+    "--transport": ("shm", "link", "nccl", "copy"),
+    "--device": ("cpu", "cuda"),
+    "--library": ("gingham", "cublaslt", "nccl"),
+    "--as": ("processes", "threads"),
+    "--dtype": ("float32", "float64", "bfloat16", "float16"),
+}
+
+
+def wrong_bench(arguments: list[str]) -> str | None:
+    """What the microbenchmark would not understand: it takes words it does not know for the default, and what is no number for 0."""
+    if not arguments or arguments[0] not in BENCH_CASES:
+        return f"case {' '.join(arguments[:1])!r}: expected one of {', '.join(BENCH_CASES)}; see --help"
+    rest = iter(arguments[1:])
+    for name in rest:
+        if name in BENCH_FLAGS:
+            continue
+        if name not in (*BENCH_COUNTS, *BENCH_WORDS, "--latency", "--bandwidth"):
+            return f"unknown option {name}; see --help"
+        value = next(rest, "")
+        if name in BENCH_WORDS and value not in BENCH_WORDS[name]:
+            return f"{name} {value!r}: expected one of {', '.join(BENCH_WORDS[name])}"
+        if name in BENCH_COUNTS:
+            parts, count = value.split(","), BENCH_COUNTS[name]
+            if not all(part.isdecimal() and int(part) for part in parts) or count not in (0, len(parts)):
+                some = {0: "numbers of at least 1 such as 512,1024", 1: "a whole number of at least 1"}
+                return f"{name} {value!r}: expected {some.get(count, 'numbers of at least 1, three such as 2,2,1')}"
+        if name in ("--latency", "--bandwidth"):
+            try:
+                number(0, equal=name == "--latency")(value)
+            except argparse.ArgumentTypeError as error:
+                return f"{name}: {error}"
+    return None
+
+
+def bench(arguments: list[str]) -> int:
+    wrong = None if arguments[:1] in (["--help"], ["-h"]) else wrong_bench(arguments)
+    if wrong is not None:
+        print(f"gingham bench: {wrong}", file=sys.stderr)
+        return 2
+    arguments = ["--help" if argument == "-h" else argument for argument in arguments]
+    binary = Path(__file__).parent.parent / "bin" / "microbench"
+    if not binary.exists():
+        print(f"gingham bench: {binary} was not built; reinstall with `pip install .` or run `make build`", file=sys.stderr)
+        return 2
+    environment = dict(os.environ)
+    torch = importlib.util.find_spec("torch")
+    if torch is not None and torch.origin:
+        # the binary knows nothing of torch, but computes with its BLAS
+        environment.setdefault("GINGHAM_BLAS", str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"))
+    return subprocess.run([str(binary), *arguments], check=False, env=environment).returncode
+
+
+def cuda_rows() -> list[tuple[str, str]]:
+    """What was built for GPUs, what this machine has, and how far it was ever verified."""
+    from .. import native
+    from ..launch.init import find_nccl
+
+    find_nccl()
+    report = native.device_report()
+    if not report["built"]:
+        return [("CUDA", f"not built: {report['missing']}")]
+    driver = f"driver for CUDA {_cuda(report['driver'])}" if report["driver"] else "no driver"
+    found = "; ".join(report["devices"]) or f"none: {report['missing']}"
+    nccl = f"{_nccl(report['nccl_version'])} from {report['nccl_from']}" if report["nccl"] else report["nccl_from"]
+    return [
+        ("CUDA", f"built, runtime {_cuda(report['runtime'])} inside; {driver}"),
+        ("GPUs", found),
+        ("NCCL", nccl),
+        (
+            "Hopper gemm",
+            native.hopper_status()
+            if report["devices"]
+            else "compiled only: off until it has been compared with the sm_80 kernel on a device",
+        ),
+        ("verified", "by models of the device and of NCCL only: never run on a GPU (docs/cuda.md); bench/gpu.sh does"),
+    ]
+
+
+def _cuda(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _nccl(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
+
+
+def doctor() -> int:
+    import torch
+
+    rows = [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("DLPack C exchange API", "found" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "missing: torch >= 2.10 is needed"),
+        ("cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
+        ("microbench", "built" if (Path(__file__).parent.parent / "bin" / "microbench").exists() else "not built"),
+    ]
+    good = True
+    try:
+        from .. import native
+
+        rows += [("gingham", native.version()), ("BLAS", native.blas()), *cuda_rows()]
+    except Exception as error:
+        good = False
+        rows.append(("gingham", f"cannot be used: {type(error).__name__}: {error}"))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0 if good else 1

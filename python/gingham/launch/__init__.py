@@ -1,0 +1,1 @@
+"""From processes to a mesh: init and destroy, spawn, how ranks meet, faults on purpose."""

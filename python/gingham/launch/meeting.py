@@ -1,0 +1,221 @@
+"""The ranks of one init, from the moment each comes: who has come, who has died, who has failed, who is missing.
+
+Each rank writes its pid into the job's store, reads the others', and watches them while it waits for anything in init: for
+a rank that has not come, for what another tells, for Gloo (in a thread, since it cannot be asked to stop).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
+from . import rendezvous
+
+T = TypeVar("T")
+_left_behind: list[threading.Thread] = []  # in Gloo, where they wait for a rank that is gone
+FAILED = "failed"  # the store's key for the first rank that did not get through init
+PAUSE = 0.02  # seconds between two looks at the peers
+
+
+def failure(rank: int, text: str) -> str:
+    return json.dumps({"rank": rank, "text": text})
+
+
+def about(kind: type[Any], rank: int, text: str) -> BaseException:
+    """An error about another rank."""
+    error: BaseException = kind(text)
+    error.rank = rank  # type: ignore[attr-defined]
+    return error
+
+
+def seen_by_all(error: BaseException) -> BaseException:
+    """An error that every rank finds for itself, in what all have told: nobody needs to be told of it, nor blamed for it."""
+    error.seen_by_all = True  # type: ignore[attr-defined]
+    return error
+
+
+class Meeting:
+    """Of rank `rank` of `size`, in an init of at most `timeout` seconds for every step."""
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        _wait_for_those_left_behind(rank)
+        self.pids: list[int] = []
+        self._watched: dict[int, int | None] = {}  # by rank: its pidfd, None where the system has none for us
+        self._others: dict[int, int] = {}  # and its pid
+        self.store: Any = None  # of this init; none for one rank
+        self._watch: Any = None
+        if size > 1:
+            self.store = rendezvous.store(rank, size, timeout)
+            # a connection of its own: the first one is busy while Gloo waits in it
+            self._watch = self.store.clone()
+
+    def arrive(self) -> None:
+        """Tells that this rank is here and waits for all others. Raises PeerStalled naming those that do not come, PeerDied."""
+        mine = {"pid": os.getpid(), "host": _host()}
+        told = self.exchange("arrived", mine, self._meet)
+        strange = [rank for rank, other in enumerate(told) if other["host"] != mine["host"]]
+        if strange:
+            raise seen_by_all(
+                MeshError(
+                    f"ranks {strange} run on another host, or in another PID namespace, than rank {self.rank}: the ranks of a mesh share"
+                    " memory; start all of them on one host, in one container"
+                )
+            )
+        self.pids = [other["pid"] for other in told]
+
+    def exchange(self, name: str, value: Any, seen: Callable[[int, Any], None] = lambda rank, value: None) -> list[Any]:
+        """Every rank's value (of JSON), in rank order."""
+        if self.size == 1:
+            return [value]
+        self.store.set(f"{name}/{self.rank}", json.dumps(value))
+        told: dict[int, Any] = {self.rank: value}
+        deadline, pause = time.monotonic() + self.timeout, 0.001
+        while True:
+            for rank in range(self.size):
+                if rank not in told and self._watch.check([f"{name}/{rank}"]):
+                    told[rank] = json.loads(self._watch.get(f"{name}/{rank}"))
+                    seen(rank, told[rank])
+            if len(told) == self.size:
+                return [told[rank] for rank in range(self.size)]
+            for rank in set(range(self.size)) - set(told):
+                if (text := rendezvous.gone(rank)) is not None:
+                    raise about(PeerDied, rank, f"{text} (told to rank {self.rank}, which waits for it in gingham.init)")
+            self._look(name)
+            if time.monotonic() > deadline:
+                raise self._stalled([rank for rank in range(self.size) if rank not in told], name)
+            time.sleep(pause)
+            pause = min(2 * pause, PAUSE)
+
+    def during(self, name: str, work: Callable[[], T], stop: Callable[[int, str], None] = lambda rank, text: None) -> T:
+        """work(), which waits for the other ranks, while this thread watches them; `stop` ends work() where it can be ended."""
+        if self.size == 1:
+            return work()
+        answers: list[T] = []
+        errors: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                answers.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run, name=f"gingham {name}", daemon=True)
+        thread.start()
+        deadline = time.monotonic() + self.timeout
+        try:
+            while thread.is_alive():
+                thread.join(PAUSE)
+                if not thread.is_alive():
+                    break
+                self._look(name)
+                if time.monotonic() > deadline:
+                    raise self._stalled(self._not_through(name), name)
+        except (PeerDied, PeerStalled) as error:
+            stop(error.rank, str(error))
+            _left_behind.append(thread)
+            raise
+        if errors:
+            self._explain(errors[0], name)
+        self.store.set(f"{name}/{self.rank}", "1")
+        return answers[0]
+
+    def _explain(self, error: BaseException, name: str) -> None:
+        """Raises what the error comes from: where a peer is gone, Gloo's words hide it."""
+        if not isinstance(error, MeshError | PeerDied | PeerStalled | PeerOutOfMemory | MemoryError):
+            deadline = time.monotonic() + 0.5
+            while time.monotonic() < deadline:
+                self._look(name)
+                time.sleep(PAUSE)
+        raise error
+
+    def fail(self, error: BaseException) -> None:
+        """This rank does not get through init: tells the others, unless it is they who said so."""
+        if self.store is not None and not isinstance(error, PeerDied | PeerStalled) and not hasattr(error, "seen_by_all"):
+            text = failure(self.rank, f"rank {self.rank} raised {type(error).__name__} in gingham.init: {error}")
+            self.store.compare_set(FAILED, "", text)
+
+    def close(self) -> None:
+        for handle in self._watched.values():
+            if handle is not None:
+                os.close(handle)
+        self._watched = {}
+
+    def _meet(self, rank: int, other: dict[str, Any]) -> None:
+        if other["host"] != _host():
+            return
+        self._others[rank] = other["pid"]
+        try:
+            self._watched[rank] = os.pidfd_open(other["pid"])
+        except ProcessLookupError:
+            raise self._dead(rank, other["pid"]) from None
+        except OSError:  # not allowed, or not there
+            self._watched[rank] = None
+
+    def _look(self, name: str) -> None:
+        """Raises PeerDied for a rank that failed, or died before it was through step `name`."""
+        if self._watch.check([FAILED]):
+            told = json.loads(self._watch.get(FAILED))
+            if told["rank"] != self.rank:
+                raise about(PeerDied, told["rank"], f"{told['text']} (told to rank {self.rank})")
+        handles = {handle: rank for rank, handle in self._watched.items() if handle is not None}
+        ended = [handles[handle] for handle in select.select(list(handles), [], [], 0)[0]] if handles else []
+        ended += [rank for rank, handle in self._watched.items() if handle is None and _state(self._others[rank]) in ("", "Z", "X")]
+        for rank in ended:
+            if not self._watch.check([f"{name}/{rank}"]):
+                raise self._dead(rank, self._others[rank])
+
+    def _dead(self, rank: int, pid: int) -> BaseException:
+        told = json.loads(self._watch.get(FAILED)) if self._watch.check([FAILED]) else None
+        if told is not None and told["rank"] != self.rank:
+            rank, text = told["rank"], told["text"]
+            return about(PeerDied, rank, f"{text} (told to rank {self.rank})")
+        return about(PeerDied, rank, f"rank {rank} (pid {pid}) died in gingham.init (told to rank {self.rank})")
+
+    def _not_through(self, name: str) -> list[int]:
+        """Those that hold the others up: stopped ones, else those that have not come through the step."""
+        stopped = [rank for rank, pid in self._others.items() if _state(pid) in ("T", "t")]
+        late = [rank for rank in range(self.size) if rank != self.rank and not self._watch.check([f"{name}/{rank}"])]
+        return stopped or late or [self.rank]
+
+    def _stalled(self, ranks: Iterable[int], name: str) -> BaseException:
+        missing = sorted(ranks)
+        which = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
+        what = "did not come to" if name == "arrived" else "did not answer in"
+        return about(
+            PeerStalled,
+            missing[0],
+            f"{which} {what} gingham.init within {self.timeout:g} s (step {name!r}; told to rank {self.rank}); is every one of the"
+            f" {self.size} ranks running? init(timeout=) sets the limit",
+        )
+
+
+def _wait_for_those_left_behind(rank: int) -> None:
+    for thread in list(_left_behind):
+        thread.join(1.0)
+        if thread.is_alive():
+            raise MeshError(
+                f"rank {rank}: an earlier init of this process was given up while torch.distributed waited for a rank that was gone"
+                f" ({thread.name}), and it waits still: start a new process"
+            )
+        _left_behind.remove(thread)
+
+
+def _host() -> str:
+    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{boot.read_text().strip() if boot.exists() else os.uname().nodename} {os.readlink(space) if os.path.lexists(space) else ''}"
+
+
+def _state(pid: int) -> str:
+    """The letter of a process's state; "" where there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""

@@ -1,0 +1,101 @@
+"""The published configuration, parallel=dict(pipeline=.., tensor=dict(size=, mode=, depth=)), read and checked.
+
+    dict(pipeline=2, tensor=dict(size=4, mode="2d"))   on 16 ranks: 2 data x 2 pipeline x 4 tensor
+    dict(pipeline=dict(size=2))                           the same as pipeline=2; no tensor: size 1, mode None
+    dict(tensor=4)                                        an error: it does not say how the 4 ranks are arranged
+
+The number of ranks is data x pipeline x tensor, so data's size follows from the other two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import MeshError
+from ..mesh import axes_of
+
+TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth"}
+
+
+def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dict[str, Any]:
+    """axes_of's arguments from the configuration; world: the number of ranks, None where it is not known yet.
+
+    Raises MeshError for what is wrong, naming got, expected and the fix; then NotImplementedError for what is right but
+    not built: pipeline or data above 1, mode "sequence".
+    """
+    if not isinstance(parallel, Mapping):
+        raise MeshError(f"parallel={parallel!r}: expected dict(pipeline=.., tensor=dict(size=.., mode=..))")
+    unknown = set(parallel) - {"tensor", "pipeline", "data"}
+    if unknown:
+        raise MeshError(f"parallel={dict(parallel)}: unknown {sorted(unknown)}, expected tensor, pipeline, data")
+    tensor = _tensor(parallel.get("tensor", 1))
+    sizes = {"tensor": _tensor_size(tensor), "pipeline": _size("pipeline", parallel.get("pipeline", 1))}
+    if "data" in parallel:
+        sizes["data"] = _size("data", parallel["data"])
+    # what is not built is said before a number of ranks is asked for that would not help
+    _refuse_unbuilt(sizes)
+    if world is not None:
+        sizes["data"] = _data_size(world, sizes)
+        _refuse_unbuilt(sizes)
+    if tensor.get("mode") == "sequence":
+        axes_of(tensor["mode"], sizes["tensor"])  # says what is built instead
+    return tensor
+
+
+def _refuse_unbuilt(sizes: Mapping[str, int]) -> None:
+    for name in ("pipeline", "data"):
+        if sizes.get(name, 1) > 1:
+            rest = " x ".join(f"{other} {size}" for other, size in sizes.items())
+            raise NotImplementedError(f"parallel: {name}={sizes[name]} is not built yet, only tensor parallelism is; got {rest}")
+
+
+def _size(name: str, given: Any) -> int:
+    if isinstance(given, Mapping):
+        if set(given) - {"size"}:
+            raise MeshError(f"parallel {name}={dict(given)}: unknown {sorted(set(given) - {'size'})}, expected size")
+        given = given.get("size", 1)
+    if given is None:
+        return 1
+    if not isinstance(given, int) or isinstance(given, bool) or given < 1:
+        raise MeshError(f"parallel {name}={given!r}: expected a number of at least 1 or dict(size=...)")
+    return given
+
+
+def _tensor(given: Any) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        given = {"size": _size("tensor", given)}
+    unknown = set(given) - TENSOR
+    if unknown:
+        raise MeshError(f"parallel tensor={dict(given)}: unknown {sorted(unknown)}, expected some of {sorted(TENSOR)}")
+    size = given.get("size", 1)
+    if given.get("mode") is None and "grid" not in given and size not in (None, 1):
+        _size("tensor", size)
+        try:
+            axes_of(None, size)  # mesh/modes.py knows the modes' names
+        except MeshError as error:
+            raise MeshError(f"tensor={size} without a mode, write tensor=dict(size={size}, mode=...): {error}") from None
+    return dict(given)
+
+
+def _tensor_size(tensor: Mapping[str, Any]) -> int:
+    """The ranks of a tensor configuration that some mesh has; MeshError where none has."""
+    if tensor.get("mode") != "sequence":
+        return axes_of(**{"mode": None, **tensor}).size
+    others = {name for name in tensor if name not in ("size", "mode") and tensor[name] not in (None, False)}
+    if others:
+        raise MeshError(f"parallel tensor={dict(tensor)}: {sorted(others)} belong to other modes than 'sequence'")
+    if tensor.get("size") is None:
+        raise MeshError("mode 'sequence' needs size=, the number of ranks")
+    return _size("tensor", tensor["size"])
+
+
+def _data_size(world: int, sizes: Mapping[str, int]) -> int:
+    rest = sizes["pipeline"] * sizes["tensor"]
+    if world % rest:
+        raise MeshError(
+            f"{world} ranks do not divide by pipeline {sizes['pipeline']} x tensor {sizes['tensor']} = {rest}: start a multiple of {rest}"
+        )
+    if sizes.get("data", world // rest) != world // rest:
+        raise MeshError(f"data={sizes['data']} x pipeline {sizes['pipeline']} x tensor {sizes['tensor']}: the job has {world} ranks")
+    return world // rest

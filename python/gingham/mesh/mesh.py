@@ -1,0 +1,275 @@
+"""Mesh: the named axes of a job, this rank's place on them, one communicator an axis, and scatter and gather."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from .. import native
+from ..errors import MeshError, ShapeError
+from ..graph_ops import keep, traced
+from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
+from .live import Live
+from .modes import Axes as Axes
+from .modes import GridShape, axes_named
+from .modes import axes_of as axes_of
+from .scatter import Gather, Scatter
+
+LABELS = 4096  # kept at a time
+
+
+class Mesh(GridShape, Live):
+    """Made by `gingham.init`. `coordinates`: this rank's place by axis; `outer`, `inner`: the two activation layouts;
+    `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
+
+    def __init__(
+        self,
+        axes: Axes,
+        rank: int,
+        jobs: tuple[Any, Any],
+        device_mesh: DeviceMesh,
+        source: str,
+        slices: int,
+        link: tuple[float, float],
+        device: torch.device,
+    ) -> None:
+        super().__init__(axes)
+        self.rank, self.device_mesh, self._link = rank, device_mesh, link
+        self.job, self.background = jobs
+        self.device = device
+        self.source, self.slices = source, slices
+        self.coordinates = coordinates_of(rank, self.sizes)
+        every = tuple(self.sizes)
+        groups: dict[str, Names] = {name: (name,) for name in every if self.sizes[name] > 1}
+        groups |= {key: names for key, names in {"m": axes.m, "features": axes.outer.features}.items() if len(names) > 1}
+        indices = {key: index for index, key in enumerate(dict.fromkeys([*every, "m", "features", "world"]))}
+        self._axes: dict[frozenset[str], Any] = {}
+        self._keys: dict[str, Any] = {}
+        for key, names in groups.items():
+            self._keys[key] = native.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
+            self._axes[frozenset(names)] = self._keys[key]
+        self.steps: dict[Any, Any] = {}
+        self.handle = f"mesh{next(_numbers)}"
+        keep(self)
+        _alive.add(self)
+        self._labels: dict[str, Any] = {}
+        self._next_number = count()
+        self.checks: Any = None  # while the first step is checked: see checks/
+        self.depth_sums: Any = None
+        self.ended = False
+        self._background: Any = None
+        self.world = native.Axis(self.job, indices["world"], list(range(self.size)), source, *link)
+        if len(groups) > 1:
+            self._keys["world"] = self.world
+
+    def __repr__(self) -> str:
+        return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
+
+    def axis(self, names: Names) -> Any:
+        """The communicator over the axes `names` in mesh order, or None where it would have one rank."""
+        kept = frozenset(name for name in names if self.sizes[name] > 1)
+        if kept and kept not in self._axes and len(kept) == sum(size > 1 for size in self.sizes.values()):
+            return self.world
+        return self._axes[kept] if kept else None
+
+    def axes_over(self, names: Names) -> list[Any]:
+        """Communicators that together span the axes `names`: one where there is one, else one an axis."""
+        kept = frozenset(name for name in names if self.sizes[name] > 1)
+        joint = kept in self._axes or len(kept) == sum(size > 1 for size in self.sizes.values())
+        return [self.axis(names)] if joint and kept else [self._axes[frozenset((name,))] for name in self.sizes if name in kept]
+
+    def interval(self, size: int, names: Names) -> Interval:
+        """(offset, length) of this rank's piece of a dim of `size` cut over the axes `names`."""
+        return interval(size, names, self.sizes, self.coordinates)
+
+    def cuts(self, operand: str, ndim: int, dim: int = 0) -> Cuts:
+        """How an operand of scatter and gather is cut; `dim`: the dim of its rows."""
+        axes = self.axes
+        if operand in ("a", "b", "c"):
+            if ndim != 2:
+                raise ShapeError(f"operand {operand!r} is a matrix; got {ndim} dims")
+            return {"a": (axes.m, axes.k + axes.n), "b": (axes.k + axes.m, axes.n), "c": (axes.m, axes.n + axes.k)}[operand]
+        if operand not in ("x", "outer", "inner", "rows"):
+            raise ShapeError(f"operand={operand!r}: expected 'x', 'inner', 'rows', 'a', 'b' or 'c'")
+        if not -ndim <= dim < ndim:
+            raise ShapeError(f"dim={dim} of a tensor of {ndim} dims")
+        layout = self.inner if operand == "inner" else self.outer
+        return (Layout(layout.rows, ()) if operand == "rows" else layout).cuts(ndim, dim % ndim)
+
+    def scatter(self, x: torch.Tensor, operand: str | None = None, dim: int = 0) -> torch.Tensor:
+        """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
+        axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
+        dim: where the rows lie. Differentiable; not counted as traffic. Its gradient is gathered, never summed."""
+        if self.checks is not None and isinstance(x, torch.Tensor):
+            x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
+        check_local(x, "scatter's x", self)
+        if self.checks is not None:
+            self.checks.alike(x)
+        operand = operand or ("x" if x.is_floating_point() else "rows")
+        cuts = self.cuts(operand, x.dim(), dim)
+        if torch.compiler.is_compiling():
+            return traced("scatter", [self.handle, operand, str(dim)], [x])[0]
+        mine = Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
+        return mine if self.checks is None else self.checks.hand_out(mine, cuts)
+
+    def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
+        """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
+        compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
+        is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit together, or features."""
+        check_local(x, "gather's x", self)
+        operand = operand or ("x" if x.is_floating_point() else "rows")
+        if self.checks is not None:
+            fix = "name the layout it has: mesh.gather(y, operand='inner'), 'rows', 'x' or 'c'"
+            x = self.checks.take(x, self.cuts(operand, x.dim(), dim), f"gather(operand={operand!r})", fix)
+        if torch.compiler.is_compiling():
+            return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
+        full: torch.Tensor = Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
+        if features not in (None, full.shape[-1]):
+            raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
+        return full
+
+    def extents(self, layout: Layout, rows: int, features: int, label: str = "sizes") -> tuple[Interval, int, Interval, int]:
+        """From every rank's own sizes: my rows' (offset, length) and the global number of rows, the same of features.
+        A control message over the world; not cached, since a peer's size may change."""
+        return self.extents_and(layout, rows, features, label)[:4]
+
+    def extents_and(self, layout: Layout, rows: int, features: int, label: str, *numbers: int) -> tuple[Any, ...]:
+        """`extents`, and every rank's `numbers` (at most 6) as a list in rank order: they ride in the same message."""
+        if self.size == 1:
+            return (0, rows), rows, (0, features), features, [numbers]
+        self.say(label)
+        told = self.world.sizes([rows, features, *numbers])
+        total, blocks = blocks_from_shapes([each[:2] for each in told], (layout.rows, layout.features), self.sizes)
+        mine = blocks[self.rank]
+        return mine[0], total[0], mine[1], total[1], [tuple(each[2:]) for each in told]
+
+    def parameter(self, full: torch.Tensor, cuts: Cuts) -> torch.nn.Parameter:
+        """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
+        the block is allocated only."""
+        mine = block(full.shape, cuts, self.sizes, self.coordinates)
+        local = self.empty([length for _, length in mine], full.dtype, lasting=True)
+        if not full.is_meta:
+            local.copy_(full[slices(mine)])
+        placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]
+        stride = torch.empty(full.shape, device="meta").stride()
+        made = DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=stride)
+        return torch.nn.Parameter(made)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:
+        """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU; in a process
+        forked from a rank, its own. lasting: a parameter, which such a process sees as it stands and not as it was at the fork."""
+        if self.ended:
+            raise MeshError(f"{self} was used after destroy: call gingham.init again")
+        return self.job.empty(list(shape), str(dtype).removeprefix("torch."), lasting)
+
+    def next_number(self) -> int:
+        """Of a layer among those made on this mesh."""
+        return next(self._next_number)
+
+    def say(self, label: str, moves: bool = True) -> None:
+        """Whose call the next one is; ranks that say otherwise there disagree. moves False: a call in itself, that moves nothing; ranks
+        that make another are told at the next that does."""
+        known = self._labels.get(label)
+        if known is None:
+            if len(self._labels) >= LABELS:
+                self._labels.clear()
+            known = self._labels[label] = native.Label(label)
+        self.job.say(known) if moves else self.job.note(known)
+
+    def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
+        """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
+        last reset; scatter, gather and control messages are not in it."""
+        counts = {key: axis.traffic(reset) for key, axis in self._keys.items()}
+        if self._background is not None:
+            for name, count in self._background.traffic(reset).items():
+                counts[self.axes.depth[0]][name] += count
+        return counts
+
+    def background_axis(self) -> Any:
+        """A second communicator over depth, in a job of its own, for a thread beside the main one; counted under depth."""
+        if self._background is None:
+            ranks = members(self.axes.depth, self.sizes, self.coordinates)
+            self._background = native.Axis(self.background, 0, ranks, self.source, *self._link)
+        return self._background
+
+    def background_empty(self, like: torch.Tensor) -> torch.Tensor:
+        return self.background.empty(list(like.shape), str(like.dtype).removeprefix("torch."))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's part of the shared heap: tensors, workspace, workspace_peak; and its allocations."""
+        return self.job.memory()
+
+
+def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:
+    """Raises TypeError unless x is a plain tensor of real numbers on the device of `mesh` (none: of the current mesh, or the CPU)."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) and not hasattr(x, "checks"):
+        found = f"a {type(x).__name__}"
+        fix = "pass x.to_local()" if isinstance(x, DTensor) else "pass this rank's block as a torch.Tensor"
+        raise TypeError(f"{what}: got {found}, expected a plain local torch.Tensor; {fix}")
+    mesh = mesh or _current
+    expected = torch.device("cpu") if mesh is None else mesh.device
+    if x.device != expected:
+        raise TypeError(f"{what}: got a tensor on {x.device}, expected the mesh's device {expected}; move it with .to('{expected}')")
+    if x.is_complex() or x.layout != torch.strided:
+        raise TypeError(f"{what}: got {x.dtype}, {x.layout}, expected a dense tensor of real numbers")
+
+
+_current: Mesh | None = None
+_numbers = count()
+
+
+def current(mesh: Mesh | None = None) -> Mesh:
+    """`mesh`, or that of gingham.init. Raises MeshError where there is none."""
+    if mesh is None and _current is None:
+        raise MeshError("no mesh: call gingham.init(...) first (after gingham.destroy() a new init is needed)")
+    return mesh or _current  # type: ignore[return-value]
+
+
+def has_mesh() -> bool:
+    return _current is not None
+
+
+_alive: WeakSet[Mesh] = WeakSet()
+
+
+def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
+    """The axes of a torch DeviceMesh. Raises MeshError where its dims' names are those of no mode."""
+    return axes_named(device_mesh.mesh_dim_names or (), device_mesh.shape)
+
+
+def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:
+    """The mesh of gingham that lies on a torch DeviceMesh, or on an equal one: DTensor hands on meshes that it has seen before."""
+    return next((mesh for mesh in list(_alive) if not mesh.ended and mesh.device_mesh == device_mesh), None)
+
+
+def mesh_of(parameter: DTensor) -> Mesh | None:
+    return mesh_on(parameter.device_mesh)
+
+
+def cuts_of(mesh: Mesh, placements: Sequence[Any], ndim: int) -> Cuts:
+    """The cuts of a DTensor of the mesh."""
+    placed = list(zip(mesh.sizes, placements, strict=True))
+    return tuple(tuple(name for name, placement in placed if placement.is_shard(dim)) for dim in range(ndim))
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step: torch's foreach operations change DTensors without counting up their versions."""
+    if not torch.compiler.is_compiling():
+        changed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor) and p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_count_steps)
+
+
+def set_current(mesh: Mesh | None) -> None:
+    """For init and destroy."""
+    global _current
+    _current = mesh

@@ -1,0 +1,163 @@
+"""Modes: the only module below the planner that knows their names; to all above, a mesh is axes and layouts (docs/theory.md section 2):
+
+mode   axes (mesh order)     m            n      k     outer rows / features   inner features
+1d     tp                    -            tp     -     - / - (or tp / -)       tp
+2d     row, col              row          col    -     row / col               col
+2.5d   depth, row, col       depth, row   col    -     depth, row / col        col
+3d     k, n, m               m            n      k     m / k, n                n, k
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import isqrt, prod
+
+from ..errors import MeshError
+from .layout import Layout, Names
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The grid of a job. `depth`: axes of m over which weights are replicated; sizes: in mesh order."""
+
+    sizes: Mapping[str, int]
+    m: Names
+    n: Names
+    k: Names
+    outer: Layout
+    inner: Layout
+    depth: Names = ()
+
+    @property
+    def size(self) -> int:
+        return prod(self.sizes.values())
+
+
+class GridShape:
+    """What arithmetic needs of a grid: axes, sizes, layouts. A Mesh is one on which calls run; the planner's are only thought of.
+
+    `grid`: (pm, pn, pk); `outer`, `inner`: the two activation layouts.
+    """
+
+    def __init__(self, axes: Axes) -> None:
+        self.axes, self.size = axes, axes.size
+        self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
+        self.grid = tuple(self.parts(names) for names in (axes.m, axes.n, axes.k))
+
+    def parts(self, names: Names) -> int:
+        """The number of pieces that the axes `names` cut a dim into."""
+        return prod(self.sizes[name] for name in names)
+
+    def layout(self, name: str) -> Layout:
+        """ "outer", "inner" or "rows": outer's rows with whole features."""
+        if name not in ("outer", "inner", "rows"):
+            raise MeshError(f"layout={name!r}: expected 'outer', 'inner' or 'rows'")
+        return {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}[name]
+
+
+def axes_of(
+    mode: str | None,
+    size: int | None = None,
+    depth: int | None = None,
+    grid: Sequence[int] | None = None,
+    sequence: bool = False,
+    shard_depth: bool = False,
+) -> Axes:
+    """The axes of a mode. Raises MeshError, naming the nearest valid choices, where the numbers do not fit it."""
+    if grid is not None:
+        mode, size = "grid", _grid_size(mode, size, grid)
+    if mode is None:
+        if size not in (None, 1):
+            raise MeshError(f"size={size} without a mode: say mode='1d', '2d', '2.5d' or '3d', or grid=(pm, pn, pk)")
+        mode, size = "1d", 1
+    if mode == "sequence":
+        raise NotImplementedError("mode='sequence' is not built yet; mode='1d' with sequence=True shards the rows between layers")
+    if mode not in ("1d", "2d", "2.5d", "3d", "grid"):
+        raise MeshError(f"unknown mode {mode!r}: expected '1d', '2d', '2.5d', '3d' or grid=(pm, pn, pk)")
+    if not isinstance(size, int) or size < 1:
+        raise MeshError(f"mode {mode!r} needs size=, the number of ranks; got {size!r}")
+    if depth not in (None, 1) and mode != "2.5d":
+        raise MeshError(f"depth={depth} belongs to mode '2.5d'; got mode {mode!r}")
+    if sequence and mode != "1d":
+        raise MeshError(f"sequence=True belongs to mode '1d'; got mode {mode!r}")
+    if shard_depth and mode != "2.5d":
+        raise MeshError(f"shard_depth=True belongs to mode '2.5d'; got mode {mode!r}")
+    if mode == "1d":
+        outer = Layout(("tp",) if sequence else (), ())
+        return _without_size_one(Axes({"tp": size}, (), ("tp",), (), outer, Layout((), ("tp",))))
+    if mode in ("2d", "2.5d"):
+        return _square_axes(mode, size, depth or 1, shard_depth)
+    if mode == "3d":
+        side = round(size ** (1 / 3))
+        _require(size == side**3, "3d", size, "p*p*p", [p**3 for p in range(1, side + 2)])
+        grid = (side, side, side)
+    pm, pn, pk = grid  # type: ignore[misc]
+    outer, inner = Layout(("m",), ("k", "n")), Layout(("m",), ("n", "k"))
+    return _without_size_one(Axes({"k": pk, "n": pn, "m": pm}, ("m",), ("n",), ("k",), outer, inner))
+
+
+def _grid_size(mode: str | None, size: int | None, grid: Sequence[int]) -> int:
+    if mode is not None:
+        raise MeshError(f"mode={mode!r} and grid={tuple(grid)} exclude each other: give one of them")
+    if len(grid) != 3 or any(not isinstance(p, int) or p < 1 for p in grid):
+        raise MeshError(f"grid={grid!r}: expected three numbers (pm, pn, pk), each at least 1")
+    if size not in (None, prod(grid)):
+        raise MeshError(f"grid={tuple(grid)} has {prod(grid)} ranks; got size={size}")
+    return prod(grid)
+
+
+def _square_axes(mode: str, size: int, depth: int, shard_depth: bool) -> Axes:
+    if not isinstance(depth, int) or depth < 1:
+        raise MeshError(f"depth={depth!r}: expected a number of at least 1")
+    q = isqrt(size // depth)
+    wanted = "q*q*depth" if mode == "2.5d" else "q*q"
+    if mode == "2.5d" and size != q * q * depth:
+        depths = [d for d in range(1, size + 1) if size % d == 0 and isqrt(size // d) ** 2 == size // d]
+        if depths != [size]:
+            words = " or ".join(map(str, depths))
+            near = ", ".join(map(str, _nearest(size, [p * p * depth for p in range(1, q + 3)])))
+            raise MeshError(
+                f"mode 2.5d, depth={depth} needs size = q*q*depth; got size={size}, which takes depth={words}; nearest valid sizes"
+                f" with depth={depth}: {near}"
+            )
+    _require(size == q * q * depth, f"{mode}, depth={depth}" if depth > 1 else mode, size, wanted, [p * p * depth for p in range(1, q + 3)])
+    if mode == "2d":
+        both = Layout(("row",), ("col",))
+        return _without_size_one(Axes({"row": q, "col": q}, ("row",), ("col",), (), both, both))
+    both = Layout(("depth", "row"), ("col",))
+    sizes = {"depth": depth, "row": q, "col": q}
+    return _without_size_one(Axes(sizes, ("depth", "row"), ("col",), (), both, both, () if shard_depth else ("depth",)))
+
+
+def _require(good: bool, mode: str, size: int, formula: str, valid: list[int]) -> None:
+    if not good:
+        near = ", ".join(map(str, _nearest(size, valid)))
+        raise MeshError(f"mode {mode} needs size = {formula}; got size={size}, nearest valid sizes: {near}")
+
+
+def _nearest(size: int, valid: list[int]) -> list[int]:
+    return sorted(sorted(set(valid), key=lambda other: abs(other - size))[:3])
+
+
+def _without_size_one(axes: Axes) -> Axes:
+    """An axis of size 1 cuts nothing: leaving it out of the layouts lets equal layouts compare equal."""
+
+    def kept(names: Names) -> Names:
+        return tuple(name for name in names if axes.sizes[name] > 1)
+
+    outer, inner = (Layout(kept(layout.rows), kept(layout.features)) for layout in (axes.outer, axes.inner))
+    return replace(axes, m=kept(axes.m), n=kept(axes.n), k=kept(axes.k), depth=kept(axes.depth), outer=outer, inner=inner)
+
+
+def axes_named(names: Sequence[str], shape: Sequence[int]) -> Axes:
+    """The axes of a torch DeviceMesh, by its dims' names and sizes: (tp), (row, col), (depth, row, col) or (k, n, m)."""
+    names, shape = tuple(names), tuple(shape)
+    if names == ("k", "n", "m"):
+        return axes_of(None, grid=(shape[2], shape[1], shape[0]))
+    modes = {("tp",): "1d", ("row", "col"): "2d", ("depth", "row", "col"): "2.5d"}
+    if names not in modes:
+        raise MeshError(f"DeviceMesh with dims {names}: expected (tp), (row, col), (depth, row, col) or (k, n, m)")
+    if names[-1] == "col" and shape[-1] != shape[-2]:
+        raise MeshError(f"DeviceMesh of shape {shape}: row and col must have the same size")
+    return axes_of(modes[names], prod(shape), shape[0] if len(shape) == 3 else None)

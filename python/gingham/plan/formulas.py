@@ -1,0 +1,134 @@
+"""What layers move and hold on a grid, from docs/theory.md section 4: arithmetic on axes, for a mesh that runs or one only thought of.
+
+Bytes and words are summed over all ranks of the job, which is exact for sizes that do not divide too; messages are one
+rank's. Forward and backward. Example, Y = X W on 2 x 2 x 1, M = K = N = 4 without bias: X travels along n three times, W
+along m three times, Y stays: 3 * 16 + 3 * 16 = 96 words and 6 messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..mesh.layout import Layout, Names, chunks, coordinates_of, interval
+from ..mesh.modes import GridShape
+
+
+def x_is_whole(grid: GridShape, swapped: bool) -> bool:
+    """Whether X (swapped: Y) lies whole on every rank of its axis, as in classic 1d, instead of being cut along it."""
+    again, layout = set(grid.axes.k if swapped else grid.axes.n), grid.inner if swapped else grid.outer
+    return not again <= {*layout.features, *layout.rows}
+
+
+def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: bool, bias: bool) -> int:
+    """Linear maps [m, k] -> [m, n_i] that share X, without relayouts: 3x(pn-1) + 2y(pk-1) + 3w(pm-1), swapped: n and k
+    trade; weights replicated over depth 2w(d-1) for their gradients' sum; db, all-reduced over m."""
+    pm, pn, pk = grid.grid
+    px, py = (pk, pn) if swapped else (pn, pk)
+    depth = grid.parts(grid.axes.depth)
+    x, y, w = m * k, m * sum(n), k * sum(n)
+    # classic 1d: of X's three passages only dX's sum, an all-reduce, remains
+    words = (2 if x_is_whole(grid, swapped) else 3) * x * (px - 1) + 2 * y * (py - 1)
+    words += 3 * w * (pm - depth) + 2 * w * (depth - 1)
+    return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
+
+
+def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool) -> int:
+    """Messages of `maps` linear maps that share X, panels in one slice: 3(px-1) for X and 2(py-1) for Y, 3(pm-1) for W and
+    2(d-1) for its sum over depth; db: an all-reduce over m, in 2.5d over row and depth."""
+    pm, pn, pk = grid.grid
+    px, py = (pk, pn) if swapped else (pn, pk)
+    depth = grid.parts(grid.axes.depth)
+    row = pm // depth
+    replicated = not grid.outer.rows and not grid.outer.features
+    x, y = (2 * (px - 1), 2 * (py - 1)) if replicated else (3 * (px - 1), 2 * (py - 1) * maps)
+    db = 2 * (row - 1) + 2 * (depth - 1) if depth > 1 else 2 * (pm - 1)
+    return x + y + maps * (3 * (row - 1) + 2 * (depth - 1) + (db if bias else 0))
+
+
+def relayout_words(grid: GridShape, rows: int, features: int, source: Layout, target: Layout) -> int:
+    """What every rank's new block has and its old one had not; nothing for ranks that hold the new block already."""
+    words = 0
+    for rank in range(grid.size if source != target else 0):
+        place = coordinates_of(rank, grid.sizes)
+        old, new = (
+            [interval(size, names, grid.sizes, place) for size, names in ((rows, layout.rows), (features, layout.features))]
+            for layout in (source, target)
+        )
+        both = [max(0, min(a + p, b + q) - max(a, b)) for (a, p), (b, q) in zip(old, new, strict=True)]
+        words += new[0][1] * new[1][1] - both[0] * both[1]
+    return words
+
+
+def swapping_is_cheaper(grid: GridShape, k: int, n: Sequence[int], source: Layout, target: Layout) -> bool:
+    """Whether linear maps [.., k] -> [.., n_i] that share X, from layout source to target, move less with n and k traded, relayouts
+    counted. Both ways move as much of W, so that the number of rows does not matter; it is one that all ranks divide."""
+    rows = 2 * grid.size
+
+    def words(swapped: bool) -> int:
+        x, y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
+        moves = [(k, source, x), *((size, y, target) for size in n)]
+        between = sum(relayout_words(grid, rows, size, *way) for size, a, b in moves for way in ((a, b), (b, a)))
+        return linear_words(grid, rows, k, n, swapped, False) + between
+
+    return words(True) < words(False)
+
+
+def table_axes(grid: GridShape) -> tuple[Names, Names]:
+    """(axes that cut an embedding's rows, those over which its gradient is summed as it is cut)."""
+    summed = tuple(name for name in grid.outer.rows if name not in grid.axes.depth)
+    return summed or tuple(name for name in grid.axes.n + grid.axes.k if name not in grid.outer.features), summed
+
+
+def embedding_words(grid: GridShape, count: int, width: int) -> int:
+    """The table gathered forward and its gradient scattered backward over the row ranks; then summed over depth."""
+    table, depth = count * width, grid.parts(grid.axes.depth)
+    cut, summed = table_axes(grid)
+    return (2 if summed else 1) * table * depth * (grid.parts(cut) - 1) + 2 * table * (depth - 1)
+
+
+def embedding_messages(grid: GridShape) -> int:
+    cut, summed = table_axes(grid)
+    return (2 if summed else 1) * (grid.parts(cut) - 1) + 2 * (grid.parts(grid.axes.depth) - 1)
+
+
+def norm_axes(grid: GridShape, layout: Layout) -> Names:
+    """The axes that cut a per-feature parameter at rest: the features', in full where they stand in the mesh's order."""
+    names = layout.features
+    return names if list(names) == [name for name in grid.sizes if name in names] else names[:1]
+
+
+def norm_bytes(grid: GridShape, rows: int, features: int, item: int, layout: Layout, sums: int = 2, tensors: int = 2) -> int:
+    """`sums` float64 a row each way over the feature ranks (LayerNorm 2, RMSNorm 1); `tensors` gradients (2 or 1), of
+    `item` bytes a word, summed over the row ranks."""
+    ranks, over_rows = grid.parts(layout.features), grid.parts(layout.rows)
+    copies = ranks // grid.parts(norm_axes(grid, layout))
+    gradients = 2 * tensors * features * ((over_rows - 1) * copies + (copies - 1) * over_rows)
+    return 2 * 8 * sums * rows * ranks * (ranks - 1) + item * gradients
+
+
+def norm_messages(grid: GridShape, layout: Layout) -> int:
+    return 2 * (grid.parts(layout.features) - 1) + 2 * (grid.parts(layout.rows) - 1)
+
+
+def cross_entropy_bytes(grid: GridShape, rows: int, layout: Layout) -> int:
+    """Four float64 numbers a row over the feature ranks, and two in all over the row ranks."""
+    features, over_rows = grid.parts(layout.features), grid.parts(layout.rows)
+    return 32 * rows * features * (features - 1) + 16 * (over_rows - 1) * grid.size
+
+
+def cross_entropy_messages(grid: GridShape, layout: Layout) -> int:
+    return grid.parts(layout.features) - 1 + grid.parts(layout.rows) - 1
+
+
+def largest(grid: GridShape, size: int, names: Names) -> int:
+    """The largest piece of a dim of `size` cut over the axes `names`: the first."""
+    return chunks(size, [grid.sizes[name] for name in names])[0]
+
+
+def linear_parameters(grid: GridShape, k: int, n: Sequence[int], swapped: bool, bias: bool) -> int:
+    """Words of weights and biases on the rank that holds most: [out, in] cut as docs/theory.md section 1 says."""
+    first, second = (grid.axes.n, grid.axes.k) if swapped else (grid.axes.k, grid.axes.n)
+    again = tuple(name for name in grid.axes.m if name not in grid.axes.depth)
+    out, into = (second + again, first) if swapped else (second, first + again)
+    held = sum(largest(grid, size, out) * largest(grid, k, into) for size in n)
+    return held + (sum(largest(grid, size, second) for size in n) if bias else 0)

@@ -1,0 +1,99 @@
+"""A model as the planner sees it: which products, norms and tables a training step runs, on how many tokens.
+
+`gpt` describes the GPT of `python -m gingham train`; launch/describe.py reads a description off a model.
+Example: one block of width 512 is q, k and v as Linears(512, (512, 512, 512)), o as Linears(512, (512,)), and the pair
+Linears(512, (2048,)), Linears(2048, (512,)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Linears:
+    """Linear maps k -> n_i that share X. layout: as gingham.nn.Linear's; kept: words a row and output feature that the
+    epilogue keeps for its backward (GELU's input: 1)."""
+
+    k: int
+    n: tuple[int, ...]
+    layout: str = "outer->outer"
+    bias: bool = True
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """An embedding."""
+
+    count: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm (sums=2) or an RMSNorm (sums=1) over outer's features, with `tensors` parameters."""
+
+    features: int
+    sums: int = 2
+    tensors: int = 2
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What lies between the projections: keeps q, k and v; moves nothing. Heads must divide by inner's feature ranks."""
+
+    width: int
+    heads: int
+    kv_heads: int
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Cross-entropy of logits in the inner layout."""
+
+    vocabulary: int
+
+
+Part = Linears | Table | Norm | Attention | Loss
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`parts`: (how often, what). A step trains on [batch, context] tokens in words of `item` bytes, with an optimizer that
+    keeps `states` words a parameter (AdamW: 2)."""
+
+    parts: tuple[tuple[int, Part], ...]
+    batch: int
+    context: int
+    item: int = 4
+    states: int = 2
+
+    def parameters(self) -> int:
+        """Words of the whole model."""
+        return sum(times * _parameters(part) for times, part in self.parts)
+
+
+def _parameters(part: Part) -> int:
+    if isinstance(part, Linears):
+        return sum(part.n) * (part.k + part.bias)
+    if isinstance(part, Table):
+        return part.count * part.width
+    return part.features * part.tensors if isinstance(part, Norm) else 0
+
+
+def gpt(layers: int, width: int, heads: int, batch: int, context: int, vocabulary: int = 256) -> Workload:
+    """The GPT of commands/gpt.py."""
+    parts: list[tuple[int, Part]] = [
+        (1, Table(vocabulary, width)),
+        (1, Table(context, width)),
+        (2 * layers + 1, Norm(width)),
+        (layers, Linears(width, (width,) * 3, "outer->inner")),
+        (layers, Attention(width, heads, heads)),
+        (layers, Linears(width, (width,), "inner->outer")),
+        (layers, Linears(width, (4 * width,), "outer->inner", kept=1)),
+        (layers, Linears(4 * width, (width,), "inner->outer")),
+        (1, Linears(width, (vocabulary,), "outer->inner")),
+        (1, Loss(vocabulary)),
+    ]
+    return Workload(tuple(parts), batch, context)
