@@ -259,19 +259,21 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
     put_off = deferring(parameters)
-    here = [put_off and need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)]
-    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)]
+    here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if put_off else []
+    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if put_off else need_b
     # gradients of a cast are summed over depth after they are float32 again, not before
-    cast = any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
+    cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
     plan.mesh.say(plan.label)
     threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
     nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need and threaded]
     later = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
     dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
-    dbs = [_bias_gradient(plan, dy, bias) if mine else db for dy, bias, mine, db in zip(dys, parameters[count:], here, dbs, strict=True)]
+    for index, mine in enumerate(here):
+        if mine:
+            dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
     dws = [_as(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
     grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
-    for weight, dw in zip(parameters, dws, strict=False):
+    for weight, dw in zip(parameters, dws, strict=False) if threaded or put_off or cast else ():
         if later and dw is not None:
             gradients.sums_of(plan.mesh).add(weight, dw)
         elif threaded and dw is not None:
@@ -389,7 +391,7 @@ def _casts(block: torch.Tensor, dtype: torch.dtype | None) -> bool:
 
 def _as(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
     """In its parameter's dtype, which autocast may have left."""
-    return gradient if gradient is None or parameter is None else gradient.to(parameter.dtype)
+    return gradient if gradient is None or parameter is None or gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.Tensor:

@@ -51,6 +51,7 @@ class Mesh(GridShape, Live):
         groups |= {key: names for key, names in {"m": axes.m, "features": axes.outer.features}.items() if len(names) > 1}
         indices = {key: index for index, key in enumerate(dict.fromkeys([*every, "m", "features", "world"]))}
         self._axes: dict[frozenset[str], Any] = {}
+        self._found: dict[Names, Any] = {}  # by the names that were asked for
         self._keys: dict[str, Any] = {}
         for key, names in groups.items():
             self._keys[key] = native.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
@@ -74,10 +75,12 @@ class Mesh(GridShape, Live):
 
     def axis(self, names: Names) -> Any:
         """The communicator over the axes `names` in mesh order, or None where it would have one rank."""
+        if names in self._found:
+            return self._found[names]
         kept = frozenset(name for name in names if self.sizes[name] > 1)
-        if kept and kept not in self._axes and len(kept) == sum(size > 1 for size in self.sizes.values()):
-            return self.world
-        return self._axes[kept] if kept else None
+        joint = kept and kept not in self._axes and len(kept) == sum(size > 1 for size in self.sizes.values())
+        found = self._found[names] = self.world if joint else self._axes[kept] if kept else None
+        return found
 
     def axes_over(self, names: Names) -> list[Any]:
         """Communicators that together span the axes `names`: one where there is one, else one an axis."""

@@ -44,6 +44,7 @@ class GridShape:
         self.axes, self.size = axes, axes.size
         self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
         self.grid = tuple(self.parts(names) for names in (axes.m, axes.n, axes.k))
+        self._layouts = {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}
 
     def parts(self, names: Names) -> int:
         """The number of pieces that the axes `names` cut a dim into."""
@@ -53,7 +54,7 @@ class GridShape:
         """ "outer", "inner" or "rows": outer's rows with whole features."""
         if name not in ("outer", "inner", "rows"):
             raise MeshError(f"layout={name!r}: expected 'outer', 'inner' or 'rows'")
-        return {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}[name]
+        return self._layouts[name]
 
 
 def axes_of(

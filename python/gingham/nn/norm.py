@@ -41,7 +41,10 @@ class _Norm(Layer):
         (self.features,), self.eps, self.layout, self.elementwise_affine = self.normalized_shape, eps, layout, affine
         self.stored = stored_axes(mesh, mesh.layout(layout).features)
         self.weight = self.bias = None
+        names = mesh.layout(layout).features
         self.place = SimpleNamespace(mesh=mesh, layout=layout, stored=self.stored, features=self.features, label=type(self).__name__)
+        self.place.held = mesh.interval(self.features, names)[1]
+        self.place.block = place_of_features(mesh, names, self.stored, self.features)
         self.handle = register(mesh, self.place)
 
     def _parameter(self, name: str, dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
@@ -61,7 +64,7 @@ class _Norm(Layer):
         """x, or in a region of torch.autocast on a GPU, whose norms return float32, x in that."""
         kind = type(self).__name__
         check_local(x, f"{kind}'s x", self.mesh)
-        expected = self.mesh.interval(self.features, self.mesh.layout(self.layout).features)[1]
+        expected = self.place.held
         if x.dim() == 0 or x.shape[-1] != expected:
             whole = "; a full tensor? mesh.scatter(x) gives this rank's block" if x.dim() and x.shape[-1] == self.features else ""
             raise ShapeError(
@@ -208,7 +211,7 @@ class _Normalise(Function):
         # as torch.nn: its layer norm reads them always, its RMS norm for the gradient of x
         read = [("weight", weight), ("bias", bias)] if centred or ctx.needs_input_grad[0] else []
         ctx.eps, ctx.versions = eps, versions_of(read)
-        ctx.place = place_of_features(mesh, names, layer.stored, layer.features)
+        ctx.place = layer.block
         gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
         ctx.save_for_backward(x, mean, scale, gamma)
         y = normal if gamma is None else normal * gamma
