@@ -24,20 +24,11 @@ from ..mesh.layout import Cuts, Layout, Names, offsets
 from ..mesh.live import Live
 from ..plan import formulas
 from . import gradients, second_order
-from .gradients import deferring as deferring
-from .gradients import no_sync as no_sync
-from .gradients import owing as owing
-from .gradients import sum_or_defer as sum_or_defer
+from .casts import autocast_dtype, cast_for_autocast, like, local_of
+from .gradients import deferring
 from .ranges import in_range, profiling
-from .relayout import autocast_dtype as autocast_dtype
-from .relayout import cast_for_autocast as cast_for_autocast
-from .relayout import like as like
-from .relayout import local_of as local_of
-from .relayout import relayout as relayout
-from .relayout import reshard as reshard
-from .second_order import check_versions as check_versions
-from .second_order import replay as replay
-from .second_order import shaped, versions_of
+from .relayout import relayout
+from .second_order import check_versions, shaped, versions_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local, current
+from .casts import cast_for_autocast
 from .linear import make_step
-from .relayout import cast_for_autocast
 from .second_order import product
 
 

@@ -34,21 +34,8 @@ from ..mesh.layout import (
     volume,
 )
 from ..mesh.layout import relayout as relayout_plan
+from .casts import like, local_of
 from .second_order import check_versions, shaped, to_parameter, versions_of
-from .second_order import like as like
-from .second_order import local_of as local_of
-
-
-def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype of the torch.autocast region of x's device that this call is in, or None outside of one."""
-    kind = "cpu" if x.is_cpu else x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
-def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
-    """What torch.autocast does to an operand of a product: in a region its dtype, unless x is float64 or of integers."""
-    dtype = autocast_dtype(x)
-    return x if dtype in (None, x.dtype) or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
 
 
 def relayout(x: torch.Tensor, mesh: Mesh, source: Layout, target: Layout, features: int) -> torch.Tensor:

@@ -28,19 +28,6 @@ from ..mesh import Mesh
 from ..mesh.layout import Names
 
 
-def local_of(parameter: Any) -> Any:
-    """A DTensor's own block, read anew each time: load_state_dict and .to() replace it; other tensors and None as they are."""
-    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-
-
-def like(local: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """A gradient in the form of its parameter."""
-    if local is None or not isinstance(parameter, DTensor):
-        return local
-    # without __init__, which does nothing but costs as much as the rest
-    return DTensor.__new__(DTensor, local, parameter._spec, requires_grad=False)
-
-
 def shaped(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """x in another shape of as many elements, not as a view of it: what an autograd function returns may then be changed in place."""
     return x if tuple(x.shape) == tuple(shape) else torch.ops.aten._unsafe_view.default(x, list(shape))

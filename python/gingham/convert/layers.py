@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
-from ..autograd.linear import linear, linear_plan, relayout
+from ..autograd.linear import linear, linear_plan
+from ..autograd.relayout import relayout
 from ..errors import ShapeError
 from ..mesh import Mesh
 from .loose import hold

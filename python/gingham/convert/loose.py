@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import like, local_of, reshard
+from ..autograd.casts import like, local_of
+from ..autograd.relayout import reshard
 from ..autograd.second_order import alias, check_versions, summed, to_parameter, versions_of
 from ..function import Function
 from ..graph_ops import KNOWN, Traced, block_of, find, names_of, own, traced

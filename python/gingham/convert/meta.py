@@ -18,7 +18,7 @@ import numpy
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..autograd.linear import local_of
+from ..autograd.casts import local_of
 from ..mesh import Mesh
 from ..mesh.layout import Block, block
 from .loose import cuts_of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from .. import nn
-from ..autograd.linear import relayout
+from ..autograd.relayout import relayout
 from . import attention, inputs, layers
 from .layers import ELEMENTWISE, Conversion
 from .rules import TORCH

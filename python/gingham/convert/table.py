@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 
 from .. import nn
-from ..autograd.linear import LinearPlan, local_of
+from ..autograd.casts import local_of
+from ..autograd.linear import LinearPlan
 from ..mesh import Mesh
 from ..mesh.layout import Cuts, block, coordinates_of, intersection, volume
 from ..plan import formulas, tables

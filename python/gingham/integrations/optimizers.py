@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..autograd.linear import local_of
+from ..autograd.casts import local_of
 from ..autograd.relayout import move_block
 from ..errors import MeshError
 from ..mesh import Mesh, cuts_of, mesh_of

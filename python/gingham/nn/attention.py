@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from ..autograd.linear import autocast_dtype, linear, linear_plan
+from ..autograd.casts import autocast_dtype
+from ..autograd.linear import linear, linear_plan
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import deferring, like, local_of, sum_or_defer
+from ..autograd.casts import like, local_of
+from ..autograd.gradients import deferring, sum_or_defer
 from ..autograd.second_order import refuse_deferred, replay, shared
 from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, names_of, traced

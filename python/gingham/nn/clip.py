@@ -8,7 +8,8 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate
 
-from ..autograd.linear import local_of, owing
+from ..autograd.casts import local_of
+from ..autograd.gradients import owing
 from ..errors import MeshError
 from ..mesh import current
 

@@ -16,9 +16,9 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..autograd.linear import reshard
 from ..autograd.named import path_of
 from ..autograd.ranges import in_range
+from ..autograd.relayout import reshard
 from ..checks import layer_forward
 from ..errors import MeshError, ShapeError
 from ..graph_ops import own

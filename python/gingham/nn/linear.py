@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import linear, linear_plan, local_of, reshard
+from ..autograd.casts import local_of
+from ..autograd.linear import linear, linear_plan
+from ..autograd.relayout import reshard
 from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError
 from ..mesh import Mesh, current

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import autocast_dtype, relayout
+from ..autograd.casts import autocast_dtype
+from ..autograd.relayout import relayout
 from ..autograd.second_order import replay, shaped, summed
 from ..checks import cuts_of_block
 from ..errors import ShapeError

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import autocast_dtype, deferring, like, local_of
+from ..autograd.casts import autocast_dtype, like, local_of
+from ..autograd.gradients import deferring
 from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import linear, linear_plan, relayout, reshard
+from ..autograd.linear import linear, linear_plan
+from ..autograd.relayout import relayout, reshard
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Layout

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import local_of
+from ..autograd.casts import local_of
 from ..mesh import Mesh, current
 
 

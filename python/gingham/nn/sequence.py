@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import relayout
+from ..autograd.relayout import relayout
 from ..autograd.second_order import scattered
 from ..errors import ShapeError
 from ..function import Function

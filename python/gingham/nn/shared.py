@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..autograd.linear import LinearPlan, backward_passes, linear, local_of
+from ..autograd.casts import local_of
+from ..autograd.linear import LinearPlan, backward_passes, linear
 from ..checks import origin
 
 

@@ -8,7 +8,7 @@ import torch
 
 import gingham
 from gingham import nn
-from gingham.autograd.linear import reshard
+from gingham.autograd.relayout import reshard
 from gingham.mesh.layout import block, coordinates_of
 from grids import GRIDS, grids, ranks_of, relative, whole
 
