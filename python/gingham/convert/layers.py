@@ -36,8 +36,7 @@ PLAIN_VALUES = (int, float, str, bool, tuple, torch.dtype, type(None))
 
 @dataclass
 class Conversion:
-    """One call of parallelize: where it stands and what it has made. `parameters`: new ones by the id of the old;
-    `modules`: (old, new) by the id of the old, which is kept alive so that no other gets its id."""
+    """One call of parallelize: what it has made. `parameters`: new ones by the id of the old; `modules`: (old, new), old kept alive."""
 
     model: torch.nn.Module
     mesh: Mesh
