@@ -32,7 +32,7 @@ PYTHON_ROOMS = {
     "checks": {"mesh", "errors"},
     "plan": {"mesh", "errors"},
     "autograd": {"function", "graph_ops", "mesh", "plan", "errors", "native"},
-    "nn": {"function", "graph_ops", "mesh", "checks", "autograd", "errors"},
+    "nn": {"function", "graph_ops", "mesh", "checks", "plan", "autograd", "errors"},
     "launch": {"mesh", "checks", "plan", "errors", "native"},
     "checkpoint": {"mesh", "launch", "errors", "native"},
     "convert": {"function", "graph_ops", "mesh", "checks", "plan", "autograd", "nn", "checkpoint", "errors"},

@@ -55,6 +55,10 @@ class LinearPlan(Live):
         owner = self.owners[0]() if self.owners else None
         return self.name if owner is None else owner.label()
 
+    def received(self, rows: int, bias: bool, inner: int = 1) -> int:
+        """Words that all ranks together receive in a forward and backward pass of [rows, inner, k]."""
+        return formulas.linear_traffic(self.mesh, rows, self.k, self.n, self.swapped, bias, self.x, (self.y[1], self.y[0]), inner)
+
     def owned_by(self, layer: Any) -> LinearPlan:
         """Whose calls these are."""
         self.owners[:] = [weakref.ref(layer)]
@@ -72,15 +76,7 @@ def linear_plan(
         raise MeshError(f"layout={layout!r}: expected 'outer->outer', 'outer->inner' or 'inner->outer' ('rows' for outer: whole features)")
     if swapped not in (None, False, True, "auto"):
         raise MeshError(f"swapped={swapped!r}: expected None, False, True or 'auto'")
-    differ = mesh.outer != mesh.inner
-    if differ and "inner" in ends:
-        needed = ends[0] == "inner"
-        if swapped not in (None, "auto", needed):
-            raise MeshError(f"swapped={swapped} disagrees with layout={layout!r}, which is swapped={needed} on {mesh}")
-        swapped = needed
-    elif swapped == "auto":
-        swapped = formulas.swapping_is_cheaper(mesh, k, n, mesh.layout(ends[0]), mesh.layout(ends[1]))
-    swapped = bool(swapped)
+    swapped = formulas.is_swapped(mesh, k, n, layout, swapped)
     given = [mesh.layout(end) for end in ends]
     first, second = (mesh.axes.n, mesh.axes.k) if swapped else (mesh.axes.k, mesh.axes.n)
     cut_again = tuple(name for name in mesh.axes.m if name not in mesh.axes.depth)

@@ -24,12 +24,12 @@ from rich.table import Table
 
 import gingham
 
-from ..convert import costs
 from ..mesh import axes_of
 from ..mesh.modes import Axes
 from ..native import fake_device, max_ranks
 from ..plan import tables
 from ..plan.tables import amount
+from . import layers
 from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
 
 MESHES = {"1d": 8, "2d": 4, "2.5d": 8, "3d": 8}  # ranks that a mode takes unless --ranks says otherwise
@@ -192,7 +192,7 @@ def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
     mesh = gingham.init(**grid, device=options.device)
     shape = shape_of(options)
     model, optimizer = build(parallel_kit(mesh), shape, options)
-    planned = costs.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY))
+    planned = layers.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY))
     console = Console(quiet=rank != 0, force_terminal=None)
     show_plan(console, mesh, planned, options)
     draw = batches(read_text(options.text), options.batch, options.context, options.seed)
@@ -318,7 +318,7 @@ def describe(mesh: Any) -> str:
     return f"{mesh.size} ranks: {axes}"
 
 
-def show_plan(console: Console, mesh: Any, planned: list[costs.Layer], options: Namespace) -> None:
+def show_plan(console: Console, mesh: Any, planned: list[layers.Layer], options: Namespace) -> None:
     title = f"{describe(mesh)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, rank 0 of each shape"
     headings = ("layer", "kind", "weight here", "of", "X here -> Y here", "weights", "received a step")
     rows = [

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import nn
-from .layers import FusedLinears
+from .fused import FusedLinears
 
 MODULE, FUNCTION = "peft.tuners.tuners_utils", "_get_in_out_features"
 

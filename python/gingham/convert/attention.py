@@ -54,6 +54,7 @@ class MultiheadAttention(torch.nn.Module):
     batch_first = True
     in_proj_bias = in_proj_weight = None  # what the fast path of torch's encoder layer asks for first
     _qkv_same_embed_dim = False
+    q: nn.Linear
 
     def __init__(self, old: torch.nn.MultiheadAttention, mesh: Mesh) -> None:
         super().__init__()
@@ -81,6 +82,11 @@ class MultiheadAttention(torch.nn.Module):
         self.joins = {"in_proj_weight": (("q.weight", "k.weight", "v.weight"), 0)}
         if has_bias:
             self.joins["in_proj_bias"] = (("q.bias", "k.bias", "v.bias"), 0)
+
+    def received(self, rows: int, inner: int = 1) -> int:
+        """Of self-attention: q, k and v with one gather of x."""
+        item = self.q.weight.element_size()
+        return self.plans[3].received(rows, self.q.bias is not None, inner) * item + self.out_proj.received(rows, inner)
 
     def _project(self, x: torch.Tensor, parts: str) -> list[torch.Tensor]:
         layers = [getattr(self, part) for part in parts]

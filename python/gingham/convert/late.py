@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from .. import nn
 from ..checkpoint.state_dicts import accept_full
 from . import identity
-from .layers import FusedLinears, convert_late
+from .fused import FusedLinears
+from .layers import convert_late
 from .wrappers import adapter_roles
 
 SIDES = ("lora_A", "lora_B")

@@ -155,6 +155,14 @@ class SelfAttention(Layer):
         shape = f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
         return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}"
 
+    def received(self, rows: int, inner: int = 1) -> int:
+        """q, k and v share x; that ranks gather each other's keys and values with dim=1 is not in it."""
+        return self.projected(rows, inner) + self.o.received(rows, inner)
+
+    def projected(self, rows: int, inner: int = 1) -> int:
+        """`received` of q, k and v."""
+        return self.plan.received(rows, self.q.bias is not None, inner) * self.q.weight.element_size()
+
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
         cuts = self.mesh.outer.cuts(x.dim(), self.dim) if x.dim() == 3 else None
         return None if cuts is None else (cuts, cuts)

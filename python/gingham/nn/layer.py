@@ -97,6 +97,10 @@ class Layer(torch.nn.Module):
         """The cuts of the input x and of the output; None: not checked."""
         return None
 
+    def received(self, rows: int, inner: int = 1) -> int:
+        """Bytes that all ranks together receive in a forward and backward pass of [rows, inner, features] (docs/theory.md section 4)."""
+        return sum(part.received(rows, inner) for part in self.children() if isinstance(part, Layer))
+
     def label(self) -> str:
         """Made at the first call, when all parameters stand."""
         if not self._label:

@@ -16,6 +16,7 @@ from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError
 from ..mesh import Mesh, current
 from ..mesh.layout import Cuts
+from ..plan.formulas import reshard_words
 from .bias import block_of_features, stored_axes
 from .embedding import Embedding
 from .layer import Layer, bound_of, size_of
@@ -111,6 +112,11 @@ class Linear(Layer, torch.nn.Linear):
         if self.bias is None:
             return y, None
         return y, block_of_features(self.operand("bias"), self.mesh, self.plan.y[0], self.bias_cuts[0], self.out_features)
+
+    def received(self, rows: int, inner: int = 1) -> int:
+        """Linears that share their input: all with the first of them."""
+        first, plan = (self, self.plan) if self.group is None else (self.group.linears[0], self.group.plan)
+        return plan.received(rows, self.bias is not None, inner) * self.weight.element_size() if first is self else 0
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """What functional.linear multiplies by and adds."""
@@ -231,6 +237,12 @@ class Classifier(Linear):
         tied = self.tied_cuts
         weight = self.operand("weight") if tied is None else reshard(self.weight, self.mesh, tied, self.plan.weight_cuts)
         return [weight], [self.operand("bias")]
+
+    def received(self, rows: int, inner: int = 1) -> int:
+        """And the tied weight cut anew."""
+        tied = self.tied_cuts
+        words = 0 if tied is None else reshard_words(self.mesh, self.weight.shape, tied, self.plan.weight_cuts)
+        return super().received(rows, inner) + words * self.weight.element_size()
 
 
 def _without_reshard(mesh: Mesh, k: int, n: int, layout: str, cuts: Cuts) -> bool | None:

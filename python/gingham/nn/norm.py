@@ -18,6 +18,7 @@ from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Names, coordinates_of, interval, members
+from ..plan.formulas import norm_bytes
 from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
 from .layer import Layer, size_of
 from .parameter import Given, make_parameter
@@ -57,6 +58,11 @@ class _Norm(Layer):
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         cuts = cuts_of_block(self.mesh.layout(self.layout), x.dim())
         return cuts, cuts
+
+    def received(self, rows: int, inner: int = 1) -> int:
+        own = [each for each in (self.weight, self.bias) if each is not None]
+        item, sums = max([4, *(each.element_size() for each in own)]), 2 if isinstance(self, torch.nn.LayerNorm) else 1
+        return norm_bytes(self.mesh, rows * inner, self.features, item, self.mesh.layout(self.layout), sums, len(own))
 
     def sizes(self) -> tuple[int, ...]:
         return (self.features,)

@@ -13,6 +13,7 @@ from ..autograd.relayout import relayout, reshard
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Layout
+from ..plan.formulas import reshard_words
 from .layer import Layer, bound_of
 from .parameter import Given, make_parameter
 
@@ -70,6 +71,11 @@ class PatchEmbedding(Layer):
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         return Layout(self.mesh.outer.rows, ()).cuts(x.dim()), self.mesh.outer.cuts(3)
+
+    def received(self, rows: int, inner: int = 1) -> int:
+        """And the weight, stored whole in its features, cut anew."""
+        words = reshard_words(self.mesh, (self.width, self.fan_in), (self.names, ()), self.plan.weight_cuts)
+        return (words + self.plan.received(rows, self.bias is not None, inner)) * self.weight.element_size()
 
     def sizes(self) -> tuple[int, ...]:
         return self.channels, self.width

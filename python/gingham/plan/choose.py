@@ -137,17 +137,16 @@ def _block(grid: GridShape, workload: Workload, features: int, layout: Layout) -
 
 
 def _linears_cost(grid: GridShape, part: Linears, workload: Workload) -> tuple[int, int, int, int, int]:
-    swapped = trades(grid, part)
-    tokens = workload.batch * workload.context
+    swapped = formulas.is_swapped(grid, part.k, part.n, part.layout, None if part.layout == "outer->outer" else "auto")
     given, into = (grid.layout(end) for end in part.layout.split("->"))
     x, y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
-    words = formulas.linear_words(grid, tokens, part.k, part.n, swapped, part.bias)
+    ways = (given, x), (y, into)
+    words = formulas.linear_traffic(grid, workload.batch, part.k, part.n, swapped, part.bias, *ways, workload.context)
     messages = formulas.linear_messages(grid, len(part.n), swapped, part.bias)
-    for source, target, features in [(given, x, part.k), *[(y, into, size) for size in part.n]]:
+    for (source, target), features in [(ways[0], part.k), *((ways[1], size) for size in part.n)]:
         for way in ((source, target), (target, source)):
-            moved = workload.context * formulas.relayout_words(grid, workload.batch, features, *way)
-            words += moved
             # one message a peer at most: to all of an axis where rows or whole features move, else a permutation
+            moved = formulas.relayout_words(grid, workload.batch, features, *way)
             messages += 0 if not moved else 1 if grid.outer.features else grid.size - 1
     held = formulas.linear_parameters(grid, part.k, part.n, swapped, part.bias)
     kept = _block(grid, workload, part.k, x) + part.kept * sum(_block(grid, workload, size, y) for size in part.n)
@@ -155,10 +154,3 @@ def _linears_cost(grid: GridShape, part: Linears, workload: Workload) -> tuple[i
     rows = largest(grid, workload.batch, grid.axes.m) * workload.context
     flops = 6 * rows * largest(grid, part.k, first) * sum(largest(grid, size, second) for size in part.n)
     return workload.item * words, messages, held, kept, flops
-
-
-def trades(grid: GridShape, part: Linears) -> bool:
-    """Whether n and k trade places in these linears: the layout decides where outer and inner differ, else the bytes."""
-    if grid.outer != grid.inner:
-        return part.layout == "inner->outer"
-    return part.layout != "outer->outer" and formulas.swapping_is_cheaper(grid, part.k, part.n, grid.outer, grid.outer)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..mesh.layout import Layout, Names, chunks, coordinates_of, interval
+from ..errors import MeshError
+from ..mesh.layout import Cuts, Layout, Names, block, chunks, coordinates_of, intersection, interval, volume
 from ..mesh.modes import GridShape
 
 
@@ -59,16 +60,45 @@ def relayout_words(grid: GridShape, rows: int, features: int, source: Layout, ta
     return words
 
 
-def swapping_is_cheaper(grid: GridShape, k: int, n: Sequence[int], source: Layout, target: Layout) -> bool:
-    """Whether linear maps [.., k] -> [.., n_i] that share X, from layout source to target, move less with n and k traded, relayouts
-    counted. Both ways move as much of W, so that the number of rows does not matter; it is one that all ranks divide."""
-    rows = 2 * grid.size
+Way = tuple[Layout, Layout]  # from, to
+
+
+def linear_traffic(grid: GridShape, rows: int, k: int, n: Sequence[int], swapped: bool, bias: bool, x: Way, y: Way, inner: int = 1) -> int:
+    """Words of linear maps that share X, [rows, inner, k] -> [rows, inner, n_i], with their relayouts: of X from the caller's layout to the
+    step's, of Y from the step's to the caller's, each once more the other way in backward. Layouts cut `rows` and features."""
+    words = linear_words(grid, rows * inner, k, n, swapped, bias)
+    for (source, target), features in [(x, k), *((y, size) for size in n)]:
+        there, back = ((source, target), (target, source))
+        words += inner * (relayout_words(grid, rows, features, *there) + relayout_words(grid, rows, features, *back))
+    return words
+
+
+def reshard_words(grid: GridShape, shape: Sequence[int], source: Cuts, target: Cuts) -> int:
+    """A parameter cut anew forward and its gradient backward: what every rank's new block has and its old one had not, both ways."""
+    words = 0
+    for rank in range(grid.size):
+        place = coordinates_of(rank, grid.sizes)
+        old, new = (block(shape, cuts, grid.sizes, place) for cuts in (source, target))
+        words += volume(old) + volume(new) - 2 * volume(intersection(old, new))
+    return words
+
+
+def is_swapped(grid: GridShape, k: int, n: Sequence[int], layout: str, asked: bool | str | None) -> bool:
+    """Whether linear maps [.., k] -> [.., n_i] that share X have n and k traded. Where outer and inner differ, a layout with an inner end
+    decides; else what is asked: None is no, "auto" what moves less. Raises MeshError where asked disagrees with the layout."""
+    source, target = layout.split("->")
+    if grid.outer != grid.inner and "inner" in (source, target):
+        needed = source == "inner"
+        if asked not in (None, "auto", needed):
+            raise MeshError(f"swapped={asked} disagrees with layout={layout!r}, which is swapped={needed} on {grid}")
+        return needed
+    if asked != "auto":
+        return bool(asked)
+    rows = 2 * grid.size  # W moves alike both ways, so that any number does that all ranks divide
 
     def words(swapped: bool) -> int:
-        x, y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
-        moves = [(k, source, x), *((size, y, target) for size in n)]
-        between = sum(relayout_words(grid, rows, size, *way) for size, a, b in moves for way in ((a, b), (b, a)))
-        return linear_words(grid, rows, k, n, swapped, False) + between
+        at_x, at_y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
+        return linear_traffic(grid, rows, k, n, swapped, False, (grid.layout(source), at_x), (at_y, grid.layout(target)))
 
     return words(True) < words(False)
 

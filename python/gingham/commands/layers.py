@@ -1,4 +1,4 @@
-"""What a training step of a model must receive, and what its layers hold: the formulas (plan/formulas.py) beside the count."""
+"""The layers of a model, what each holds here and what a training step of it receives: the table of `python -m gingham train`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 from .. import nn
 from ..mesh import Mesh
-from ..plan import formulas
-from ..plan.formulas import cross_entropy_bytes, linear_words, relayout_words
+from ..plan.formulas import cross_entropy_bytes
 
 
 @dataclass(frozen=True)
@@ -40,16 +39,16 @@ def _layers(model: torch.nn.Module, mesh: Mesh, batch: int, time: int) -> Iterat
     projections = {part for module in model.modules() if isinstance(module, nn.SelfAttention) for part in (module.q, module.k, module.v)}
     for name, module in model.named_modules():
         if isinstance(module, nn.SelfAttention):
-            yield _linear(f"{name}.q,k,v", [module.q, module.k, module.v], module.plan, mesh, batch, time)
+            parts = [module.q, module.k, module.v]
+            yield _linear(f"{name}.q,k,v", parts, module.plan, mesh, module.projected(batch, time))
         elif isinstance(module, nn.Linear) and module not in projections:
-            yield _linear(name, [module], module.plan, mesh, batch, time)
+            yield _linear(name, [module], module.plan, mesh, module.received(batch, time))
         elif isinstance(module, nn.Embedding):
-            item = module.weight.element_size()
             width = mesh.interval(module.width, mesh.outer.features)[1]
-            yield _layer(name, "embedding", [module], f"ids -> {width}", item * embedding_words(mesh, module))
+            yield _layer(name, "embedding", [module], f"ids -> {width}", module.received(batch, time))
         elif isinstance(module, nn.LayerNorm):
             width = mesh.interval(module.features, mesh.layout(module.layout).features)[1]
-            yield _layer(name, "layer norm", [module], f"{width} -> {width}", norm_bytes(mesh, batch * time, module))
+            yield _layer(name, "layer norm", [module], f"{width} -> {width}", module.received(batch, time))
 
 
 def _layer(name: str, kind: str, modules: list[Any], blocks: str, received: int) -> Layer:
@@ -60,20 +59,7 @@ def _layer(name: str, kind: str, modules: list[Any], blocks: str, received: int)
     return Layer(name, kind, local, whole, blocks, size, received)
 
 
-def _linear(name: str, modules: list[Any], plan: Any, mesh: Mesh, batch: int, time: int) -> Layer:
-    words = linear_words(mesh, batch * time, plan.k, list(plan.n), plan.swapped, modules[0].bias is not None)
-    ways = [(*plan.x, plan.k), *[(plan.y[1], plan.y[0], size) for size in plan.n]]
-    for source, target, features in ways:
-        words += time * (relayout_words(mesh, batch, features, source, target) + relayout_words(mesh, batch, features, target, source))
+def _linear(name: str, modules: list[Any], plan: Any, mesh: Mesh, received: int) -> Layer:
     k, n = (mesh.interval(size, layout.features)[1] for size, layout in ((plan.k, plan.x[0]), (plan.n[0], plan.y[0])))
     kind = f"linear{' x 3' if len(modules) == 3 else ''}{', swapped' if plan.swapped else ''}"
-    return _layer(name, kind, modules, f"{k} -> {n}", words * modules[0].weight.element_size())
-
-
-def embedding_words(mesh: Mesh, layer: nn.Embedding) -> int:
-    return formulas.embedding_words(mesh, layer.count, layer.width)
-
-
-def norm_bytes(mesh: Mesh, rows: int, layer: nn.LayerNorm) -> int:
-    item = max(4, layer.weight.element_size()) if layer.weight is not None else 0
-    return formulas.norm_bytes(mesh, rows, layer.features, item, mesh.layout(layer.layout))
+    return _layer(name, kind, modules, f"{k} -> {n}", received)
