@@ -48,7 +48,10 @@ class GridShape:
 
     def parts(self, names: Names) -> int:
         """The number of pieces that the axes `names` cut a dim into."""
-        return prod(self.sizes[name] for name in names)
+        pieces = 1
+        for name in names:  # a loop, which torch.compile follows
+            pieces *= self.sizes[name]
+        return pieces
 
     def layout(self, name: str) -> Layout:
         """ "outer", "inner" or "rows": outer's rows with whole features."""
