@@ -18,73 +18,13 @@ constexpr int kSpins = 200, kYields = 4, kSliceMs = 50;
 
 }  // namespace
 
-void copy_text(char* to, size_t room, const std::string& text) {
-  const size_t n = std::min(room - 1, text.size());
-  memcpy(to, text.data(), n);
-  to[n] = 0;
-}
-
 void nap(double seconds) {
   if (seconds <= 0) return;
   timespec t{static_cast<time_t>(seconds), static_cast<long>((seconds - static_cast<double>(static_cast<time_t>(seconds))) * 1e9)};
   clock_nanosleep(CLOCK_MONOTONIC, 0, &t, nullptr);
 }
 
-uint64_t mixed(uint64_t h, uint64_t v) {
-  h = (h ^ v) * 1099511628211ull;
-  return h ^ h >> 29;
-}
-
-std::string list_of(const std::vector<int>& ranks) {
-  std::string out = ranks.size() == 1 ? "rank " : "ranks ";
-  for (size_t i = 0; i < ranks.size(); i++) out += (i ? ", " : "") + std::to_string(ranks[i]);
-  return out;
-}
-
 std::function<void()> Control::interrupt;
-
-Label::Label(std::string words) : text(std::move(words)), hash(kSeed) {
-  for (char c : text) hash = mixed(hash, static_cast<uint64_t>(static_cast<unsigned char>(c)));
-}
-
-void Call::set_name(const std::string& text) { copy_text(name, sizeof(name), text); }
-
-uint64_t Call::history() const {
-  uint64_t h = kSeed;
-  auto mix = [&h](uint64_t v) { h = mixed(h, v); };
-  for (const char* c = name; *c; c++) mix(static_cast<uint64_t>(*c));
-  mix(static_cast<uint64_t>(dtype));
-  for (int g : grid) mix(static_cast<uint64_t>(g));
-  if (flags & kStep) {
-    mix(static_cast<uint64_t>(k));
-    mix(static_cast<uint64_t>(n));
-  }
-  mix(flags);
-  mix(options);
-  if (invalid)
-    for (const char* c = note; *c; c++) mix(static_cast<uint64_t>(*c));
-  return h;
-}
-
-uint64_t Call::key() const { return mixed(mixed(history(), static_cast<uint64_t>(k)), static_cast<uint64_t>(n)); }
-
-std::string Call::text() const {
-  if (invalid) return concat(label, label[0] ? ": " : "", name, " refused: ", note);
-  std::string out = label[0] ? concat(label, ": ", name) : std::string(name);
-  out += concat("(dtype=", name_of(static_cast<DType>(dtype)));
-  if (k || n) out += concat(", K=", k, ", N=", n);
-  if (rows >= 0) out += concat(", local rows=", rows);
-  if (grid[0] * grid[1] * grid[2] > 1) out += concat(", grid=", grid[0], "x", grid[1], "x", grid[2]);
-  if (!(flags & kStep)) return out + concat(", axis ", flags, ")");
-  auto has = [this](int bit) { return (flags >> (32 + bit) & 1) != 0; };
-  out += concat(", ", flags & 1 ? "ring" : "window", ", slices=", flags >> 8 & 0xffffff, ", of");
-  static const char* words[] = {" the input's gradient", " the weights' gradients", " sums over depth"};
-  for (int bit = 0; bit < 3; bit++) out += has(bit) ? words[bit] : "";
-  for (int map = 0; map < kMapBits; map++) out += has(kBiasGradient + map) ? concat(" bias ", map, "'s gradient") : "";
-  out += has(kEpilogue) ? " the output with gelu" : "";
-  for (int map = 0; map < kMapBits; map++) out += has(kBias + map) ? concat(" bias ", map) : "";
-  return out + ")";
-}
 
 Control::Control(ControlBlock* block, int rank, int size, double timeout) : block_(block), rank_(rank), size_(size), timeout_(timeout) {}
 
@@ -310,14 +250,12 @@ void Control::poll_peers(int peer) {
 
 int Control::culprit(int peer) const {
   const double fresh = now() - 1.0;
-  int odd = peer;
-  for (int hop = 0; hop < size_; hop++) {
-    const RankRecord& record = block_->ranks[odd];
-    const int next = record.waiting_on.load();
-    if (next < 0 || record.heartbeat.load() < fresh) return odd;
-    odd = next;
+  std::vector<Waiting> ranks;
+  for (int r = 0; r < size_; r++) {
+    const RankRecord& record = block_->ranks[r];
+    ranks.push_back({record.waiting_on.load(), record.heartbeat.load() >= fresh});
   }
-  return peer;
+  return culprit_of(ranks, peer);
 }
 
 void Control::sleep_until(double time) {

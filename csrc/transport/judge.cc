@@ -1,8 +1,6 @@
-// Ranks whose calls differ: who is told so, and how it is decided which of them is the odd one.
-#include <string.h>
-
+// Ranks whose calls differ: when a rank looks, and what it gathers for the verdict.
 #include <algorithm>
-#include <map>
+#include <iterator>
 
 #include "transport/control.h"
 
@@ -23,62 +21,29 @@ void Control::compare(int peer) {
   }
 }
 
-void Control::judge(const std::vector<int>& members, Kind* kind, int* odd, std::string* message) {
-  uint32_t sequence = block_->ranks[rank_].sequence.load(), newest = sequence;
+std::vector<CallLog> Control::logs() const {
+  const uint32_t sequence = block_->ranks[rank_].sequence.load();
   const double start = now();
-  auto arrived = [&](int r, uint32_t at) { return reached(block_->ranks[r].sequence.load(), at); };
-  std::vector<int> all;
+  std::vector<CallLog> found(static_cast<size_t>(size_));
   for (int r = 0; r < size_; r++) {
-    while (!arrived(r, sequence) && now() - start < kJudgePatience) nap(0.0005);
-    if (arrived(r, newest)) newest = block_->ranks[r].sequence.load();
-    all.push_back(r);
+    const RankRecord& record = block_->ranks[r];
+    while (!reached(record.sequence.load(), sequence) && now() - start < kJudgePatience) nap(0.0005);
   }
-  std::map<uint64_t, std::vector<int>> groups;
-  auto group = [&](const std::vector<int>& ranks, uint32_t at, auto&& value_of) {
-    groups.clear();
-    for (int r : ranks)
-      if (arrived(r, at)) groups[value_of(block_->ranks[r].calls[at % kHistory])].push_back(r);
-  };
-  // The oldest call on which the ranks differ: it may have moved nothing.
-  for (uint32_t at = newest < kHistory ? 1 : newest - kHistory + 2; reached(sequence, at); at++) {
-    group(all, at, [](const Call& call) { return call.history(); });
-    if (groups.size() < 2) continue;
-    sequence = at;
-    break;
+  for (int r = 0; r < size_; r++) {
+    CallLog& log = found[static_cast<size_t>(r)];
+    log.sequence = block_->ranks[r].sequence.load();
+    std::copy(std::begin(block_->ranks[r].calls), std::end(block_->ranks[r].calls), std::begin(log.calls));
   }
-  if (groups.size() < 2) group(members, sequence, [](const Call& call) { return call.key(); });
-  if (groups.size() < 2) group(members, sequence, [](const Call& call) { return static_cast<uint64_t>(call.rows); });
-  std::vector<std::vector<int>> sides;
-  for (auto& [key, ranks] : groups) sides.push_back(ranks);
-  std::sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a[0] < b[0]; });
-  auto call_of = [&](int r) -> const Call& { return block_->ranks[r].calls[sequence % kHistory]; };
-  const Call& expected = call_of(sides[0][0]);
-  const bool tie = sides.size() > 1 && sides[0].size() == sides[1].size();
-  *odd = sides.back()[0];
-  const Call& got = call_of(*odd);
-  const bool same_op = strcmp(expected.name, got.name) == 0 && std::equal(expected.grid, expected.grid + 3, got.grid);
-  const bool same_label = expected.options == got.options;
-  *kind = same_op && same_label ? Kind::shape : Kind::mesh;
-  std::string text = concat("the ranks disagree in call ", sequence, ": ");
-  for (size_t i = sides.size(); i-- > 1;) text += concat(list_of(sides[i]), " got ", call_of(sides[i][0]).text(), "; ");
-  text += concat(list_of(sides[0]), tie ? " got " : " expected ", expected.text());
-  if (same_op && !same_label)
-    text += "; every rank must make the same calls in the same order, of layers made after the same torch.manual_seed with the same options";
-  else
-    text += same_op ? "; pass the same global shapes, dtype and options on every rank" : "; every rank must make the same calls in the same order";
-  *message = text;
+  return found;
 }
 
 void Control::mismatch(const std::vector<int>& members) {
   uint32_t none = 0;
   if (block_->error.value.compare_exchange_strong(none, 1)) {
-    Kind kind = Kind::mesh;
-    int odd = rank_;
-    std::string message;
-    judge(members, &kind, &odd, &message);
-    block_->error_kind = static_cast<int32_t>(kind);
-    block_->error_rank = odd;
-    copy_text(block_->message, sizeof(block_->message), message);
+    const Verdict verdict = disagreement(logs(), members, block_->ranks[rank_].sequence.load());
+    block_->error_kind = static_cast<int32_t>(verdict.kind);
+    block_->error_rank = verdict.rank;
+    copy_text(block_->message, sizeof(block_->message), verdict.message);
     block_->error.store(2);
   }
   raise();

@@ -25,5 +25,6 @@ std::vector<std::string> errors_of(int size, const RankBody& body, double timeou
 bool has(const std::string& text, const char* part);
 
 std::vector<Test> memory_tests();
+std::vector<Test> verdict_tests();
 
 }  // namespace gingham
