@@ -36,7 +36,7 @@ class LinearPlan(Live):
     """What one linear map, or several that share X, needs on every call. x, y: (the caller's layout, the step's)."""
 
     mesh: Mesh
-    step: Any
+    step: native.Step
     k: int
     n: tuple[int, ...]
     swapped: bool
@@ -210,7 +210,7 @@ class _Linear(Function):
         count = len(plan.n)
         local = [local_of(parameter) for parameter in parameters]
         blocks = local if dtype is None else [_cast(plan.mesh, block, dtype) for block in local]
-        weights = blocks[:count]
+        weights: list[Any] = blocks[:count]
         plan.mesh.say(plan.label)
         outputs = plan.step.forward(x, weights, blocks[count:], epilogue)
         ys, before = outputs[:count], outputs[count:]

@@ -76,7 +76,7 @@ class _Relayout(Function):
             sends = [(piece.peer, flat[slices(piece.block)].contiguous()) for piece in plan.sends]
             receives = [(piece.peer, [length for _, length in piece.block]) for piece in plan.receives]
             agreed = -1 if set(names) & set(source.rows + target.rows) else flat.shape[0]
-            arrived = mesh.axis(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed, features=features)
+            arrived = mesh.joint(names).exchange(sends, receives, str(x.dtype).removeprefix("torch."), rows=agreed, features=features)
             for piece, tensor in zip(plan.receives, arrived, strict=True):
                 new[slices(piece.block)] = tensor
         return shaped(new, (new.shape[0], *x.shape[1:-1], new.shape[-1]) if x.dim() > 1 else (new.numel(),))
@@ -107,7 +107,7 @@ def _blocks(mesh: Mesh, names: Names, layouts: tuple[Layout, Layout], flat: torc
     total = flat.shape[0]
     before = [(0, total)] * len(places)
     if source:
-        counts = [count for (count,) in mesh.axis(names).sizes([total])]
+        counts = [count for (count,) in mesh.joint(names).sizes([total])]
         before, total = [(sum(counts[:index]), count) for index, count in enumerate(counts)], sum(counts)
     after = [interval(total, target, mesh.sizes, place) for place in places]
     return [

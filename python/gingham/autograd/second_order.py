@@ -185,7 +185,7 @@ class _Gathered(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names, lengths: tuple[int, ...], parts: bool) -> torch.Tensor:
         ctx.arguments = mesh, names, lengths, parts
-        return torch.cat(mesh.axis(names).all_gather(x.contiguous()))
+        return torch.cat(mesh.joint(names).all_gather(x.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -196,7 +196,7 @@ class _Scattered(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, names: Names, lengths: tuple[int, ...], parts: bool) -> torch.Tensor:
         ctx.arguments = mesh, names, lengths, parts
-        axis = mesh.axis(names)
+        axis = mesh.joint(names)
         if parts:
             wide = x.float() if x.dtype.itemsize == 2 else x
             return axis.reduce_scatter(wide.contiguous(), list(lengths)).to(x.dtype)

@@ -98,7 +98,7 @@ def _start(axes: Axes, device_mesh: DeviceMesh | None, heap: int | None, options
     strikes = faults.read(rank, world)
     _watch()
     meeting = Meeting(rank, world, timeout)
-    jobs: list[Any] = []
+    jobs: list[native.Job] = []
     try:
         faults.at("init.start")
         meeting.arrive()
@@ -112,7 +112,7 @@ def _start(axes: Axes, device_mesh: DeviceMesh | None, heap: int | None, options
         meeting.exchange("before mesh", None)
         if device_mesh is None:
             device_mesh = meeting.during("mesh", partial(_device_mesh, place, torch.arange(world).view(*axes.sizes.values()), axes))
-        made = Mesh(axes, rank, (jobs[0], jobs[1] if len(jobs) > 1 else None), device_mesh, source, slices, link or (0.0, 0.0), place)
+        made = Mesh(axes, rank, jobs, device_mesh, source, slices, link or (0.0, 0.0), place)
         faults.at("init.mesh")
         meeting.exchange("made", None)
     except BaseException as error:
@@ -184,7 +184,7 @@ def _device_and_source(device: str | None, source: str | None, slices: int, link
     return device, source
 
 
-def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ...], jobs: list[Any]) -> None:
+def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ...], jobs: list[native.Job]) -> None:
     """The jobs of shared memory, made by rank 0 and joined by the others once all agree on the mesh and the version: one
     for the main thread and, where weights are replicated over depth, one for the thread that sums their gradients."""
     rank, timeout = meeting.rank, options[0]
@@ -273,7 +273,7 @@ def report_failure(error: BaseException) -> None:
 
 
 def _jobs(of: Mesh) -> list[Any]:
-    return [job for job in (of.job, of.background) if job is not None]
+    return [of.job, of.background] if of.has_background else [of.job]
 
 
 _first_hook = _previous_hook = sys.excepthook

@@ -33,7 +33,7 @@ class Mesh(GridShape, Live):
         self,
         axes: Axes,
         rank: int,
-        jobs: tuple[Any, Any],
+        jobs: Sequence[native.Job],
         device_mesh: DeviceMesh,
         source: str,
         slices: int,
@@ -42,7 +42,8 @@ class Mesh(GridShape, Live):
     ) -> None:
         super().__init__(axes)
         self.rank, self.device_mesh, self._link = rank, device_mesh, link
-        self.job, self.background = jobs
+        self.job = jobs[0]
+        self._sums = jobs[1] if len(jobs) > 1 else None
         self.device = device
         self.source, self.slices = source, slices
         self.coordinates = coordinates_of(rank, self.sizes)
@@ -50,9 +51,9 @@ class Mesh(GridShape, Live):
         groups: dict[str, Names] = {name: (name,) for name in every if self.sizes[name] > 1}
         groups |= {key: names for key, names in {"m": axes.m, "features": axes.outer.features}.items() if len(names) > 1}
         indices = {key: index for index, key in enumerate(dict.fromkeys([*every, "m", "features", "world"]))}
-        self._axes: dict[frozenset[str], Any] = {}
-        self._found: dict[Names, Any] = {}  # by the names that were asked for
-        self._keys: dict[str, Any] = {}
+        self._axes: dict[frozenset[str], native.Axis] = {}
+        self._found: dict[Names, native.Axis | None] = {}  # by the names that were asked for
+        self._keys: dict[str, native.Axis] = {}
         for key, names in groups.items():
             self._keys[key] = native.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
             self._axes[frozenset(names)] = self._keys[key]
@@ -60,12 +61,12 @@ class Mesh(GridShape, Live):
         self.handle = f"mesh{next(_numbers)}"
         keep(self)
         _alive.add(self)
-        self._labels: dict[str, Any] = {}
+        self._labels: dict[str, native.Label] = {}
         self._next_number = count()
         self.checks: Any = None  # while the first step is checked: see checks/
         self.depth_sums: Any = None
         self.ended = False
-        self._background: Any = None
+        self._background: native.Axis | None = None
         self.world = native.Axis(self.job, indices["world"], list(range(self.size)), source, *link)
         if len(groups) > 1:
             self._keys["world"] = self.world
@@ -73,7 +74,7 @@ class Mesh(GridShape, Live):
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
 
-    def axis(self, names: Names) -> Any:
+    def axis(self, names: Names) -> native.Axis | None:
         """The communicator over the axes `names` in mesh order, or None where it would have one rank."""
         if names in self._found:
             return self._found[names]
@@ -82,11 +83,17 @@ class Mesh(GridShape, Live):
         found = self._found[names] = self.world if joint else self._axes[kept] if kept else None
         return found
 
-    def axes_over(self, names: Names) -> list[Any]:
+    def joint(self, names: Names) -> native.Axis:
+        """`axis`, where the axes `names` are known to have more than one rank."""
+        found = self.axis(names)
+        assert found is not None, names
+        return found
+
+    def axes_over(self, names: Names) -> list[native.Axis]:
         """Communicators that together span the axes `names`: one where there is one, else one an axis."""
         kept = frozenset(name for name in names if self.sizes[name] > 1)
         joint = kept in self._axes or len(kept) == sum(size > 1 for size in self.sizes.values())
-        return [self.axis(names)] if joint and kept else [self._axes[frozenset((name,))] for name in self.sizes if name in kept]
+        return [self.joint(names)] if joint and kept else [self._axes[frozenset((name,))] for name in self.sizes if name in kept]
 
     def interval(self, size: int, names: Names) -> Interval:
         """(offset, length) of this rank's piece of a dim of `size` cut over the axes `names`."""
@@ -195,7 +202,18 @@ class Mesh(GridShape, Live):
                 counts[self.axes.depth[0]][name] += count
         return counts
 
-    def background_axis(self) -> Any:
+    @property
+    def has_background(self) -> bool:
+        """Whether weight gradients are summed over depth by a thread of their own."""
+        return self._sums is not None
+
+    @property
+    def background(self) -> native.Job:
+        """The job of that thread."""
+        assert self._sums is not None, self
+        return self._sums
+
+    def background_axis(self) -> native.Axis:
         """A second communicator over depth, in a job of its own, for a thread beside the main one; counted under depth."""
         if self._background is None:
             ranks = members(self.axes.depth, self.sizes, self.coordinates)

@@ -41,7 +41,7 @@ class _GatherTime(Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
         ctx.mesh, ctx.lengths, ctx.dtype = mesh, lengths, x.dtype
-        return torch.cat(mesh.axis(mesh.inner.rows).all_gather(x.contiguous()))
+        return torch.cat(mesh.joint(mesh.inner.rows).all_gather(x.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
