@@ -81,7 +81,7 @@ class Mesh(Live):
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
 
     def parts(self, names: Names) -> int:
-        return prod(self.sizes[name] for name in names)
+        return prod([self.sizes[name] for name in names])  # a list: torch.compile makes a number of it, and of no generator
 
     def axis(self, names: Names) -> Any:
         """The communicator over the axes `names` in mesh order, or None where it would have one rank."""
