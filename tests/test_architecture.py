@@ -57,7 +57,7 @@ PYTHON_MODULES = {
         "_C",
     },
     "dropout": {"function", "layout", "mesh", "errors", "_C"},
-    "products": {"mesh", "functional", "redistribute", "second_order", "errors"},
+    "products": {"compiled", "mesh", "functional", "redistribute", "second_order", "errors"},
     "nn": {
         "function",
         "named",
