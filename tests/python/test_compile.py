@@ -1,5 +1,6 @@
 """torch.compile(fullgraph=True): no graph break, the bits of eager, gradients as DTensors, no op dropped, uneven rows refused."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -219,6 +220,66 @@ def around(rank: int, options: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("name", ["2d", pytest.param("3d", marks=pytest.mark.matrix), pytest.param("3x2x2", marks=pytest.mark.matrix)])
 def test_scatter_and_gather_have_the_bits_of_eager(ranks, name: str) -> None:
     assert all(ranks(ranks_of(name))(around, GRIDS[name]))
+
+
+def products(rank: int, options: dict[str, Any]) -> list[bool]:
+    """matmul, also of a width that the ranks cut unevenly, and of 16-bit operands into float32."""
+    mesh = gingham.init(**options)
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    for width, dtype, wide in [(24, torch.float32, None), (37, torch.float64, None), (24, torch.bfloat16, torch.float32)]:
+        full = [torch.randn(size, generator=generator).to(dtype) for size in ((24, 24), (24, width))]
+
+        def build(width: int = width, wide: torch.dtype | None = wide) -> tuple[torch.nn.Module, Model]:
+            shape = None if width == 24 else (24, 24, width)
+            return torch.nn.Module(), lambda a, b: gingham.matmul(a, b, shape=shape, out_dtype=wide)
+
+        found.append(both(mesh, build, [mesh.scatter(each, operand) for each, operand in zip(full, "ab", strict=True)]))
+    return found
+
+
+@pytest.mark.parametrize("name", ["2d", *(pytest.param(name, marks=pytest.mark.matrix) for name in GRIDS if name != "2d")])
+def test_matmul_has_the_bits_of_eager(ranks, name: str) -> None:
+    for found in ranks(ranks_of(name))(products, GRIDS[name]):
+        assert found == [True] * 3, found
+
+
+def before_any_step(rank: int, options: dict[str, Any], check: str) -> dict[str, bool]:
+    """Blocks that were handed out for the first step's check, then the first call of torch.compile, on each of our functions."""
+    os.environ["GINGHAM_CHECK"] = check
+    try:
+        mesh = gingham.init(**options)
+    finally:
+        del os.environ["GINGHAM_CHECK"]
+    generator = torch.Generator().manual_seed(4)
+    layer, x = nn.Linear(24, 24, layout="outer->inner"), mesh.scatter(torch.randn(24, 2, 24, generator=generator))
+    target = mesh.scatter(torch.randint(0, 24, (24, 2), generator=generator))
+    a, b = (mesh.scatter(torch.randn(24, 24, generator=generator), operand) for operand in "ab")
+    assert all(type(each) is not torch.Tensor for each in (x, a, b))
+    inner: dict[str, Any] = dict(layout="inner")
+    steps: dict[str, Callable[[], torch.Tensor]] = {
+        "torch's": lambda: mesh.gather(x * 2 + 1),
+        "matmul": lambda: gingham.matmul(a, b),
+        "accuracy": lambda: gingham.accuracy(layer(x), target, top_k=2, **inner),
+        "loss": lambda: gingham.cross_entropy(layer(x), target, reduction="none", **inner),
+    }
+    torch._dynamo.reset()
+    compiled = {name: torch.compile(step, fullgraph=True, backend="aot_eager")() for name, step in steps.items()}
+    return {name: type(compiled[name]) is torch.Tensor and torch.equal(compiled[name], step()) for name, step in steps.items()}
+
+
+@pytest.mark.parametrize(
+    ("options", "check"),
+    [
+        (dict(mode="1d", size=2, sequence=True), ""),
+        pytest.param(dict(mode="1d", size=2, sequence=True), "1", marks=pytest.mark.matrix),
+        pytest.param(GRIDS["2d"], "", marks=pytest.mark.matrix),
+        pytest.param(GRIDS["3x2x2"], "", marks=pytest.mark.matrix),
+    ],
+)
+def test_blocks_of_the_first_steps_check_enter_a_graph(ranks, options: dict[str, Any], check: str) -> None:
+    for found in ranks(options["size"])(before_any_step, options, check):
+        assert all(found.values()) and len(found) == 4, found
 
 
 def converted(rank: int, options: dict[str, Any], family: str) -> tuple[float, int, int, list[str]]:

@@ -5,13 +5,16 @@ Each of the three products' gradients is made of the other two, on the same oper
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .. import graph_ops
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local, current
 from .casts import cast_for_autocast
 from .linear import make_step
-from .second_order import product
+from .second_order import Product, product
 
 
 def matmul(
@@ -54,17 +57,48 @@ def _matmul(
     a, b = cast_for_autocast(a), cast_for_autocast(b)
     if out_dtype is not None and out_dtype != a.dtype and not (out_dtype == torch.float32 and a.dtype.itemsize == 2):
         raise ShapeError(f"matmul: got out_dtype={out_dtype}, expected {a.dtype}, that of a, or float32 for operands of 16 bits")
-    _, pn, pk = mesh.grid
-    # wrong blocks are left to the step to refuse: it tells the other ranks, which are about to wait for this one
-    _, k, n = shape or (0, a.shape[1] * pk * pn, b.shape[1] * pn)
     wide = None if out_dtype in (None, a.dtype) else out_dtype
-    key = ("matmul", k, n, wide)
-    step = mesh.steps.get(key)
-    if step is None:
-        step = mesh.steps[key] = make_step(mesh, "matmul" if wide is None else "matmul to float32", k, [n], False, None)
+    if torch.compiler.is_compiling():
+        sizes = ["", ""] if shape is None else [str(shape[1]), str(shape[2])]
+        name = "" if wide is None else str(wide).removeprefix("torch.")
+        return graph_ops.traced("matmul", [mesh.handle, *sizes, name], [a, b])[0]
     try:
-        return product(a, [b], step, wide)[0]
+        return product(a, [b], _step(a, b, mesh, shape, wide), wide)[0]
     except ShapeError as error:
         if shape is not None:
             raise
         raise ShapeError(f"{error}; where K or N does not divide by the mesh's axes pass shape=(M, K, N)") from None
+
+
+def _sizes(a: torch.Tensor, b: torch.Tensor, mesh: Mesh, shape: tuple[int, int, int] | None) -> tuple[int, int]:
+    """K and N. Wrong blocks are left to the step to refuse: it tells the other ranks, which are about to wait for this one."""
+    _, pn, pk = mesh.grid
+    return shape[1:] if shape else (a.shape[1] * pk * pn, b.shape[1] * pn)
+
+
+def _step(a: torch.Tensor, b: torch.Tensor, mesh: Mesh, shape: tuple[int, int, int] | None, wide: torch.dtype | None) -> Any:
+    k, n = _sizes(a, b, mesh, shape)
+    key = ("matmul", k, n, wide)
+    step = mesh.steps.get(key)
+    if step is None:
+        step = mesh.steps[key] = make_step(mesh, "matmul" if wide is None else "matmul to float32", k, [n], False, None)
+    return step
+
+
+def _words(words: list[str]) -> tuple[Mesh, tuple[int, int, int] | None, torch.dtype | None]:
+    handle, k, n, wide = words
+    return graph_ops.find(handle), (0, int(k), int(n)) if k else None, getattr(torch, wide) if wide else None
+
+
+def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
+    (mesh, shape, wide), (a, b) = _words(words), tensors
+    return [_step(a, b, mesh, shape, wide), 1, wide, a, b]
+
+
+def _results(words: list[str], tensors: list[torch.Tensor]) -> list[graph_ops.Meta]:
+    (mesh, shape, wide), (a, b) = _words(words), tensors
+    _, n = _sizes(a, b, mesh, shape)
+    return [((a.shape[0], mesh.interval(n, mesh.cuts("c", 2)[1])[1]), wide or a.dtype)]
+
+
+graph_ops.KNOWN["matmul"] = graph_ops.Traced(Product, _arguments, _results)

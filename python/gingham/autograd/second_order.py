@@ -209,7 +209,7 @@ class _Scattered(Function):
 
 def product(x: torch.Tensor, weights: Sequence[torch.Tensor], step: Any, out_dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
     """Y_i = X W_i on the operands of one C++ step. out_dtype: of Y where it is not X's; its gradient is cast to X's."""
-    ys: tuple[torch.Tensor, ...] = _Product.apply(step, len(weights), out_dtype, x, *weights)
+    ys: tuple[torch.Tensor, ...] = Product.apply(step, len(weights), out_dtype, x, *weights)
     return ys
 
 
@@ -217,7 +217,7 @@ def _contiguous(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [each.contiguous() for each in tensors]
 
 
-class _Product(Function):
+class Product(Function):
     """Y = X W. Each of the three products' gradients is made of the other two, on the same operand layouts."""
 
     @staticmethod
@@ -258,7 +258,7 @@ class _InputGradient(Function):
         weights, dys = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
         need_w, need_dy = any(ctx.needs_input_grad[3 : 3 + count]), any(ctx.needs_input_grad[3 + count :])
         dws = _WeightGradient.apply(step, count, g, *(w.detach() for w in weights), *dys) if need_w else [None] * count
-        return None, None, None, *dws, *(_Product.apply(step, count, None, g, *weights) if need_dy else [None] * count)
+        return None, None, None, *dws, *(Product.apply(step, count, None, g, *weights) if need_dy else [None] * count)
 
 
 class _WeightGradient(Function):
@@ -277,7 +277,7 @@ class _WeightGradient(Function):
         x, *dys = ctx.saved_tensors
         dx = _InputGradient.apply(step, count, x.detach(), *gs, *dys) if ctx.needs_input_grad[2] else None
         need_dy = any(ctx.needs_input_grad[3 + count :])
-        ddys = _Product.apply(step, count, None, x, *gs) if need_dy else [None] * count
+        ddys = Product.apply(step, count, None, x, *gs) if need_dy else [None] * count
         return None, None, dx, *[None] * count, *ddys
 
 

@@ -39,6 +39,7 @@ log = logging.getLogger("gingham")
 OURS, TORCH = str(Path(__file__).parent.parent), str(Path(torch.__file__).parent)
 BATCH = 8  # tensors that one loop over scatter hands out in a step, at most, as far as the check can tell
 _compiled = False  # torch.compile was called in this process
+_running: weakref.WeakSet[Checks] = weakref.WeakSet()  # those of every mesh
 _plain_of = WeakTensorKeyDictionary()  # of a plain tensor, the Checked one that it is a view of
 
 
@@ -121,10 +122,11 @@ class Checks:
         # where scatter was called from: how many blocks layers had used by then, and how often
         self.places: dict[Any, tuple[int, int]] = {}
         self.uses = 0
-        self.made: list[weakref.ref[torch.Tensor]] = []  # Checked ones, which are plain again when the check ends
+        self.made = WeakTensorKeyDictionary()  # Checked ones, which are plain again when the check ends
         self.calls: dict[Any, Any] = {}  # the block that a layer took where it was called
         self.told: set[str] = set()
         self.notes = Notes()
+        _running.add(self)
 
     def marked(self, x: Any, cuts: Cuts, partial: Names = (), fresh: bool = False) -> Any:
         """x as a Checked tensor. fresh: nobody else has x, which becomes one itself; as_subclass would make a view of it."""
@@ -138,8 +140,7 @@ class Checks:
         made.cuts, made.partial, made.checks = cuts, partial, self
         if fresh:
             made.__class__ = Checked
-        if not self.always:
-            self.made.append(weakref.ref(made))
+        self.made[made] = None
         return made
 
     def hand_out(self, block: torch.Tensor, cuts: Cuts) -> torch.Tensor:
@@ -232,10 +233,11 @@ class Checks:
         if not self.always or _compiled:
             self.on = False
             self.mesh.checks = None
-            for made in [x for x in (each() for each in self.made) if x is not None]:
-                made.__class__ = torch.Tensor  # type: ignore[assignment]
+            for made in list(self.made):
+                made.__class__ = torch.Tensor
             self.made.clear()
             self.calls.clear()
+            _running.discard(self)
 
     def note_plain(self, plain: torch.Tensor, dim: int, unit: Names, words: str) -> None:
         self.notes.apart(plain, dim, unit, words, here())
@@ -333,6 +335,8 @@ def _noting(compile: Callable[..., Any]) -> Callable[..., Any]:
         if not _compiled:
             _compiled = True
             log.info("torch.compile was called: the first step is not checked")
+        for checks in list(_running):  # blocks that were handed out before: a graph takes plain tensors only
+            checks.end()
         return compile(*args, **kwargs)
 
     return compile_and_note

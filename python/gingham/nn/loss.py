@@ -159,22 +159,10 @@ def accuracy(
     if mesh.checks is not None:
         logits, target = _taken(mesh.checks, mesh, logits, target, layout, "accuracy")
     target, *_ = _fitting(logits, target, mesh, layout, "accuracy")
-    named = mesh.layout(layout)
-    x, target = logits.reshape(target.numel(), logits.shape[-1]).double(), target.reshape(-1).long()
-    x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
-    label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
-    _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1], label)
-    kept = _kept(target, ignore_index, vocabulary, "accuracy")
-    mine = (target >= start) & (target < start + width)
-    column = torch.where(mine, target - start, 0).unsqueeze(1)
-    held = torch.where(mine, x.gather(1, column).squeeze(1), -torch.inf) if width else x.new_full((len(x),), -torch.inf)
-    score = gather_parts(mesh, named.features, held).amax(0).unsqueeze(1)
-    earlier = torch.arange(start, start + width, device=x.device) < target.unsqueeze(1)
-    before = ((x > score) | ((x == score) & earlier)).sum(1)
-    before = gather_parts(mesh, named.features, before).sum(0)
-    right = (before < top_k) & kept
-    summed = gather_parts(mesh, named.rows, torch.stack([right.sum(), kept.sum()]).double()).sum(0)
-    return summed[0] / summed[1]
+    if torch.compiler.is_compiling():
+        return traced("accuracy", [mesh.handle, layout, str(ignore_index), str(top_k)], [logits, target])[0]
+    right: torch.Tensor = _Accuracy.apply(logits, target, mesh, layout, ignore_index, top_k)
+    return right
 
 
 def _kept(target: torch.Tensor, ignored: int, vocabulary: int, name: str) -> torch.Tensor:
@@ -182,6 +170,27 @@ def _kept(target: torch.Tensor, ignored: int, vocabulary: int, name: str) -> tor
     if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
         raise ShapeError(f"{name}: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
     return kept
+
+
+class _Accuracy(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignore_index: int, top_k: int) -> Any:
+        named = mesh.layout(layout)
+        x, target = logits.reshape(target.numel(), logits.shape[-1]).double(), target.reshape(-1).long()
+        x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
+        label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
+        _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1], label)
+        kept = _kept(target, ignore_index, vocabulary, "accuracy")
+        mine = (target >= start) & (target < start + width)
+        column = torch.where(mine, target - start, 0).unsqueeze(1)
+        held = torch.where(mine, x.gather(1, column).squeeze(1), -torch.inf) if width else x.new_full((len(x),), -torch.inf)
+        score = gather_parts(mesh, named.features, held).amax(0).unsqueeze(1)
+        earlier = torch.arange(start, start + width, device=x.device) < target.unsqueeze(1)
+        before = ((x > score) | ((x == score) & earlier)).sum(1)
+        before = gather_parts(mesh, named.features, before).sum(0)
+        right = (before < top_k) & kept
+        summed = gather_parts(mesh, named.rows, torch.stack([right.sum(), kept.sum()]).double()).sum(0)
+        return summed[0] / summed[1]
 
 
 class _CrossEntropy(Function):
@@ -261,3 +270,9 @@ def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
 
 KNOWN["cross_entropy"] = Traced(_CrossEntropy, _arguments, _results)
 OUTPUTS["cross_entropy"] = lambda words: 2
+KNOWN["accuracy"] = Traced(
+    _Accuracy,
+    lambda words, tensors: [*tensors, find(words[0]), words[1], int(words[2]), int(words[3])],
+    lambda words, tensors: [((), torch.float64)],
+    saves=False,
+)
