@@ -9,7 +9,7 @@ if not _sys.platform.startswith("linux"):
 if not hasattr(_torch.Tensor, "__dlpack_c_exchange_api__"):
     raise ImportError(f"gingham needs torch 2.10 or newer (DLPack's C exchange API); found torch {_torch.__version__}")
 
-from . import dtensors, integrations, nn, optimizers, writes  # noqa: E402, F401
+from . import dtensors, integrations, nn, operations, optimizers, writes  # noqa: E402, F401
 from .checkpoint import CheckpointError, export_safetensors, import_safetensors, load, save  # noqa: E402
 from .compare import check, check_replicas  # noqa: E402
 from .convert import parallelize, register_forward_method  # noqa: E402

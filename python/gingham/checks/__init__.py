@@ -27,10 +27,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LayoutError
-from ..layout import Cuts, Layout, Names, odd_ranks
+from ..layout import Cuts, Layout, Names, odd_ranks, words
 from ..mesh import Mesh
 from .notes import Notes
-from .rules import After, Unknown, Wrong, words
+from .rules import After, Unknown, Wrong
 from .table import rule_of
 from .trial import tried
 
