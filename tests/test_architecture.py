@@ -95,7 +95,7 @@ PYTHON_MODULES = {
     "operations": {"named", "layout", "mesh", "writes", "errors"},
     "dtensors": {"mesh", "operations", "errors"},
     "optimizers": {"layout", "mesh", "functional", "redistribute", "errors"},
-    "integrations": {"mesh", "nn", "checkpoint", "errors", "integrations"},
+    "integrations": {"mesh", "nn", "checkpoint", "convert", "errors", "integrations"},
     "options": set(),
     "shown": set(),
     "formulas": {"mesh", "layout", "errors"},

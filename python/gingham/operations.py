@@ -123,6 +123,8 @@ def _as_torch_does(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 def _add(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """total += gradient, both cut alike: how gradients are gathered up over several backward passes."""
+    one: Any
+    other: Any
     one, other = args if len(args) == 2 else (None, None)
     alike = type(one) is DTensor and type(other) is DTensor and one._spec == other._spec
     if alike and owner_of(one) is not None and not torch.compiler.is_compiling():
