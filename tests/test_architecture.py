@@ -36,7 +36,7 @@ PYTHON_ROOMS = {
     "launch": {"mesh", "checks", "plan", "errors", "native"},
     "checkpoint": {"mesh", "launch", "errors", "native"},
     "convert": {"function", "graph_ops", "mesh", "checks", "plan", "autograd", "nn", "checkpoint", "errors"},
-    "integrations": {"mesh", "autograd", "nn", "checkpoint", "errors"},
+    "integrations": {"mesh", "autograd", "nn", "convert", "checkpoint", "errors"},
     "commands": {"mesh", "plan", "launch", "nn", "checkpoint", "convert", "errors", "native", "__init__"},
 }
 LOOSE_ENTRIES = 9  # of python/gingham that are no rooms

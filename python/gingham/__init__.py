@@ -22,6 +22,7 @@ from .launch.init import destroy, init  # noqa: E402
 from .launch.spawn import spawn  # noqa: E402
 from .mesh import Mesh  # noqa: E402
 from .mesh import dtensors as dtensors  # noqa: E402
+from .mesh import operations as operations  # noqa: E402
 from .mesh import writes as writes  # noqa: E402
 from .native import version  # noqa: E402
 from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .named import path_of
+from ..mesh.named import path_of
 
 
 def profiling() -> bool:

@@ -28,9 +28,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LayoutError
 from ..mesh import Mesh
-from ..mesh.layout import Cuts, Layout, Names, odd_ranks
+from ..mesh.layout import Cuts, Layout, Names, odd_ranks, words
 from .notes import Notes
-from .rules import After, Unknown, Wrong, words
+from .rules import After, Unknown, Wrong
 from .table import rule_of
 from .trial import tried
 

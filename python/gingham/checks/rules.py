@@ -10,8 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from ..mesh.layout import Cuts, Names
+from ..mesh import mesh_of
+from ..mesh.layout import Cuts, Names, words
+from ..mesh.operations import told
 
 After = Callable[[Any], Any] | None
 Rule = Callable[[Any, tuple[Any, ...], dict[str, Any]], After]
@@ -83,11 +86,6 @@ def described(x: Any) -> str:
     return f"a block {tuple(x.shape)} cut {words(x.cuts)}"
 
 
-def words(cuts: Cuts) -> str:
-    cut = [f"dim {dim} over {', '.join(names)}" for dim, names in enumerate(cuts) if names]
-    return ", ".join(cut) or "nowhere (whole on every rank)"
-
-
 def mark(x: Any, cuts: Cuts, partial: Names = ()) -> After:
     """What gives results x's mesh and these cuts."""
     checks = x.checks
@@ -124,7 +122,13 @@ def plain_parameters(x: Any, args: Sequence[Any], what: str) -> None:
     if not any_cut(x):
         return
     for other in tensors_in(args):
-        if not is_checked(other) and _has_plain_parameter(other):
+        if is_checked(other):
+            continue
+        mesh = mesh_of(other) if isinstance(other, DTensor) else None
+        if mesh is not None:
+            parameter, fix = told(mesh, other)
+            raise Wrong(f"{what} of {described(x)} with {parameter}: each rank has another part of it", fix)
+        if _has_plain_parameter(other):
             raise Wrong(
                 f"{what} of {described(x)} with a plain tensor {tuple(other.shape)} that has a gradient: each rank would get its own"
                 " part of that gradient, and copies would drift apart",

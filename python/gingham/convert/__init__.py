@@ -20,7 +20,7 @@ from .losses import is_transformers
 from .regions import STACKS, batch_dim, enter, region_of, roles_of_children, width_of
 from .rules import REQUIRED, SHARED, Rules, matches, rules_of
 from .table import show
-from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, refuse_prompts, seen_paths
+from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, seen_paths
 
 __all__ = ["parallelize", "register_forward_method"]
 
@@ -132,7 +132,7 @@ def _attach(
 def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str) -> tuple[str | None, bool]:
     """What a model is, before anything of it changes: the method of its loss, and whether its head stands apart, on whole features
     of the whole batch, since nothing vouches for it. Raises NotImplementedError for code that nothing vouches for."""
-    refuse_prompts(model)
+    adapters.refuse_adapters(model)
     rules.seen = {path: plain for path, plain in seen_paths(model).items() if path != plain}
     base = base_of(inner)
     if rules.body == "outer":

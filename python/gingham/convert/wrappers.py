@@ -36,17 +36,6 @@ def _is_peft(module: Any) -> bool:
     return any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
-def refuse_prompts(model: torch.nn.Module) -> None:
-    """Raises NotImplementedError for peft's virtual tokens (prefix, prompt and p-tuning), before anything is changed."""
-    for module in model.modules():
-        if _is_peft(module) and getattr(module, "_is_prompt_learning", False):
-            kind = type(getattr(module, "active_peft_config", None)).__name__
-            raise NotImplementedError(
-                f"{type(module).__name__} with {kind}: virtual tokens go into a model beside whole embeddings or whole caches of its heads,"
-                " of which a rank has parts; use peft.LoraConfig, or train it in one process, without gingham.parallelize"
-            )
-
-
 def path_of(model: torch.nn.Module, inner: torch.nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is inner)
 

@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..checkpoint.pretrained import save_pretrained
+from ..convert.adapters import refuse_configuration
 from ..mesh import Mesh
 from .hooks import around, shared_mesh
 from .parallel_wrappers import on_a_mesh
@@ -23,7 +24,9 @@ from .parallel_wrappers import on_a_mesh
 def install(module: Any) -> None:
     """module: peft.peft_model."""
     around(module.PeftModel, "save_pretrained", _save)
-    around(module.PeftModel, "_setup_prompt_encoder", _refuse_prompts)
+    around(module.PeftModel, "__init__", _first)
+    around(module.PeftModel, "add_adapter", _another)
+    around(importlib.import_module("peft.tuners.tuners_utils").BaseTuner, "inject_adapter", _inject)
     _refuse_combining(module)
     _know_joins()
 
@@ -38,13 +41,25 @@ def _save(mesh: Mesh, original: Any, self: Any, *args: Any, **kwargs: Any) -> No
     save_pretrained(self, method=original, **options)
 
 
-def _refuse_prompts(mesh: Mesh, original: Any, self: Any, adapter_name: str) -> None:
-    if on_a_mesh(self.base_model) is not None:
-        raise NotImplementedError(
-            f"{type(self.peft_config[adapter_name]).__name__}: virtual tokens go into a model beside whole embeddings or whole caches of"
-            " its heads, of which a rank has parts; use peft.LoraConfig, or train it in one process, without gingham.parallelize"
-        )
-    original(self, adapter_name)
+def _first(mesh: Mesh, original: Any, self: Any, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    _refuse(model, peft_config)
+    original(self, model, peft_config, *args, **kwargs)
+
+
+def _another(mesh: Mesh, original: Any, self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+    _refuse(self, peft_config)
+    original(self, adapter_name, peft_config, *args, **kwargs)
+
+
+def _inject(mesh: Mesh, original: Any, self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    """Also by transformers' model.add_adapter, where there is no PeftModel."""
+    _refuse(model, self.peft_config[adapter_name])
+    original(self, model, adapter_name, *args, **kwargs)
+
+
+def _refuse(model: Any, config: Any) -> None:
+    if on_a_mesh(model) is not None:
+        refuse_configuration(config, late=True)
 
 
 def _refuse_combining(module: Any) -> None:

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
-from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrizations import _Orthogonal, _WeightNorm
 
 from ..errors import MeshError
-from .mesh import Mesh, cuts_of, mesh_of
+from .mesh import cuts_of, mesh_of
+from .operations import mixed, told
 
 ARITHMETIC = ("add", "sub", "mul", "truediv", "pow", "matmul")
-READING = ("item", "tolist", "__float__", "__int__", "__bool__")
+READING = ("item", "__float__", "__int__", "__bool__")
 
 _told: set[tuple[str, int]] = set()
 
@@ -36,10 +37,13 @@ def install() -> None:
             setattr(DTensor, form, _with_plain(getattr(torch.Tensor, form)))
     for name in READING:
         setattr(DTensor, name, _with_warning(name, getattr(torch.Tensor, name)))
-    DTensor.numpy = _without_numpy  # type: ignore[assignment,method-assign]
+    for name in ("numpy", "tolist"):
+        setattr(DTensor, name, _refused(name, getattr(torch.Tensor, name)))
     for op in (torch.ops.aten._is_any_true.default, torch.ops.aten._is_all_true.default):
         register_sharding(op)(_of_blocks)
     _WeightNorm.right_inverse = _summed(_WeightNorm.right_inverse)  # type: ignore[method-assign]
+    for name in ("forward", "right_inverse"):
+        setattr(_Orthogonal, name, _of_the_whole(getattr(_Orthogonal, name)))
     whole = Replicate()
     # torch has a rule for the forward pass of weight_norm only
     register_sharding(torch.ops.aten._weight_norm_interface_backward.default)(lambda *_: [([whole, whole], [whole] * 4 + [None])])
@@ -59,7 +63,7 @@ def _with_plain(operator: Callable[..., Any]) -> Callable[..., Any]:
         by_element = "matmul" not in operator.__name__ and all(type(place) in (Shard, Replicate) for place in self.placements)
         if by_element and other.shape == self.shape:
             return operator(self, mesh.parameter(other.detach(), cuts_of(mesh, self.placements, self.dim())).detach())
-        raise _mixed(mesh, operator.__name__, self, other)
+        raise mixed(mesh, operator.__name__.strip("_"), self, other)
 
     return apply
 
@@ -80,12 +84,18 @@ def _summed(inverse: Callable[..., Any]) -> Callable[..., Any]:
     return parts
 
 
-def _mixed(mesh: Mesh, name: str, parameter: DTensor, plain: torch.Tensor) -> Exception:
-    return MeshError(
-        f"{name.strip('_')}: rank {mesh.rank} got a plain tensor {tuple(plain.shape)} beside a DTensor {tuple(parameter.shape)} placed"
-        f" {tuple(parameter.placements)}, of which a rank has a part. Call the layer, layer(x); for a function of all of a parameter write"
-        " layer.weight.full_tensor(), on every rank"
-    )
+def _of_the_whole(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A parametrization's function of a whole matrix: made on every rank, and cut as the parameter is."""
+
+    @wraps(method)
+    def make(self: Any, weight: torch.Tensor) -> Any:
+        if not isinstance(weight, DTensor) or mesh_of(weight) is None:
+            return method(self, weight)
+        full = method(self, weight.full_tensor())
+        made = DTensor.from_local(full, weight.device_mesh, [Replicate()] * len(weight.placements), run_check=False)
+        return made.redistribute(placements=weight.placements).contiguous()
+
+    return make
 
 
 def _with_warning(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,13 +116,20 @@ def _with_warning(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
     return reading
 
 
-def _without_numpy(self: DTensor, *args: Any, **kwargs: Any) -> Any:
-    if mesh_of(self) is None:
-        return torch.Tensor.numpy(self, *args, **kwargs)
-    raise MeshError(
-        f"numpy() of a DTensor {tuple(self.shape)} placed {tuple(self.placements)}: a rank has a part of it; take"
-        " .full_tensor().detach().numpy(), on every rank, or .to_local() for this rank's part"
-    )
+def _refused(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what a rank has no more than a part of, torch's own words would be about tensor subclasses."""
+
+    @wraps(read)
+    def reading(self: DTensor, *args: Any, **kwargs: Any) -> Any:
+        mesh = mesh_of(self)
+        if mesh is None:
+            return read(self, *args, **kwargs)
+        raise MeshError(
+            f"{name}() of {told(mesh, self)[0]}: a rank has a part of it; take .full_tensor().detach().{name}(), on every rank, or"
+            f" .to_local().detach().{name}() for this rank's part"
+        )
+
+    return reading
 
 
 def _of_blocks(x: Any) -> list[tuple[list[Any], list[Any]]]:

@@ -191,3 +191,9 @@ def odd_ranks(values: Sequence[Any], ranks: Sequence[int] | None = None) -> tupl
     """The ranks (by default 0, 1, ..) whose value is not the usual one, and the usual one: of several as frequent the first."""
     usual = max(values, key=list(values).count)
     return [rank for rank, value in zip(range(len(values)) if ranks is None else ranks, values, strict=True) if value != usual], usual
+
+
+def words(cuts: Cuts) -> str:
+    """ "dim 0 over row, dim 1 over col"."""
+    cut = [f"dim {dim} over {', '.join(names)}" for dim, names in enumerate(cuts) if names]
+    return ", ".join(cut) or "nowhere (whole on every rank)"

@@ -63,13 +63,23 @@ def owner_of(tensor: DTensor) -> Mesh | None:
     return mesh_of(tensor) if all(type(place) in (Shard, Replicate) for place in tensor.placements) else None
 
 
+def _held(tensor: DTensor) -> Mesh | None:
+    """The mesh of ours on whose ranks the elements of a DTensor lie, also in the order of a view: weight.view(-1)."""
+    return None if any(place.is_partial() for place in tensor.placements) else mesh_of(tensor)
+
+
 @torch.no_grad()
-def fill(mesh: Mesh, parameter: torch.Tensor, full: torch.Tensor) -> None:
+def fill(mesh: Mesh, parameter: Any, full: torch.Tensor) -> None:
     """Puts this rank's block of a full tensor into a DTensor of the mesh."""
     if tuple(full.shape) != tuple(parameter.shape):
         raise ShapeError(f"rank {mesh.rank} got a full tensor {tuple(full.shape)} for a parameter {tuple(parameter.shape)}")
-    cuts = cuts_of(mesh, parameter.placements, parameter.dim())  # type: ignore[attr-defined]
-    parameter._local_tensor.copy_(full[slices(block(full.shape, cuts, mesh.sizes, mesh.coordinates))])  # type: ignore[attr-defined]
+    if owner_of(parameter) is None:
+        everywhere = [Replicate()] * len(parameter.placements)
+        mine = DTensor.from_local(full, parameter.device_mesh, everywhere, run_check=False).redistribute(placements=parameter.placements)
+        parameter._local_tensor.copy_(mine._local_tensor)
+    else:
+        cuts = cuts_of(mesh, parameter.placements, parameter.dim())
+        parameter._local_tensor.copy_(full[slices(block(full.shape, cuts, mesh.sizes, mesh.coordinates))])
     torch.autograd.graph.increment_version(parameter)
 
 
@@ -101,7 +111,7 @@ def _writing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         source = getattr(self, "_part_of", None)
         if by_element and not plain and source is None:
             return method(self, *args, **kwargs)
-        mesh = owner_of(self)
+        mesh = _held(self)
         if mesh is None:
             return method(self, *args, **kwargs)
         with torch.no_grad():
@@ -148,7 +158,7 @@ def _looking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def look(self: DTensor, *args: Any, **kwargs: Any) -> Any:
         found = method(self, *args, **kwargs)
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() and self.requires_grad or owner_of(self) is None:
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() and self.requires_grad or _held(self) is None:
             return found
         mine = self._local_tensor.untyped_storage().data_ptr()
         for part in found if isinstance(found, tuple | list) else [found]:

@@ -16,7 +16,6 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..autograd.named import path_of
 from ..autograd.ranges import in_range
 from ..autograd.relayout import reshard
 from ..checks import layer_forward
@@ -24,6 +23,7 @@ from ..errors import MeshError, ShapeError
 from ..graph_ops import own
 from ..mesh import Mesh, current, cuts_of
 from ..mesh.layout import Cuts
+from ..mesh.named import path_of
 from ..mesh.writes import cut_as, fill
 
 SAMPLE = 4096  # elements of a drawn parameter that its digest reads

@@ -102,23 +102,31 @@ def refused(rank: int) -> dict[str, str]:
             call()
         found[name] = str(raised.value)
 
-    for kind in (peft.PrefixTuningConfig, peft.PromptTuningConfig):
-        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        say(
-            f"{kind.__name__} before",
-            lambda config=config: gingham.parallelize(peft.get_peft_model(families.build("llama"), config), mesh),
-        )
-        say(
-            f"{kind.__name__} after",
-            lambda config=config: peft.get_peft_model(gingham.parallelize(families.build("llama"), mesh), config),
-        )
+    linears: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
+    tokens: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    configs = {kind: getattr(peft, kind)(**tokens) for kind in ("PrefixTuningConfig", "PromptTuningConfig")}
+    configs |= {f"{kind}Config": getattr(peft, f"{kind}Config")(**linears) for kind in ("LoHa", "LoKr", "OFT", "Vera", "HRA")}
+    configs["IA3Config"] = peft.IA3Config(**linears, feedforward_modules=[])
+    configs["AdaLoraConfig"] = peft.AdaLoraConfig(**linears, total_step=10)
+    configs["TrainableTokensConfig"] = peft.TrainableTokensConfig(token_indices=[1, 2])
+    configs["AdaptionPromptConfig"] = peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM")
+    configs["LoraConfig(trainable_token_indices"] = peft.LoraConfig(**linears, trainable_token_indices=[1, 2])
+    configs["LoraConfig(use_dora"] = peft.LoraConfig(**linears, use_dora=True)
+    configs["LoraConfig(alora_invocation_tokens"] = peft.LoraConfig(**linears, alora_invocation_tokens=[1], task_type="CAUSAL_LM")
+    for kind, config in configs.items():
+        say(f"{kind} before", lambda config=config: gingham.parallelize(peft.get_peft_model(families.build("llama"), config), mesh))
+    converted = gingham.parallelize(families.build("llama"), mesh)
+    configs["LoraConfig(init_lora_weights='pissa'"] = peft.LoraConfig(**linears, init_lora_weights="pissa")
+    for kind, config in configs.items():
+        say(f"{kind} after", lambda config=config: peft.get_peft_model(converted, config))
+    say("IA3Config without a PeftModel", lambda: peft.inject_adapter_in_model(configs["IA3Config"], converted))
     model = around(gingham.parallelize(families.build("gpt2"), mesh), "gpt2")
     say("merge", model.merge_adapter)
     say("combine", lambda: model.add_weighted_adapter(["default"], [0.5], "half"))
     return found
 
 
-def test_c7_virtual_tokens_and_merges_of_whole_tensors_are_refused_by_name(ranks) -> None:
+def test_c7_adapters_and_merges_of_whole_tensors_are_refused_by_name(ranks) -> None:
     found = ranks(4)(refused)[0]
     for name, message in found.items():
         expected = {"merge": "q.weight", "combine": "combine them on a model"}.get(name, "use peft.LoraConfig")

@@ -1,0 +1,237 @@
+"""What torch's operations do with a parameter on a mesh where torch's DTensor fails: the right result, or an error that names it.
+
+torch.where(w > 0, w, full); torch.lerp(w, full, 0.1)      a plain tensor of w's shape is all of it, as for w * full: cut as w is
+ema.lerp_(w, 0.1); ema.copy_(w)                            a plain tensor of w's shape gets all of w; every rank calls it
+torch.unique(w); for row in w; mask.view(-1)[index] = 0    what torch has no rule for is made on the whole, on every rank
+torch.nn.functional.linear(x, w); torch.cat([w, x])        MeshError: of x nobody knows whether it is a block
+
+torch asks a table of handlers before its own rules, so that operations of two tensors or more, which alone can mix, pass through here
+first; its rules for the others fail in one method. Neither is met by steps of optimizers, or by forward and backward passes, but for
+the sum of two gradients, which is made at once here. DTensors on other meshes are left as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils import _pytree as pytree
+
+from ..errors import MeshError
+from .layout import words
+from .mesh import Mesh, cuts_of, mesh_of
+from .named import parameter_of
+from .writes import fill, owner_of, whole
+
+Operation = Any  # torch._ops.OpOverload
+Handler = Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]
+
+aten = torch.ops.aten
+# beside those that torch tags as pointwise: also these want operands of one shape
+ONE_SHAPE = {aten.copy_, aten.allclose, aten.dist, aten.soft_margin_loss, aten.binary_cross_entropy_with_logits}
+REDUCED = ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy")
+ONE_SHAPE |= {getattr(aten, name + end) for name in REDUCED for end in ("", "_backward")}
+MASKED = {aten.index, aten.index_put, aten.index_put_}  # weight[mask], and its gradient
+# torch's rules are wrong: means and their gradients by the size of a block, rows drawn by the same numbers, other columns' neighbours
+WRONG_RULES = {*(ONE_SHAPE - {aten.copy_, aten.allclose, aten.dist}), aten.multinomial, aten.convolution, aten.convolution_backward}
+COMPARING = {aten.equal, aten.allclose, aten.isclose, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}  # no gradient goes through them
+# of these steps of optimizers are made, parameter by parameter, and no plain tensor meets a parameter in them
+OF_STEPS = (aten.add.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default, aten.div.Tensor)
+FAMILIES = ("_foreach", "_fused", "_amp", "_cudnn", "_mkldnn", "_nested", "_sparse", "mkldnn", "sparse", "cudnn", "miopen", "quantized")
+
+
+def install() -> None:
+    dispatcher: Any = DTensor._op_dispatcher  # type: ignore[attr-defined]
+    handlers: dict[Operation, Handler] = dispatcher._custom_op_handlers
+    for op in (*_mixing(), aten.multinomial.default):
+        handlers[op] = partial(_guard, handlers.get(op, _as_torch_does))
+    handlers[aten.add_.Tensor] = _add
+    fails = getattr(dispatcher, "_propagate_op_sharding_dispatch_slow_path", None)
+    if fails is not None:
+        dispatcher._propagate_op_sharding_dispatch_slow_path = _without_rule(fails)
+    stepping = {op: handlers[op] for op in (*OF_STEPS, aten.add_.Tensor)}
+
+    def leave_out(*_: Any) -> None:
+        for op in stepping:
+            handlers.pop(op, None)
+
+    register_optimizer_step_pre_hook(leave_out)
+    register_optimizer_step_post_hook(lambda *_: handlers.update(stepping))
+
+
+def told(mesh: Mesh, tensor: DTensor) -> tuple[str, str]:
+    """Of a DTensor of the mesh: the parameter that it is or is made of and how that is cut; what to write instead of torch's operation."""
+    found = parameter_of(tensor)
+    parameter: Any
+    path, parameter = found if found is not None and isinstance(found[1], DTensor) else ("", tensor)
+    if all(type(place) in (Shard, Replicate) for place in parameter.placements):
+        how = f"cut {words(cuts_of(mesh, parameter.placements, parameter.dim()))}"
+    else:
+        how = f"placed {tuple(parameter.placements)}"
+    made = "" if parameter is tensor else f"a DTensor {tuple(tensor.shape)} made of "
+    what = f"{made}{f'the parameter {path}' if path else 'a DTensor'} {tuple(parameter.shape)} {how}"
+    return what, f"call the layer, layer(x), or for a function of all of it take {path or 'layer.weight'}.full_tensor(), on every rank"
+
+
+def mixed(mesh: Mesh, name: str, tensor: DTensor, plain: torch.Tensor) -> Exception:
+    """The error of an operation `name` on a DTensor and a plain tensor, of which nobody knows what part it is."""
+    what, fix = told(mesh, tensor)
+    return MeshError(
+        f"{name}: rank {mesh.rank} got a plain tensor {tuple(plain.shape)} beside {what}, of which a rank has a part; expected no such"
+        f" mixture: {fix}"
+    )
+
+
+def _mixing() -> Iterator[Operation]:
+    """torch's operations of two tensors or more."""
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("aten::")
+        if name == schema.name or "out" in schema.overload_name or name.startswith(FAMILIES) or sum(map(_tensors_of, schema.arguments)) < 2:
+            continue
+        op = getattr(getattr(aten, name, None), schema.overload_name or "default", None)
+        if op is not None:
+            yield op
+
+
+def _tensors_of(argument: Any) -> int:
+    """How many tensors an argument of a schema may be: 2 for a list."""
+    kind = argument.type
+    if kind.kind() not in ("ListType", "OptionalType"):
+        return int(kind.kind() == "TensorType")
+    inner = kind.getElementType().kind()
+    return 2 if kind.kind() == "ListType" and inner in ("TensorType", "OptionalType") else int(inner == "TensorType")
+
+
+def _name(op: Operation) -> str:
+    return str(op.overloadpacket.__name__).strip("_")
+
+
+def _as_torch_does(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Without its handler; another thread that comes meanwhile goes by torch's rules too."""
+    handlers = DTensor._op_dispatcher._custom_op_handlers  # type: ignore[attr-defined]
+    mine = handlers.pop(op, None)
+    try:
+        return op(*args, **kwargs)
+    finally:
+        if mine is not None:
+            handlers.setdefault(op, mine)
+
+
+def _add(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """total += gradient, both cut alike: how gradients are gathered up over several backward passes."""
+    one: Any
+    other: Any
+    one, other = args if len(args) == 2 else (None, None)
+    alike = type(one) is DTensor and type(other) is DTensor and one._spec == other._spec
+    if alike and owner_of(one) is not None and not torch.compiler.is_compiling():
+        one._local_tensor.add_(other._local_tensor, **kwargs)
+        return one
+    return _guard(_as_torch_does, op, args, kwargs)
+
+
+def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    ours, plain = _kinds(args, kwargs)
+    mesh = mesh_of(ours[0]) if ours and not torch.compiler.is_compiling() else None
+    right = op.overloadpacket not in WRONG_RULES
+    if mesh is None or right and not plain:
+        return go_on(op, args, kwargs)
+    like = max(ours, key=lambda each: (each.numel(), each.requires_grad))
+    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in plain) and op.overloadpacket not in COMPARING
+    if plain and (wants_gradient or not _are_of_one_shape(op, like, ours, plain)):
+        raise mixed(mesh, _name(op), like, plain[0])
+    if any(each is one for each in plain for one in _changed(op, args, kwargs)):
+        return op(*pytree.tree_map_only(DTensor, whole, args), **pytree.tree_map_only(DTensor, whole, kwargs))
+    if not right:
+        return _on_the_whole(mesh, op, args, kwargs)
+    args, kwargs = pytree.tree_map_only(torch.Tensor, partial(_on_mesh, like), (args, kwargs))
+    return go_on(op, args, kwargs)
+
+
+def _are_of_one_shape(op: Operation, like: DTensor, ours: list[DTensor], plain: list[torch.Tensor]) -> bool:
+    """Whether each element goes with those at its place: then a tensor of the DTensor's shape is no block of a larger one."""
+    if op.overloadpacket in MASKED:
+        return all(each.shape == like.shape and each.dtype == torch.bool for each in plain)
+    alike = torch.Tag.pointwise in op.tags or op.overloadpacket in ONE_SHAPE
+    return alike and all(each.shape == like.shape or each.numel() == 1 for each in (*ours, *plain))
+
+
+def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[DTensor], list[torch.Tensor]]:
+    """DTensors, and plain tensors of more than one element, which torch takes for a number."""
+    ours, plain = [], []
+    for each in (*args, *kwargs.values()):
+        for x in each if isinstance(each, list | tuple) else (each,):
+            if isinstance(x, DTensor):
+                ours.append(x)
+            elif isinstance(x, torch.Tensor) and x.numel() != 1:
+                plain.append(x)
+    return ours, plain
+
+
+def _changed(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that the operation writes into."""
+    found = []
+    for index, argument in enumerate(op._schema.arguments):
+        if argument.is_write:
+            found.append(args[index] if index < len(args) else kwargs.get(argument.name))
+    return found
+
+
+def _on_mesh(like: DTensor, x: torch.Tensor) -> DTensor:
+    """What every rank has all of."""
+    if isinstance(x, DTensor):
+        return x
+    return DTensor.from_local(x.detach(), like.device_mesh, [Replicate()] * len(like.placements), run_check=False)
+
+
+def _without_rule(fails: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's search for a rule, which returns how to go on, or the result itself."""
+
+    @wraps(fails)
+    def search(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any], *rest: Any) -> Any:
+        try:
+            return fails(op, args, kwargs, *rest)
+        except (RuntimeError, NotImplementedError) as error:
+            ours, plain = _kinds(args, kwargs)
+            meshes = {id(mesh): mesh for mesh in map(mesh_of, ours)}
+            mesh = next(iter(meshes.values()), None)
+            if mesh is None or len(meshes) > 1 or plain or torch.compiler.is_compiling():
+                raise
+            if "out" in op._schema.overload_name or torch.Tag.nondeterministic_seeded in op.tags:
+                what, fix = told(mesh, ours[0])
+                why = str(error).split("\n")[0]
+                raise MeshError(
+                    f"{_name(op)}: rank {mesh.rank} got {what}, of which a rank has a part, and torch's DTensor has no rule for it ({why});"
+                    f" {fix}"
+                ) from error
+        return _on_the_whole(mesh, op, args, kwargs)
+
+    return search
+
+
+@torch.no_grad()
+def _on_the_whole(mesh: Mesh, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result for the full tensors, on every rank; what is changed in place is cut again. A view of a parameter is a copy here: who
+    writes into it is told so (writes.py)."""
+    changed = _changed(op, args, kwargs)
+    full_args, full_kwargs = pytree.tree_map_only(DTensor, whole, (args, kwargs))
+    found = op(*full_args, **full_kwargs)
+    if changed:
+        for mine, full in zip(changed, _changed(op, full_args, full_kwargs), strict=True):
+            fill(mesh, mine, full)
+        return changed[0]
+    like = max(_kinds(args, kwargs)[0], key=torch.Tensor.numel)
+    results = pytree.tree_map_only(torch.Tensor, partial(_on_mesh, like), found)
+    if op.is_view:
+        for each in pytree.tree_leaves(results):
+            each._part_of = (like, _name(op))
+        return results
+    # gradients lie as what they are gradients of
+    placed = like.placements if owner_of(like) is not None else None
+    return pytree.tree_map_only(DTensor, lambda x: x.redistribute(placements=placed) if placed and x.shape == like.shape else x, results)
+
+
+install()

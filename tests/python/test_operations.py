@@ -1,0 +1,175 @@
+"""torch's own functions applied to parameters of layers: one process's result, or an error that names the parameter (A14, C4, C5)."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrizations, prune
+
+import gingham
+from gingham import nn
+
+ROWS, WIDTH = 6, 8
+FULL = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH) / 20 - 1
+IDS = torch.tensor([0, 1])
+
+RIGHT: dict[str, Callable[[Any], Any]] = {
+    "where": lambda w: torch.where(w > 0, w, FULL),
+    "where of a plain condition": lambda w: torch.where(FULL > 0, w, 0.0),
+    "add": lambda w: torch.add(FULL, w, alpha=2),
+    "compare": lambda w: (w < FULL).float(),
+    "equal": lambda w: torch.tensor([torch.equal(w, FULL), torch.equal(w, whole(w)), torch.allclose(whole(w), w)]),
+    "a mask": lambda w: w[FULL > 0],
+    "mse_loss": lambda w: F.mse_loss(w, FULL),
+    "mse_loss of two": lambda w: F.mse_loss(w, w.detach() * 2),
+    "smooth_l1_loss": lambda w: F.smooth_l1_loss(w, FULL),
+    "bce": lambda w: F.binary_cross_entropy_with_logits(w, FULL.sigmoid()),
+    "cosine": lambda w: F.cosine_similarity(w, FULL),
+    "moving average": lambda w: FULL.clone().mul_(0.9).add_(w.detach(), alpha=0.1),
+    "copy": lambda w: FULL.clone().copy_(w.detach()),
+    "unique": lambda w: torch.unique(w.detach().mul(3).round()),
+    "rows": lambda w: torch.stack(list(w)),
+    "nuclear norm": lambda w: torch.linalg.matrix_norm(w, "nuc"),
+    "multinomial": lambda w: torch.manual_seed(3) and torch.multinomial(w.detach().abs(), 3).float(),
+}
+REFUSED: dict[str, Callable[[Any], Any]] = {
+    "linear": lambda layer: F.linear(torch.ones(4, WIDTH), layer.weight),
+    "linear with a bias": lambda layer: F.linear(torch.ones(4, WIDTH), layer.weight, layer.bias),
+    "matmul": lambda layer: torch.matmul(torch.ones(4, WIDTH), layer.weight.T),
+    "einsum": lambda layer: torch.einsum("bi,oi->bo", torch.ones(4, WIDTH), layer.weight),
+    "cat": lambda layer: torch.cat([layer.weight, torch.zeros(1, WIDTH)]),
+    "embedding": lambda layer: F.embedding(IDS, layer.weight),
+    "index": lambda layer: layer.weight[IDS],
+    "layer_norm": lambda layer: F.layer_norm(torch.ones(4, ROWS), (ROWS,), layer.bias),
+    "conv1d": lambda layer: F.conv1d(torch.ones(4, WIDTH, 3), layer.weight.unsqueeze(-1)),
+    "where with a gradient": lambda layer: torch.where(layer.weight > 0, layer.weight, torch.ones(ROWS, WIDTH, requires_grad=True)),
+    "tolist": lambda layer: layer.weight.tolist(),
+}
+
+
+def whole(w: Any) -> torch.Tensor:
+    return w.full_tensor() if isinstance(w, torch.distributed.tensor.DTensor) else w
+
+
+def twins(make: Callable[[Any], torch.nn.Module]) -> tuple[Any, Any]:
+    made = []
+    for kind in (nn, torch.nn):
+        torch.manual_seed(0)
+        made.append(make(kind))
+    return made[0], made[1]
+
+
+def functions(rank: int, options: dict[str, Any]) -> dict[str, float]:
+    """The largest difference of results and gradients."""
+    gingham.init(**options)
+    errors = {}
+    for name, function in RIGHT.items():
+        found: list[list[torch.Tensor]] = []
+        for layer in twins(lambda kind: kind.Linear(WIDTH, ROWS)):
+            result = function(layer.weight)
+            gradient = torch.autograd.grad(result.square().sum(), layer.weight) if result.requires_grad else ()
+            found.append([whole(each).detach().double() for each in (result, *gradient)])
+        errors[name] = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    return errors
+
+
+@pytest.mark.parametrize("options", [{"mode": "2d", "size": 4}, {"grid": (1, 1, 3)}])
+def test_c5_torchs_functions_of_a_parameter_give_one_processs_result(ranks, options: dict[str, Any]) -> None:
+    for errors in ranks(3 if "grid" in options else 4)(functions, options):
+        assert max(errors.values()) < 1e-4, {name: error for name, error in errors.items() if error >= 1e-4}
+
+
+def named(rank: int) -> dict[str, str]:
+    mesh = gingham.init(mode="2d", size=4)
+    model = torch.nn.Sequential(torch.nn.Sequential(nn.Linear(WIDTH, ROWS)))
+    words = {}
+    for name, function in REFUSED.items():
+        try:
+            function(model[0][0])
+            words[name] = "nothing"
+        except gingham.MeshError as error:
+            words[name] = str(error)
+    try:
+        F.linear(mesh.scatter(torch.ones(4, WIDTH)), model[0][0].weight)
+    except gingham.LayoutError as error:
+        words["linear of a block"] = str(error)
+    return words
+
+
+def test_c5_what_nobody_can_tell_is_refused_with_the_parameters_name(ranks) -> None:
+    for rank, words in enumerate(ranks(4)(named)):
+        assert len(words) == len(REFUSED) + 1
+        for name, text in words.items():
+            assert "the parameter 0.0.weight (6, 8) cut dim 0 over col, dim 1 over row" in text or "0.0.bias (6,)" in text, (name, text)
+            assert "full_tensor()" in text and (f"rank {rank}" in text or name == "tolist"), (name, text)
+
+
+def reshaped(rank: int) -> dict[str, float]:
+    """Pruned and orthogonal layers after a step, beside one process."""
+    mesh = gingham.init(mode="2d", size=4)
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1))
+    changes: dict[str, Callable[[Any], Any]] = {
+        "l1": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        "l1, twice": lambda layer: [prune.l1_unstructured(layer, "weight", amount) for amount in (0.3, 0.2)],
+        "random": lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+        "rows": lambda layer: prune.ln_structured(layer, "weight", 0.3, 2, 0),
+        "global": lambda layer: prune.global_unstructured([(layer, "weight"), (layer, "bias")], prune.L1Unstructured, amount=0.3),
+        "matrix_exp": lambda layer: parametrizations.orthogonal(layer),
+        "householder": lambda layer: parametrizations.orthogonal(layer, orthogonal_map="householder", use_trivialization=False),
+    }
+    errors = {}
+    for name, change in changes.items():
+        found = []
+        for layer in twins(lambda kind: kind.Linear(WIDTH, ROWS)):
+            ours = isinstance(layer, nn.layer.Layer)
+            torch.manual_seed(2)
+            change(layer)
+            optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            for _ in range(2):
+                y = mesh.gather(layer(mesh.scatter(x))) if ours else layer(x)
+                optimizer.zero_grad()
+                y.square().sum().backward()
+                optimizer.step()
+            found.append(y.detach())
+        errors[name] = float((found[0] - found[1]).abs().max())
+    return errors
+
+
+def test_c5_pruned_and_orthogonal_layers_train_as_in_one_process(ranks) -> None:
+    for errors in ranks(4)(reshaped):
+        assert max(errors.values()) < 1e-4, errors
+
+
+def test_c5_parts_of_a_view_are_written_or_refused(ranks) -> None:
+    def written(rank: int) -> list[Any]:
+        gingham.init(mode="2d", size=4)
+        mask = torch.ones_like(nn.Linear(WIDTH, ROWS).weight.detach())
+        mask.view(-1)[torch.tensor([3, 5, 40])] = 0
+        mask.flatten()[47] = 0
+        with pytest.raises(gingham.MeshError, match="changed unbind"):
+            torch.unbind(mask)[0].zero_()
+        return (whole(mask).flatten() == 0).nonzero().flatten().tolist()
+
+    assert all(found == [3, 5, 40, 47] for found in ranks(4)(written))
+
+
+def test_c5_a_step_of_an_optimizer_meets_no_handler_of_ours(ranks) -> None:
+    def calls(rank: int) -> list[int]:
+        mesh = gingham.init(mode="2d", size=4)
+        layer = nn.Linear(WIDTH, WIDTH)
+        seen: list[Any] = []
+        guard, gingham.operations._kinds = gingham.operations._kinds, lambda *args: seen.append(args) or guard(*args)
+        try:
+            for optimizer in (torch.optim.AdamW(layer.parameters()), torch.optim.SGD(layer.parameters(), 0.1, 0.9, weight_decay=0.1)):
+                for _ in range(2):
+                    for _ in range(2):
+                        mesh.gather(layer(mesh.scatter(torch.ones(4, WIDTH)))).sum().backward()
+                    optimizer.step()
+            torch.add(layer.weight, FULL[0, 0])
+        finally:
+            gingham.operations._kinds = guard
+        return len(seen)
+
+    assert ranks(4)(calls) == [1] * 4
