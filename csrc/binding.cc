@@ -8,9 +8,7 @@
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
-#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
-#include "kernels/gemm_sm90.cuh"
-#endif
+#include "kernels/hopper.h"
 
 namespace gingham {
 namespace {
@@ -103,15 +101,6 @@ py::dict traffic_of(BoundAxis& axis, bool reset) {
   return out;
 }
 
-// Whether the kernel for sm_90a is on, or why not.
-std::string hopper_status() {
-#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
-  return cuda::sm90_status();
-#else
-  return "not built";
-#endif
-}
-
 py::dict report_of() {
   const DeviceReport r = device_report();
   py::dict out;
@@ -169,6 +158,7 @@ void define_job(py::module_& m) {
       .def(
           "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
+      .def_property_readonly("on_host", [](Job& job) { return !job.gpu() || job.gpu()->memory_is_host(); })
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)
       .def(
@@ -229,11 +219,6 @@ void define_functions(py::module_& m) {
   m.def("device_report", &report_of);
   m.def("hopper_status", &hopper_status);
   m.def("set_nccl_path", &set_nccl_path, py::arg("library"));
-#ifdef GINGHAM_FAKE_CUDA
-  m.attr("fake_device") = true;
-#else
-  m.attr("fake_device") = false;
-#endif
   m.def("blas", [] { return blas().from; });
   m.def("set_num_threads", &set_blas_threads);
 }

@@ -2,13 +2,11 @@
 
 #include <dlpack.h>
 
-#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
-#include "kernels/gemm_sm90.cuh"
-#endif
-
 #include <array>
 #include <mutex>
 #include <unordered_map>
+
+#include "kernels/hopper.h"
 
 namespace gingham {
 namespace {
@@ -59,13 +57,8 @@ const DLPackExchangeAPI* maker() {
   return last_api;
 }
 
-#ifdef GINGHAM_FAKE_CUDA
-constexpr bool kFakeDevice = true;  // GPU jobs of the tests compute on torch's CPU tensors
-#else
-constexpr bool kFakeDevice = false;
-#endif
-
-const Gpu* gpu_of(const Job* job) { return job && !kFakeDevice ? job->gpu() : nullptr; }
+// The GPU on which this job's tensors lie; none where its memory is the host's.
+const Gpu* gpu_of(const Job* job) { return job && job->gpu() && !job->gpu()->memory_is_host() ? job->gpu() : nullptr; }
 
 void check_device(const DLDevice& device, const char* name, const Job* job) {
   if (const Gpu* gpu = gpu_of(job))
@@ -184,13 +177,13 @@ OnCallersStream::OnCallersStream(const std::shared_ptr<Job>& job) : job_(job.get
   Gpu* gpu = job_ ? job_->gpu() : nullptr;
   if (!gpu) return;
   void* stream = nullptr;
-  if (!kFakeDevice && maker()->current_work_stream(kDLCUDA, gpu->ordinal(), &stream) != 0) throw py::error_already_set();
+  if (!gpu->memory_is_host() && maker()->current_work_stream(kDLCUDA, gpu->ordinal(), &stream) != 0) throw py::error_already_set();
   gpu->begin(stream);
 }
 
 OnCallersStream::~OnCallersStream() {
   if (job_) job_->end_call();
-  if (!kFakeDevice || !job_ || !job_->gpu()) return;
+  if (!job_ || !job_->gpu() || !job_->gpu()->memory_is_host()) return;
   try {
     job_->gpu()->synchronize();
   } catch (const Error&) {
@@ -205,13 +198,10 @@ void use_gpu(Job& job, int ordinal, bool tf32) {
     job.use_gpu(ordinal, Carrier::nccl);
   }
   job.gpu()->stream().math = tf32 ? Math::tf32 : Math::exact;
-  if (kFakeDevice) return;
+  if (job.gpu()->memory_is_host()) return;
   job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api, job));
-#if defined(GINGHAM_CUDA) && !defined(GINGHAM_FAKE_CUDA)
-  // Here and not in the first step, which must not wait for the device.
   py::gil_scoped_release nogil;
-  cuda::sm90_checked(job.gpu()->stream());
-#endif
+  check_hopper(job.gpu()->stream());
 }
 
 namespace {

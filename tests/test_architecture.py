@@ -93,6 +93,20 @@ def test_core_has_no_torch_header_and_one_place_for_pybind11() -> None:
     assert not wrong, wrong
 
 
+def test_devices_are_told_apart_in_few_places() -> None:
+    """What a build for tests changes is linked, not compiled, into the product."""
+    known = {
+        "csrc/base/stream.h",
+        "csrc/transport/device.cc",
+        "csrc/kernels/device.cuh",
+        "csrc/kernels/gemm_sm90.cu",
+        "csrc/kernels/gemm_sm90_check.cu",
+    }
+    wrong = [name(path) for path in CPP if path.is_relative_to(CSRC) and re.search(r"#\s*if.*GINGHAM_(CUDA|SHIM)", path.read_text())]
+    assert set(wrong) <= known, wrong
+    assert not [name(path) for path in CPP + PY if not path.is_relative_to(ROOT / "tests") and "GINGHAM_FAKE" in path.read_text()]
+
+
 def test_every_kernel_header_has_a_cpu_source() -> None:
     headers = sorted((CSRC / "kernels").glob("*.h"))
     missing = [name(header) for header in headers if not header.with_suffix(".cc").exists()]

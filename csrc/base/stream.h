@@ -29,8 +29,10 @@ class Stream {
 #ifdef GINGHAM_CUDA
 #define DISPATCH_DEVICE(stream, call) \
   if ((stream).device() == ::gingham::Device::cuda) return ::gingham::cuda::call
+#define IF_CUDA(call, otherwise) ::gingham::cuda::call  // what needs no stream
 #else
 #define DISPATCH_DEVICE(stream, call)
+#define IF_CUDA(call, otherwise) otherwise
 #endif
 
 class CpuStream : public Stream {

@@ -10,13 +10,26 @@ namespace gingham {
 #ifdef GINGHAM_CUDA
 namespace {
 
+// What the runtime says of memory that it allocates on the current device.
+bool allocates_on_host() {
+  void* room = nullptr;
+  CUDA_CHECK(cudaMalloc(&room, 64));
+  cudaPointerAttributes found{};
+  const cudaError_t status = cudaPointerGetAttributes(&found, room);
+  cudaFree(room);
+  CUDA_CHECK(status);
+  return found.type == cudaMemoryTypeHost;
+}
+
 class CudaGpu : public Gpu {
  public:
   CudaGpu(Control& control, int ordinal, Carrier carrier, double timeout) : control_(control), stream_(ordinal), order_(stream_) {
+    memory_is_host_ = allocates_on_host();
     if (carrier == Carrier::nccl && control.size() > 1) world_ = std::make_unique<NcclWorld>(control, stream_, timeout);
   }
   Stream& stream() override { return stream_; }
   int ordinal() const override { return stream_.ordinal(); }
+  bool memory_is_host() const override { return memory_is_host_; }
   void begin(void* stream) override {
     stream_.enter();
     if (stream) stream_.follow(static_cast<cudaStream_t>(stream));
@@ -44,6 +57,7 @@ class CudaGpu : public Gpu {
   CudaStream stream_;
   GroupOrder order_;
   std::unique_ptr<NcclWorld> world_;
+  bool memory_is_host_ = false;
 };
 
 int visible_devices() {

@@ -9,7 +9,6 @@ from ._C import blas as blas
 from ._C import crc32c as crc32c
 from ._C import device_report as device_report
 from ._C import dropout as dropout
-from ._C import fake_device as fake_device
 from ._C import gelu_backward as gelu_backward
 from ._C import hopper_status as hopper_status
 from ._C import max_ranks as max_ranks

@@ -26,7 +26,7 @@ import gingham
 
 from ..mesh import axes_of
 from ..mesh.modes import Axes
-from ..native import fake_device, max_ranks
+from ..native import device_report, max_ranks
 from ..plan import tables
 from ..plan.tables import amount
 from . import layers
@@ -123,8 +123,8 @@ def check(options: Namespace, axes: Axes) -> None:
         raise ValueError("--save '': expected a folder; leave it out for no checkpoint")
     if options.plot:
         _check_plot(options)
-    if options.device == "cuda" and not torch.cuda.is_available() and not fake_device:
-        raise ValueError("--device cuda: torch finds no GPU here; leave it out, or see python -m gingham doctor")
+    if options.device == "cuda" and not device_report()["devices"]:
+        raise ValueError("--device cuda: there is no GPU here; leave it out, or see python -m gingham doctor")
 
 
 def _make_folder(save: str | None) -> None:

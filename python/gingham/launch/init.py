@@ -221,13 +221,17 @@ def _join(meeting: Meeting, axes: Axes, heap: int | None, options: tuple[Any, ..
         )
 
 
-def _use_gpu(job: Any) -> torch.device:
+def _use_gpu(job: native.Job) -> torch.device:
     """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
     find_nccl()
     job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
-    if native.fake_device:  # the tests' runtime computes on torch's CPU tensors
+    if job.on_host:  # a runtime that stands in for a device
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MeshError(
+            f"rank {job.rank} was given GPU {ordinal}, but this torch ({torch.__version__}) sees none: install a build of torch for CUDA"
+        )
     torch.cuda.set_device(ordinal)
     return torch.device("cuda", ordinal)
 

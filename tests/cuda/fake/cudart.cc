@@ -308,6 +308,12 @@ cudaError_t cudaMalloc(void** out, size_t bytes) {
   *out = room + 64;
   return cudaSuccess;
 }
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* p) {
+  *found = {};
+  found->type = cudaMemoryTypeHost;
+  found->devicePointer = found->hostPointer = const_cast<void*>(p);
+  return cudaSuccess;
+}
 cudaError_t cudaFree(void* p) {
   if (p) free(static_cast<char*>(p) - 64);
   return cudaSuccess;

@@ -12,11 +12,10 @@ of the order in which other threads see plain stores (fences do nothing), or of 
 
 from collections.abc import Sequence
 
-from gingham.machine import Counts, Launch, Machine
-from gingham.memory import Memory
-from gingham.parse import Entry, Module, PtxError, parse
-
-from gingham import access, control, convert, copies, floating, integer, mbarriers, warp, wgmma  # noqa: F401  they register the opcodes
+from . import access, control, convert, copies, floating, integer, mbarriers, warp, wgmma  # noqa: F401  they register the opcodes
+from .machine import Counts, Launch, Machine
+from .memory import Memory
+from .parse import Entry, Module, PtxError, parse
 
 Size = int | tuple[int, ...]
 

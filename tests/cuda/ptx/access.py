@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gingham.floating import packed, unpacked
-from gingham.machine import Machine, Sel, Step, opcode
-from gingham.memory import LOCAL, READ, SHARED, WINDOW, WRITE, Array, BlockMemory, Fault, Space
-from gingham.operands import VALUE, address, get, items, put, type_of
-from gingham.parse import WIDTH, Address, Instr, PtxError, Symbol
+
+from .floating import packed, unpacked
+from .machine import Machine, Sel, Step, opcode
+from .memory import LOCAL, READ, SHARED, WINDOW, WRITE, Array, BlockMemory, Fault, Space
+from .operands import VALUE, address, get, items, put, type_of
+from .parse import WIDTH, Address, Instr, PtxError, Symbol
 
 SPACES = ("global", "shared", "shared::cta", "shared::cluster", "local", "param", "const")
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from gingham.host import Host
-from gingham.machine import Fault
-from gingham.memory import Array
-from gingham.parse import PtxError
 
-from gingham import layers
+from . import layers
+from .host import Host
+from .machine import Fault
+from .memory import Array
+from .parse import PtxError
 
 CAUGHT = 3
 

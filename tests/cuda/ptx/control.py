@@ -3,11 +3,12 @@
 from typing import Any
 
 import numpy as np
-from gingham.machine import AGAIN, BARRIER, ENDED, RUN, Leap, Machine, Sel, Step, leap, opcode
-from gingham.memory import Fault
-from gingham.operands import get, put
-from gingham.parse import Instr, PtxError, Symbol
-from gingham.warp import bits_of, converge, mask_of
+
+from .machine import AGAIN, BARRIER, ENDED, RUN, Leap, Machine, Sel, Step, leap, opcode
+from .memory import Fault
+from .operands import get, put
+from .parse import Instr, PtxError, Symbol
+from .warp import bits_of, converge, mask_of
 
 NAMED = 16
 CLUSTER = NAMED  # the barrier behind barrier.cluster

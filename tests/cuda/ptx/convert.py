@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gingham.floating import bf16_bits, bf16_value, directed, flushed, packed, saturated
-from gingham.integer import INTEGER
-from gingham.machine import Machine, Sel, Step, opcode
-from gingham.memory import LOCAL, SHARED, WINDOW, Fault
-from gingham.operands import VALUE, get, put
-from gingham.parse import WIDTH, Instr, PtxError
+
+from .floating import bf16_bits, bf16_value, directed, flushed, packed, saturated
+from .integer import INTEGER
+from .machine import Machine, Sel, Step, opcode
+from .memory import LOCAL, SHARED, WINDOW, Fault
+from .operands import VALUE, get, put
+from .parse import WIDTH, Instr, PtxError
 
 WHOLE: dict[str, Callable[[Any], Any]] = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 

@@ -7,11 +7,12 @@ reading it gives the poison.
 from dataclasses import dataclass
 
 import numpy as np
-from gingham.access import count_conflicts, shared_places
-from gingham.machine import Machine, Sel, Step, opcode
-from gingham.memory import READ, Array
-from gingham.operands import address, get
-from gingham.parse import Imm, Instr, PtxError
+
+from .access import count_conflicts, shared_places
+from .machine import Machine, Sel, Step, opcode
+from .memory import READ, Array
+from .operands import address, get
+from .parse import Imm, Instr, PtxError
 
 
 @dataclass
@@ -111,7 +112,7 @@ def partial(m: Machine, where: Array, count: Array) -> Array:
 @opcode("cp")
 def cp(m: Machine, instr: Instr) -> Step:
     if "bulk" in instr.mods:
-        from gingham.tma import bulk
+        from .tma import bulk
 
         return bulk(m, instr)
     if instr.mods[0] != "async" or "mbarrier" in instr.mods:

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gingham.integer import INTEGER, elementwise, multiply, multiply_add, quotient, remainder
-from gingham.machine import Machine, Sel, Step, opcode
-from gingham.memory import Array
-from gingham.operands import Get, get, put, type_of
-from gingham.parse import Instr, PtxError
+
+from .integer import INTEGER, elementwise, multiply, multiply_add, quotient, remainder
+from .machine import Machine, Sel, Step, opcode
+from .memory import Array
+from .operands import Get, get, put, type_of
+from .parse import Instr, PtxError
 
 ROUNDINGS = {"rn", "rz", "rm", "rp"}
 

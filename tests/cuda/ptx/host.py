@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gingham.build import CSRC, build
-from gingham.floating import bf16_bits, bf16_value
-from gingham.machine import Counts, Launch, Machine
-from gingham.memory import Array, Memory
-from gingham.parse import Entry, Module, PtxError, parse
+
+from .build import CSRC, build
+from .floating import bf16_bits, bf16_value
+from .machine import Counts, Launch, Machine
+from .memory import Array, Memory
+from .parse import Entry, Module, PtxError, parse
 
 DTYPES = {"f32": 0, "f64": 1, "bf16": 2, "f16": 3, "bytes1": 4, "bytes2": 5, "bytes4": 6, "bytes8": 7}
 STORED = {

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gingham.machine import Machine, Sel, Step, opcode
-from gingham.memory import Array
-from gingham.operands import VALUE, get, put, type_of
-from gingham.parse import WIDTH, Imm, Instr, PtxError, Vec
+
+from .machine import Machine, Sel, Step, opcode
+from .memory import Array
+from .operands import VALUE, get, put, type_of
+from .parse import WIDTH, Imm, Instr, PtxError, Vec
 
 INTEGER = {f"{kind}{bits}" for kind in "bus" for bits in (8, 16, 32, 64)}
 DOUBLE = {"u16": "u32", "s16": "s32", "u32": "u64", "s32": "s64"}
@@ -292,7 +293,7 @@ def comparison(name: str, floating: bool) -> Callable[[Any, Any], Any]:
 @opcode("set")
 def set_value(m: Machine, instr: Instr) -> Step:
     """Section 9.7.6.1 without a second predicate: 1.0, or all ones, where the comparison holds, else 0."""
-    from gingham.floating import widened
+    from .floating import widened
 
     kinds = [mod for mod in instr.mods if mod in WIDTH]
     if len(kinds) != 2 or instr.mods[1] in ("and", "or", "xor"):
@@ -306,7 +307,7 @@ def set_value(m: Machine, instr: Instr) -> Step:
 
 @opcode("setp")
 def set_predicate(m: Machine, instr: Instr) -> Step:
-    from gingham.floating import widened
+    from .floating import widened
 
     kind = type_of(instr)
     if kind in ("f16x2", "bf16x2"):

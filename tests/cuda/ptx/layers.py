@@ -4,8 +4,9 @@ import ctypes
 from collections.abc import Iterator
 
 import numpy as np
-from gingham.host import Host
-from gingham.memory import Array
+
+from .host import Host
+from .memory import Array
 
 Pair = tuple[str, Array, Array]  # name, got, expected
 

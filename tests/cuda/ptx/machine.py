@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from gingham.memory import FIRST_SHARED, Array, BlockMemory, Fault, Memory, pack
-from gingham.parse import Address, Entry, Instr, Module, Operand, PtxError, Reg, Variable, Vec
+
+from .memory import FIRST_SHARED, Array, BlockMemory, Fault, Memory, pack
+from .parse import Address, Entry, Instr, Module, Operand, PtxError, Reg, Variable, Vec
 
 Sel = Any  # a slice of the threads, or an array of their places
 Step = Callable[[Sel], None]

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from gingham.access import shared_places
-from gingham.machine import AGAIN, MBARRIER, RUN, Leap, Machine, Sel, Step, leap, opcode
-from gingham.memory import Fault
-from gingham.operands import address, get, put
-from gingham.parse import Instr, PtxError
+
+from .access import shared_places
+from .machine import AGAIN, MBARRIER, RUN, Leap, Machine, Sel, Step, leap, opcode
+from .memory import Fault
+from .operands import address, get, put
+from .parse import Instr, PtxError
 
 FALSE_ALARMS = 0.1
 MOST = (1 << 20) - 1  # arrivals and bytes of a phase

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from gingham.machine import NUMPY, Machine, Sel
-from gingham.memory import Array
-from gingham.parse import WIDTH, Address, Imm, Instr, Operand, PtxError, Reg, Symbol, Vec
+
+from .machine import NUMPY, Machine, Sel
+from .memory import Array
+from .parse import WIDTH, Address, Imm, Instr, Operand, PtxError, Reg, Symbol, Vec
 
 Get = Callable[[Sel], Any]
 Put = Callable[[Sel, Any], None]

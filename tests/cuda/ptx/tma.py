@@ -11,13 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from gingham.access import shared_places
-from gingham.copies import copies_of
-from gingham.machine import Machine, Sel, Step
-from gingham.mbarriers import mbarriers_of
-from gingham.memory import READ, WRITE, Array, Fault
-from gingham.operands import Get, address, get
-from gingham.parse import Address, Imm, Instr, PtxError
+
+from .access import shared_places
+from .copies import copies_of
+from .machine import Machine, Sel, Step
+from .mbarriers import mbarriers_of
+from .memory import READ, WRITE, Array, Fault
+from .operands import Get, address, get
+from .parse import Address, Imm, Instr, PtxError
 
 MAGIC = 0x544D4150
 MAP = struct.Struct("<IBBBBQ3Q2Q3I")

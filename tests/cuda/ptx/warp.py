@@ -10,14 +10,14 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from gingham.access import count_conflicts, shared_places
-from gingham.floating import bf16_value
-from gingham.machine import ENDED, Diverged, Machine, Sel, Step, opcode
-from gingham.memory import Array, Fault
-from gingham.operands import VALUE, address, get, items, put, type_of
-from gingham.parse import Imm, Instr, Operand, PtxError, Vec
 
-from gingham.convert import to_tf32
+from .access import count_conflicts, shared_places
+from .convert import to_tf32
+from .floating import bf16_value
+from .machine import ENDED, Diverged, Machine, Sel, Step, opcode
+from .memory import Array, Fault
+from .operands import VALUE, address, get, items, put, type_of
+from .parse import Imm, Instr, Operand, PtxError, Vec
 
 FULL = 0xFFFFFFFF
 

@@ -16,15 +16,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from gingham.floating import bf16_value
-from gingham.machine import Machine, Sel, Step, opcode
-from gingham.memory import Array, Fault
-from gingham.operands import Get, get, items, put
-from gingham.parse import Imm, Instr, PtxError, Reg, Vec
-from gingham.tma import swizzled
-from gingham.warp import fragment, matrices, need_whole
 
-from gingham.convert import to_tf32
+from .convert import to_tf32
+from .floating import bf16_value
+from .machine import Machine, Sel, Step, opcode
+from .memory import Array, Fault
+from .operands import Get, get, items, put
+from .parse import Imm, Instr, PtxError, Reg, Vec
+from .tma import swizzled
+from .warp import fragment, matrices, need_whole
 
 SPANS = {0: 0, 1: 128, 2: 64, 3: 32}
 PATTERN = {0: 16, 32: 256, 64: 512, 128: 1024}
