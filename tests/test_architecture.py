@@ -36,7 +36,7 @@ PYTHON_MODULES = {
     "ranges": {"named"},
     "modes": {"layout", "errors"},
     "scatter": {"function", "layout", "compiled", "errors"},
-    "mesh": {"layout", "live", "modes", "scatter", "compiled", "errors", "rendezvous", "_C"},
+    "mesh": {"function", "layout", "live", "modes", "scatter", "compiled", "errors", "rendezvous", "_C"},
     "random": {"layout", "mesh"},
     "checks": {"layout", "mesh", "operations", "errors", "checks"},
     "gradients": {"layout", "mesh", "errors"},

@@ -265,7 +265,7 @@ class FusedLinears(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: list[Any] = [self.q, self.k, self.v]
-        return torch.cat(linear(x, [part.weight for part in parts], [part.bias for part in parts], self.plan), -1)
+        return torch.cat(linear(x, [part.operand("weight") for part in parts], [part.operand("bias") for part in parts], self.plan), -1)
 
 
 def convert_embedding(made: Conversion, path: str, old: torch.nn.Embedding, body: str) -> torch.nn.Module:
