@@ -20,7 +20,7 @@ class Gpu {
   virtual Stream& stream() = 0;
   virtual int ordinal() const = 0;
   virtual bool memory_is_host() const = 0;  // as over a runtime that stands in for a device: tensors are the CPU's
-  virtual void begin(void* stream) = 0;  // a call begins on this thread: its work goes to the caller's stream
+  virtual void begin(void* stream) = 0;     // a call begins on this thread: its work goes to the caller's stream
   virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;

@@ -1,7 +1,8 @@
-"""The base of this package's autograd functions: what torch.func would make of them is refused by name.
+"""The base of this package's autograd functions: what torch.func would make of them, and traces without them, are refused by name.
 
 They call other ranks, which vmap, jvp and grad of torch.func cannot transform. torch.autograd.grad(create_graph=True) and
-torch.autograd.functional (without vectorize=True) give the same derivatives, right on every grid. A call of which nothing will be
+torch.autograd.functional (without vectorize=True) give the same derivatives, right on every grid. torch.jit.trace and make_fx would
+keep one call's results as constants; torch.compile has operations for what calls other ranks. A call of which nothing will be
 differentiated runs forward alone, without autograd's node around it.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import is_batchedtensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
@@ -41,8 +43,8 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            raise _refusal(cls.__name__)
+        if _are_functorch_transforms_active() or _is_tracing() or _len_torch_dispatch_stack():
+            refuse_transforms(cls.__name__.strip("_"))
         if forward_ad._current_level < 0:
             if not torch.is_grad_enabled():
                 return cls.forward(Context(), *args)
@@ -56,6 +58,30 @@ class Function(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise _refusal("forward-mode differentiation")
+
+
+def refuse_transforms(what: str) -> None:
+    """Raises NotImplementedError for a call of `what` inside a transform of torch.func, torch.jit.trace or make_fx."""
+    if torch.compiler.is_compiling():
+        return
+    if _are_functorch_transforms_active():
+        raise _refusal(what)
+    if _is_tracing():
+        raise untraceable(what, "torch.jit.trace")
+    if _len_torch_dispatch_stack():
+        from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+        if get_proxy_mode() is not None:
+            raise untraceable(what, "make_fx")
+
+
+def untraceable(what: str, by: str) -> NotImplementedError:
+    """The error for `what`, met `by` a tool that records torch's operations."""
+    return NotImplementedError(
+        f"gingham: {what} in {by}, which records torch's operations only: {what} calls other ranks, and would be left out or become a"
+        " constant. Use torch.compile(model), whose graphs have gingham's operations; to hand the weights to a tool that needs a plain"
+        " model, gingham.export_safetensors(model, path) and load them into the original in one process"
+    )
 
 
 def _refusing(name: str, backward: Callable[..., Any]) -> Callable[..., Any]:

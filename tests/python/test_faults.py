@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -162,6 +163,9 @@ def test_b1_memory_that_runs_out_between_calls_is_told_at_the_next(ranks) -> Non
         ("op=matmul,kind=kill", "no rank"),
         ("rank=0,op=matmul,call=x,kind=kill", "call=x is no number"),
         ("rank=0,op=init.somewhere,kind=kill", "init.somewhere"),
+        ("rank=0,op=matmull,kind=kill", "op=matmull is no call or point (did you mean 'matmul'?) in"),
+        ("rank=0,op=save.plan,kind=kill", "op=save.plan is no call or point"),
+        ("rank=0,op=optimizer,kind=kill", "all_gather, all_reduce"),
         ("nonsense", "unknown field 'nonsense'"),
         ("rank=0,op=matmul,call=99999999999999999999,kind=kill", "expected at most"),
     ],
@@ -171,6 +175,20 @@ def test_a_wrong_fault_is_refused_by_init(monkeypatch, text: str, words: str) ->
     with pytest.raises(ValueError, match="GINGHAM_FAULT") as caught:
         gingham.init()
     assert words in str(caught.value) or "rank=1 of a job of 1" in str(caught.value)
+
+
+def test_every_call_and_point_can_be_named() -> None:
+    """As they stand in the sources: the names of steps, of collectives, and of points."""
+    root = Path(gingham.__file__).parent
+    python = "\n".join(path.read_text() for path in root.rglob("*.py"))
+    named = set(re.findall(r'(?:linear_plan|make_step)\((?:[^()]|\([^()]*\))*?"([a-z]\w*)"', python)) - {"auto"}
+    steps = named | {"linear", "matmul", "matmul to float32"}
+    assert {"qkv", "shared", "gated", "patches"} <= steps == set(faults.STEPS)
+    core = Path(__file__).parents[2] / "csrc"
+    assert set(re.findall(r'begin\("(\w+)"', (core / "binding_axis.h").read_text())) == set(faults.COLLECTIVES)
+    assert set(re.findall(r'faults\.at\("([\w.]+)"', python)) == set(faults.INIT)
+    products = {word for path in (core / "ops").glob("*.cc") for word in re.findall(r'config, "(\w+)"', path.read_text())}
+    assert products == set(faults.PRODUCTS)
 
 
 def test_faults_are_read_as_written() -> None:

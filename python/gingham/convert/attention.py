@@ -90,7 +90,9 @@ class MultiheadAttention(torch.nn.Module):
 
     def _project(self, x: torch.Tensor, parts: str) -> list[torch.Tensor]:
         layers = [getattr(self, part) for part in parts]
-        projected = linear(x, [layer.weight for layer in layers], [layer.bias for layer in layers], self.plans[len(parts)])
+        projected = linear(
+            x, [each.operand("weight") for each in layers], [each.operand("bias") for each in layers], self.plans[len(parts)]
+        )
         return [part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in projected]
 
     def forward(

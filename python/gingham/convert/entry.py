@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from ..function import refuse_transforms
 from .bytecode import chains
 
 HERE = "_gingham_border"  # the attribute that holds a model's border
@@ -82,6 +83,7 @@ def _bordered(original: Callable[..., Any], name: str, way: str) -> Callable[...
                 f"{type(self).__name__}.{name}: this method calls the model and runs its layers itself, or its code is not known; call"
                 f" gingham.register_forward_method(model, {name!r}) where it is given and gives full tensors of the batch"
             )
+        refuse_transforms(type(self).__name__)
         return border.call(function, name, self, args, kwargs)
 
     return method

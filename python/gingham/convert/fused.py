@@ -50,4 +50,4 @@ class FusedLinears(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: list[Any] = [self.q, self.k, self.v]
-        return torch.cat(linear(x, [part.weight for part in parts], [part.bias for part in parts], self.plan), -1)
+        return torch.cat(linear(x, [part.operand("weight") for part in parts], [part.operand("bias") for part in parts], self.plan), -1)

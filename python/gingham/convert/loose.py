@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..autograd.casts import like, local_of
 from ..autograd.relayout import reshard
 from ..autograd.second_order import alias, check_versions, summed, to_parameter, versions_of
+from ..errors import ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, Traced, block_of, find, names_of, own, traced
 from ..mesh import Mesh
@@ -39,7 +41,7 @@ def hold(
     module._parameters[name] = parameter
     own(module)
     module.__class__ = _reading(type(module))
-    module.__dict__.setdefault("_loose", {})[name] = (mesh, summed, cuts)
+    module.__dict__.setdefault("_loose", {})[name] = (mesh, summed, cuts, parameter.shape)
     _readable(type(module), name)
     return parameter
 
@@ -79,8 +81,13 @@ def _readable(cls: type, name: str) -> None:
         loose = self.__dict__.get("_loose", {})
         if name not in loose or parameter is None:
             return parameter
-        mesh, summed, cuts = loose[name]
-        if cuts_of(mesh, parameter) != cuts:
+        mesh, summed, cuts, shape = loose[name]
+        if not isinstance(parameter, DTensor):  # torch.func.functional_call put it there
+            if parameter.shape != shape:
+                got = f"{type(self).__name__}: rank {mesh.rank} got a plain tensor {tuple(parameter.shape)} for {name}"
+                raise ShapeError(f"{got}, expected the full one, {tuple(shape)}, the same on every rank")
+            parameter = reshard(parameter, mesh, ((),) * len(shape), cuts, shape)
+        elif cuts_of(mesh, parameter) != cuts:
             parameter = reshard(parameter, mesh, cuts_of(mesh, parameter), cuts)
         if torch.compiler.is_compiling():
             return traced("block", [mesh.handle, ",".join(summed)], [block_of(parameter)])[0]

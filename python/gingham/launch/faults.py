@@ -2,8 +2,8 @@
 
     GINGHAM_FAULT="rank=2,op=matmul,call=3,kind=kill"      several with ";" between them
 
-op: a call as the ranks name it in errors ("linear.forward", "all_gather", "sizes"), its part before or after the dot
-("linear", "matmul", "backward"), "*" for any of these; or "init", "save", "load": points on the way through them, in the
+op: a call as the ranks name it in errors ("linear.forward", "all_gather", "sizes": STEPS and COLLECTIVES), its part before or after the
+dot ("linear", "matmul", "backward"), "*" for any of these; or "init", "save", "load": points on the way through them, in the
 order of INIT for init, and of the pieces of work that the ranks do together in a save or load (plan, merge, write, finish).
 call: the n-th of that name on the rank, 1 by default; calls count from init on, points from the process's start.
 kind: kill (SIGKILL) | stop (SIGSTOP) | raise (RuntimeError) | exit (the process ends at once, status 1) | oom (the next
@@ -12,6 +12,7 @@ allocation of the call fails; at a point: MemoryError).
 
 from __future__ import annotations
 
+import difflib
 import os
 import signal
 from dataclasses import dataclass
@@ -20,7 +21,16 @@ VARIABLE = "GINGHAM_FAULT"
 KINDS = ("kill", "stop", "raise", "exit", "oom")
 POINTS = ("init", "save", "load")
 MOST = 2**31 - 1  # the last call that can be named
+STEPS = ("linear", "shared", "qkv", "gated", "patches", "matmul", "matmul to float32")  # fused products, .forward and .backward
+PRODUCTS = ("forward", "backward")
+COLLECTIVES = ("all_gather", "all_reduce", "broadcast", "exchange", "reduce_scatter", "sizes")
 INIT = ("init.start", "init.arrive", "init.group", "init.join", "init.mesh")  # after the step of that name
+KNOWN = ("*", *STEPS, *PRODUCTS, *(f"{step}.{product}" for step in STEPS for product in PRODUCTS), *COLLECTIVES, *POINTS, *INIT)
+
+
+def _known() -> str:
+    steps = f"{', '.join(STEPS)}, alone or with {' or '.join(f'.{product}' for product in PRODUCTS)}; {', '.join(PRODUCTS)}"
+    return f"{steps}; {', '.join(COLLECTIVES)}; {', '.join((*POINTS, *INIT))}; *"
 
 
 @dataclass
@@ -67,8 +77,10 @@ def parse(text: str, size: int) -> list[Fault]:
             raise wrong("calls count from 1, got call=0,")
         if fault.kind not in KINDS:
             raise wrong(f"kind={fault.kind}")
-        if fault.op.startswith("init.") and fault.op not in INIT:
-            raise wrong(f"op={fault.op} is none of {', '.join(INIT)}")
+        if fault.op not in KNOWN:
+            near = difflib.get_close_matches(fault.op, KNOWN, 1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            raise ValueError(f"{wrong(f'op={fault.op} is no call or point{meant}')}; ops are {_known()}")
         faults.append(fault)
     return faults
 

@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import native
 from ..errors import MeshError, ShapeError
+from ..function import untraceable
 from ..graph_ops import keep, traced
 from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
 from .live import Live
@@ -229,8 +230,12 @@ class Mesh(GridShape, Live):
 
 
 def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:
-    """Raises TypeError unless x is a plain tensor of real numbers on the device of `mesh` (none: of the current mesh, or the CPU)."""
-    if type(x) not in (torch.Tensor, torch.nn.Parameter) and not hasattr(x, "checks"):
+    """Raises TypeError unless x is a plain tensor of real numbers on the device of `mesh` (none: of the current mesh, or the CPU), and
+    NotImplementedError for what torch.fx and torch.export put in a tensor's place."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) and not (isinstance(x, torch.Tensor) and hasattr(x, "checks")):
+        tool = {"Proxy": "torch.fx.symbolic_trace", "FakeTensor": "torch.export"}.get(type(x).__name__)
+        if tool is not None:
+            raise untraceable(what.partition("'")[0], tool)
         found = f"a {type(x).__name__}"
         fix = "pass x.to_local()" if isinstance(x, DTensor) else "pass this rank's block as a torch.Tensor"
         raise TypeError(f"{what}: got {found}, expected a plain local torch.Tensor; {fix}")

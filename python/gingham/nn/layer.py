@@ -20,9 +20,10 @@ from ..autograd.ranges import in_range
 from ..autograd.relayout import reshard
 from ..checks import layer_forward
 from ..errors import MeshError, ShapeError
+from ..function import untraceable
 from ..graph_ops import own
 from ..mesh import Mesh, current, cuts_of
-from ..mesh.layout import Cuts
+from ..mesh.layout import Cuts, block
 from ..mesh.named import path_of
 from ..mesh.writes import cut_as, fill
 
@@ -80,6 +81,7 @@ class Layer(torch.nn.Module):
         self.number = self.mesh.next_number()
         self._label = self._within = ""
         self._placed: dict[str, Any] = {}
+        self._shapes: dict[str, torch.Size] = {}
         return self.mesh
 
     def holds(self, *parts: Layer) -> None:
@@ -92,6 +94,11 @@ class Layer(torch.nn.Module):
         if "forward" in cls.__dict__:
             forward = cls.__dict__["forward"]
             cls.forward = layer_forward(forward, _ranged(forward))  # type: ignore[method-assign]
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks each module for."""
+        where = path_of(self)
+        raise untraceable(f"{where} ({type(self).__name__})" if where else type(self).__name__, "torch.jit.script")
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
         """The cuts of the input x and of the output; None: not checked."""
@@ -143,6 +150,7 @@ class Layer(torch.nn.Module):
         super().register_parameter(name, param)
         if isinstance(param, DTensor):
             self._placed.setdefault(name, param.placements)
+            self._shapes[name] = param.shape
 
     def _cut(self, old: DTensor, full: torch.nn.Parameter) -> torch.nn.Parameter:
         """The same DTensor for every layer that is given the same Parameter."""
@@ -153,16 +161,31 @@ class Layer(torch.nn.Module):
         return known
 
     def operand(self, name: str) -> Any:
-        """The parameter as this layer's calls take it: cut again where it is another layer's, or made by a parametrization."""
+        """The parameter as this layer's calls take it: cut again where it is another layer's, or made by a parametrization, and cut
+        where torch.func.functional_call puts a full tensor, the same on every rank, in its place. Raises ShapeError for another shape."""
         value: Any = self._parameters.get(name)
         if value is None:
             value = getattr(self, name)
         placed = self._placed.get(name)
-        if placed is None or not isinstance(value, DTensor) or value.placements == placed:
+        if placed is None or not isinstance(value, torch.Tensor):
+            return value
+        if not isinstance(value, DTensor):
+            return self._given(name, value, placed)
+        if value.placements == placed:
             return value
         if any(type(place) not in (Shard, Replicate) for place in value.placements):
             return value.redistribute(value.device_mesh, placed)  # a sum that ranks hold parts of
         return reshard(value, self.mesh, cuts_of(self.mesh, value.placements, value.dim()), cuts_of(self.mesh, placed, value.dim()))
+
+    def _given(self, name: str, full: torch.Tensor, placed: Any) -> torch.Tensor:
+        shape = tuple(self._shapes[name])
+        cuts = cuts_of(self.mesh, placed, len(shape))
+        if tuple(full.shape) == shape:
+            return reshard(full, self.mesh, ((),) * len(shape), cuts, shape)
+        if tuple(full.shape) == tuple(length for _, length in block(shape, cuts, self.mesh.sizes, self.mesh.coordinates)):
+            return full
+        got = f"rank {self.mesh.rank} got a plain tensor {tuple(full.shape)} for {name}"
+        raise self.named(ShapeError(f"{got}, expected the full one, {shape}, the same on every rank"))
 
     def draw(self, name: str, full: torch.Tensor) -> None:
         """Fills the full parameter `name` in place as torch's layer does at construction."""

@@ -8,6 +8,7 @@ from math import sqrt
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..autograd.casts import local_of
 from ..autograd.linear import linear, linear_plan
@@ -234,8 +235,10 @@ class Classifier(Linear):
         return super()._weight(dtype, given) if tied is None else tied
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        tied = self.tied_cuts
-        weight = self.operand("weight") if tied is None else reshard(self.weight, self.mesh, tied, self.plan.weight_cuts)
+        weight = self.operand("weight")
+        if self.tied_cuts is not None:
+            shape = None if isinstance(weight, DTensor) else (self.out_features, self.in_features)
+            weight = reshard(weight, self.mesh, self.tied_cuts, self.plan.weight_cuts, shape)
         return [weight], [self.operand("bias")]
 
     def received(self, rows: int, inner: int = 1) -> int:

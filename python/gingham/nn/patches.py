@@ -7,6 +7,7 @@ from math import prod, sqrt
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..autograd.linear import linear, linear_plan
 from ..autograd.relayout import relayout, reshard
@@ -94,8 +95,10 @@ class PatchEmbedding(Layer):
         patches = images.reshape(rows, self.channels, grid[0], high, grid[1], wide)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, prod(grid), self.fan_in)
         x = relayout(patches, mesh, Layout(outer.rows, ()), outer, self.fan_in)
-        weight = reshard(self.weight, mesh, (self.names, ()), self.plan.weight_cuts, (self.width, self.fan_in))
-        return linear(x, [weight], [self.bias], self.plan)[0]
+        weight = self.operand("weight")
+        weight = weight if isinstance(weight, DTensor) else weight.flatten(1)
+        weight = reshard(weight, mesh, (self.names, ()), self.plan.weight_cuts, (self.width, self.fan_in))
+        return linear(x, [weight], [self.operand("bias")], self.plan)[0]
 
     def _fits(self, images: torch.Tensor) -> bool:
         if images.dim() != 4 or images.shape[1] != self.channels:

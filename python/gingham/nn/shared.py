@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..autograd.casts import local_of
 from ..autograd.linear import LinearPlan, backward_passes, linear
@@ -35,8 +36,9 @@ class SharedInput:
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         index = next(index for index, each in enumerate(self.linears) if each is layer)
-        # compiled graphs have no object to tie results to, and inference tensors no version
-        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.is_inference():
+        # compiled graphs have no object to tie results to, inference tensors no version; what stands in a parameter's place is cut anew
+        own = isinstance(layer._parameters.get("weight"), DTensor)
+        if torch.compiler.is_compiling() or not isinstance(x, torch.Tensor) or x.is_inference() or not own:
             weights, biases = layer.operands()
             return linear(x, weights, biases, layer.plan, layer.epilogue)[0]
         key, given = self._state(x), origin(x)
