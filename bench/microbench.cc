@@ -5,6 +5,7 @@
 #include <stdlib.h>
 
 #include <algorithm>
+#include <cmath>
 #include <sstream>
 
 #include "cases.h"
@@ -14,24 +15,82 @@ namespace gingham {
 namespace {
 
 const char* kUsage =
-    "microbench CASE [options]\n"
-    "  CASE            matmul | dx | dw | backward | all_gather | reduce_scatter | all_reduce | broadcast | reduce | all | overlap |\n"
-    "                  gemm (one rank) | kernels (each beside its CPU twin)\n"
-    "  --grid a,b,c    pm, pn, pk of a matmul (2,2,1)       --ranks P       ranks of a collective (4)\n"
-    "  --sizes n,..    n x n x n products or n elements     --shape m,k,n   one product of that shape\n"
-    "  --source s      window | ring                        --slices S      slices a step (1)\n"
-    "  --transport t   shm | link (--latency s --bandwidth bytes/s)         --swapped       n and k trade places\n"
-    "  --device d      cpu | cuda (its --transport: nccl, or copy with --as threads: one GPU is enough)\n"
-    "  --library l     gingham | cublaslt (gemm) | nccl (its own collectives)  --tf32          fp32 products on tensor cores\n"
-    "  --as a          processes | threads                  --dtype d       float32 | float64 | bfloat16 | float16\n"
-    "  --rounds R      timed rounds, median (10)            --check         compare with exact integer results; exit 1 on a difference\n"
-    "BLAS: GINGHAM_BLAS=path, for instance torch/lib/libtorch_cpu.so; or plain\n";
+    "usage: microbench CASE [options]\n"
+    "\n"
+    "Starts its own ranks, measures one case and prints a table in the manner of nccl-tests.\n"
+    "\n"
+    "cases:\n"
+    "  matmul, dx, dw, backward      a product on a grid, the gradients of its operands, and both in one step\n"
+    "  all_gather, reduce_scatter, all_reduce, broadcast, reduce\n"
+    "  all                           each of the above\n"
+    "  overlap                       a product behind a link as slow as itself, in 1, 2, 4 and 8 slices\n"
+    "  gemm                          one rank's product\n"
+    "  kernels                       each GPU kernel beside its CPU twin\n"
+    "\n"
+    "options:\n"
+    "  --grid PM,PN,PK               ranks of a product (default 2,2,1)\n"
+    "  --ranks P                     ranks of a collective (default: as many as the grid has)\n"
+    "  --sizes N,..                  n x n x n products, or n elements of a collective (default 512)\n"
+    "  --shape M,K,N                 one product of that shape instead\n"
+    "  --dtype TYPE                  float32 | float64 | bfloat16 | float16 (default float32)\n"
+    "  --slices S                    slices of a step (default 1)\n"
+    "  --swapped                     n and k trade places\n"
+    "  --source SOURCE               window | ring (default window; ring on GPUs)\n"
+    "  --as AS                       ranks are processes | threads (default processes)\n"
+    "  --transport T                 shm | link, as slow as --latency and --bandwidth say | nccl | copy (GPUs; copy wants --as threads)\n"
+    "  --latency SECONDS             of a message on the link (default 0)\n"
+    "  --bandwidth BYTES             a second on the link (default 1e9 with --transport link)\n"
+    "  --device DEVICE               cpu | cuda (default cpu)\n"
+    "  --library LIBRARY             gingham | cublaslt (gemm) | nccl (collectives): whose is measured (default gingham)\n"
+    "  --tf32                        float32 products on tensor cores\n"
+    "  --rounds R                    timed rounds, of which the median counts (default 10)\n"
+    "  --check                       compare with exact integer results; status 1 on a difference\n"
+    "  --help                        this text\n"
+    "\n"
+    "GINGHAM_BLAS names the BLAS: a path, for instance torch/lib/libtorch_cpu.so, or plain.\n";
 
-std::vector<int64_t> numbers(const std::string& text) {
-  std::vector<int64_t> out;
-  std::stringstream in(text);
-  for (std::string item; std::getline(in, item, ',');) out.push_back(atoll(item.c_str()));
+const std::vector<std::string> kCases{"matmul",    "dx",     "dw",  "backward", "all_gather", "reduce_scatter", "all_reduce",
+                                      "broadcast", "reduce", "all", "overlap",  "gemm",       "kernels"};
+
+std::string joined(const std::vector<std::string>& words) {
+  std::string out;
+  for (const std::string& word : words) out += (out.empty() ? "" : ", ") + word;
   return out;
+}
+
+constexpr int64_t kMost = 1 << 30;
+
+// The numbers of an option, `count` of them (0: any), each from 1 to `most`.
+std::vector<int64_t> numbers(const std::string& flag, const std::string& text, size_t count, int64_t most = INT64_MAX) {
+  std::vector<int64_t> out;
+  std::stringstream in(text + ",");
+  bool good = true;
+  for (std::string item; std::getline(in, item, ',');) {
+    good = good && !item.empty() && item.size() < 19 && item.find_first_not_of("0123456789") == std::string::npos;
+    out.push_back(atoll(item.c_str()));
+    good = good && out.back() >= 1 && out.back() <= most;
+  }
+  const std::string limits = concat("of at least 1", most < INT64_MAX ? concat(" and at most ", most) : std::string());
+  const std::string expected = count == 0   ? concat("numbers ", limits, " such as 512,1024")
+                               : count == 1 ? concat("a whole number ", limits)
+                                            : concat("numbers ", limits, ", three such as 2,2,1");
+  CHECK(Error, good && (count == 0 || out.size() == count), flag, " '", text, "': expected ", expected);
+  return out;
+}
+
+int number(const std::string& flag, const std::string& text) { return static_cast<int>(numbers(flag, text, 1, kMost)[0]); }
+
+double real(const std::string& flag, const std::string& text, bool zero) {
+  char* end = nullptr;
+  const double value = strtod(text.c_str(), &end);
+  CHECK(Error, !text.empty() && *end == '\0' && std::isfinite(value) && (zero ? value >= 0 : value > 0), flag, " '", text, "': expected a number ",
+        zero ? "of at least 0" : "above 0");
+  return value;
+}
+
+std::string one_of(const std::string& flag, const std::string& text, const std::vector<std::string>& words) {
+  CHECK(Error, std::find(words.begin(), words.end(), text) != words.end(), flag, " '", text, "': expected one of ", joined(words));
+  return text;
 }
 
 struct Command {
@@ -40,58 +99,77 @@ struct Command {
   bool shaped = false;
 };
 
+// An option of numbers; whether it is one.
+bool take_number(Command& c, const std::string& flag, const std::string& value) {
+  Options& o = c.options;
+  if (flag == "--grid") {
+    const std::vector<int64_t> parts = numbers(flag, value, 3, kMost);
+    o.grid = {static_cast<int>(parts[0]), static_cast<int>(parts[1]), static_cast<int>(parts[2])};
+  } else if (flag == "--sizes") {
+    c.sizes = numbers(flag, value, 0);
+  } else if (flag == "--shape") {
+    const std::vector<int64_t> parts = numbers(flag, value, 3);
+    o.m = parts[0], o.k = parts[1], o.n = parts[2];
+    c.shaped = true;
+  } else if (flag == "--ranks") {
+    o.ranks = number(flag, value);
+  } else if (flag == "--slices") {
+    o.slices = number(flag, value);
+  } else if (flag == "--rounds") {
+    o.rounds = number(flag, value);
+  } else if (flag == "--latency") {
+    o.latency = real(flag, value, true);
+  } else if (flag == "--bandwidth") {
+    o.bandwidth = real(flag, value, false);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// An option of words; whether it is one.
+bool take_word(Options& o, const std::string& flag, const std::string& value) {
+  if (flag == "--source") {
+    o.source = one_of(flag, value, {"window", "ring"}) == "ring" ? Source::ring : Source::window;
+  } else if (flag == "--transport") {
+    one_of(flag, value, {"shm", "link", "nccl", "copy"});
+    if (value == "link" && o.bandwidth == 0) o.bandwidth = 1e9;
+    o.carrier = value == "copy" ? Carrier::copy : Carrier::nccl;
+  } else if (flag == "--device") {
+    o.device = one_of(flag, value, {"cpu", "cuda"}) == "cuda" ? Device::cuda : Device::cpu;
+    if (o.device == Device::cuda) o.source = Source::ring;
+  } else if (flag == "--as") {
+    o.as = one_of(flag, value, {"processes", "threads"}) == "threads" ? As::threads : As::processes;
+  } else if (flag == "--dtype") {
+    one_of(flag, value, {"float32", "float64", "bfloat16", "float16"});
+    o.dtype = value == "float64" ? DType::f64 : value == "bfloat16" ? DType::bf16 : value == "float16" ? DType::f16 : DType::f32;
+  } else if (flag == "--library") {
+    o.library = one_of(flag, value, {"gingham", "cublaslt", "nccl"});
+  } else {
+    return false;
+  }
+  return true;
+}
+
 Command parse(int argc, char** argv) {
   Command c;
   Options& o = c.options;
-  if (argc > 1) o.name = argv[1];
+  o.name = argc > 1 ? argv[1] : "";
+  CHECK(Error, std::find(kCases.begin(), kCases.end(), o.name) != kCases.end(), "case '", o.name, "': expected one of ", joined(kCases),
+        "; see --help");
   for (int i = 2; i < argc; i++) {
     const std::string flag = argv[i];
     if (flag == "--check") {
       o.check = true;
-      continue;
+    } else if (flag == "--swapped") {
+      o.swapped = true;
+    } else if (flag == "--tf32") {
+      o.tf32 = true;
+    } else {
+      const std::string value = i + 1 < argc ? argv[i + 1] : "";
+      CHECK(Error, take_number(c, flag, value) || take_word(o, flag, value), "unknown option ", flag, "; see --help");
+      i++;
     }
-    if (flag == "--swapped" || flag == "--tf32") {
-      (flag == "--swapped" ? o.swapped : o.tf32) = true;
-      continue;
-    }
-    CHECK(Error, i + 1 < argc, "option ", flag, " wants a value\n", kUsage);
-    const std::string value = argv[++i];
-    const std::vector<int64_t> list = numbers(value);
-    if (flag == "--grid" && list.size() == 3)
-      o.grid = {static_cast<int>(list[0]), static_cast<int>(list[1]), static_cast<int>(list[2])};
-    else if (flag == "--ranks")
-      o.ranks = atoi(value.c_str());
-    else if (flag == "--sizes")
-      c.sizes = list;
-    else if (flag == "--shape" && list.size() == 3) {
-      o.m = list[0];
-      o.k = list[1];
-      o.n = list[2];
-      c.shaped = true;
-    } else if (flag == "--source")
-      o.source = value == "ring" ? Source::ring : Source::window;
-    else if (flag == "--slices")
-      o.slices = atoi(value.c_str());
-    else if (flag == "--transport") {
-      if (value == "link" && o.bandwidth == 0) o.bandwidth = 1e9;
-      o.carrier = value == "copy" ? Carrier::copy : Carrier::nccl;
-    } else if (flag == "--device") {
-      o.device = value == "cuda" ? Device::cuda : Device::cpu;
-      if (o.device == Device::cuda) o.source = Source::ring;
-    } else if (flag == "--latency")
-      o.latency = atof(value.c_str());
-    else if (flag == "--bandwidth")
-      o.bandwidth = atof(value.c_str());
-    else if (flag == "--as")
-      o.as = value == "threads" ? As::threads : As::processes;
-    else if (flag == "--dtype")
-      o.dtype = value == "float64" ? DType::f64 : value == "bfloat16" ? DType::bf16 : value == "float16" ? DType::f16 : DType::f32;
-    else if (flag == "--library")
-      o.library = value;
-    else if (flag == "--rounds")
-      o.rounds = atoi(value.c_str());
-    else
-      throw Error(concat("unknown option ", flag, " ", value, "\n", kUsage));
   }
   return c;
 }
@@ -163,16 +241,15 @@ bool overlap(Options o) {
 }
 
 int main_of(int argc, char** argv) {
-  if (argc < 2 || std::string(argv[1]) == "--help") {
-    fputs(kUsage, stdout);
-    return argc < 2 ? 2 : 0;
-  }
+  for (int i = 1; i < argc; i++)
+    if (std::string(argv[i]) == "--help" || std::string(argv[i]) == "-h") {
+      fputs(kUsage, stdout);
+      return 0;
+    }
   Command command = parse(argc, argv);
   const std::vector<std::string> all{"matmul", "dx", "dw", "backward", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
   std::vector<std::string> names{command.options.name};
   if (names[0] == "all") names = all;
-  CHECK(Error, names[0] == "overlap" || is_kernel(names[0]) || std::find(all.begin(), all.end(), names[0]) != all.end(), "unknown case ", names[0],
-        "\n", kUsage);
   printf("# gingham microbench; BLAS: %s; ranks as %s\n", blas().from.c_str(), command.options.as == As::threads ? "threads" : "processes");
   bool good = true;
   if (names[0] != "overlap") header();

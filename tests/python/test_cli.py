@@ -81,6 +81,9 @@ WRONG = [
     (["bench", "matmul", "--grid", "2,2"], "three such as 2,2,1"),
     (["bench", "overlap", "--bandwidth", "0"], "above 0"),
     (["bench", "matmul", "--foo"], "unknown option --foo"),
+    (["bench", "matmul", "--sizes"], "--sizes '': expected numbers"),
+    (["bench", "matmul", "--ranks", "99999999999"], "at most"),
+    (["bench", "matmul", "--latency", "soon"], "at least 0"),
 ]
 
 

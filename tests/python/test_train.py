@@ -68,5 +68,7 @@ def test_command(launcher: list[str], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "loss.png").stat().st_size > 1000
-    assert re.search(r"formula [\d,]+: equal", done.stdout), done.stdout
+    result = done.stdout.rpartition(" result ")[2]
+    assert re.search(r"received a rank and step +[\d.]+ [KM]B +equal to the formula", result), result
+    assert re.search(r"optimizer state +[\d.]+ [KM]B", result) and not re.search(r"\d,\d{3}|\d{7}", result), result  # bytes have units
     assert "largest of all steps" in done.stdout and "def " in done.stdout

@@ -98,54 +98,8 @@ def _grid(text: str) -> tuple[int, int, int]:
     return pm, pn, pk
 
 
-BENCH_CASES = (
-    *("matmul", "dx", "dw", "backward", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce", "all", "overlap"),
-    *("gemm", "kernels"),
-)
-BENCH_FLAGS = ("--check", "--swapped", "--tf32")
-BENCH_COUNTS = {"--sizes": 0, "--slices": 1, "--rounds": 1, "--ranks": 1, "--grid": 3, "--shape": 3}  # how many numbers; 0: any
-BENCH_WORDS = {
-    "--source": ("window", "ring"),
-    "--transport": ("shm", "link", "nccl", "copy"),
-    "--device": ("cpu", "cuda"),
-    "--library": ("gingham", "cublaslt", "nccl"),
-    "--as": ("processes", "threads"),
-    "--dtype": ("float32", "float64", "bfloat16", "float16"),
-}
-
-
-def wrong_bench(arguments: list[str]) -> str | None:
-    """What the microbenchmark would not understand: it takes words it does not know for the default, and what is no number for 0."""
-    if not arguments or arguments[0] not in BENCH_CASES:
-        return f"case {' '.join(arguments[:1])!r}: expected one of {', '.join(BENCH_CASES)}; see --help"
-    rest = iter(arguments[1:])
-    for name in rest:
-        if name in BENCH_FLAGS:
-            continue
-        if name not in (*BENCH_COUNTS, *BENCH_WORDS, "--latency", "--bandwidth"):
-            return f"unknown option {name}; see --help"
-        value = next(rest, "")
-        if name in BENCH_WORDS and value not in BENCH_WORDS[name]:
-            return f"{name} {value!r}: expected one of {', '.join(BENCH_WORDS[name])}"
-        if name in BENCH_COUNTS:
-            parts, count = value.split(","), BENCH_COUNTS[name]
-            if not all(part.isdecimal() and int(part) for part in parts) or count not in (0, len(parts)):
-                some = {0: "numbers of at least 1 such as 512,1024", 1: "a whole number of at least 1"}
-                return f"{name} {value!r}: expected {some.get(count, 'numbers of at least 1, three such as 2,2,1')}"
-        if name in ("--latency", "--bandwidth"):
-            try:
-                number(0, equal=name == "--latency")(value)
-            except argparse.ArgumentTypeError as error:
-                return f"{name}: {error}"
-    return None
-
-
 def bench(arguments: list[str]) -> int:
-    wrong = None if arguments[:1] in (["--help"], ["-h"]) else wrong_bench(arguments)
-    if wrong is not None:
-        print(f"gingham bench: {wrong}", file=sys.stderr)
-        return 2
-    arguments = ["--help" if argument == "-h" else argument for argument in arguments]
+    """Runs the microbenchmark, which reads its options itself."""
     binary = Path(__file__).parent.parent / "bin" / "microbench"
     if not binary.exists():
         print(f"gingham bench: {binary} was not built; reinstall with `pip install .` or run `make build`", file=sys.stderr)
@@ -155,7 +109,10 @@ def bench(arguments: list[str]) -> int:
     if torch is not None and torch.origin:
         # the binary knows nothing of torch, but computes with its BLAS
         environment.setdefault("GINGHAM_BLAS", str(Path(torch.origin).parent / "lib" / "libtorch_cpu.so"))
-    return subprocess.run([str(binary), *arguments], check=False, env=environment).returncode
+    with subprocess.Popen([str(binary), *arguments], env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr or ():
+            print(line.rstrip("\n"), file=sys.stderr)
+    return process.returncode
 
 
 def cuda_rows() -> list[tuple[str, str]]:

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 import gingham
 
@@ -333,37 +332,28 @@ def show_plan(console: Console, mesh: Any, planned: list[layers.Layer], options:
 
 
 def show_result(console: Console, report: dict[str, Any], serial: dict[str, Any] | None) -> None:
+    """Losses, seconds, bytes and memory; beside those of one process where it was trained too. Bytes in units (shown.amount)."""
     ranks, losses = report["ranks"], report["losses"]
     received = sum(rank["received"] for rank in ranks) / len(ranks)
-    table = Table(title="result")
-    for heading in ("", report["mesh"], "serial torch.nn" if serial else "", "compared"):
-        table.add_column(heading, justify="right" if heading else "left")
-
-    def row(name: str, mine: str, other: str = "", compared: str = "") -> None:
-        table.add_row(name, mine, other, compared)
-
+    rows: list[tuple[str, str, str, str]] = []
     others = serial["losses"] if serial else []
     for step in sorted({0, len(losses) // 4, len(losses) // 2, 3 * len(losses) // 4, len(losses) - 1}):
-        if serial:
-            row(
-                f"loss at step {step + 1}",
-                f"{losses[step]:.6f}",
-                f"{others[step]:.6f}",
-                f"{difference(losses[step], others[step]):.1e} relative",
-            )
-        else:
-            row(f"loss at step {step + 1}", f"{losses[step]:.6f}")
+        compared = (f"{others[step]:.6f}", f"{difference(losses[step], others[step]):.1e} relative") if serial else ("", "")
+        rows.append((f"loss at step {step + 1}", f"{losses[step]:.6f}", *compared))
     if serial:
-        row("largest of all steps", "", "", f"{max(map(difference, losses, others)):.1e} relative")
+        rows.append(("largest of all steps", "", "", f"{max(map(difference, losses, others)):.1e} relative"))
     ratio = f"{serial['seconds'] / report['seconds']:.2f} x serial speed" if serial and report["seconds"] else ""
-    row("seconds", f"{report['seconds']:.1f}", f"{serial['seconds']:.1f}" if serial else "", ratio)
-    agree = "equal" if received == report["formula"] else f"{received - report['formula']:+,.1f}"
-    row("bytes received a rank and step", f"{received:,.0f}", "", f"formula {report['formula']:,.0f}: {agree}")
+    rows.append(("seconds", f"{report['seconds']:.1f}", f"{serial['seconds']:.1f}" if serial else "", ratio))
+    over = received - report["formula"]
+    agree = "equal to the formula" if not over else f"{amount(abs(over))} {'above' if over > 0 else 'below'} the formula"
+    rows.append(("received a rank and step", amount(received), "", agree))
     tensors, workspace = (max(rank[key] for rank in ranks) for key in ("tensors", "workspace"))
     share = f"{tensors / serial['tensors']:.3f} of serial" if serial else ""
-    row("weights + gradients + optimizer, bytes", f"{tensors:,}", f"{serial['tensors']:,}" if serial else "", share)
-    row("workspace, bytes at most", f"{workspace:,}", "0" if serial else "")
-    console.print(table)
+    rows.append(("weights, gradients, optimizer state", amount(tensors), amount(serial["tensors"]) if serial else "", share))
+    rows.append(("workspace at most", amount(workspace), "0 B" if serial else "", ""))
+    headings = ("", report["mesh"], "serial torch.nn", "compared")
+    kept = [index for index in range(len(headings)) if serial or index != 2]
+    shown.show(console, "result", [headings[i] for i in kept], [[row[i] for i in kept] for row in rows], [headings[i] for i in kept[1:]])
 
 
 def difference(mine: float, other: float) -> float:
