@@ -353,7 +353,7 @@ def show_result(console: Console, report: dict[str, Any], serial: dict[str, Any]
     rows.append(("workspace at most", amount(workspace), "0 B" if serial else "", ""))
     headings = ("", report["mesh"], "serial torch.nn", "compared")
     kept = [index for index in range(len(headings)) if serial or index != 2]
-    shown.show(console, "result", [headings[i] for i in kept], [[row[i] for i in kept] for row in rows], [headings[i] for i in kept[1:]])
+    tables.show(console, "result", [headings[i] for i in kept], [[row[i] for i in kept] for row in rows], [headings[i] for i in kept[1:]])
 
 
 def difference(mine: float, other: float) -> float:
