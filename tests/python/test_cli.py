@@ -216,24 +216,36 @@ def test_d_init_says_what_to_start_and_which_depths_there_are(ranks) -> None:
         assert all("depth=2 or 8" in message for message in depths)
 
 
-def interrupted(command: list[str], folder: Path) -> tuple[int, str]:
-    """Status and error stream of a run that gets Ctrl-C in the middle of its steps."""
+def interrupted(command: list[str], folder: Path, early: bool = False) -> tuple[int, str]:
+    """Status and error stream of a run that gets Ctrl-C in the middle of its steps, or early: before there is a rank."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")} | {"COLUMNS": "100"}
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 60
-        while "AdamW at" not in (folder / "out").read_text() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(1.0)
-        os.killpg(process.pid, signal.SIGINT)
-        status = process.wait(60)
+        try:
+            deadline = time.monotonic() + 60
+            while not ready(process.pid, folder, early) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGINT)
+            status = process.wait(60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     return status, (folder / "err").read_text()
 
 
-def test_d_ctrl_c_of_train_is_one_line_a_checkpoint_and_status_130(tmp_path: Path) -> None:
+def ready(pid: int, folder: Path, early: bool) -> bool:
+    """Whether the run notes Ctrl-C itself (its children are there, no rank has said a word), or is in its steps."""
+    ignored = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigIgn"))
+    notes = not int(ignored.split()[1], 16) & 1 << (signal.SIGINT - 1)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return notes and len(children) > 1 if early else "AdamW at" in (folder / "out").read_text()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_d_ctrl_c_of_train_is_one_line_a_checkpoint_and_status_130(tmp_path: Path, early: bool) -> None:
     size = ["--layers", "1", "--width", "32", "--heads", "4", "--context", "16", "--batch", "4", "--steps", "1000000", "--plot", ""]
     command = [sys.executable, "-m", "gingham", "train", "--mode", "2d", "--ranks", "4", "--save", str(tmp_path / "runs"), *size]
-    status, err = interrupted(command, tmp_path)
+    status, err = interrupted(command, tmp_path, early)
     assert status == 130
     assert re.fullmatch(r"gingham train: interrupted after step \d+; checkpoint in \S+\n", err), err
     assert main(["ckpt", "verify", str(tmp_path / "runs")]) == 0

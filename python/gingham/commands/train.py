@@ -9,11 +9,13 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import gingham
 
+from ..launch.spawn import start_server
 from ..mesh import axes_of
 from ..mesh.modes import Axes
 from ..native import device_report, max_ranks
@@ -61,12 +64,7 @@ def _train(options: Namespace, grid: dict[str, Any]) -> int:
         if int(os.environ["RANK"]) != 0:
             return 130 if report["interrupted"] else 0
     else:
-        # ranks started from here ignore Ctrl-C until they can end at a step's end; this process waits for them
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            report = gingham.spawn(run, grid["size"], options, grid)[0]
-        finally:
-            signal.signal(signal.SIGINT, before)
+        report = _spawned(options, grid)
     if report["interrupted"]:
         saved = f"; checkpoint in {options.save}" if options.save else ""
         print(f"gingham train: interrupted after step {len(report['losses'])}{saved}", file=sys.stderr)
@@ -154,11 +152,27 @@ def _check_plot(options: Namespace) -> None:
             raise ValueError(f"--plot {options.plot}: matplotlib writes no .{suffix}, expected one of {', '.join(known)}")
 
 
-class Interruption:
-    """Ctrl-C noted: all ranks end after the same step. From the third on it is Python's KeyboardInterrupt again."""
+def _spawned(options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's report. Ranks started from here ignore Ctrl-C until they can end at a step's end; what comes before, this process, which
+    waits for them, notes in a file."""
+    with tempfile.TemporaryDirectory(prefix="gingham-") as folder:
+        noted = Path(folder) / "interrupted"
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            start_server()
+            signal.signal(signal.SIGINT, lambda *_: noted.touch())
+            report: dict[str, Any] = gingham.spawn(run, grid["size"], options, grid, str(noted))[0]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return report
 
-    def __init__(self, mesh: Any) -> None:
-        self.mesh, self.count = mesh, 0
+
+class Interruption:
+    """Ctrl-C noted, here or in the file that a caller touches: all ranks end after the same step. From the third on it is Python's
+    KeyboardInterrupt again."""
+
+    def __init__(self, mesh: Any, noted: str | None = None) -> None:
+        self.mesh, self.count, self.noted = mesh, 0, noted
         self.handles = threading.current_thread() is threading.main_thread()
         self.before = signal.signal(signal.SIGINT, self.note) if self.handles else None
 
@@ -169,7 +183,8 @@ class Interruption:
 
     def agreed(self) -> bool:
         """Whether any rank was interrupted; a control message."""
-        return any(count for (count,) in self.mesh.world.sizes([min(self.count, 1)])) if self.mesh.size > 1 else self.count > 0
+        here = self.count > 0 or self.noted is not None and os.path.exists(self.noted)
+        return any(count for (count,) in self.mesh.world.sizes([int(here)])) if self.mesh.size > 1 else here
 
     def end(self) -> None:
         if self.handles:
@@ -186,8 +201,8 @@ def flops(shape: Shape, batch: int) -> int:
     return batch * shape.context * (6 * weights + 12 * shape.layers * shape.width * shape.context)
 
 
-def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
-    """One rank's training run; only rank 0's report is looked at."""
+def run(rank: int, options: Namespace, grid: dict[str, Any], noted: str | None = None) -> dict[str, Any]:
+    """One rank's training run; only rank 0's report is looked at. noted: the file that says Ctrl-C."""
     mesh = gingham.init(**grid, device=options.device)
     shape = shape_of(options)
     model, optimizer = build(parallel_kit(mesh), shape, options)
@@ -202,7 +217,7 @@ def run(rank: int, options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
         return mesh.scatter(ids), mesh.scatter(target) if mesh.inner.rows else target
 
     mesh.traffic(reset=True)
-    interruption = Interruption(mesh)
+    interruption = Interruption(mesh, noted)
     try:
         losses, seconds = loop(model, optimizer, block, options, console, f"{mesh.size} ranks", interruption.agreed)
         if options.save:

@@ -22,6 +22,7 @@ import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,7 @@ def spawn(fn: Callable[..., Any], n: int, *args: Any) -> list[Any]:
     others wait for it; where none does, sys.exit(0) is a return of None. No process and no file is left behind.
     """
     payload = cloudpickle.dumps((fn, args))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "cloudpickle", "gingham"])
+    context = start_server()
     processes, pipes = [], []
     with tempfile.TemporaryDirectory(prefix="gingham-") as folder:
         try:
@@ -96,6 +96,15 @@ def rank_environment(rank: int, size: int, store: str) -> dict[str, str]:
         "GINGHAM_STORE": store,
         "OMP_NUM_THREADS": "1",
     }
+
+
+def start_server() -> Any:
+    """The multiprocessing context whose server forks ranks, with the server running: it and they ignore the signals that this process
+    ignored when it was started."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "cloudpickle", "gingham"])
+    forkserver.ensure_running()
+    return context
 
 
 @contextmanager
