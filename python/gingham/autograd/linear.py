@@ -55,9 +55,10 @@ class LinearPlan(Live):
         owner = self.owners[0]() if self.owners else None
         return self.name if owner is None else owner.label()
 
-    def received(self, rows: int, bias: bool, inner: int = 1) -> int:
-        """Words that all ranks together receive in a forward and backward pass of [rows, inner, k]."""
-        return formulas.linear_traffic(self.mesh, rows, self.k, self.n, self.swapped, bias, self.x, (self.y[1], self.y[0]), inner)
+    def received(self, rows: int, bias: bool, inner: int = 1, need_x: bool = True) -> int:
+        """Words that all ranks together receive in a forward and backward pass of [rows, inner, k]. need_x: it has a gradient."""
+        y = self.y[1], self.y[0]
+        return formulas.linear_traffic(self.mesh, rows, self.k, self.n, self.swapped, bias, self.x, y, inner, need_x)
 
     def owned_by(self, layer: Any) -> LinearPlan:
         """Whose calls these are."""

@@ -17,7 +17,7 @@ from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError
 from ..mesh import Mesh, current
 from ..mesh.layout import Cuts
-from ..plan.formulas import reshard_words
+from ..plan.formulas import feature_words, reshard_words
 from .bias import block_of_features, stored_axes
 from .embedding import Embedding
 from .layer import Layer, bound_of, size_of
@@ -117,7 +117,12 @@ class Linear(Layer, torch.nn.Linear):
     def received(self, rows: int, inner: int = 1) -> int:
         """Linears that share their input: all with the first of them."""
         first, plan = (self, self.plan) if self.group is None else (self.group.linears[0], self.group.plan)
-        return plan.received(rows, self.bias is not None, inner) * self.weight.element_size() if first is self else 0
+        item = self.weight.element_size()
+        apart = 0
+        if self.skip_bias_add and self.bias is not None:
+            apart = feature_words(self.mesh, self.out_features, self.plan.y[0]) * max(4, item)
+        inside = self.bias is not None and not self.skip_bias_add
+        return apart + (plan.received(rows, inside, inner) * item if first is self else 0)
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """What functional.linear multiplies by and adds."""

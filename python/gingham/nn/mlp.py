@@ -83,6 +83,13 @@ class MLP(Layer):
     def extra_repr(self) -> str:
         return f"width={self.width}, hidden={self.hidden}, activation={self.activation!r}, gated={self.gated}"
 
+    def received(self, rows: int, inner: int = 1) -> int:
+        """gate and up share x."""
+        if not self.gated:
+            return super().received(rows, inner)
+        gates = self.plan.received(rows, self.gate.bias is not None, inner) * self.gate.weight.element_size()
+        return gates + self.down.received(rows, inner)
+
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         cuts = cuts_of_block(self.mesh.outer, x.dim())
         return cuts, cuts

@@ -74,9 +74,9 @@ class PatchEmbedding(Layer):
         return Layout(self.mesh.outer.rows, ()).cuts(x.dim()), self.mesh.outer.cuts(3)
 
     def received(self, rows: int, inner: int = 1) -> int:
-        """And the weight, stored whole in its features, cut anew."""
+        """Of images without a gradient; and the weight, stored whole in its features, cut anew."""
         words = reshard_words(self.mesh, (self.width, self.fan_in), (self.names, ()), self.plan.weight_cuts)
-        return (words + self.plan.received(rows, self.bias is not None, inner)) * self.weight.element_size()
+        return (words + self.plan.received(rows, self.bias is not None, inner, need_x=False)) * self.weight.element_size()
 
     def sizes(self) -> tuple[int, ...]:
         return self.channels, self.width

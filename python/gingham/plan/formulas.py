@@ -20,15 +20,16 @@ def x_is_whole(grid: GridShape, swapped: bool) -> bool:
     return not again <= {*layout.features, *layout.rows}
 
 
-def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: bool, bias: bool) -> int:
+def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: bool, bias: bool, need_x: bool = True) -> int:
     """Linear maps [m, k] -> [m, n_i] that share X, without relayouts: 3x(pn-1) + 2y(pk-1) + 3w(pm-1), swapped: n and k
     trade; weights replicated over depth 2w(d-1) for their gradients' sum; db, all-reduced over m."""
     pm, pn, pk = grid.grid
     px, py = (pk, pn) if swapped else (pn, pk)
     depth = grid.parts(grid.axes.depth)
     x, y, w = m * k, m * sum(n), k * sum(n)
-    # classic 1d: of X's three passages only dX's sum, an all-reduce, remains
-    words = (2 if x_is_whole(grid, swapped) else 3) * x * (px - 1) + 2 * y * (py - 1)
+    # X's passages are those of X forward and backward and of dX; classic 1d: only dX's sum, an all-reduce
+    there, gradient = (0, 2) if x_is_whole(grid, swapped) else (2, 1)
+    words = (there + gradient * need_x) * x * (px - 1) + 2 * y * (py - 1)
     words += 3 * w * (pm - depth) + 2 * w * (depth - 1)
     return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
 
@@ -63,14 +64,24 @@ def relayout_words(grid: GridShape, rows: int, features: int, source: Layout, ta
 Way = tuple[Layout, Layout]  # from, to
 
 
-def linear_traffic(grid: GridShape, rows: int, k: int, n: Sequence[int], swapped: bool, bias: bool, x: Way, y: Way, inner: int = 1) -> int:
+def linear_traffic(
+    grid: GridShape,
+    rows: int,
+    k: int,
+    n: Sequence[int],
+    swapped: bool,
+    bias: bool,
+    x: Way,
+    y: Way,
+    inner: int = 1,
+    need_x: bool = True,
+) -> int:
     """Words of linear maps that share X, [rows, inner, k] -> [rows, inner, n_i], with their relayouts: of X from the caller's layout to the
-    step's, of Y from the step's to the caller's, each once more the other way in backward. Layouts cut `rows` and features."""
-    words = linear_words(grid, rows * inner, k, n, swapped, bias)
-    for (source, target), features in [(x, k), *((y, size) for size in n)]:
-        there, back = ((source, target), (target, source))
-        words += inner * (relayout_words(grid, rows, features, *there) + relayout_words(grid, rows, features, *back))
-    return words
+    step's, of Y from the step's to the caller's, each once more the other way in backward. Layouts cut `rows` and features. need_x: X has
+    a gradient."""
+    words = linear_words(grid, rows * inner, k, n, swapped, bias, need_x)
+    ways = [(*x, k), *((*y, size) for size in n), *((y[1], y[0], size) for size in n)] + [(x[1], x[0], k)] * need_x
+    return words + inner * sum(relayout_words(grid, rows, size, source, target) for source, target, size in ways)
 
 
 def reshard_words(grid: GridShape, shape: Sequence[int], source: Cuts, target: Cuts) -> int:
@@ -127,13 +138,17 @@ def norm_axes(grid: GridShape, layout: Layout) -> Names:
     return names if list(names) == [name for name in grid.sizes if name in names] else names[:1]
 
 
+def feature_words(grid: GridShape, features: int, layout: Layout) -> int:
+    """The gradient of a per-feature parameter, summed over the row ranks and over those that hold a copy of its piece."""
+    over_rows, copies = grid.parts(layout.rows), grid.parts(layout.features) // grid.parts(norm_axes(grid, layout))
+    return 2 * features * ((over_rows - 1) * copies + (copies - 1) * over_rows)
+
+
 def norm_bytes(grid: GridShape, rows: int, features: int, item: int, layout: Layout, sums: int = 2, tensors: int = 2) -> int:
     """`sums` float64 a row each way over the feature ranks (LayerNorm 2, RMSNorm 1); `tensors` gradients (2 or 1), of
     `item` bytes a word, summed over the row ranks."""
-    ranks, over_rows = grid.parts(layout.features), grid.parts(layout.rows)
-    copies = ranks // grid.parts(norm_axes(grid, layout))
-    gradients = 2 * tensors * features * ((over_rows - 1) * copies + (copies - 1) * over_rows)
-    return 2 * 8 * sums * rows * ranks * (ranks - 1) + item * gradients
+    ranks = grid.parts(layout.features)
+    return 2 * 8 * sums * rows * ranks * (ranks - 1) + item * tensors * feature_words(grid, features, layout)
 
 
 def norm_messages(grid: GridShape, layout: Layout) -> int:

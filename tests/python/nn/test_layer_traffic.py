@@ -24,19 +24,32 @@ def block(mesh: gingham.Mesh, *shape: int, operand: str = "x") -> torch.Tensor:
     return mesh.scatter(torch.ones(*shape), operand).requires_grad_()
 
 
+class Said:
+    """A call of a model whose layers say what [rows, inner, ..] makes them receive."""
+
+    def __init__(self, model: torch.nn.Module, x: torch.Tensor, rows: int, inner: int) -> None:
+        self.model, self.x, self.rows, self.inner = model, x, rows, inner
+
+    def __call__(self) -> torch.Tensor:
+        y: Any = self.model(self.x)
+        return torch.add(*y) if isinstance(y, tuple) else y  # a linear and its bias
+
+    def received(self) -> int:
+        parts: list[Any] = [self.model] if hasattr(self.model, "received") else list(self.model.children())
+        return sum(part.received(self.rows, self.inner) for part in parts)
+
+
 def through(make: Callable[[Size, Any], torch.nn.Module]) -> Run:
     """Forward and backward of a layer [batch, time, width] -> the same."""
 
     def prepare(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
-        layer, x = make(size, swapped), block(mesh, *size[:3])
-        return lambda: layer(x)
+        return Said(make(size, swapped), block(mesh, *size[:3]), *size[:2])
 
     return prepare
 
 
 def embed(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
-    layer, ids = nn.Embedding(size[5], size[2]), mesh.scatter(torch.zeros(size[:2], dtype=torch.int64))
-    return lambda: layer(ids)
+    return Said(nn.Embedding(size[5], size[2]), mesh.scatter(torch.zeros(size[:2], dtype=torch.int64)), *size[:2])
 
 
 def lose(layout: str) -> Run:
@@ -67,13 +80,11 @@ class Tied(torch.nn.Module):
 
 
 def tie(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
-    model, ids = Tied(size[5], size[2]), mesh.scatter(torch.zeros(size[:2], dtype=torch.int64))
-    return lambda: model(ids)
+    return Said(Tied(size[5], size[2]), mesh.scatter(torch.zeros(size[:2], dtype=torch.int64)), *size[:2])
 
 
 def patch(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
-    layer, images = nn.PatchEmbedding(None, 2, 5, size[2]), mesh.scatter(torch.ones(size[0], 5, 4, 6), "rows")
-    return lambda: layer(images)
+    return Said(nn.PatchEmbedding(None, 2, 5, size[2]), mesh.scatter(torch.ones(size[0], 5, 4, 6), "rows"), size[0], 6)
 
 
 def along_the_sequence(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
@@ -84,7 +95,7 @@ def along_the_sequence(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable
 
 def beside_its_bias(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
     layer, x = nn.Linear(size[2], size[4], skip_bias_add=True, layout="inner->outer"), block(mesh, *size[:3], operand="inner")
-    return lambda: torch.add(*layer(x))
+    return Said(layer, x, *size[:2])
 
 
 def score(mesh: gingham.Mesh, size: Size, swapped: Any) -> Callable[[], torch.Tensor]:
@@ -142,7 +153,7 @@ def counted(rank: int, options: dict[str, Any], source: str, slices: int) -> tup
         with CommDebugMode() as watched:
             call().sum().backward()
         seen += watched.get_total_counts()
-        found.append(mesh.traffic(reset=True))
+        found.append((mesh.traffic(reset=True), call.received() if isinstance(call, Said) else None))
     return found, seen
 
 
@@ -152,7 +163,9 @@ def test_layers_count_as_the_formulas(ranks, name: str, source: str, slices: int
     answers = ranks(ranks_of(name))(counted, GRIDS[name], source, slices)
     grid = Grid.of(**GRIDS[name]) if GRIDS[name] else Grid.of(grid=(1, 1, 1))
     for index, (case, size, swapped) in enumerate(CALLS):
-        cost, counts = CASES[case][1](grid, size, swapped or False, slices), [answer[0][index] for answer in answers]
+        cost, counts = CASES[case][1](grid, size, swapped or False, slices), [answer[0][index][0] for answer in answers]
+        said = answers[0][0][index][1]
+        assert said in (None, sum(axis["bytes_received"] for count in counts for axis in count.values())), (case, size, swapped)
         for axis in counts[0]:
             received = sum(count[axis]["bytes_received"] for count in counts)
             assert received == cost.words[axis], (case, size, swapped, axis, received, cost)
