@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import wraps
 from operator import index
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from ..checks import layer_forward
 from ..compiled import own
 from ..errors import MeshError, ShapeError
 from ..function import untraceable
-from ..functional import reshard
+from ..functional import LinearPlan, reshard
 from ..layout import Cuts, block
 from ..mesh import Mesh, current, cuts_of
 from ..named import path_of
@@ -45,6 +46,11 @@ def size_of(layer: str, name: str, value: Any) -> int:
     if size < 0:
         raise ShapeError(f"{layer}: got {name}={size}, expected a size of 0 or more")
     return size
+
+
+def own_plan(plan: LinearPlan, layer: torch.nn.Module) -> LinearPlan:
+    """A plan, which copies of a layer share, for one of them: its owner may be gone, on some ranks earlier than on others."""
+    return replace(plan, owners=[], handles=[]).owned_by(layer)
 
 
 Raised = TypeVar("Raised", bound=BaseException)
@@ -76,6 +82,7 @@ class Layer(torch.nn.Module):
     """The base of every layer, before torch's own class of that kind where there is one."""
 
     mesh: Mesh
+    plan: Any
 
     def begin(self, mesh: Mesh | None, device: Any = None) -> Mesh:
         """torch.nn.Module's part of a constructor; torch's own class would allocate whole parameters."""
@@ -91,6 +98,12 @@ class Layer(torch.nn.Module):
         self._placed: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
         return self.mesh
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a copy, whose calls are its own."""
+        super().__setstate__(state)
+        if "plan" in self.__dict__:
+            self.plan = own_plan(self.plan, self)
 
     def holds(self, *parts: Layer) -> None:
         """Layers that are parts of this one, whose options are part of their labels too."""
