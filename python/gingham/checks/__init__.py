@@ -26,6 +26,7 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..checksums import checksum
 from ..errors import LayoutError
 from ..layout import Cuts, Layout, Names, odd_ranks, words
 from ..mesh import Mesh
@@ -163,10 +164,7 @@ class Checks:
         if not self.always or torch.compiler.is_compiling():
             return
         words = f"{tuple(x.shape)} {x.dtype}".encode()
-        sums = [
-            each
-            for (each,) in self.mesh.world.sizes([crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc32(words))])
-        ]
+        sums = [each for (each,) in self.mesh.world.sizes([checksum(x, crc32(words))])]
         odd, _ = odd_ranks(sums)
         if odd:
             raise self.error(

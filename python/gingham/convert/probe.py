@@ -19,8 +19,8 @@ from zlib import crc32
 import torch
 from torch.utils import _pytree as pytree
 
+from ..checksums import checksum
 from ..mesh import Mesh
-from .agree import checksum
 from .wrappers import is_foreign
 
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding

@@ -29,8 +29,6 @@ from ..named import path_of
 from ..ranges import in_range, profiling
 from ..writes import cut_as, fill
 
-SAMPLE = 4096  # elements of a drawn parameter that its digest reads
-
 
 def drawing_device() -> str | None:
     """Of full parameters that are drawn: torch's default, but the CPU under torch.device("meta"), where nothing would be drawn."""
@@ -54,16 +52,6 @@ def own_plan(plan: LinearPlan, layer: torch.nn.Module) -> LinearPlan:
 
 
 Raised = TypeVar("Raised", bound=BaseException)
-
-
-def digest_of(full: torch.Tensor) -> int:
-    """Of a full parameter's bits: of a sample in their order and, in any order, of all."""
-    if full.is_meta or not full.numel():
-        return 0
-    flat = full.detach().contiguous().flatten()
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    sample = bits[:: max(1, len(bits) // SAMPLE)].contiguous().numpy().tobytes()
-    return crc32(int(bits.sum(dtype=torch.int64)).to_bytes(8, "little", signed=True), crc32(sample))
 
 
 def _ranged(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..checks import cuts_of_block
+from ..checksums import digest_of
 from ..compiled import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..errors import ShapeError
 from ..function import Function
@@ -14,7 +15,6 @@ from ..functional import autocast_dtype, relayout
 from ..layout import Layout
 from ..mesh import Mesh, check_local, current
 from ..second_order import replay, shaped, summed
-from .layer import digest_of
 from .norm import gather_parts
 
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ..checksums import digest_of
 from ..errors import ShapeError
 from ..layout import Cuts
 from ..mesh import Mesh
-from .layer import digest_of, drawing_device
+from .layer import drawing_device
 
 Given = Mapping[str, torch.Tensor] | None
 
