@@ -1,7 +1,9 @@
 """load_state_dict with a torch model's full tensors, copies of layers and models on a mesh, averages of weights: as in one process."""
 
 import copy
+import gc
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import gingham
-from families import build
+from families import batch, build
 from grids import relative, whole
 
 GRIDS: list[Any] = [dict(mode="2d", size=4), dict(mode="1d", size=4)]
@@ -304,3 +306,68 @@ def other_process(rank: int, plain: bool) -> dict[str, float]:
 def test_c2_an_optimizers_state_of_one_process_fits_parameters_held_in_three_and_back(ranks, plain: bool) -> None:
     for errors in ranks(4)(other_process, plain):
         assert max(errors.values()) < 1e-4, errors
+
+
+def outliving(rank: int) -> bool:
+    """A copy whose original is gone on all ranks but one: whether its calls are alike on all."""
+    mesh = gingham.init(mode="2d", size=4)
+    q, k = (gingham.nn.Linear(8, 8) for _ in range(2))
+    gingham.nn.share_input(q, k)
+    model = torch.nn.Sequential(q, k, gingham.nn.MLP(8, 16), gingham.nn.SelfAttention(8, 2), gingham.nn.LayerNorm(8))
+    x = mesh.scatter(torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0)))
+    before = model(x)
+    copied = copy.deepcopy(model)
+    kept = [model, q, k] if rank == 1 else None
+    del model, q, k
+    gc.collect()
+    after = copied(x)
+    return bool(torch.equal(before, after)) and (kept is None) == (rank != 1)
+
+
+def test_c7_a_copy_outlives_its_original(ranks: Any) -> None:
+    assert all(ranks(4)(outliving))
+
+
+def over_a_copy(rank: int, folder: Path) -> dict[str, float]:
+    """Losses after an optimizer over a copy of a converted model was saved and loaded into another copy, beside one process's."""
+    mesh = gingham.init(mode="2d", size=4)
+    inputs = batch("gpt2")
+
+    def losses(model: Any, optimizer: Any, steps: int) -> list[float]:
+        found = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = model(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            found.append(float(loss))
+        return found
+
+    def made() -> tuple[Any, Any]:
+        model = copy.deepcopy(gingham.parallelize(build("gpt2").eval(), mesh))
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    plain = build("gpt2").eval()
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    losses(plain, theirs, 2)
+    kept = copy.deepcopy((plain.state_dict(), theirs.state_dict()))
+    expected = losses(plain, theirs, 2)
+    model, optimizer = made()
+    losses(model, optimizer, 2)
+    gingham.save(model, optimizer, folder / "ours")
+    torch.save((model.state_dict(), optimizer.state_dict()), folder / f"{rank}.pt")
+    pairs: dict[str, tuple[Any, Any]] = {"both copied": copy.deepcopy((model, optimizer))}
+    for name in ("gingham.load", "torch.load", "of one process"):
+        other, its = pairs[name] = made()
+        if name == "gingham.load":
+            gingham.load(other, its, folder / "ours")
+        else:
+            states = kept if name == "of one process" else torch.load(folder / f"{rank}.pt", weights_only=False)
+            other.load_state_dict(states[0])
+            its.load_state_dict(states[1])
+    return {name: max(abs(a - b) for a, b in zip(losses(*pair, 2), expected, strict=True)) for name, pair in pairs.items()}
+
+
+def test_c7_an_optimizer_over_a_copied_model_is_saved_and_loaded(ranks: Any, tmp_path: Path) -> None:
+    for errors in ranks(4)(over_a_copy, tmp_path):
+        assert len(errors) == 4 and max(errors.values()) < 1e-5, errors

@@ -32,6 +32,9 @@ RIGHT: dict[str, Callable[[Any], Any]] = {
     "unique": lambda w: torch.unique(w.detach().mul(3).round()),
     "rows": lambda w: torch.stack(list(w)),
     "nuclear norm": lambda w: torch.linalg.matrix_norm(w, "nuc"),
+    "max": lambda w: w.max(),
+    "amin": lambda w: w.amin(0),
+    "argmax": lambda w: w.argmax().float(),
     "multinomial": lambda w: torch.manual_seed(3) and torch.multinomial(w.detach().abs(), 3).float(),
 }
 REFUSED: dict[str, Callable[[Any], Any]] = {
@@ -75,7 +78,7 @@ def functions(rank: int, options: dict[str, Any]) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("options", [{"mode": "2d", "size": 4}, {"grid": (1, 1, 3)}])
+@pytest.mark.parametrize("options", [{"mode": "2d", "size": 4}, {"grid": (1, 1, 3)}, {"mode": "1d", "size": 4}])
 def test_c5_torchs_functions_of_a_parameter_give_one_processs_result(ranks, options: dict[str, Any]) -> None:
     for errors in ranks(3 if "grid" in options else 4)(functions, options):
         assert max(errors.values()) < 1e-4, {name: error for name, error in errors.items() if error >= 1e-4}

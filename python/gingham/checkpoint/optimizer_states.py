@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 
@@ -26,9 +26,26 @@ class Slot:
     dim: int = 0
 
 
+class _Note:
+    """Lies in a noted module, whose copies are noted too."""
+
+    def __init__(self, module: torch.nn.Module | None = None) -> None:
+        self.module = None if module is None else ref(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Note:
+        copied = None if self.module is None else memo.get(id(self.module()))
+        if isinstance(copied, torch.nn.Module):
+            _modules.add(copied)
+        return _Note(copied)
+
+    def __reduce__(self) -> Any:
+        return _Note, ()
+
+
 def note(module: torch.nn.Module) -> None:
     """A module that has the attribute `joins`."""
     _modules.add(module)
+    module.__dict__["_joins_noted"] = _Note(module)
 
 
 def slots(optimizer: Any) -> list[list[Slot]]:

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LayoutError
 from ..mesh import Mesh
+from ..mesh.checksums import checksum
 from ..mesh.layout import Cuts, Layout, Names, odd_ranks, words
 from .notes import Notes
 from .rules import After, Unknown, Wrong
@@ -164,10 +165,7 @@ class Checks:
         if not self.always or torch.compiler.is_compiling():
             return
         words = f"{tuple(x.shape)} {x.dtype}".encode()
-        sums = [
-            each
-            for (each,) in self.mesh.world.sizes([crc32(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes(), crc32(words))])
-        ]
+        sums = [each for (each,) in self.mesh.world.sizes([checksum(x, crc32(words))])]
         odd, _ = odd_ranks(sums)
         if odd:
             raise self.error(

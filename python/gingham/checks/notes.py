@@ -8,11 +8,10 @@ Bytes: 8 a rank, and 8 for each note, in control messages.
 
 from __future__ import annotations
 
-from zlib import crc32
-
 import torch
 
 from ..mesh import Mesh
+from ..mesh.checksums import checksum
 from ..mesh.layout import Names, odd_ranks
 from .rules import Wrong
 
@@ -42,7 +41,7 @@ class Notes:
         """Before random numbers are drawn for a tensor that every rank holds whole."""
         if len(self.entries) >= MOST:
             return
-        state = crc32(torch.get_rng_state().numpy().tobytes())
+        state = checksum(torch.get_rng_state())
         fix = "seed all ranks alike: torch.manual_seed(seed), or gingham.nn.Dropout, whose mask is the same on every rank"
         wrong = Wrong(f"{name}: random numbers for a tensor that every rank holds, from generators that are not in the same state", fix)
         self.entries.append((state, True, wrong, site))
@@ -69,4 +68,4 @@ def _digest(plain: torch.Tensor, dim: int) -> int:
     """0 where it is one value all along the dim."""
     if bool((plain == plain.narrow(dim, 0, 1)).all()):
         return 0
-    return crc32(plain.to("cpu").contiguous().view(torch.uint8).numpy().tobytes()) or 1
+    return checksum(plain) or 1

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import MeshError
 from ..graph_ops import define, find
 from ..mesh import Mesh
+from ..mesh.checksums import checksum
 from ..mesh.layout import odd_ranks
 
 PIECE = 1 << 26  # bytes of a broadcast at a time
@@ -63,12 +64,6 @@ def agreed_seed(mesh: Mesh) -> int:
 def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Plain parameters and buffers by their first names; blocks of a layer that is converted already differ by right."""
     return [(name, x) for name, x in chain(model.named_parameters(), model.named_buffers()) if not isinstance(x, DTensor)]
-
-
-@torch.no_grad()
-def checksum(x: torch.Tensor) -> int:
-    data = x.detach().to("cpu").contiguous().reshape(-1)
-    return crc32(data.view(torch.uint8).numpy().data) if data.numel() else 0
 
 
 def _ranks(odd: list[int]) -> str:
@@ -120,7 +115,7 @@ def check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Te
     mesh, sum_of = find(handle), 0
     for x in leaves:
         if x.device.type == "cpu":
-            sum_of = crc32(x.contiguous().view(torch.uint8).numpy().data, crc32(repr(tuple(x.shape)).encode(), sum_of))
+            sum_of = checksum(x, crc32(repr(tuple(x.shape)).encode(), sum_of))
     sums = [each for (each,) in mesh.world.sizes([sum_of])]
     odd, _ = odd_ranks(sums)
     if odd:

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError
 from ..mesh import Mesh, current, cuts_of
+from ..mesh.checksums import digest_of
 from ..mesh.layout import block, coordinates_of, odd_ranks
-from ..nn.layer import digest_of
 
 
 class Difference(MeshError):
@@ -236,7 +236,7 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
 def _digest(value: Any) -> int:
     local = value._local_tensor if isinstance(value, DTensor) else value
     if isinstance(local, torch.Tensor):
-        return digest_of(local.cpu() if local.dtype != torch.bool else local.cpu().to(torch.uint8))
+        return digest_of(local.cpu())
     return crc32(repr(value).encode())
 
 

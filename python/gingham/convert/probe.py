@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from ..mesh import Mesh
-from .agree import checksum
+from ..mesh.checksums import checksum
 from .wrappers import is_foreign
 
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding

@@ -5,9 +5,9 @@ ema.lerp_(w, 0.1); ema.copy_(w)                            a plain tensor of w's
 torch.unique(w); for row in w; mask.view(-1)[index] = 0    what torch has no rule for is made on the whole, on every rank
 torch.nn.functional.linear(x, w); torch.cat([w, x])        MeshError: of x nobody knows whether it is a block
 
-torch asks a table of handlers before its own rules, so that operations of two tensors or more, which alone can mix, pass through here
-first; its rules for the others fail in one method. Neither is met by steps of optimizers, or by forward and backward passes, but for
-the sum of two gradients, which is made at once here. DTensors on other meshes are left as they are.
+torch asks a table of handlers before its own rules, so that operations of two tensors or more, which alone can mix, and those whose rules
+are wrong pass through here first; its rules for the others fail in one method. Neither is met by steps of optimizers, or by forward and
+backward passes, but for the sum of two gradients, which is made at once here. DTensors on other meshes are left as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils import _pytree as pytree
 
 from ..errors import MeshError
-from .layout import words
+from .layout import chunks, words
 from .mesh import Mesh, cuts_of, mesh_of
 from .named import parameter_of
 from .writes import fill, owner_of, whole
@@ -38,6 +38,7 @@ ONE_SHAPE |= {getattr(aten, name + end) for name in REDUCED for end in ("", "_ba
 MASKED = {aten.index, aten.index_put, aten.index_put_}  # weight[mask], and its gradient
 # torch's rules are wrong: means and their gradients by the size of a block, rows drawn by the same numbers, other columns' neighbours
 WRONG_RULES = {*(ONE_SHAPE - {aten.copy_, aten.allclose, aten.dist}), aten.multinomial, aten.convolution, aten.convolution_backward}
+EXTREMES = {aten.max, aten.min, aten.amax, aten.amin, aten.aminmax, aten.argmax, aten.argmin}  # of which a rank without elements has none
 COMPARING = {aten.equal, aten.allclose, aten.isclose, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}  # no gradient goes through them
 # of these steps of optimizers are made, parameter by parameter, and no plain tensor meets a parameter in them
 OF_STEPS = (aten.add.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default, aten.div.Tensor)
@@ -47,7 +48,8 @@ FAMILIES = ("_foreach", "_fused", "_amp", "_cudnn", "_mkldnn", "_nested", "_spar
 def install() -> None:
     dispatcher: Any = DTensor._op_dispatcher  # type: ignore[attr-defined]
     handlers: dict[Operation, Handler] = dispatcher._custom_op_handlers
-    for op in (*_mixing(), aten.multinomial.default):
+    alone = [getattr(packet, name) for packet in EXTREMES for name in packet.overloads() if "out" not in name]
+    for op in (*_mixing(), *alone, aten.multinomial.default):
         handlers[op] = partial(_guard, handlers.get(op, _as_torch_does))
     handlers[aten.add_.Tensor] = _add
     fails = getattr(dispatcher, "_propagate_op_sharding_dispatch_slow_path", None)
@@ -136,8 +138,10 @@ def _add(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     ours, plain = _kinds(args, kwargs)
     mesh = mesh_of(ours[0]) if ours and not torch.compiler.is_compiling() else None
-    right = op.overloadpacket not in WRONG_RULES
-    if mesh is None or right and not plain:
+    if mesh is None:
+        return go_on(op, args, kwargs)
+    right = op.overloadpacket not in WRONG_RULES and not (op.overloadpacket in EXTREMES and _is_sparse(mesh, ours[0]))
+    if right and not plain:
         return go_on(op, args, kwargs)
     like = max(ours, key=lambda each: (each.numel(), each.requires_grad))
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in plain) and op.overloadpacket not in COMPARING
@@ -149,6 +153,12 @@ def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[st
         return _on_the_whole(mesh, op, args, kwargs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, partial(_on_mesh, like), (args, kwargs))
     return go_on(op, args, kwargs)
+
+
+def _is_sparse(mesh: Mesh, tensor: DTensor) -> bool:
+    """Whether a rank has no element of it."""
+    cuts = cuts_of(mesh, tensor.placements, tensor.dim())
+    return any(0 in chunks(size, [mesh.sizes[name] for name in names]) for size, names in zip(tensor.shape, cuts, strict=True))
 
 
 def _are_of_one_shape(op: Operation, like: DTensor, ours: list[DTensor], plain: list[torch.Tensor]) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from operator import index
 from typing import Any, TypeVar
 from zlib import crc32
@@ -16,6 +17,7 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..autograd.linear import LinearPlan
 from ..autograd.ranges import in_range
 from ..autograd.relayout import reshard
 from ..checks import layer_forward
@@ -26,8 +28,6 @@ from ..mesh import Mesh, current, cuts_of
 from ..mesh.layout import Cuts, block
 from ..mesh.named import path_of
 from ..mesh.writes import cut_as, fill
-
-SAMPLE = 4096  # elements of a drawn parameter that its digest reads
 
 
 def drawing_device() -> str | None:
@@ -46,17 +46,12 @@ def size_of(layer: str, name: str, value: Any) -> int:
     return size
 
 
+def own_plan(plan: LinearPlan, layer: torch.nn.Module) -> LinearPlan:
+    """A plan, which copies of a layer share, for one of them: its owner may be gone, on some ranks earlier than on others."""
+    return replace(plan, owners=[], handles=[]).owned_by(layer)
+
+
 Raised = TypeVar("Raised", bound=BaseException)
-
-
-def digest_of(full: torch.Tensor) -> int:
-    """Of a full parameter's bits: of a sample in their order and, in any order, of all."""
-    if full.is_meta or not full.numel():
-        return 0
-    flat = full.detach().contiguous().flatten()
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
-    sample = bits[:: max(1, len(bits) // SAMPLE)].contiguous().numpy().tobytes()
-    return crc32(int(bits.sum(dtype=torch.int64)).to_bytes(8, "little", signed=True), crc32(sample))
 
 
 def _ranged(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +63,7 @@ class Layer(torch.nn.Module):
     """The base of every layer, before torch's own class of that kind where there is one."""
 
     mesh: Mesh
+    plan: Any
 
     def begin(self, mesh: Mesh | None, device: Any = None) -> Mesh:
         """torch.nn.Module's part of a constructor; torch's own class would allocate whole parameters."""
@@ -83,6 +79,12 @@ class Layer(torch.nn.Module):
         self._placed: dict[str, Any] = {}
         self._shapes: dict[str, torch.Size] = {}
         return self.mesh
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """For a copy, whose calls are its own."""
+        super().__setstate__(state)
+        if "plan" in self.__dict__:
+            self.plan = own_plan(self.plan, self)
 
     def holds(self, *parts: Layer) -> None:
         """Layers that are parts of this one, whose options are part of their labels too."""

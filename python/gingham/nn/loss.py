@@ -14,8 +14,8 @@ from ..errors import ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..mesh import Mesh, check_local, current
+from ..mesh.checksums import digest_of
 from ..mesh.layout import Layout
-from .layer import digest_of
 from .norm import gather_parts
 
 

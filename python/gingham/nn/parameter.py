@@ -8,8 +8,9 @@ import torch
 
 from ..errors import ShapeError
 from ..mesh import Mesh
+from ..mesh.checksums import digest_of
 from ..mesh.layout import Cuts
-from .layer import digest_of, drawing_device
+from .layer import drawing_device
 
 Given = Mapping[str, torch.Tensor] | None
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from ..autograd.casts import local_of
 from ..autograd.linear import LinearPlan, backward_passes, linear
 from ..checks import origin
+from .layer import own_plan
 
 
 class SharedInput:
@@ -33,6 +34,10 @@ class SharedInput:
     def __getstate__(self) -> dict[str, Any]:
         """A copy has no results: they belong to calls of the original."""
         return {**self.__dict__, "key": None, "x": None, "kept": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.plan = own_plan(self.plan, self.linears[0])
 
     def __call__(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         index = next(index for index, each in enumerate(self.linears) if each is layer)
