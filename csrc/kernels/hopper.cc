@@ -4,7 +4,7 @@
 
 namespace gingham {
 
-bool check_hopper(const Stream& stream) {
+bool check_hopper([[maybe_unused]] const Stream& stream) {
   DISPATCH_DEVICE(stream, sm90_checked(stream));
   return false;
 }
