@@ -30,7 +30,7 @@ def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: boo
     # X's passages are those of X forward and backward and of dX; classic 1d: only dX's sum, an all-reduce
     there, gradient = (0, 2) if x_is_whole(grid, swapped) else (2, 1)
     words = (there + gradient * need_x) * x * (px - 1) + 2 * y * (py - 1)
-    words += 3 * w * (pm - depth) + 2 * w * (depth - 1)
+    words += (2 + need_x) * w * (pm - depth) + 2 * w * (depth - 1)  # W forward, for dX, and dW
     return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
 
 
