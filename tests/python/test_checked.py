@@ -361,3 +361,19 @@ def test_a12_the_check_ends_with_the_step_and_not_with_a_second_scatter(ranks) -
     for *told, kinds in ranks(4)(scattered_twice, GRIDS["2d"]):
         assert all("softmax" in text for text in told), told
         assert kinds == "[False, True, True]"
+
+
+def compiled_alone(rank: int) -> None:
+    """Rank 0 alone calls torch.compile, which ends the check there."""
+    mesh = gingham.init("1d", size=2, sequence=True, timeout=10.0)
+    if rank == 0:
+        torch.compile(torch.nn.Identity())
+    layer = nn.Linear(W, W)
+    for _ in range(3):
+        layer(mesh.scatter(torch.ones(ROWS, W)))
+
+
+def test_a_check_that_ended_on_one_rank_only_is_told_with_the_fix(ranks) -> None:
+    for outcome in ranks(2)(compiled_alone, outcomes=True):
+        assert isinstance(outcome, Exception), outcome
+        assert "MeshError" in str(outcome) and "which torch.compile ends, to be called on every rank or none" in str(outcome), outcome

@@ -186,9 +186,14 @@ def slope(values: list[int], steps: int) -> float:
     return float(((at - at.mean()) * (y - y.mean())).sum() / ((at - at.mean()) ** 2).sum())
 
 
+# Bytes for what the largest of these steps holds at one time (2 MB in 2d, 4 in 1d) and the holes between. Free blocks that are kept by
+# their size and never joined came to 24 MiB in 2d, 36 in 1d.
+BOUND = {"2d": 12 << 20, "1d": 16 << 20}
+
+
 def test_b11_the_heap_is_bounded_over_random_lengths(ranks) -> None:
     for seen in ranks(4)(of_random_shapes, "2d", 300, timeout=120.0):
-        assert max(reserved for _, reserved in seen) <= 40 << 20, seen
+        assert max(reserved for _, reserved in seen) <= BOUND["2d"], seen
 
 
 @pytest.mark.matrix
@@ -199,6 +204,7 @@ def test_b11_memory_is_flat_over_ten_thousand_steps_of_random_lengths(ranks, nam
         figures: Any = [slope([rss for rss, _ in seen], steps), slope([reserved for _, reserved in seen], steps)]
         print(f"{name}: {figures[0]:.0f} bytes a step resident, {figures[1]:.0f} reserved, {seen[-1]}")
         assert max(figures) < 1024, (figures, seen)
+        assert max(reserved for _, reserved in seen) <= BOUND[name], seen
 
 
 def test_memory_left_is_less_than_the_hosts() -> None:

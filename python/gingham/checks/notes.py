@@ -16,6 +16,7 @@ from ..mesh.layout import Names, odd_ranks
 from .rules import Wrong
 
 MOST = 500  # notes that are kept
+LABEL = "the check of the first step (which torch.compile ends, to be called on every rank or none; GINGHAM_CHECK=0 leaves it out)"
 
 Site = tuple[str, int]
 
@@ -49,6 +50,7 @@ class Notes:
     def compare(self, mesh: Mesh) -> tuple[Wrong, Site] | None:
         """Every rank calls it; the first that is wrong, the same on all ranks."""
         entries, self.entries = self.entries, []
+        mesh.say(LABEL)
         counts = {count for (count,) in mesh.world.sizes([len(entries)])}
         if counts != {len(entries)} or not entries:
             return None  # a rank that makes other calls is told by the calls
