@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch.compiler import is_exporting
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -233,7 +234,8 @@ def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:
     """Raises TypeError unless x is a plain tensor of real numbers on the device of `mesh` (none: of the current mesh, or the CPU), and
     NotImplementedError for what torch.fx and torch.export put in a tensor's place."""
     if type(x) not in (torch.Tensor, torch.nn.Parameter) and not (isinstance(x, torch.Tensor) and hasattr(x, "checks")):
-        tool = {"Proxy": "torch.fx.symbolic_trace", "FakeTensor": "torch.export"}.get(type(x).__name__)
+        kind = type(x).__name__
+        tool = "torch.fx.symbolic_trace" if kind == "Proxy" else "torch.export" if kind == "FakeTensor" and is_exporting() else None
         if tool is not None:
             raise untraceable(what.partition("'")[0], tool)
         found = f"a {type(x).__name__}"
