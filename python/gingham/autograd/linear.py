@@ -55,10 +55,12 @@ class LinearPlan(Live):
         owner = self.owners[0]() if self.owners else None
         return self.name if owner is None else owner.label()
 
-    def received(self, rows: int, bias: bool, inner: int = 1, need_x: bool = True) -> int:
-        """Words that all ranks together receive in a forward and backward pass of [rows, inner, k]. need_x: it has a gradient."""
-        y = self.y[1], self.y[0]
-        return formulas.linear_traffic(self.mesh, rows, self.k, self.n, self.swapped, bias, self.x, y, inner, need_x)
+    def received(self, layer: Any, rows: int, inner: int = 1, need_x: bool = True) -> int:
+        """Bytes that all ranks together receive in a forward and backward pass of [rows, inner, k]. layer: one of those whose maps these
+        are, for its dtype and whether its bias is added here; need_x: x has a gradient."""
+        bias, y = layer.bias is not None and not getattr(layer, "skip_bias_add", False), (self.y[1], self.y[0])
+        words = formulas.linear_traffic(self.mesh, rows, self.k, self.n, self.swapped, bias, self.x, y, inner, need_x)
+        return words * int(layer.weight.element_size())
 
     def owned_by(self, layer: Any) -> LinearPlan:
         """Whose calls these are."""

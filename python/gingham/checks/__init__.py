@@ -311,10 +311,6 @@ def _checked(checks: Checks | None, run: Callable[..., Any], layer: Any, args: S
     return checks.give(y, ends[1])
 
 
-def _any(args: Sequence[Any]) -> bool:
-    return any(isinstance(x, Checked) for x in args)
-
-
 def cuts_of_block(layout: Layout, ndim: int, dim: int = 0) -> Cuts:
     """Of an activation in a layout; one of a single dim has features only."""
     return (layout.features,) if ndim == 1 else layout.cuts(ndim, dim)

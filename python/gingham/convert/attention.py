@@ -85,8 +85,7 @@ class MultiheadAttention(torch.nn.Module):
 
     def received(self, rows: int, inner: int = 1) -> int:
         """Of self-attention: q, k and v with one gather of x."""
-        item = self.q.weight.element_size()
-        return self.plans[3].received(rows, self.q.bias is not None, inner) * item + self.out_proj.received(rows, inner)
+        return self.plans[3].received(self.q, rows, inner) + self.out_proj.received(rows, inner)
 
     def _project(self, x: torch.Tensor, parts: str) -> list[torch.Tensor]:
         layers = [getattr(self, part) for part in parts]

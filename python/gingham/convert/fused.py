@@ -39,7 +39,7 @@ class FusedLinears(torch.nn.Module):
             self.joins["bias"] = (("q.bias", "k.bias", "v.bias"), 0)
 
     def received(self, rows: int, inner: int = 1) -> int:
-        return self.plan.received(rows, self.q.bias is not None, inner) * self.q.weight.element_size()
+        return self.plan.received(self.q, rows, inner)
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("joins", {}):

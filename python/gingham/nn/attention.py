@@ -161,7 +161,7 @@ class SelfAttention(Layer):
 
     def projected(self, rows: int, inner: int = 1) -> int:
         """`received` of q, k and v."""
-        return self.plan.received(rows, self.q.bias is not None, inner) * self.q.weight.element_size()
+        return self.plan.received(self.q, rows, inner)
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts] | None:
         cuts = self.mesh.outer.cuts(x.dim(), self.dim) if x.dim() == 3 else None

@@ -117,12 +117,10 @@ class Linear(Layer, torch.nn.Linear):
     def received(self, rows: int, inner: int = 1) -> int:
         """Linears that share their input: all with the first of them."""
         first, plan = (self, self.plan) if self.group is None else (self.group.linears[0], self.group.plan)
-        item = self.weight.element_size()
         apart = 0
         if self.skip_bias_add and self.bias is not None:
-            apart = feature_words(self.mesh, self.out_features, self.plan.y[0]) * max(4, item)
-        inside = self.bias is not None and not self.skip_bias_add
-        return apart + (plan.received(rows, inside, inner) * item if first is self else 0)
+            apart = feature_words(self.mesh, self.out_features, self.plan.y[0]) * max(4, self.bias.element_size())
+        return apart + (plan.received(self, rows, inner) if first is self else 0)
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
         """What functional.linear multiplies by and adds."""

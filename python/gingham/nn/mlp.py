@@ -87,8 +87,7 @@ class MLP(Layer):
         """gate and up share x."""
         if not self.gated:
             return super().received(rows, inner)
-        gates = self.plan.received(rows, self.gate.bias is not None, inner) * self.gate.weight.element_size()
-        return gates + self.down.received(rows, inner)
+        return self.plan.received(self.gate, rows, inner) + self.down.received(rows, inner)
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         cuts = cuts_of_block(self.mesh.outer, x.dim())

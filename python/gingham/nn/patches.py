@@ -76,7 +76,7 @@ class PatchEmbedding(Layer):
     def received(self, rows: int, inner: int = 1) -> int:
         """Of images without a gradient; and the weight, stored whole in its features, cut anew."""
         words = reshard_words(self.mesh, (self.width, self.fan_in), (self.names, ()), self.plan.weight_cuts)
-        return (words + self.plan.received(rows, self.bias is not None, inner, need_x=False)) * self.weight.element_size()
+        return words * self.weight.element_size() + self.plan.received(self, rows, inner, need_x=False)
 
     def sizes(self) -> tuple[int, ...]:
         return self.channels, self.width

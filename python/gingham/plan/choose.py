@@ -140,14 +140,12 @@ def _linears_cost(grid: GridShape, part: Linears, workload: Workload) -> tuple[i
     swapped = formulas.is_swapped(grid, part.k, part.n, part.layout, None if part.layout == "outer->outer" else "auto")
     given, into = (grid.layout(end) for end in part.layout.split("->"))
     x, y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
-    ways = (given, x), (y, into)
-    words = formulas.linear_traffic(grid, workload.batch, part.k, part.n, swapped, part.bias, *ways, workload.context)
+    moved = formulas.linear_relayouts(grid, workload.batch, part.k, part.n, (given, x), (y, into))
+    words = formulas.linear_words(grid, workload.batch * workload.context, part.k, part.n, swapped, part.bias)
+    words += workload.context * sum(moved)
+    # a relayout is one message a peer at most: to all of an axis where rows or whole features move, else a permutation
     messages = formulas.linear_messages(grid, len(part.n), swapped, part.bias)
-    for (source, target), features in [(ways[0], part.k), *((ways[1], size) for size in part.n)]:
-        for way in ((source, target), (target, source)):
-            # one message a peer at most: to all of an axis where rows or whole features move, else a permutation
-            moved = formulas.relayout_words(grid, workload.batch, features, *way)
-            messages += 0 if not moved else 1 if grid.outer.features else grid.size - 1
+    messages += sum(map(bool, moved)) * (1 if grid.outer.features else grid.size - 1)
     held = formulas.linear_parameters(grid, part.k, part.n, swapped, part.bias)
     kept = _block(grid, workload, part.k, x) + part.kept * sum(_block(grid, workload, size, y) for size in part.n)
     first, second = (grid.axes.n, grid.axes.k) if swapped else (grid.axes.k, grid.axes.n)

@@ -64,6 +64,12 @@ def relayout_words(grid: GridShape, rows: int, features: int, source: Layout, ta
 Way = tuple[Layout, Layout]  # from, to
 
 
+def linear_relayouts(grid: GridShape, rows: int, k: int, n: Sequence[int], x: Way, y: Way, need_x: bool = True) -> list[int]:
+    """Words of each relayout around linear maps [rows, k] -> [rows, n_i], forward and backward: see linear_traffic."""
+    ways = [(*x, k), *((*y, size) for size in n), *((y[1], y[0], size) for size in n)] + [(x[1], x[0], k)] * need_x
+    return [relayout_words(grid, rows, size, source, target) for source, target, size in ways]
+
+
 def linear_traffic(
     grid: GridShape,
     rows: int,
@@ -79,9 +85,8 @@ def linear_traffic(
     """Words of linear maps that share X, [rows, inner, k] -> [rows, inner, n_i], with their relayouts: of X from the caller's layout to the
     step's, of Y from the step's to the caller's, each once more the other way in backward. Layouts cut `rows` and features. need_x: X has
     a gradient."""
-    words = linear_words(grid, rows * inner, k, n, swapped, bias, need_x)
-    ways = [(*x, k), *((*y, size) for size in n), *((y[1], y[0], size) for size in n)] + [(x[1], x[0], k)] * need_x
-    return words + inner * sum(relayout_words(grid, rows, size, source, target) for source, target, size in ways)
+    moved = linear_relayouts(grid, rows, k, n, x, y, need_x)
+    return linear_words(grid, rows * inner, k, n, swapped, bias, need_x) + inner * sum(moved)
 
 
 def reshard_words(grid: GridShape, shape: Sequence[int], source: Cuts, target: Cuts) -> int:
