@@ -40,10 +40,11 @@ struct Vector {
 
 class Collective {
  public:
-  Collective(Job& job, const Options& o)
+  Collective(Job& job, Program& program, const Options& o)
       : job_(job),
+        program_(program),
         o_(o),
-        axis_(job.axis(0, everyone(o.size()), o.source == Source::window, o.latency, o.bandwidth)),
+        axis_(job.axis(program, 0, everyone(o.size()), o.source == Source::window, o.latency, o.bandwidth)),
         cuts_(chunk(o.n, o.size())),
         whole_(job, o.n, o.dtype),
         part_(job, end() - begin(), o.dtype) {
@@ -59,7 +60,7 @@ class Collective {
     Call call;
     call.set_name(o_.name);
     call.n = o_.n;
-    job_.control().begin(call);
+    program_.begin(call);
     if (o_.name == "all_gather") all_gather(*axis_, part_.view, parts_, job_.stream());
     if (o_.name == "reduce_scatter") reduce_scatter(*axis_, parts_, part_.view, job_.stream());
     if (o_.name == "all_reduce") all_reduce(*axis_, whole_.view, job_.stream());
@@ -114,6 +115,7 @@ class Collective {
   int64_t end() const { return cuts_[static_cast<size_t>(job_.rank()) + 1]; }
 
   Job& job_;
+  Program& program_;
   const Options& o_;
   std::unique_ptr<Axis> axis_;
   std::vector<int64_t> cuts_;
@@ -121,9 +123,9 @@ class Collective {
   std::vector<Matrix> parts_;
 };
 
-Row run_rank(Job& job, const Options& o) {
+Row run_rank(Job& job, Program& program, const Options& o) {
   enter(job, o);
-  Collective collective(job, o);
+  Collective collective(job, program, o);
   Traffic traffic;
   const double seconds = median_of_rounds(
       o, [&] { collective.prepare(); },
@@ -141,7 +143,7 @@ Row run_rank(Job& job, const Options& o) {
 }  // namespace
 
 Measured run_collective(const Options& o) {
-  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job) { return run_rank(job, o); });
+  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job, Program& program) { return run_rank(job, program, o); });
   Measured out = over_ranks(rows);
   const double g = o.size(), bytes = static_cast<double>(o.n) * static_cast<double>(size_of(o.dtype));
   out.algbw_bytes = bytes;

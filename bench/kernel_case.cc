@@ -158,7 +158,7 @@ Row run_kernels(Job& job, const Options& o) {
 }  // namespace
 
 Measured run_kernel(const Options& o) {
-  const std::vector<Row> rows = run_ranks(1, o.as, [&](Job& job) { return o.name == "gemm" ? run_gemm(job, o) : run_kernels(job, o); });
+  const std::vector<Row> rows = run_ranks(1, o.as, [&](Job& job, Program&) { return o.name == "gemm" ? run_gemm(job, o) : run_kernels(job, o); });
   Measured out = over_ranks(rows);
   out.flops = o.name == "gemm" ? 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) : 0;
   return out;

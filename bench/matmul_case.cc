@@ -99,16 +99,16 @@ Place place_of(const Options& o, int rank) {
 
 struct Axes {
   std::unique_ptr<Axis> k, n, m;
-  Axes(Job& job, const Options& o) {
+  Axes(Job& job, Program& program, const Options& o) {
     const auto [pm, pn, pk] = o.grid;
     const int im = job.rank() % pm, in = job.rank() / pm % pn, ik = job.rank() / (pm * pn);
     std::vector<int> ks, ns, ms;
     for (int i = 0; i < pk; i++) ks.push_back((i * pn + in) * pm + im);
     for (int i = 0; i < pn; i++) ns.push_back((ik * pn + i) * pm + im);
     for (int i = 0; i < pm; i++) ms.push_back((ik * pn + in) * pm + i);
-    k = job.axis(0, ks, o.source == Source::window, o.latency, o.bandwidth);
-    n = job.axis(1, ns, o.source == Source::window, o.latency, o.bandwidth);
-    m = job.axis(2, ms, o.source == Source::window, o.latency, o.bandwidth);
+    k = job.axis(program, 0, ks, o.source == Source::window, o.latency, o.bandwidth);
+    n = job.axis(program, 1, ns, o.source == Source::window, o.latency, o.bandwidth);
+    m = job.axis(program, 2, ms, o.source == Source::window, o.latency, o.bandwidth);
   }
   Traffic take() {
     Traffic sum;
@@ -144,11 +144,11 @@ Step::Config config_of(const Options& o, const Place& p, const Axes& axes) {
   return config;
 }
 
-Row run_rank(Job& job, const Options& o) {
+Row run_rank(Job& job, Program& program, const Options& o) {
   enter(job, o);
   const Place p = place_of(o, job.rank());
-  Axes axes(job, o);
-  Step step(job.control(), job.stream(), config_of(o, p, axes));
+  Axes axes(job, program, o);
+  Step step(program, job.stream(), config_of(o, p, axes));
 
   const Span w_rows = o.swapped ? p.k : p.w_cut, w_cols = o.swapped ? p.w_cut : p.n;
   Block x(job, p.m, p.x_k, o.dtype, 1), w(job, w_rows, w_cols, o.dtype, 2, Storage::column_major), dy(job, p.m, p.y_n, o.dtype, 3);
@@ -199,7 +199,7 @@ Row run_rank(Job& job, const Options& o) {
 }  // namespace
 
 Measured run_matmul(const Options& o) {
-  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job) { return run_rank(job, o); });
+  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job, Program& program) { return run_rank(job, program, o); });
   Measured out = over_ranks(rows);
   out.flops = 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) * (o.name == "backward" ? 2 : 1);
   out.formula = words(o) * static_cast<double>(size_of(o.dtype));

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <numeric>
 #include <thread>
 
 #include "cases.h"
@@ -14,7 +15,7 @@
 namespace gingham {
 namespace {
 
-constexpr int kNumbers = 64;
+constexpr int kNumbers = 64, kAxes = 16;
 struct Slot {
   int count;
   double numbers[kNumbers];
@@ -26,7 +27,10 @@ void run_one(int rank, int size, const std::shared_ptr<Segment>& segment, const 
     set_blas_threads(1);
     Job job(rank, size, segment, timeout);
     job.attach("microbench");
-    const Row row = body(job);
+    std::vector<int> members(static_cast<size_t>(size));
+    std::iota(members.begin(), members.end(), 0);
+    const auto program = job.program(1, members, std::vector<int>(kAxes, size), timeout);
+    const Row row = body(job, *program);
     slot.count = static_cast<int>(std::min<size_t>(row.size(), kNumbers));
     std::copy_n(row.begin(), slot.count, slot.numbers);
     job.close();

@@ -1,5 +1,5 @@
 // Starts ranks for the microbenchmark and the core's tests: threads of this process (what the sanitizers watch) or forked processes.
-// Every rank gets a Job and returns a row of numbers; the rows come back in rank order.
+// Every rank gets a Job and the program of all ranks, and returns a row of numbers; the rows come back in rank order.
 #pragma once
 #include <functional>
 #include <string>
@@ -10,7 +10,7 @@
 namespace gingham {
 
 using Row = std::vector<double>;
-using RankBody = std::function<Row(Job&)>;
+using RankBody = std::function<Row(Job&, Program&)>;
 
 enum class As { threads, processes };
 

@@ -19,8 +19,9 @@ const CpuStream kHere;
 // torch.empty_like where no job's heap is at hand.
 py::object like(const py::object& x) { return py::module_::import("torch").attr("empty_like")(x); }
 
-py::object gelu_gradient(const std::shared_ptr<Job>& job, const py::object& dy, const py::object& x) {
-  const OnCallersStream on_stream(job);
+py::object gelu_gradient(const Member& member, const py::object& dy, const py::object& x) {
+  const OnCallersStream on_stream(member);
+  const std::shared_ptr<Job>& job = member.job;
   py::object out = like(x);
   const Matrix g = tensor_of(dy, "dy", job).matrix(), z = tensor_of(x, "x", job).matrix(), dz = tensor_of(out, "dx", job).matrix();
   CHECK(ShapeError, g.rows == z.rows && g.cols == z.cols && g.dtype == z.dtype, "gelu_backward: dy and x differ in shape or dtype");
@@ -32,8 +33,10 @@ py::object gelu_gradient(const std::shared_ptr<Job>& job, const py::object& dy, 
 }
 
 py::object dropout_of(const py::object& x, double p, uint64_t seed, uint64_t name, uint64_t call, const std::vector<int64_t>& global,
-                      const std::vector<int64_t>& offsets, const std::shared_ptr<Job>& job) {
-  const OnCallersStream on_stream(job);
+                      const std::vector<int64_t>& offsets, const std::optional<Member>& on) {
+  const Member member = on.value_or(Member{});
+  const OnCallersStream on_stream(member);
+  const std::shared_ptr<Job>& job = member.job;
   const Tensor in = tensor_of(x, "x", job);
   CHECK(ShapeError, global.size() == in.shape.size() && offsets.size() == in.shape.size(), "dropout of ", in.shape.size(), " dims with ",
         global.size(), " global sizes and ", offsets.size(), " offsets");
@@ -147,34 +150,51 @@ void define_job(py::module_& m) {
           "ready", [](Job& job, const std::vector<int>& pids) { job.attach(GINGHAM_VERSION, pids); }, py::arg("pids") = std::vector<int>(), nogil)
       .def_property_readonly("watches", [](Job& job) { return job.control().watches(); })
       .def_property_readonly("heap", &Job::heap_bytes)
-      .def("pair_with", &Job::pair_with, py::arg("background"), py::keep_alive<1, 2>())
-      .def_property_readonly("epoch", [](Job& job) { return job.control().epoch(); })
-      .def(
-          "enter", [](Job& job, uint32_t epoch) { job.control().enter(epoch); }, py::arg("epoch"), nogil)
-      .def(
-          "leave", [](Job& job) { job.control().leave(); }, nogil)
-      .def("hear", [](Job& job) { job.control().hear(); })
       .def("inject", &inject, py::arg("faults"))
       .def(
           "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
+      .def_property_readonly("has_gpu", [](Job& job) { return job.gpu() != nullptr; })
       .def_property_readonly("on_host", [](Job& job) { return !job.gpu() || job.gpu()->memory_is_host(); })
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)
-      .def(
-          "empty",
-          [](const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype, bool lasting) {
-            return make_tensor(job, shape, dtype, lasting ? Heap::Kind::lasting : Heap::Kind::tensor).object;
-          },
-          py::arg("shape"), py::arg("dtype"), py::arg("lasting") = false)
-      .def("say", [](Job& job, std::shared_ptr<Label> label) { job.control().say(std::move(label)); })
-      .def("note", [](Job& job, std::shared_ptr<Label> label) { job.control().note(std::move(label)); })
       .def_property_readonly("orphaned", &Job::orphaned)
       .def("memory", &memory_of)
       .def("reset_peak", &Job::reset_peak);
+}
+
+void define_program(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<Member>(m, "Program")
+      .def(py::init([](std::shared_ptr<Job> job, uint64_t id, std::vector<int> members, const std::vector<int>& lines, double timeout) {
+             std::shared_ptr<Program> program = job->program(id, std::move(members), lines, timeout);
+             return Member{std::move(job), std::move(program)};
+           }),
+           py::arg("job"), py::arg("id"), py::arg("members"), py::arg("lines"), py::arg("timeout") = 60.0, nogil)
+      .def_property_readonly("job", [](const Member& member) { return member.job; })
+      .def_property_readonly("rank", [](const Member& member) { return member.program->rank(); })
+      .def_property_readonly("size", [](const Member& member) { return member.program->size(); })
+      .def(
+          "pair_with", [](const Member& member, const Member& background) { member.program->pair_with(background.program); }, py::arg("background"))
+      .def_property_readonly("epoch", [](const Member& member) { return member.program->epoch(); })
+      .def(
+          "enter", [](const Member& member, uint32_t epoch) { member.program->enter(epoch); }, py::arg("epoch"), nogil)
+      .def(
+          "leave", [](const Member& member) { member.program->leave(); }, nogil)
+      .def("hear", [](const Member& member) { member.program->hear(); })
+      .def("close", [](const Member& member) { member.program->close(); })
+      .def(
+          "empty",
+          [](const Member& member, const std::vector<int64_t>& shape, const std::string& dtype, bool lasting) {
+            const Calling calling(member.program.get());
+            return make_tensor(member.job, shape, dtype, lasting ? Heap::Kind::lasting : Heap::Kind::tensor).object;
+          },
+          py::arg("shape"), py::arg("dtype"), py::arg("lasting") = false)
+      .def("say", [](const Member& member, std::shared_ptr<Label> label) { member.program->say(std::move(label)); })
+      .def("note", [](const Member& member, std::shared_ptr<Label> label) { member.program->note(std::move(label)); });
 
   py::class_<BoundAxis, std::shared_ptr<BoundAxis>>(m, "Axis")
-      .def(py::init<std::shared_ptr<Job>, int, const std::vector<int>&, const std::string&, double, double>(), py::arg("job"), py::arg("index"),
+      .def(py::init<Member, int, const std::vector<int>&, const std::string&, double, double>(), py::arg("program"), py::arg("index"),
            py::arg("members"), py::arg("source") = "window", py::arg("latency") = 0.0, py::arg("bandwidth") = 0.0)
       .def_property_readonly("rank", [](BoundAxis& a) { return a.axis().rank(); })
       .def_property_readonly("size", [](BoundAxis& a) { return a.axis().size(); })
@@ -199,9 +219,9 @@ void define_step(py::module_& m) {
            py::arg("axis"), py::arg("dim"), py::arg("offsets"), py::arg("replicated") = false);
 
   py::class_<BoundStep, std::shared_ptr<BoundStep>>(m, "Step")
-      .def(py::init<std::shared_ptr<Job>, const std::string&, const OperandSpec&, const std::vector<OperandSpec>&, const std::vector<OperandSpec>&,
+      .def(py::init<Member, const std::string&, const OperandSpec&, const std::vector<OperandSpec>&, const std::vector<OperandSpec>&,
                     std::shared_ptr<BoundAxis>, const std::string&, int64_t, const std::vector<int64_t>&, int, bool>(),
-           py::arg("job"), py::arg("name"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("depth"), py::arg("slice_dim"), py::arg("k"),
+           py::arg("program"), py::arg("name"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("depth"), py::arg("slice_dim"), py::arg("k"),
            py::arg("n"), py::arg("slices") = 1, py::arg("out_in") = true)
       .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none", py::arg("out_dtype") = "")
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
@@ -209,9 +229,9 @@ void define_step(py::module_& m) {
 }
 
 void define_functions(py::module_& m) {
-  m.def("gelu_backward", &gelu_gradient, py::arg("job"), py::arg("dy"), py::arg("x"));
+  m.def("gelu_backward", &gelu_gradient, py::arg("program"), py::arg("dy"), py::arg("x"));
   m.def("dropout", &dropout_of, py::arg("x"), py::arg("p"), py::arg("seed"), py::arg("name"), py::arg("call"), py::arg("global_shape"),
-        py::arg("offsets"), py::arg("job") = std::shared_ptr<Job>());
+        py::arg("offsets"), py::arg("program") = py::none());
   m.def("crc32c", &crc32c_of, py::arg("data"), py::arg("before") = 0);
   m.def("version", [] { return GINGHAM_VERSION; });
   m.attr("max_ranks") = kMaxRanks;
@@ -232,6 +252,7 @@ PYBIND11_MODULE(_C, m) {
   define_errors();
   Control::interrupt = check_signals;
   define_job(m);
+  define_program(m);
   define_step(m);
   define_functions(m);
 }

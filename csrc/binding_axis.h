@@ -27,8 +27,8 @@ inline bool windowed(const std::string& source) {
 // An axis, and what its collectives need of the job.
 class BoundAxis {
  public:
-  BoundAxis(std::shared_ptr<Job> job, int index, const std::vector<int>& members, const std::string& source, double latency, double bandwidth)
-      : job_(std::move(job)), index_(index), axis_(job_->axis(index, members, windowed(source), latency, bandwidth)) {}
+  BoundAxis(Member member, int index, const std::vector<int>& members, const std::string& source, double latency, double bandwidth)
+      : member_(std::move(member)), index_(index), axis_(member_.job->axis(*member_.program, index, members, windowed(source), latency, bandwidth)) {}
 
   Axis& axis() { return *axis_; }
 
@@ -39,12 +39,12 @@ class BoundAxis {
     call.n = count;
     call.rows = rows;
     call.flags = static_cast<uint64_t>(index_);
-    job_->control().begin(call);
+    member_.program->begin(call);
   }
 
   Objects all_gather(const py::object& x, bool counted, int64_t rows) {
-    const OnCallersStream on_stream(job_);
-    const Tensor mine = tensor_of(x, "x", job_);
+    const OnCallersStream on_stream(member_);
+    const Tensor mine = tensor_of(x, "x", member_.job);
     CHECK(ShapeError, mine.shape.size() <= 8, "all_gather of a tensor of ", mine.shape.size(), " dims, expected at most 8");
     Shape shape;
     shape.ndim = static_cast<int32_t>(mine.shape.size());
@@ -54,7 +54,7 @@ class BoundAxis {
     auto block = [&](int peer, const Shape& theirs) {
       py::gil_scoped_acquire gil;
       const std::vector<int64_t> dims(theirs.dims, theirs.dims + theirs.ndim);
-      const Made made = make_tensor(job_, dims, mine.dtype_name);
+      const Made made = make_tensor(member_.job, dims, mine.dtype_name);
       out[static_cast<size_t>(peer)] = made.object;
       return Tensor{made.data, mine.dtype, {}, dims}.matrix();
     };
@@ -62,7 +62,7 @@ class BoundAxis {
       py::gil_scoped_release nogil;
       const Uncounted scope(*axis_, counted);
       begin("all_gather", mine.dtype, 0, rows);
-      gingham::all_gather(*axis_, mine.matrix(), shape, rows, block, job_->stream());
+      gingham::all_gather(*axis_, mine.matrix(), shape, rows, block, member_.job->stream());
     }
     return out;
   }
@@ -75,24 +75,24 @@ class BoundAxis {
   }
 
   void all_reduce(const py::object& x, bool counted) {
-    const OnCallersStream on_stream(job_);
-    const Tensor mine = tensor_of(x, "x", job_);
+    const OnCallersStream on_stream(member_);
+    const Tensor mine = tensor_of(x, "x", member_.job);
     py::gil_scoped_release nogil;
     const Uncounted scope(*axis_, counted);
     begin("all_reduce", mine.dtype, mine.count());
-    gingham::all_reduce(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), job_->stream());
+    gingham::all_reduce(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), member_.job->stream());
   }
 
   py::object reduce_scatter(const py::object& x, const std::vector<int64_t>& sizes, bool counted) {
-    const OnCallersStream on_stream(job_);
-    const Tensor mine = tensor_of(x, "x", job_);
+    const OnCallersStream on_stream(member_);
+    const Tensor mine = tensor_of(x, "x", member_.job);
     CHECK(ShapeError, !mine.shape.empty() && static_cast<int>(sizes.size()) == axis_->size(), "reduce_scatter wants a size per member");
     int64_t total = 0;
     for (int64_t s : sizes) total += s;
     CHECK(ShapeError, total == mine.shape[0], "sizes add up to ", total, ", x has ", mine.shape[0], " rows");
     std::vector<int64_t> shape = mine.shape;
     shape[0] = sizes[static_cast<size_t>(axis_->rank())];
-    const Made out = make_tensor(job_, shape, mine.dtype_name);
+    const Made out = make_tensor(member_.job, shape, mine.dtype_name);
     const int64_t width = mine.shape[0] ? mine.count() / mine.shape[0] : 0;
     const Matrix whole = dense(mine.data, mine.shape[0], width, mine.dtype);
     std::vector<Matrix> parts;
@@ -105,28 +105,28 @@ class BoundAxis {
       py::gil_scoped_release nogil;
       const Uncounted scope(*axis_, counted);
       begin("reduce_scatter", mine.dtype, mine.count());
-      gingham::reduce_scatter(*axis_, parts, dense(out.data, shape[0], width, mine.dtype), job_->stream());
+      gingham::reduce_scatter(*axis_, parts, dense(out.data, shape[0], width, mine.dtype), member_.job->stream());
     }
     return out.object;
   }
 
   void broadcast(const py::object& x, int root, bool counted) {
-    const OnCallersStream on_stream(job_);
-    const Tensor mine = tensor_of(x, "x", job_);
+    const OnCallersStream on_stream(member_);
+    const Tensor mine = tensor_of(x, "x", member_.job);
     py::gil_scoped_release nogil;
     const Uncounted scope(*axis_, counted);
     begin("broadcast", mine.dtype, mine.count());
-    gingham::broadcast(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), root, job_->stream());
+    gingham::broadcast(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), root, member_.job->stream());
   }
 
   Objects exchange(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, std::vector<int64_t>>>& recvs,
                    const std::string& dtype, bool counted, int64_t rows, int64_t features) {
-    const OnCallersStream on_stream(job_);
+    const OnCallersStream on_stream(member_);
     Messages out, in;
-    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x", job_).matrix());
+    for (const auto& [peer, x] : sends) out.emplace_back(peer, tensor_of(x, "x", member_.job).matrix());
     Objects made;
     for (const auto& [peer, shape] : recvs) {
-      const Made m = make_tensor(job_, shape, dtype);
+      const Made m = make_tensor(member_.job, shape, dtype);
       made.push_back(m.object);
       in.emplace_back(peer, Tensor{m.data, dtype_of(dtype), dtype, shape}.matrix());
     }
@@ -134,13 +134,13 @@ class BoundAxis {
       py::gil_scoped_release nogil;
       const Uncounted scope(*axis_, counted);
       begin("exchange", dtype_of(dtype), features, rows);
-      gingham::exchange(*axis_, out, in, rows, job_->stream());
+      gingham::exchange(*axis_, out, in, rows, member_.job->stream());
     }
     return made;
   }
 
  private:
-  std::shared_ptr<Job> job_;
+  Member member_;
   int index_;
   std::unique_ptr<Axis> axis_;
 };

@@ -50,10 +50,11 @@ struct OperandSpec {
 
 class BoundStep {
  public:
-  BoundStep(std::shared_ptr<Job> job, const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w,
-            const std::vector<OperandSpec>& y, std::shared_ptr<BoundAxis> depth, const std::string& slice_dim, int64_t k,
-            const std::vector<int64_t>& n, int slices, bool out_in)
-      : job_(std::move(job)), out_in_(out_in), step_(job_->control(), job_->stream(), config(name, x, w, y, depth, slice_dim, k, n, slices)) {
+  BoundStep(Member member, const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w, const std::vector<OperandSpec>& y,
+            std::shared_ptr<BoundAxis> depth, const std::string& slice_dim, int64_t k, const std::vector<int64_t>& n, int slices, bool out_in)
+      : member_(std::move(member)),
+        out_in_(out_in),
+        step_(*member_.program, member_.job->stream(), config(name, x, w, y, depth, slice_dim, k, n, slices)) {
     kept_ = {x.axis, depth};
     for (const auto& o : w) kept_.push_back(o.axis);
     for (const auto& o : y) kept_.push_back(o.axis);
@@ -63,8 +64,8 @@ class BoundStep {
   Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind, const std::string& out_dtype) {
     CHECK(ShapeError, ws.size() == maps_ && biases.size() == maps_, "step of ", maps_, " weights got ", ws.size(), " and ", biases.size(), " biases");
     CHECK(ShapeError, kind == "none" || kind == "gelu", "epilogue=", kind, ", expected none or gelu");
-    const OnCallersStream on_stream(job_);
-    const Tensor tx = tensor_of(x, "x", job_);
+    const OnCallersStream on_stream(member_);
+    const Tensor tx = tensor_of(x, "x", member_.job);
     CHECK(ShapeError, tx.shape.size() >= 2, "x has ", tx.shape.size(), " dims, expected [..., features] with at least 2");
     Step::Forward call;
     call.x = tx.matrix();
@@ -75,7 +76,7 @@ class BoundStep {
       call.has_bias.push_back(!biases[i].is_none());
     }
     call.epilogue = kind == "gelu" ? Epilogue::gelu : Epilogue::none;
-    Results made(job_);
+    Results made(member_.job);
     std::vector<int64_t> shape = tx.shape;
     call.allocate = [&](int64_t rows, int64_t cols) {
       shape.back() = cols;
@@ -93,12 +94,12 @@ class BoundStep {
                      bool reduce_depth) {
     CHECK(ShapeError, ws.size() == maps_ && dys.size() == maps_ && need_b.size() == maps_, "step of ", maps_, " weights got ", dys.size(),
           " gradients");
-    const OnCallersStream on_stream(job_);
+    const OnCallersStream on_stream(member_);
     Step::Backward call;
     std::vector<int64_t> shape;
     std::string dtype;
     for (size_t i = 0; i < maps_; i++) {
-      const Tensor dy = tensor_of(dys[i], "dy", job_);
+      const Tensor dy = tensor_of(dys[i], "dy", member_.job);
       CHECK(ShapeError, dy.shape.size() >= 2, "dy has ", dy.shape.size(), " dims, expected at least 2");
       call.dy.push_back(dy.matrix());
       call.w.push_back(ws[i].is_none() ? Matrix{} : weight(ws[i]));
@@ -107,7 +108,7 @@ class BoundStep {
       dtype = dy.dtype_name;
     }
     if (!x.is_none()) {
-      const Tensor tx = tensor_of(x, "x", job_);
+      const Tensor tx = tensor_of(x, "x", member_.job);
       call.x = tx.matrix();
       shape = tx.shape;
     }
@@ -116,7 +117,7 @@ class BoundStep {
     call.need_x = need_x;
     call.need_w = need_w;
     call.reduce_depth = reduce_depth;
-    Results made(job_);
+    Results made(member_.job);
     call.allocate = [&](int64_t rows, int64_t cols) {
       // dX (and only dX) has the leading dims of X; it is the first tensor made.
       const bool as_x = need_x && made.empty() && rows == rows_there;
@@ -155,19 +156,19 @@ class BoundStep {
   }
 
   Matrix weight(const py::object& object) const {
-    const Tensor t = tensor_of(object, "weight", job_);
+    const Tensor t = tensor_of(object, "weight", member_.job);
     CHECK(ShapeError, t.shape.size() == 2, "weight has ", t.shape.size(), " dims, expected 2");
     return out_in_ ? t.matrix().t() : t.matrix();
   }
 
   Matrix bias(const py::object& object, const Matrix& w) const {
-    const Matrix b = tensor_of(object, "bias", job_).matrix();
+    const Matrix b = tensor_of(object, "bias", member_.job).matrix();
     CHECK(ShapeError, b.rows == 1 && b.dtype == w.dtype, "bias is a ", name_of(b.dtype), " of ", b.rows, " rows, expected a vector of ",
           name_of(w.dtype));
     return b;
   }
 
-  std::shared_ptr<Job> job_;
+  Member member_;
   bool out_in_;
   size_t maps_ = 0;
   Step step_;

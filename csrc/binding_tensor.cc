@@ -173,7 +173,7 @@ Tensor tensor_of(py::handle object, const char* name, const Job* job) {
   return out;
 }
 
-OnCallersStream::OnCallersStream(const std::shared_ptr<Job>& job) : job_(job.get()) {
+OnCallersStream::OnCallersStream(const Member& member) : job_(member.job.get()), program_(member.program.get()), calling_(program_) {
   Gpu* gpu = job_ ? job_->gpu() : nullptr;
   if (!gpu) return;
   void* stream = nullptr;
@@ -182,7 +182,7 @@ OnCallersStream::OnCallersStream(const std::shared_ptr<Job>& job) : job_(job.get
 }
 
 OnCallersStream::~OnCallersStream() {
-  if (job_) job_->end_call();
+  if (job_) job_->end_call(*program_);
   if (!job_ || !job_->gpu() || !job_->gpu()->memory_is_host()) return;
   try {
     job_->gpu()->synchronize();

@@ -30,15 +30,23 @@ struct Tensor {
 Tensor tensor_of(py::handle object, const char* name, const Job* job);
 inline Tensor tensor_of(py::handle object, const char* name, const std::shared_ptr<Job>& job) { return tensor_of(object, name, job.get()); }
 
-// While in scope the job's kernels go to the stream on which torch computes in this thread. Over the tests' fake runtime, whose tensors
-// are torch's CPU tensors, the scope's end waits for them.
+// This rank in a program, and the job that it is part of; null: on no mesh.
+struct Member {
+  std::shared_ptr<Job> job;
+  std::shared_ptr<Program> program;
+};
+
+// A call of the program, or one beside it on its memory. While in scope its kernels go to the stream on which torch computes in this
+// thread. Over the tests' fake runtime, whose tensors are torch's CPU tensors, the scope's end waits for them.
 class OnCallersStream {
  public:
-  explicit OnCallersStream(const std::shared_ptr<Job>& job);
+  explicit OnCallersStream(const Member& member);
   ~OnCallersStream();
 
  private:
   Job* job_;
+  Program* program_;
+  Calling calling_;
 };
 
 // Moves this rank to a GPU: workspace comes from torch's allocator. tf32: fp32 products may be rounded for the tensor cores.

@@ -40,7 +40,7 @@ void* Heap::allocate(size_t bytes, Kind kind) {
     const bool fails = fails_in_ >= 0 && fails_in_-- == 0;
     if (!fails && size <= limit_ && take(size, &offset)) {
       blocks_[offset] = {size, kind};
-      (kind == Kind::workspace ? usage_.workspace : usage_.tensors) += size;
+      count(kind) += size;
       usage_.workspace_peak = std::max(usage_.workspace_peak, usage_.workspace);
       peak_ = std::max(peak_, usage_.tensors + usage_.workspace);
       if (++taken_ >= kWindow) watch();
@@ -51,6 +51,8 @@ void* Heap::allocate(size_t bytes, Kind kind) {
   if (refused) refused(why);
   throw OutOfMemory(why);
 }
+
+size_t& Heap::count(Kind kind) { return kind == Kind::workspace ? usage_.workspace : kind == Kind::control ? control_ : usage_.tensors; }
 
 std::string Heap::refusal(size_t bytes, size_t size) const {
   std::string out = concat("rank ", rank_, ": the shared heap has no memory for a block of ", bytes, " bytes (it holds ", usage_.tensors,
@@ -171,7 +173,7 @@ void Heap::free(void* p) {
   auto it = blocks_.find(segment_.offset_of(p) - begin_);
   if (it == blocks_.end()) return;
   const auto [offset, block] = *it;
-  (block.kind == Kind::workspace ? usage_.workspace : usage_.tensors) -= block.size;
+  count(block.kind) -= block.size;
   blocks_.erase(it);
   if (holding_)
     held_.emplace_back(offset, block.size);

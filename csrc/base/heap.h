@@ -22,7 +22,8 @@ class Heap {
     size_t tensors = 0, workspace = 0, workspace_peak = 0, reserved = 0;
     uint64_t grown = 0;  // times the heap took new memory from the host
   };
-  enum class Kind { tensor, lasting, workspace };  // lasting: parameters and gradients, which a fork does not copy
+  // lasting: parameters and gradients, which a fork does not copy; control: what ranks say to each other, which usage() does not count
+  enum class Kind { tensor, lasting, workspace, control };
 
   Heap(Segment& segment, uint64_t begin, size_t bytes, int rank);
   void* allocate(size_t bytes, Kind kind);  // 64-byte aligned; throws OutOfMemory with the size needed
@@ -50,6 +51,7 @@ class Heap {
     Kind kind;
   };
   bool take(size_t size, uint64_t* offset);
+  size_t& count(Kind kind);
   bool cut(size_t size, uint64_t* offset);
   bool grow(size_t size);
   bool fill(uint64_t begin, uint64_t end);
@@ -76,6 +78,7 @@ class Heap {
   bool holding_ = false;
   int fails_in_ = -1;
   Usage usage_;
+  size_t control_ = 0;
   // Of the watch over unused memory: the most that was in use since `since_`, allocations since, seconds that memory must lie idle.
   size_t peak_ = 0;
   uint64_t taken_ = 0;

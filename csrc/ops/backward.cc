@@ -18,8 +18,8 @@ struct ProjectionState {
 
 class BackwardRun {
  public:
-  BackwardRun(Control& control, const Stream& stream, const Step::Config& config, const Step::Backward& call)
-      : call_(call), step_(control, stream, config, "backward", call.dy[0].dtype, rows_of(config, call)), states_(config.maps.size()) {
+  BackwardRun(Program& program, const Stream& stream, const Step::Config& config, const Step::Backward& call)
+      : call_(call), step_(program, stream, config, "backward", call.dy[0].dtype, rows_of(config, call)), states_(config.maps.size()) {
     // dW = X^T dY asks for no W; its shape follows from X and dY.
     for (size_t i = 0; i < states_.size(); i++) {
       const Projection& map = config.maps[i];
@@ -206,6 +206,6 @@ class BackwardRun {
 
 }  // namespace
 
-Step::Gradients Step::backward(const Backward& call) { return BackwardRun(control_, stream_, config_, call).run(); }
+Step::Gradients Step::backward(const Backward& call) { return BackwardRun(program_, stream_, config_, call).run(); }
 
 }  // namespace gingham

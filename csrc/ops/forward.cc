@@ -16,8 +16,8 @@ struct ProjectionState {
 
 class ForwardRun {
  public:
-  ForwardRun(Control& control, const Stream& stream, const Step::Config& config, const Step::Forward& call)
-      : call_(call), step_(control, stream, config, "forward", call.x.dtype, call.x.rows), states_(config.maps.size()) {}
+  ForwardRun(Program& program, const Stream& stream, const Step::Config& config, const Step::Forward& call)
+      : call_(call), step_(program, stream, config, "forward", call.x.dtype, call.x.rows), states_(config.maps.size()) {}
 
   std::vector<Matrix> run() {
     begin();
@@ -141,6 +141,6 @@ class ForwardRun {
 
 }  // namespace
 
-std::vector<Matrix> Step::forward(const Forward& call) { return ForwardRun(control_, stream_, config_, call).run(); }
+std::vector<Matrix> Step::forward(const Forward& call) { return ForwardRun(program_, stream_, config_, call).run(); }
 
 }  // namespace gingham

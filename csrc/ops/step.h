@@ -26,9 +26,9 @@
 #include <vector>
 
 #include "base/stream.h"
+#include "control/program.h"
 #include "kernels/epilogue.h"
 #include "ops/grid.h"
-#include "transport/control.h"
 
 namespace gingham {
 
@@ -76,14 +76,14 @@ class Step {
     std::vector<Matrix> dw, db;
   };
 
-  Step(Control& control, const Stream& stream, Config config);
+  Step(Program& program, const Stream& stream, Config config);
 
   // Returns Y of every map; with an epilogue other than none also Z (before it), after the Ys.
   std::vector<Matrix> forward(const Forward& call);
   Gradients backward(const Backward& call);
 
  private:
-  Control& control_;
+  Program& program_;
   const Stream& stream_;
   Config config_;
 };

@@ -25,8 +25,8 @@ bool along_a_ring(const Step::Config& step) {
 
 }  // namespace
 
-StepCall::StepCall(Control& control, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
-    : config(step), d(step.slice_dim), stream(used), pipeline(used), control_(control) {
+StepCall::StepCall(Program& program, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
+    : config(step), d(step.slice_dim), stream(used), pipeline(used), program_(program) {
   call_.set_name(concat(step.name, ".", product));
   call_.dtype = static_cast<int32_t>(dtype);
   std::copy(step.grid.begin(), step.grid.end(), call_.grid);
@@ -47,8 +47,8 @@ void StepCall::begin(const std::function<void()>& validate) {
     call_.invalid = 1;
     std::copy_n(refusal.begin(), std::min(refusal.size(), sizeof(call_.note) - 1), call_.note);
   }
-  control_.begin(call_);
-  if (!refusal.empty()) throw ShapeError(concat("rank ", control_.rank(), ": ", config.name, ": ", refusal));
+  program_.begin(call_);
+  if (!refusal.empty()) throw ShapeError(concat("rank ", program_.control().rank(), ": ", config.name, ": ", refusal));
 }
 
 std::vector<int64_t> StepCall::learn(Axis& axis, int64_t rows) const {

@@ -20,7 +20,7 @@ int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, in
 
 class StepCall {
  public:
-  StepCall(Control& control, const Stream& stream, const Step::Config& config, const char* product, DType dtype, int64_t rows);
+  StepCall(Program& program, const Stream& stream, const Step::Config& config, const char* product, DType dtype, int64_t rows);
 
   void flag(int bit, bool on) { call_.flags |= static_cast<uint64_t>(on) << (32 + bit); }
   // Publishes the call. A refusal (ShapeError) of this rank's own arguments is published too, so that peers name this rank and do not wait.
@@ -46,7 +46,7 @@ class StepCall {
   std::vector<Group> groups;
 
  private:
-  Control& control_;
+  Program& program_;
   Call call_;
 };
 

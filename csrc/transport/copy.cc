@@ -11,16 +11,14 @@ cudaEvent_t event_of(uint64_t number) { return reinterpret_cast<cudaEvent_t>(num
 
 }  // namespace
 
-Copy::Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, AxisMemory memory, std::vector<int> members)
-    : Queued(std::move(shared), order), control_(control), memory_(memory), members_(std::move(members)) {
+Copy::Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Program& program, AxisMemory memory, std::vector<int> members)
+    : Queued(std::move(shared), order), program_(program), memory_(memory), members_(std::move(members)) {
   const size_t events = static_cast<size_t>(size_) * kLanes * kSlots;
   ready_ = std::vector<Event>(events);
   taken_ = std::vector<Event>(events);
 }
 
-Channel& Copy::channel(int from, int to, int lane) {
-  return memory_.channel(members_[static_cast<size_t>(from)], members_[static_cast<size_t>(to)], lane);
-}
+Channel& Copy::channel(int from, int to, int lane) { return memory_.channel(members_[static_cast<size_t>(from)], to, lane); }
 
 Event& Copy::event(std::vector<Event>& events, int peer, int lane, uint32_t slot) {
   return events[(static_cast<size_t>(peer) * kLanes + static_cast<size_t>(lane)) * kSlots + slot % kSlots];
@@ -37,7 +35,7 @@ void Copy::carry(int line, std::span<const Message> group) {
 void Copy::publish(const Message& m, cudaStream_t stream) {
   Channel& channel = this->channel(rank_, m.peer, m.lane);
   const uint32_t n = channel.sent.load();
-  if (n - channel.consumed.load() >= kSlots) control_.wait(channel.consumed, n - kSlots + 1, members_[static_cast<size_t>(m.peer)]);
+  if (n - channel.consumed.load() >= kSlots) program_.wait(channel.consumed, n - kSlots + 1, members_[static_cast<size_t>(m.peer)]);
   Event& ready = event(ready_, m.peer, m.lane, n);
   ready.record(stream);
   channel.slots[n % kSlots] = {reinterpret_cast<uint64_t>(m.data), m.bytes, 0, number_of(ready), 0};
@@ -47,10 +45,10 @@ void Copy::publish(const Message& m, cudaStream_t stream) {
 void Copy::take(const Message& m, cudaStream_t stream) {
   Channel& channel = this->channel(m.peer, rank_, m.lane);
   const uint32_t n = channel.consumed.load();
-  control_.wait(channel.sent, n + 1, members_[static_cast<size_t>(m.peer)]);
+  program_.wait(channel.sent, n + 1, members_[static_cast<size_t>(m.peer)]);
   auto& slot = channel.slots[n % kSlots];
-  CHECK(ShapeError, slot.bytes == m.bytes, "rank ", control_.rank(), " expected a message of ", m.bytes, " bytes from rank ",
-        members_[static_cast<size_t>(m.peer)], ", got ", slot.bytes);
+  CHECK(ShapeError, slot.bytes == m.bytes, "rank ", program_.member(program_.rank()), " expected a message of ", m.bytes, " bytes from rank ",
+        program_.member(members_[static_cast<size_t>(m.peer)]), ", got ", slot.bytes);
   CUDA_CHECK(cudaStreamWaitEvent(stream, event_of(slot.ready), 0));
   if (m.bytes) CUDA_CHECK(cudaMemcpyAsync(m.data, reinterpret_cast<const void*>(slot.offset), m.bytes, cudaMemcpyDeviceToDevice, stream));
   Event& taken = event(taken_, m.peer, m.lane, n);
@@ -74,7 +72,7 @@ void Copy::await_taken(int peer, int lane, uint32_t left) {
   left = std::min<uint32_t>(left, kSlots - 1);  // older slots are in use again: a later message of the same lane is taken later
   if (sent <= left) return;
   const uint32_t wanted = sent - left;
-  control_.wait(channel.consumed, wanted, members_[static_cast<size_t>(peer)]);
+  program_.wait(channel.consumed, wanted, members_[static_cast<size_t>(peer)]);
   CUDA_CHECK(cudaStreamWaitEvent(native(compute()), event_of(channel.slots[(wanted - 1) % kSlots].taken), 0));
 }
 

@@ -9,7 +9,7 @@ namespace gingham {
 
 class Copy : public Queued {
  public:
-  Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, AxisMemory memory, std::vector<int> members);
+  Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Program& program, AxisMemory memory, std::vector<int> members);
 
   // A call ends when all its ranks have queued it: until then they may still name this rank's events.
   void finish() override;
@@ -25,7 +25,7 @@ class Copy : public Queued {
   void take(const Message& m, cudaStream_t stream);
   Event& event(std::vector<Event>& events, int peer, int lane, uint32_t slot);
 
-  Control& control_;
+  Program& program_;
   AxisMemory memory_;
   std::vector<int> members_;
   std::vector<Event> ready_, taken_;  // [peer][lane][slot]

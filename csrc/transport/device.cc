@@ -23,10 +23,7 @@ bool allocates_on_host() {
 
 class CudaGpu : public Gpu {
  public:
-  CudaGpu(Control& control, int ordinal, Carrier carrier, double timeout) : control_(control), stream_(ordinal), order_(stream_) {
-    memory_is_host_ = allocates_on_host();
-    if (carrier == Carrier::nccl && control.size() > 1) world_ = std::make_unique<NcclWorld>(control, stream_, timeout);
-  }
+  CudaGpu(int ordinal, Carrier carrier) : stream_(ordinal), order_(stream_), carrier_(carrier) { memory_is_host_ = allocates_on_host(); }
   Stream& stream() override { return stream_; }
   int ordinal() const override { return stream_.ordinal(); }
   bool memory_is_host() const override { return memory_is_host_; }
@@ -46,17 +43,17 @@ class CudaGpu : public Gpu {
     CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, native(stream_)));
     synchronize();
   }
-  std::unique_ptr<Axis> axis(std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) override {
+  std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) override {
     stream_.enter();
-    if (world_) return std::make_unique<Nccl>(std::move(shared), order_, control_, *world_, members);
-    return std::make_unique<Copy>(std::move(shared), order_, control_, memory, members);
+    if (carrier_ == Carrier::copy || program.size() == 1) return std::make_unique<Copy>(std::move(shared), order_, program, memory, members);
+    if (!program.attachment) program.attachment = std::make_shared<NcclWorld>(program, stream_);
+    return std::make_unique<Nccl>(std::move(shared), order_, program.control(), *std::static_pointer_cast<NcclWorld>(program.attachment), members);
   }
 
  private:
-  Control& control_;
   CudaStream stream_;
   GroupOrder order_;
-  std::unique_ptr<NcclWorld> world_;
+  Carrier carrier_;
   bool memory_is_host_ = false;
 };
 
@@ -67,12 +64,12 @@ int visible_devices() {
 
 }  // namespace
 
-std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier, double timeout) {
+std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier) {
   const int count = visible_devices();
   CHECK(DeviceError, count > 0, "rank ", control.rank(), ": no CUDA device is visible (", device_report().missing, ")");
   CHECK(DeviceError, carrier == Carrier::copy || ordinal < count, "rank ", control.rank(), " wants GPU ", ordinal, " of ", count,
         ": NCCL needs a GPU for every rank; start at most ", count, " ranks on this host");
-  return std::make_unique<CudaGpu>(control, ordinal % count, carrier, timeout);
+  return std::make_unique<CudaGpu>(ordinal % count, carrier);
 }
 
 DeviceReport device_report() {
@@ -99,9 +96,7 @@ DeviceReport device_report() {
 #else
 void set_nccl_path(const std::string&) {}
 
-std::unique_ptr<Gpu> make_gpu(Control& control, int, Carrier, double) {
-  throw DeviceError(concat("rank ", control.rank(), ": ", device_report().missing));
-}
+std::unique_ptr<Gpu> make_gpu(Control& control, int, Carrier) { throw DeviceError(concat("rank ", control.rank(), ": ", device_report().missing)); }
 
 DeviceReport device_report() {
   DeviceReport out;

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "base/stream.h"
-#include "transport/control.h"
+#include "control/program.h"
 #include "transport/shm.h"
 
 namespace gingham {
@@ -28,11 +28,12 @@ class Gpu {
   virtual void synchronize() = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
-  virtual std::unique_ptr<Axis> axis(std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) = 0;
+  // Collective over the program with Carrier::nccl.
+  virtual std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) = 0;
 };
 
-// Collective over the job with Carrier::nccl. Throws DeviceError where the build, the device or NCCL is missing.
-std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier, double timeout);
+// Throws DeviceError where the build, the device or NCCL is missing.
+std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier);
 
 struct DeviceReport {
   bool built = false;

@@ -1,19 +1,19 @@
-// One rank's membership in a job: the shared segment, the control block, this rank's heap, and the axes made from them.
-//   [ control | notices: kMaxAxes x size | channels: kMaxAxes x size x size x kLanes | heap of rank 0 | heap of rank 1 | .. ]
+// One rank's membership in a job: the shared segment, the control block, this rank's heap, and the programs and axes made from them.
+//   [ control | heap of rank 0 | heap of rank 1 | .. ]     a program's state lies in the heap of its first rank:
+//   [ its block and records | of each axis: notices, channels ]
 // Ranks are processes (each opens rank 0's memfd by path) or threads of one process (they share the Segment object).
 #pragma once
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "base/stream.h"
+#include "control/program.h"
 #include "transport/axis.h"
-#include "transport/control.h"
 #include "transport/device.h"
 
 namespace gingham {
-
-constexpr int kMaxAxes = 16;
 
 class Job {
  public:
@@ -27,9 +27,9 @@ class Job {
   static std::shared_ptr<Segment> make_segment(int size, size_t heap = 0);
 
   void attach(const std::string& version, const std::vector<int>& pids = {}) { control_->attach(version, pids); }
-  // The job of the thread that sums over depth beside this one: what ends calls of one ends those of both.
-  void pair_with(Job& background);
-  void end_call();  // on the way out of a call of the binding
+  // Collective over the members; lines: of each axis that will be made, how many ranks its lines have. See Program.
+  std::shared_ptr<Program> program(uint64_t id, std::vector<int> members, const std::vector<int>& lines, double timeout);
+  void end_call(Program& program);  // on the way out of a call of the binding
   // From here on this rank computes on a GPU: its streams, memory and axes are that GPU's. Call after attach(), before axis().
   void use_gpu(int ordinal, Carrier carrier);
   Gpu* gpu() const { return gpu_.get(); }
@@ -38,9 +38,10 @@ class Job {
   void orphan();
   bool orphaned() const { return control_->orphaned(); }
   Segment& segment() { return *segment_; }
-  // index: the axis' number, the same on every rank; members: global ranks in axis order. windowed: through the window where the ranks
-  // share memory, else along the ring. bandwidth or latency > 0: behind a link.
-  std::unique_ptr<Axis> axis(int index, const std::vector<int>& members, bool windowed = true, double latency = 0, double bandwidth = 0);
+  // index: the axis' number in its program, the same on every rank; members: ranks of the program in axis order. windowed: through the
+  // window where the ranks share memory, else along the ring. bandwidth or latency > 0: behind a link.
+  std::unique_ptr<Axis> axis(Program& program, int index, const std::vector<int>& members, bool windowed = true, double latency = 0,
+                             double bandwidth = 0);
 
   int rank() const { return control_->rank(); }
   int size() const { return control_->size(); }
@@ -52,19 +53,33 @@ class Job {
   void reset_peak();
   std::string path() const { return segment_->path(); }
   size_t heap_bytes() const { return heap_bytes_; }
-  void out_of_memory(const std::string& message);  // an allocation of this rank failed: tells the others
+  // An allocation of this rank failed: tells the ranks of the program that called for it.
+  void out_of_memory(const std::string& message);
 
  private:
-  AxisMemory memory_of(int index) const;
-  void reset();
+  void reset(Program& program);
   std::shared_ptr<Segment> segment_;
   std::unique_ptr<Control> control_;
   std::unique_ptr<Heap> heap_;
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Gpu> gpu_;
-  double timeout_;
   size_t heap_bytes_;
-  Job* main_ = nullptr;  // of a background job
+  std::mutex programs_lock_;
+  std::vector<std::weak_ptr<Program>> programs_;
+};
+
+// While in scope, what this thread allocates is for a call of the program.
+class Calling {
+ public:
+  explicit Calling(Program* program) : before_(current) { current = program; }
+  ~Calling() { current = before_; }
+  Calling(const Calling&) = delete;
+  Calling& operator=(const Calling&) = delete;
+
+ private:
+  friend class Job;
+  static thread_local Program* current;
+  Program* before_;
 };
 
 }  // namespace gingham

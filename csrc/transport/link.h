@@ -9,8 +9,8 @@ namespace gingham {
 
 class Link : public Shm {
  public:
-  Link(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members, bool windowed, double latency, double bandwidth)
-      : Shm(segment, control, memory, std::move(members), windowed), latency_(latency), bandwidth_(bandwidth) {}
+  Link(Segment& segment, Program& program, AxisMemory memory, std::vector<int> members, bool windowed, double latency, double bandwidth)
+      : Shm(segment, program, memory, std::move(members), windowed), latency_(latency), bandwidth_(bandwidth) {}
 
   Request begin_get(int peer, size_t bytes) override {
     Shm::begin_get(peer, bytes);

@@ -11,11 +11,12 @@ constexpr auto kLookEvery = std::chrono::milliseconds(50);
 
 }  // namespace
 
-NcclWorld::NcclWorld(Control& control, CudaStream& compute, double timeout) : control_(control), compute_(compute), timeout_(timeout) {
+NcclWorld::NcclWorld(Program& program, CudaStream& compute)
+    : program_(program), control_(program.control()), compute_(compute), timeout_(program.timeout()) {
   ncclUniqueId id{};
-  if (control.rank() == 0) NCCL_CHECK(nccl().GetUniqueId(&id));
-  control.share(id.internal, sizeof(id.internal));
-  world_ = patiently([&](ncclComm_t* out) { return nccl().CommInitRank(out, control_.size(), id, control_.rank()); }, "ncclCommInitRank");
+  if (program.rank() == 0) NCCL_CHECK(nccl().GetUniqueId(&id));
+  program.share(id.internal, sizeof(id.internal));
+  world_ = patiently([&](ncclComm_t* out) { return nccl().CommInitRank(out, program_.size(), id, program_.rank()); }, "ncclCommInitRank");
   thread_ = std::thread([this] { watch(); });
 }
 
@@ -92,7 +93,7 @@ void NcclWorld::look() {
     for (ncclComm_t comm : axis->comms_) {
       ncclResult_t status = ncclSuccess;
       if (!comm || nccl().CommGetAsyncError(comm, &status) != ncclSuccess || status == ncclSuccess || status == ncclInProgress) continue;
-      control_.fail(Control::Kind::died, control_.behind(), concat("NCCL reports on rank ", control_.rank(), ": ", nccl().GetErrorString(status)));
+      control_.fail(Control::Kind::died, program_.behind(), concat("NCCL reports on rank ", control_.rank(), ": ", nccl().GetErrorString(status)));
     }
     Probe& probe = axis->probe();
     const double since = probe.since.load();
@@ -102,7 +103,7 @@ void NcclWorld::look() {
       continue;
     }
     if (now() - since > timeout_)
-      control_.fail(Control::Kind::stalled, control_.behind(),
+      control_.fail(Control::Kind::stalled, program_.behind(),
                     concat("messages of rank ", control_.rank(), " have been on their way for ", timeout_, " s; init(timeout=) sets the limit"));
   }
   control_.look();

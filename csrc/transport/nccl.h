@@ -1,4 +1,4 @@
-// GPUs of several processes over NCCL: one communicator for each line of an axis, split from the job's; a group is one
+// GPUs of several processes over NCCL: one communicator for each line of an axis, split from its program's; a group is one
 // ncclGroupStart .. ncclGroupEnd of sends and receives. Empty messages are not sent: both ends know their size.
 // NCCL's operations never fail on the host when a peer dies, they hang on the device. The watch, a thread of each rank, looks every 50 ms
 // at the job's error word, the peers' pids, the communicators' asynchronous errors and the age of the oldest group; on trouble it sets
@@ -14,10 +14,10 @@ namespace gingham {
 
 class Nccl;
 
-// The job's communicator and the watch over all that were split from it.
+// A program's communicator and the watch over all that were split from it.
 class NcclWorld {
  public:
-  NcclWorld(Control& control, CudaStream& compute, double timeout);  // collective; throws PeerDied, PeerStalled, DeviceError
+  NcclWorld(Program& program, CudaStream& compute);  // collective; throws PeerDied, PeerStalled, DeviceError
   ~NcclWorld();
   ncclComm_t split(int color, int key);  // collective
   void add(Nccl* axis);
@@ -29,6 +29,7 @@ class NcclWorld {
   void look();
   void abort_all();
 
+  Program& program_;
   Control& control_;
   CudaStream& compute_;
   double timeout_;
@@ -41,7 +42,7 @@ class NcclWorld {
 
 class Nccl : public Queued {
  public:
-  // members: global ranks in axis order.
+  // members: the program's ranks in axis order.
   Nccl(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members);
   ~Nccl() override;
   ncclComm_t communicator() const { return comms_[0]; }  // for the microbenchmark's yardsticks

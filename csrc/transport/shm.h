@@ -5,8 +5,8 @@
 
 #include "base/segment.h"
 #include "base/wait.h"
+#include "control/program.h"
 #include "transport/axis.h"
-#include "transport/control.h"
 
 namespace gingham {
 
@@ -38,18 +38,20 @@ struct Notice {
   Post post;
 };
 
-// Where an axis' shared state stands: notices[global rank], channels[(from * ranks + to) * kLanes + lane], from and to global.
+// Where an axis' shared state stands in its program's room: a notice of each member of the program, and of each the channels to the ranks of
+// its line, which are `line` long: channels[(from * line + to) * kLanes + lane], from a member, to a place on its line.
 struct AxisMemory {
   Notice* notices;
   Channel* channels;
-  int ranks;
-  Channel& channel(int from, int to, int lane) const { return channels[(from * ranks + to) * kLanes + lane]; }
+  int line;
+  static size_t bytes(size_t members, size_t line) { return members * (sizeof(Notice) + line * kLanes * sizeof(Channel)); }
+  Channel& channel(int from, int to, int lane) const { return channels[(from * line + to) * kLanes + lane]; }
 };
 
 class Shm : public Axis, public Board, public Ring, public Window {
  public:
-  // members: global ranks in axis order. windowed: peers read each other's memory in place.
-  Shm(Segment& segment, Control& control, AxisMemory memory, std::vector<int> members, bool windowed = true);
+  // members: the program's ranks in axis order. windowed: peers read each other's memory in place.
+  Shm(Segment& segment, Program& program, AxisMemory memory, std::vector<int> members, bool windowed = true);
 
   Board& board() override { return *this; }
   Ring& ring() override { return *this; }
@@ -74,13 +76,11 @@ class Shm : public Axis, public Board, public Ring, public Window {
 
  private:
   Notice& notice(int peer) { return memory_.notices[members_[static_cast<size_t>(peer)]]; }
-  Channel& channel(int from, int to, int lane) {
-    return memory_.channel(members_[static_cast<size_t>(from)], members_[static_cast<size_t>(to)], lane);
-  }
+  Channel& channel(int from, int to, int lane) { return memory_.channel(members_[static_cast<size_t>(from)], to, lane); }
   const Post& post_of(int peer);
 
   Segment& segment_;
-  Control& control_;
+  Program& program_;
   AxisMemory memory_;
   std::vector<int> members_;
   bool windowed_;

@@ -23,6 +23,7 @@ from .launch.spawn import spawn  # noqa: E402
 from .mesh import Mesh  # noqa: E402
 from .mesh import dtensors as dtensors  # noqa: E402
 from .mesh import operations as operations  # noqa: E402
+from .mesh import parts as _parts  # noqa: E402
 from .mesh import writes as writes  # noqa: E402
 from .native import version  # noqa: E402
 from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E402
@@ -31,6 +32,7 @@ from .plan import choose as planner  # noqa: E402, F401
 from .plan import workload as workload  # noqa: E402
 
 integrations.install()
+_parts.install()
 __version__ = version()
 __all__ = [
     "CheckpointError",

@@ -4,6 +4,7 @@ from ._C import Axis as Axis
 from ._C import Job as Job
 from ._C import Label as Label
 from ._C import Operand as Operand
+from ._C import Program as Program
 from ._C import Step as Step
 from ._C import blas as blas
 from ._C import crc32c as crc32c

@@ -35,9 +35,9 @@ std::vector<std::string> errors_of(int size, const RankBody& body, double timeou
   std::vector<std::string> errors(static_cast<size_t>(size));
   run_ranks(
       size, As::threads,
-      [&](Job& job) -> Row {
+      [&](Job& job, Program& program) -> Row {
         try {
-          body(job);
+          body(job, program);
         } catch (const Error& error) {
           errors[static_cast<size_t>(job.rank())] = error.what();
         }
@@ -52,7 +52,7 @@ bool has(const std::string& text, const char* part) { return text.find(part) != 
 namespace {
 
 void heap_reuses_blocks() {
-  run_ranks(1, As::threads, [](Job& job) -> Row {
+  run_ranks(1, As::threads, [](Job& job, Program&) -> Row {
     void* a = job.heap().allocate(1000, Heap::Kind::tensor);
     job.heap().free(a);
     void* b = job.heap().allocate(990, Heap::Kind::workspace);
@@ -75,9 +75,9 @@ void heap_reuses_blocks() {
 
 void odd_rank_is_named_before_a_byte_moves() {
   uint64_t received[4] = {};
-  const auto errors = errors_of(4, [&](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(4));
-    job.control().begin(named("call", job.rank() == 2 ? 7 : 5));
+  const auto errors = errors_of(4, [&](Job& job, Program& program) -> Row {
+    auto axis = job.axis(program, 0, everyone(4));
+    program.begin(named("call", job.rank() == 2 ? 7 : 5));
     const Scratch room(job.stream(), 64);
     std::vector<Scratch> rooms;
     std::vector<Matrix> blocks;
@@ -101,14 +101,14 @@ void odd_rank_is_named_before_a_byte_moves() {
 }
 
 void refusal_reaches_the_peers() {
-  const auto errors = errors_of(3, [](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(3));
+  const auto errors = errors_of(3, [](Job& job, Program& program) -> Row {
+    auto axis = job.axis(program, 0, everyone(3));
     Call call = named("linear");
     if (job.rank() == 1) {
       call.invalid = 1;
       strcpy(call.note, "input has 5 features, expected 4");
     }
-    job.control().begin(call);
+    program.begin(call);
     CHECK(ShapeError, job.rank() != 1, "refused here");
     axis->board().post({}, -1, true, {});
     for (int peer = 0; peer < 3; peer++) axis->board().rows(peer);
@@ -120,9 +120,9 @@ void refusal_reaches_the_peers() {
 void stalled_rank_is_named() {
   const auto errors = errors_of(
       3,
-      [](Job& job) -> Row {
-        auto axis = job.axis(0, everyone(3));
-        job.control().begin(named("step"));
+      [](Job& job, Program& program) -> Row {
+        auto axis = job.axis(program, 0, everyone(3));
+        program.begin(named("step"));
         if (job.rank() == 1) {
           std::this_thread::sleep_for(std::chrono::milliseconds(1200));
           return {};
@@ -136,9 +136,9 @@ void stalled_rank_is_named() {
 }
 
 void failure_message_reaches_the_peers() {
-  const auto errors = errors_of(2, [](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(2));
-    job.control().begin(named("step"));
+  const auto errors = errors_of(2, [](Job& job, Program& program) -> Row {
+    auto axis = job.axis(program, 0, everyone(2));
+    program.begin(named("step"));
     if (job.rank() == 0) {
       job.control().fail(Control::Kind::died, 0, "rank 0 raised ValueError: bad");
       return {};
@@ -151,9 +151,9 @@ void failure_message_reaches_the_peers() {
 }
 
 void lanes_keep_their_order() {
-  run_ranks(2, As::threads, [](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(2));
-    job.control().begin(named("messages"));
+  run_ranks(2, As::threads, [](Job& job, Program& program) -> Row {
+    auto axis = job.axis(program, 0, everyone(2));
+    program.begin(named("messages"));
     const Scratch room(job.stream(), 400 * sizeof(int64_t));
     int64_t* values = reinterpret_cast<int64_t*>(room.data());
     if (job.rank() == 0) {

@@ -18,7 +18,7 @@ namespace {
 uint32_t next(uint32_t& state) { return (state = state * 1664525 + 1013904223) >> 8; }
 
 void heap_of_varying_lengths_is_bounded() {
-  run_ranks(1, As::threads, [](Job& job) -> Row {
+  run_ranks(1, As::threads, [](Job& job, Program&) -> Row {
     std::vector<std::pair<char*, size_t>> live;
     uint32_t state = 7;
     size_t held = 0, most = 0;
@@ -42,7 +42,7 @@ void heap_of_varying_lengths_is_bounded() {
 }
 
 void heap_gives_back_and_takes_again() {
-  run_ranks(1, As::threads, [](Job& job) -> Row {
+  run_ranks(1, As::threads, [](Job& job, Program&) -> Row {
     Heap& heap = job.heap();
     std::vector<char*> blocks;
     const size_t bytes = size_t{3} << 20;
@@ -102,13 +102,14 @@ void the_least_of_host_and_cgroups_is_left() {
 }
 
 // One exchange of all ranks: gathers, then sums; both over memory of the heap.
-void exchange(Job& job, Axis& axis, int64_t n) {
+void exchange(Job& job, Program& program, Axis& axis, int64_t n) {
   const int size = job.size();
-  job.control().begin(named("exchange", n));
+  program.begin(named("exchange", n));
   struct End {
     Job& job;
-    ~End() { job.end_call(); }
-  } end{job};
+    Program& program;
+    ~End() { job.end_call(program); }
+  } end{job, program};
   const size_t bytes = static_cast<size_t>(n) * sizeof(float);
   const Scratch room(job.stream(), bytes * static_cast<size_t>(size)), own(job.stream(), bytes), sum(job.stream(), bytes);
   for (int64_t i = 0; i < n; i++) reinterpret_cast<float*>(own.data())[i] = static_cast<float>(i + job.rank());
@@ -124,8 +125,8 @@ void exchange(Job& job, Axis& axis, int64_t n) {
 void an_allocation_that_fails_ends_the_call_on_all() {
   for (const bool windowed : {true, false}) {
     std::vector<std::vector<int>> failed(4);
-    const auto errors = errors_of(4, [&](Job& job) -> Row {
-      auto axis = job.axis(0, everyone(4), windowed);
+    const auto errors = errors_of(4, [&](Job& job, Program& program) -> Row {
+      auto axis = job.axis(program, 0, everyone(4), windowed);
       std::vector<int>& mine = failed[static_cast<size_t>(job.rank())];
       uint32_t state = 3;
       for (int call = 0; call < 120; call++) {
@@ -133,7 +134,7 @@ void an_allocation_that_fails_ends_the_call_on_all() {
         const int who = static_cast<int>(next(state) % 4), which = static_cast<int>(next(state) % (windowed ? 3 : 5));
         if (call % 3 == 1 && job.rank() == who) job.heap().fail_after(which);
         try {
-          exchange(job, *axis, n);
+          exchange(job, program, *axis, n);
         } catch (const PeerOutOfMemory& error) {
           EXPECT(error.rank == who && has(error.what(), concat("rank ", who, ": the shared heap").c_str()) && has(error.what(), "bytes"));
           mine.push_back(call);
@@ -151,10 +152,10 @@ void an_allocation_that_fails_ends_the_call_on_all() {
 }
 
 void an_allocation_between_calls_is_told_at_the_next() {
-  const auto errors = errors_of(3, [&](Job& job) -> Row {
-    auto axis = job.axis(0, everyone(3));
+  const auto errors = errors_of(3, [&](Job& job, Program& program) -> Row {
+    auto axis = job.axis(program, 0, everyone(3));
     for (int round = 0; round < 5; round++) {
-      exchange(job, *axis, 100);
+      exchange(job, program, *axis, 100);
       bool raised = false;
       if (job.rank() == 1) {
         job.heap().fail_after(0);
@@ -165,13 +166,13 @@ void an_allocation_between_calls_is_told_at_the_next() {
         }
       } else {
         try {
-          exchange(job, *axis, 200);
+          exchange(job, program, *axis, 200);
         } catch (const PeerOutOfMemory& error) {
           raised = error.rank == 1;
         }
       }
       EXPECT(raised);
-      exchange(job, *axis, 300);
+      exchange(job, program, *axis, 300);
     }
     return {};
   });
@@ -181,7 +182,7 @@ void an_allocation_between_calls_is_told_at_the_next() {
 // BLAS counts in 32 bits: sizes and strides beyond are pieces. Here it is told to count to 7.
 void products_of_pieces_are_exact() {
   const int64_t most = blas_most;
-  run_ranks(1, As::threads, [](Job& job) -> Row {
+  run_ranks(1, As::threads, [](Job& job, Program&) -> Row {
     uint32_t state = 5;
     for (int64_t limit : {int64_t{1}, int64_t{7}}) {
       blas_most = limit;

@@ -1,6 +1,6 @@
 // Verdicts on records alone: no segment, no processes.
+#include "control/verdict.h"
 #include "core_tests.h"
-#include "transport/verdict.h"
 
 namespace gingham {
 namespace {
@@ -9,6 +9,7 @@ std::vector<CallLog> logs_of(const std::vector<std::vector<Call>>& calls) {
   std::vector<CallLog> logs;
   for (const auto& made : calls) {
     CallLog log;
+    log.rank = static_cast<int>(logs.size());
     for (const Call& call : made) log.calls[++log.sequence % kHistory] = call;
     logs.push_back(log);
   }
@@ -49,6 +50,14 @@ void rows_differ_among_members_only() {
   EXPECT(v.rank == 1 && has(v.message, "local rows=5") && !has(v.message, "rank 2"));
 }
 
+// Of a program that other ranks make: its second member is the job's rank 5.
+void ranks_are_named_as_the_job_counts_them() {
+  std::vector<CallLog> logs = logs_of({{named("all_gather", 1)}, {named("all_gather", 2)}, {named("all_gather", 1)}});
+  for (int i = 0; i < 3; i++) logs[static_cast<size_t>(i)].rank = 4 + i;
+  const Verdict v = disagreement(logs, everyone(3), 1);
+  EXPECT(v.rank == 5 && has(v.message, "rank 5 got") && has(v.message, "ranks 4, 6 expected"));
+}
+
 void the_culprit_ends_the_chain() {
   EXPECT(culprit_of({{1, true}, {2, true}, {-1, true}}, 1) == 2);   // 0 waits for 1, which waits for 2, which waits for nobody
   EXPECT(culprit_of({{1, true}, {2, false}, {-1, true}}, 1) == 1);  // 1 shows no sign of life
@@ -63,6 +72,7 @@ std::vector<Test> verdict_tests() {
           {"the oldest difference counts", the_oldest_difference_counts},
           {"only what is remembered is compared", only_what_is_remembered_is_compared},
           {"rows differ among members only", rows_differ_among_members_only},
+          {"ranks are named as the job counts them", ranks_are_named_as_the_job_counts_them},
           {"the culprit ends the chain", the_culprit_ends_the_chain}};
 }
 

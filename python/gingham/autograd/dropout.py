@@ -24,7 +24,7 @@ def dropout(x: torch.Tensor, p: float, key: Key, mesh: Mesh | None, layout: str 
     """
     check_local(x, "dropout's x", mesh)
     key, *place = dropout_place(x, mesh, layout, dims, p, key)
-    return _Dropout.apply(x, p, key, *place, None if mesh is None else mesh.job)
+    return _Dropout.apply(x, p, key, *place, None if mesh is None else mesh.program)
 
 
 def dropout_place(
@@ -41,10 +41,11 @@ def dropout_place(
         sizes = x.shape[row], x.shape[feature] if row != feature else 0
         rows, total, columns, width, keys = mesh.extents_and(named, *sizes, label, *key)
         calls = [call for _, _, call in keys]
-        odd, usual = odd_ranks(calls)
+        odd, usual = odd_ranks(calls, mesh.ranks)
         if odd:
+            theirs = [calls[mesh.ranks.index(rank)] for rank in odd]
             raise MeshError(
-                f"dropout on rank {mesh.rank}: ranks {odd} make call {[calls[rank] for rank in odd]} of it, the others call {usual};"
+                f"dropout on rank {mesh.rank}: ranks {odd} make call {theirs} of it, the others call {usual};"
                 " every rank must make the same calls in training mode"
             )
         key = keys[0]
@@ -57,7 +58,7 @@ def dropout_place(
 def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
     """dropout by numbers [3 + 2 dims]: the key, the global shape and the start; without a gradient."""
     seed, name, call, *place = numbers.tolist()
-    return native.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.job)
+    return native.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.program)
 
 
 class _Dropout(Function):

@@ -38,14 +38,14 @@ class Pending:
     summed: torch.Tensor
     task: int
     mesh: Mesh
-    epoch: int  # of the job: where memory ran out since, the sum was given up on all ranks
+    epoch: int  # of the mesh's program: where memory ran out since, the sum was given up on all ranks
     settled: bool = False
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
     def wait(self) -> None:
         while not self.done.wait(HEARING):
-            self.mesh.job.hear()
+            self.mesh.program.hear()
         if self.error is not None:
             raise self.error
 
@@ -77,7 +77,7 @@ class DepthSums:
         self._thread.join()
 
     def _copied(self, weight: torch.Tensor, gradient: torch.Tensor, task: int) -> Pending:
-        epoch = self.mesh.job.epoch
+        epoch = self.mesh.program.epoch
         return Pending(weight, gradient, self.mesh.background_empty(gradient).copy_(gradient), task, self.mesh, epoch)
 
     def sum_now(self, gradient: torch.Tensor) -> None:

@@ -128,7 +128,7 @@ def make_step(
 
     along_rows = layouts is not None and any(set(first + second) & set(layout.rows) for layout in layouts)
     return native.Step(
-        mesh.job,
+        mesh.program,
         name,
         activation(0, k, first, second),
         [weight(size) for size in n],
@@ -243,7 +243,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     weights, before = saved[:count], saved[count:]
     dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
     if before:
-        dys = [native.gelu_backward(plan.mesh.job, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
+        dys = [native.gelu_backward(plan.mesh.program, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
     need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
     used = [dy is not None for dy in cotangents]
     need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))

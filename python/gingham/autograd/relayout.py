@@ -67,7 +67,7 @@ class _Relayout(Function):
         moved = set(source.features + target.features) | set(source.rows) ^ set(target.rows)
         names = tuple(name for name in mesh.sizes if name in moved)
         blocks = _blocks(mesh, names, (source, target), flat, features)
-        me = members(names, mesh.sizes, mesh.coordinates).index(mesh.rank)
+        me = members(names, mesh.sizes, mesh.coordinates).index(mesh.index)
         plan = relayout_plan(blocks[0], blocks[1], me)
         new = mesh.empty([length for _, length in blocks[1][me]], x.dtype)
         new[slices(plan.kept[1])] = flat[slices(plan.kept[0])]
@@ -210,7 +210,7 @@ def _moves(mesh: Mesh, source: Cuts, target: Cuts, shape: tuple[int, ...]) -> tu
     crossed = {name for sender, rank, _ in moves for name in mesh.sizes if places[sender][name] != places[rank][name]}
     names = _covering(mesh, crossed)
     ranks = members(names, mesh.sizes, mesh.coordinates)
-    mine, kept = mesh.rank, intersection(before[mesh.rank], after[mesh.rank])
+    mine, kept = mesh.index, intersection(before[mesh.index], after[mesh.index])
     plan = Relayout(
         (relative(kept, before[mine]), relative(kept, after[mine])),
         [Piece(ranks.index(rank), relative(part, before[mine])) for sender, rank, part in moves if sender == mine],

@@ -51,7 +51,7 @@ def save(
     if keep < 1:
         raise ValueError(f"keep={keep}: expected the number of checkpoints to keep, at least 1")
     what = f"gingham.save to {path}"
-    ranks = Ranks(what, writes=True)
+    ranks = Ranks(what, writes=True, of=model.parameters())
     planner, merged, metadata = _plan(ranks, lambda: gathered(ranks, model, optimizer, {"scheduler": scheduler, "scaler": scaler}, step))
     begun: list[folders.Writing] = []
 
@@ -122,7 +122,7 @@ def load(
     agree all the same). No code that the files may hold is run, and no path in them leaves the folder.
     """
     what = f"gingham.load from {path}"
-    ranks = Ranks(what)
+    ranks = Ranks(what, of=model.parameters())
     held: list[folders.Lock] = []
 
     def find() -> Path:

@@ -49,7 +49,7 @@ def save_pretrained(
     if options.get("safe_serialization") is False and "safe_serialization" not in inspect.signature(method).parameters:
         raise NotImplementedError("save_pretrained: safe_serialization=False, but this transformers writes safetensors only; leave it out")
     what = f"{type(model).__name__}.save_pretrained to {save_directory}"
-    ranks = Ranks(what, writes=True)
+    ranks = Ranks(what, writes=True, of=model.parameters())
     if state_dict is None or any(isinstance(value, DTensor) for value in state_dict.values()):
         full = full_tensors(ranks, model)
         first: dict[tuple[int, ...], str] = {}

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ..mesh import current, has_mesh
+from ..mesh import mesh_of
 from . import optimizer_states
 from .tensors import block_of
 
@@ -37,7 +37,7 @@ def _accept(module: torch.nn.Module) -> None:
 
 def _accept_new(module: torch.nn.Module, name: str, parameter: Any) -> None:
     """torch calls it for each parameter that a module gets: those of our mesh make theirs take full tensors."""
-    if isinstance(parameter, DTensor) and has_mesh() and parameter.device_mesh == current().device_mesh:
+    if isinstance(parameter, DTensor) and mesh_of(parameter) is not None:
         _accept(module)
 
 
@@ -77,7 +77,8 @@ def cut_like(full: torch.Tensor, parameter: DTensor, own: bool) -> DTensor:
     offsets, held = block_of("a parameter", parameter)
     local = full.detach()[tuple(slice(start, start + length) for start, length in zip(offsets, held.shape, strict=True))]
     if own:
-        local = (current().empty(local.shape, local.dtype) if has_mesh() else torch.empty_like(held, dtype=local.dtype)).copy_(local)
+        mesh = mesh_of(parameter)
+        local = (mesh.empty(local.shape, local.dtype) if mesh is not None else torch.empty_like(held, dtype=local.dtype)).copy_(local)
     shape, stride = parameter.shape, torch.empty(parameter.shape, device="meta").stride()
     local = local.to(held.device)
     return DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..errors import MeshError, PeerDied, PeerStalled
 from ..launch import faults
-from ..mesh import current, has_mesh
+from ..mesh import mesh_among
 
 BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled
 
@@ -24,17 +24,18 @@ class CheckpointError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of gingham.init's mesh, or this process alone where there is none. Raises MeshError for a rank of several that only
-    believes to be alone, whose part would pass for the whole: `what` is about to be done, `writes`: it leaves files."""
+    """The ranks of the mesh on which tensors of `of` stand, else of gingham.init's, or this process alone where there is none. Raises
+    MeshError for a rank of several that only believes to be alone, whose part would pass for the whole: `what` is about to be done,
+    `writes`: it leaves files."""
 
-    def __init__(self, what: str, writes: bool = False) -> None:
+    def __init__(self, what: str, writes: bool = False, of: Iterable[Any] = ()) -> None:
         self.what, self._point = what, "save" if writes else "load"
-        self.mesh = current() if has_mesh() else None
-        self.rank, self.size = (self.mesh.rank, self.mesh.size) if self.mesh is not None else (0, 1)
+        self.mesh = mesh_among(what, of)
+        self.rank, self.size = (self.mesh.index, self.mesh.size) if self.mesh is not None else (0, 1)
         if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise MeshError(f"{what}: {dist.get_world_size()} ranks without a mesh: call gingham.init(...) before saving or loading")
         world = os.environ.get("WORLD_SIZE", "1")
-        if writes and world.isdecimal() and int(world) > self.size:
+        if writes and world.isdecimal() and int(world) > self.size and (self.mesh is None or self.mesh.job.size < int(world)):
             raise MeshError(
                 f"{what}: rank {os.environ.get('RANK', '?')} of {world} (WORLD_SIZE) would write alone, as each of the others: expected a"
                 f" mesh of {world} ranks, got {'none' if self.mesh is None else f'one of {self.size}'}; call it between gingham.init(...)"
@@ -77,7 +78,8 @@ class Ranks:
         outcomes = self.tell(outcome)
         errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
         if errors:
-            said = "; ".join(f"rank {rank}: {error}" for rank, error in errors.items() if error != errors.get(rank - 1))
+            named = self.mesh.ranks if self.mesh is not None else (0,)
+            said = "; ".join(f"rank {named[rank]}: {error}" for rank, error in errors.items() if error != errors.get(rank - 1))
             raise CheckpointError(f"{what}: {said}") from (failed[0] if failed else None)
         return [value for value, _ in outcomes]
 

@@ -148,7 +148,7 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
     every rank where one fails.
     """
     what = f"gingham.export_safetensors to {path}"
-    ranks = Ranks(what, writes=True)
+    ranks = Ranks(what, writes=True, of=model.parameters())
     limit = size_of(shard_size)
     wholes, tables = _described(ranks, model)
     made: list[Files] = []
@@ -247,7 +247,7 @@ def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], str
     what is there, and casts. Names in an index with folders in them and links that leave the folder are refused.
     """
     what = f"gingham.import_safetensors from {path}"
-    ranks = Ranks(what)
+    ranks = Ranks(what, of=model.parameters())
     found: list[tuple[Stored, list[tuple[str, Whole]]]] = []
 
     def prepare() -> None:

@@ -166,7 +166,7 @@ class Checks:
             return
         words = f"{tuple(x.shape)} {x.dtype}".encode()
         sums = [each for (each,) in self.mesh.world.sizes([checksum(x, crc32(words))])]
-        odd, _ = odd_ranks(sums)
+        odd, _ = odd_ranks(sums, self.mesh.ranks)
         if odd:
             raise self.error(
                 Wrong(

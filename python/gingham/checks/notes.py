@@ -58,7 +58,7 @@ class Notes:
         every = [part.tolist() for part in mesh.world.all_gather(mine, counted=False)]
         for index, (_, alike, wrong, site) in enumerate(entries):
             column = [digests[index] for digests in every]
-            odd, usual = odd_ranks(column)
+            odd, usual = odd_ranks(column, mesh.ranks)
             if alike and odd:
                 return Wrong(f"{wrong.what} (ranks {odd})", wrong.fix), site
             if not alike and not odd and usual:

@@ -118,7 +118,7 @@ def bench(arguments: list[str]) -> int:
 def cuda_rows() -> list[tuple[str, str]]:
     """What was built for GPUs, what this machine has, and how far it was ever verified."""
     from .. import native
-    from ..launch.init import find_nccl
+    from ..launch.gpu import find_nccl
 
     find_nccl()
     report = native.device_report()

@@ -51,11 +51,12 @@ def agreed_seed(mesh: Mesh) -> int:
     if mesh.size == 1:
         return seed
     seeds = [(high << 32) | low for high, low in mesh.world.sizes([seed >> 32, seed & 0xFFFFFFFF])]
-    odd = [rank for rank, each in enumerate(seeds) if each != seeds[0]]
+    odd = [rank for rank, each in zip(mesh.ranks, seeds, strict=True) if each != seeds[0]]
     if odd:
+        first, theirs = mesh.ranks[0], seeds[mesh.ranks.index(odd[0])]
         warnings.warn(
-            f"parallelize: {_ranks(odd)} had another seed than rank 0 ({seeds[odd[0]]}, {seeds[0]}); the model on meta is drawn from"
-            f" rank 0's: call torch.manual_seed({seeds[0]}) on every rank",
+            f"parallelize: {_ranks(odd)} had another seed than rank {first} ({theirs}, {seeds[0]}); the model on meta is drawn from"
+            f" rank {first}'s: call torch.manual_seed({seeds[0]}) on every rank",
             stacklevel=4,
         )
     return seeds[0]
@@ -72,12 +73,12 @@ def _ranks(odd: list[int]) -> str:
 
 def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> None:
     usual = Counter(posted).most_common(1)[0][0]
-    odd = [rank for rank, each in enumerate(posted) if each != usual]
+    odd = [rank for rank, each in zip(mesh.ranks, posted, strict=True) if each != usual]
     data = words.encode()
     longest = max(size for (size,) in mesh.world.sizes([len(data)]))
     padded = torch.frombuffer(bytearray(data.ljust(longest, b"\n")), dtype=torch.uint8)
     texts = [bytes(each.numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, counted=False)]
-    theirs, ours = texts[odd[0]], texts[posted.index(usual)]
+    theirs, ours = texts[mesh.ranks.index(odd[0])], texts[posted.index(usual)]
     index = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
     got, expected = (lines[index] if index < len(lines) else "no more parameters" for lines in (theirs, ours))
     raise MeshError(
@@ -90,14 +91,15 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
 def _take_first(mesh: Mesh, tensors: list[tuple[str, torch.Tensor]], sums: list[int]) -> None:
     every = torch.stack(list(mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64), counted=False)))
     differs = (every != every[0]).any(0).tolist()
-    odd = (every != every[0]).any(1).nonzero().flatten().tolist()
+    odd = [mesh.ranks[place] for place in (every != every[0]).any(1).nonzero().flatten().tolist()]
     names = [name for (name, _), differ in zip(tensors, differs, strict=True) if differ]
     for (_, x), differ in zip(tensors, differs, strict=True):
         if differ:
             _broadcast(mesh, x)
+    first, found = mesh.ranks[0], f"{len(names)} of {len(tensors)} parameters and buffers, the first of them {names[0]!r}"
     warnings.warn(
-        f"parallelize: {_ranks(odd)} held other values than rank 0 in {len(names)} of {len(tensors)} parameters and buffers, the first of"
-        f" them {names[0]!r}; all have rank 0's now. Build models after the same torch.manual_seed on every rank, or load one checkpoint",
+        f"parallelize: {_ranks(odd)} held other values than rank {first} in {found}; all have rank {first}'s now. Build models after"
+        " the same torch.manual_seed on every rank, or load one checkpoint",
         stacklevel=4,
     )
 
@@ -117,7 +119,7 @@ def check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Te
         if x.device.type == "cpu":
             sum_of = checksum(x, crc32(repr(tuple(x.shape)).encode(), sum_of))
     sums = [each for (each,) in mesh.world.sizes([sum_of])]
-    odd, _ = odd_ranks(sums)
+    odd, _ = odd_ranks(sums, mesh.ranks)
     if odd:
         raise MeshError(
             f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError
-from ..mesh import Mesh, current, cuts_of
+from ..mesh import Mesh, current, cuts_of, mesh_among
 from ..mesh.checksums import digest_of
 from ..mesh.layout import block, coordinates_of, odd_ranks
 
@@ -41,7 +41,7 @@ def check(model: Any, *inputs: Any, original: torch.nn.Module | None = None, rto
     Returns the errors by name of output. Raises gingham.compare.Difference (a MeshError) that names the first module, in the order of the
     calls, whose output differs, and the outputs and gradients that do; ValueError where the original cannot be built.
     """
-    mesh = current()
+    mesh = current(mesh_among("check", model.parameters()))
     twin = _twin(model, original)
     modes = {module: module.training for each in (model, twin) for module in each.modules()}
     kept = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -209,11 +209,11 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     Every rank calls it; call it now and then in a run that must not go wrong in silence. One checksum of 8 bytes a tensor is
     gathered from every rank. Raises MeshError on every rank that names the first that differs and the odd ranks.
     """
-    mesh = current()
+    mesh = current(mesh_among("check_replicas", model.parameters()))
     entries = list(_entries(model, optimizer))
     names = [name for name, _ in entries]
     told = mesh.world.sizes([len(names), crc32("\n".join(names).encode())])
-    odd, _ = odd_ranks([tuple(each) for each in told])
+    odd, _ = odd_ranks([tuple(each) for each in told], mesh.ranks)
     if odd:
         raise MeshError(f"check_replicas: rank {mesh.rank}: ranks {odd} hold other names, {len(names)} here: models or optimizers differ")
     mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64)
@@ -221,13 +221,14 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     wrong = []
     for index, (name, value) in enumerate(entries):
         for holders in _holders(mesh, value):
-            odd, _ = odd_ranks([parts[rank][index] for rank in holders], holders)
+            named = [mesh.ranks[place] for place in holders]
+            odd, _ = odd_ranks([parts[place][index] for place in holders], named)
             if odd:
-                wrong.append((name, odd, holders))
+                wrong.append((name, odd, named))
     if wrong:
         name, odd, holders = wrong[0]
         raise MeshError(
-            f"check_replicas: rank {mesh.rank}: {name} differs: ranks {odd} hold other values than the rest of {list(holders)}, which"
+            f"check_replicas: rank {mesh.rank}: {name} differs: ranks {odd} hold other values than the rest of {holders}, which"
             f" should hold the same; {len({each for each, *_ in wrong})} of {len(names)} entries differ. A rank that skipped a step,"
             " stepped with another learning rate, or was given other inputs makes this; load the last checkpoint on all ranks"
         )

@@ -67,7 +67,7 @@ def stationary_of(mesh: Mesh, swapped: bool) -> str:
 
 def show(made: Conversion, tokens: int, width: int | None = None) -> None:
     """Prints the plan, on rank 0: equal blocks on one line, as wide as the terminal (or `width`)."""
-    if made.mesh.rank:
+    if made.mesh.index:
         return
     console, mesh = Console(width=width), made.mesh
     every = rows(made, tokens)

@@ -48,13 +48,13 @@ def _state_dict(mesh: Mesh, original: Any, self: Any, model: Any, unwrap: bool =
 
 def _save_state(mesh: Mesh, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     optimizers = self._optimizers
-    self._optimizers = [FullState(optimizer, mesh.rank) for optimizer in optimizers]
+    self._optimizers = [FullState(optimizer, mesh.index) for optimizer in optimizers]
     try:
         folder = original(self, *args, **kwargs)
     finally:
         self._optimizers = optimizers
     for model in self._models[:1]:
-        write_calls(model, folder, mesh.rank)
+        write_calls(model, folder, mesh.index)
     wait("Accelerator.save_state")
     return folder
 
@@ -82,7 +82,7 @@ def _save_model(mesh: Mesh, original: Any, self: Any, model: Any, save_directory
     if on_a_mesh(model) is None:
         return original(self, model, save_directory, *args, **kwargs)
     full = full_model(model, "Accelerator.save_model")
-    if mesh.rank == 0:
+    if mesh.index == 0:
         self.get_state_dict = lambda *_, **__: full
         try:
             original(self, model, save_directory, *args, **kwargs)

@@ -47,8 +47,8 @@ def refresh() -> None:
             state.update(
                 distributed_type=module.DistributedType.NO,
                 num_processes=1,
-                process_index=mesh.rank,
-                local_process_index=mesh.rank,
+                process_index=mesh.index,
+                local_process_index=mesh.index,
                 device=mesh.device,
             )
         elif KEPT in state:

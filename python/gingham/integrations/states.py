@@ -21,7 +21,7 @@ CALLS = "gingham_dropout.json"
 
 def full_model(model: torch.nn.Module, what: str) -> dict[str, torch.Tensor]:
     """The model's full tensors by the original's keys on rank 0, {} elsewhere. Every rank calls it."""
-    ranks = Ranks(what, writes=True)
+    ranks = Ranks(what, writes=True, of=model.parameters())
     full = full_tensors(ranks, model)
     first: dict[tuple[int, ...], str] = {}
     names = {key: first.setdefault(tuple(id(part.tensor) for part in parts), key) for key, parts in plain_keys(model).items()}

@@ -65,7 +65,7 @@ def _save_checkpoint(mesh: Mesh, original: Any, self: Any, *args: Any, **kwargs:
 
 def _save_optimizer(mesh: Mesh, original: Any, self: Any, output_dir: Any) -> None:
     optimizer = self.optimizer
-    self.optimizer = FullState(optimizer, mesh.rank)
+    self.optimizer = FullState(optimizer, mesh.index)
     try:
         original(self, output_dir)
     finally:
@@ -73,9 +73,9 @@ def _save_optimizer(mesh: Mesh, original: Any, self: Any, output_dir: Any) -> No
 
 
 def _save_generators(mesh: Mesh, original: Any, self: Any, output_dir: Any) -> None:
-    if mesh.rank == 0:
+    if mesh.index == 0:
         original(self, output_dir)
-    write_calls(self.model, output_dir, mesh.rank)
+    write_calls(self.model, output_dir, mesh.index)
 
 
 def _load_generators(mesh: Mesh, original: Any, self: Any, checkpoint: Any) -> None:

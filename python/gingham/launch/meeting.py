@@ -42,18 +42,18 @@ def seen_by_all(error: BaseException) -> BaseException:
 
 
 class Meeting:
-    """Of rank `rank` of `size`, in an init of at most `timeout` seconds for every step."""
+    """Of rank `rank` with the others of `ranks`, in an init of at most `timeout` seconds for every step."""
 
-    def __init__(self, rank: int, size: int, timeout: float) -> None:
-        self.rank, self.size, self.timeout = rank, size, timeout
+    def __init__(self, rank: int, ranks: tuple[int, ...], timeout: float) -> None:
+        self.rank, self.ranks, self.size, self.timeout = rank, ranks, len(ranks), timeout
         _wait_for_those_left_behind(rank)
         self.pids: list[int] = []
         self._watched: dict[int, int | None] = {}  # by rank: its pidfd, None where the system has none for us
         self._others: dict[int, int] = {}  # and its pid
         self.store: Any = None  # of this init; none for one rank
         self._watch: Any = None
-        if size > 1:
-            self.store = rendezvous.store(rank, size, timeout)
+        if self.size > 1:
+            self.store = rendezvous.store(rank, ranks, timeout)
             # a connection of its own: the first one is busy while Gloo waits in it
             self._watch = self.store.clone()
 
@@ -61,7 +61,7 @@ class Meeting:
         """Tells that this rank is here and waits for all others. Raises PeerStalled naming those that do not come, PeerDied."""
         mine = {"pid": os.getpid(), "host": _host()}
         told = self.exchange("arrived", mine, self._meet)
-        strange = [rank for rank, other in enumerate(told) if other["host"] != mine["host"]]
+        strange = [rank for rank, other in zip(self.ranks, told, strict=True) if other["host"] != mine["host"]]
         if strange:
             raise seen_by_all(
                 MeshError(
@@ -72,25 +72,25 @@ class Meeting:
         self.pids = [other["pid"] for other in told]
 
     def exchange(self, name: str, value: Any, seen: Callable[[int, Any], None] = lambda rank, value: None) -> list[Any]:
-        """Every rank's value (of JSON), in rank order."""
+        """Every rank's value (of JSON), in the order of `ranks`."""
         if self.size == 1:
             return [value]
         self.store.set(f"{name}/{self.rank}", json.dumps(value))
         told: dict[int, Any] = {self.rank: value}
         deadline, pause = time.monotonic() + self.timeout, 0.001
         while True:
-            for rank in range(self.size):
+            for rank in self.ranks:
                 if rank not in told and self._watch.check([f"{name}/{rank}"]):
                     told[rank] = json.loads(self._watch.get(f"{name}/{rank}"))
                     seen(rank, told[rank])
             if len(told) == self.size:
-                return [told[rank] for rank in range(self.size)]
-            for rank in set(range(self.size)) - set(told):
+                return [told[rank] for rank in self.ranks]
+            for rank in set(self.ranks) - set(told):
                 if (text := rendezvous.gone(rank)) is not None:
                     raise about(PeerDied, rank, f"{text} (told to rank {self.rank}, which waits for it in gingham.init)")
             self._look(name)
             if time.monotonic() > deadline:
-                raise self._stalled([rank for rank in range(self.size) if rank not in told], name)
+                raise self._stalled([rank for rank in self.ranks if rank not in told], name)
             time.sleep(pause)
             pause = min(2 * pause, PAUSE)
 
@@ -132,7 +132,7 @@ class Meeting:
         if not isinstance(error, MeshError | PeerDied | PeerStalled | PeerOutOfMemory | MemoryError):
             deadline = time.monotonic() + 0.5
             while time.monotonic() < deadline:
-                self._look(name)
+                self._look("")  # also who was through the step: Gloo may still have needed it
                 time.sleep(PAUSE)
         raise error
 
@@ -182,7 +182,7 @@ class Meeting:
     def _not_through(self, name: str) -> list[int]:
         """Those that hold the others up: stopped ones, else those that have not come through the step."""
         stopped = [rank for rank, pid in self._others.items() if _state(pid) in ("T", "t")]
-        late = [rank for rank in range(self.size) if rank != self.rank and not self._watch.check([f"{name}/{rank}"])]
+        late = [rank for rank in self.ranks if rank != self.rank and not self._watch.check([f"{name}/{rank}"])]
         return stopped or late or [self.rank]
 
     def _stalled(self, ranks: Iterable[int], name: str) -> BaseException:

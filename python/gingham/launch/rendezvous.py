@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ..errors import PeerStalled
 
 _stores: dict[tuple[str, int], dist.Store] = {}
-_meetings: Counter[tuple[str, int]] = Counter()
+_meetings: Counter[tuple[str, int, tuple[int, ...]]] = Counter()
 
 
 def world() -> tuple[int, int]:
@@ -45,8 +45,9 @@ def _tcp_store(rank: int, size: int, timeout: float) -> dist.Store:
         raise stalled from error
 
 
-def store(rank: int, size: int, timeout: float) -> dist.Store:
-    """A store of one init, the same on all ranks; that of the environment is kept, since rank 0 cannot open its port a second time."""
+def store(rank: int, ranks: tuple[int, ...], timeout: float) -> dist.Store:
+    """A store of one init, the same on all its ranks; that of the environment is kept, since rank 0 cannot open its port a second time."""
+    size = world()[1]
     path = os.environ.get("GINGHAM_STORE", "")
     address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     if dist.is_initialized():
@@ -58,9 +59,10 @@ def store(rank: int, size: int, timeout: float) -> dist.Store:
         made = _stores[key]
     else:
         return dist.HashStore()
-    _meetings[key] += 1
+    _meetings[*key, ranks] += 1
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"gingham{attempt}.{_meetings[key]}", made)
+    whose = "" if len(ranks) == size else f".{'-'.join(map(str, ranks))}"
+    return dist.PrefixStore(f"gingham{attempt}.{_meetings[*key, ranks]}{whose}", made)
 
 
 def tell_gone(path: str, rank: int, text: str) -> None:
@@ -89,7 +91,7 @@ def make_process_group(device: str = "cpu", made: dist.Store | None = None) -> b
     if "MASTER_ADDR" not in os.environ or os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" and torch.cuda.is_available() else "gloo"
-    made = dist.HashStore() if size == 1 else made or store(rank, size, 60.0)
+    made = dist.HashStore() if size == 1 else made or store(rank, tuple(range(size)), 60.0)
     dist.init_process_group(backend, store=dist.PrefixStore("group", made), rank=rank, world_size=size)
     return True
 

@@ -8,6 +8,7 @@ from .mesh import check_local as check_local
 from .mesh import current as current
 from .mesh import cuts_of as cuts_of
 from .mesh import has_mesh as has_mesh
+from .mesh import mesh_among as mesh_among
 from .mesh import mesh_of as mesh_of
 from .mesh import mesh_on as mesh_on
 from .mesh import set_current as set_current

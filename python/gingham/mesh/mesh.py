@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch.compiler import is_exporting
@@ -28,50 +28,62 @@ LABELS = 4096  # kept at a time
 
 
 class Mesh(GridShape, Live):
-    """Made by `gingham.init`. `coordinates`: this rank's place by axis; `outer`, `inner`: the two activation layouts;
-    `grid`: (pm, pn, pk); `axis(names)`: the communicator of the ranks that differ in the axes `names` only."""
+    """Made by `gingham.init`. `ranks`: the job's ranks that it is made of, in mesh order; `rank`: this one, `index`: its place among
+    them, `coordinates`: its place by axis; `outer`, `inner`: the two activation layouts; `grid`: (pm, pn, pk); `axis(names)`: the
+    communicator of the ranks that differ in the axes `names` only."""
 
     def __init__(
         self,
         axes: Axes,
-        rank: int,
-        jobs: Sequence[native.Job],
+        ranks: Sequence[int],
+        job: native.Job,
+        id: int,
         device_mesh: DeviceMesh,
-        source: str,
-        slices: int,
-        link: tuple[float, float],
         device: torch.device,
+        timeout: float = 60.0,
+        source: str = "window",
+        slices: int = 1,
+        link: tuple[float, float] = (0.0, 0.0),
     ) -> None:
+        """Collective over `ranks`. id: the number of their program in the job, and id + 1 that of the sums over depth beside it."""
         super().__init__(axes)
-        self.rank, self.device_mesh, self._link = rank, device_mesh, link
-        self.job = jobs[0]
-        self._sums = jobs[1] if len(jobs) > 1 else None
+        self.ranks, self.rank, self.index = tuple(ranks), job.rank, list(ranks).index(job.rank)
+        self.device_mesh, self._link = device_mesh, link
+        self.job = job
         self.device = device
         self.source, self.slices = source, slices
-        self.coordinates = coordinates_of(rank, self.sizes)
+        self.coordinates = coordinates_of(self.index, self.sizes)
         every = tuple(self.sizes)
         groups: dict[str, Names] = {name: (name,) for name in every if self.sizes[name] > 1}
         groups |= {key: names for key, names in {"m": axes.m, "features": axes.outer.features}.items() if len(names) > 1}
-        indices = {key: index for index, key in enumerate(dict.fromkeys([*every, "m", "features", "world"]))}
+        groups["world"] = every
+        lines = [self.parts(names) for names in groups.values()]
+        self.program = native.Program(job, id, self.ranks, lines, timeout)
+        self._sums: native.Program | None = None
+        if axes.depth and not job.has_gpu:
+            self._sums = native.Program(job, id + 1, self.ranks, [self.parts(axes.depth)], timeout)
+            self.program.pair_with(self._sums)
         self._axes: dict[frozenset[str], native.Axis] = {}
         self._found: dict[Names, native.Axis | None] = {}  # by the names that were asked for
         self._keys: dict[str, native.Axis] = {}
-        for key, names in groups.items():
-            self._keys[key] = native.Axis(self.job, indices[key], members(names, self.sizes, self.coordinates), source, *link)
-            self._axes[frozenset(names)] = self._keys[key]
+        for index, (key, names) in enumerate(groups.items()):
+            made = native.Axis(self.program, index, members(names, self.sizes, self.coordinates), source, *link)
+            if key == "world":
+                self.world = made
+            if key != "world" or len(groups) > 2:
+                self._keys[key] = made
+            if key != "world":
+                self._axes[frozenset(names)] = made
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
         keep(self)
-        _alive.add(self)
+        _alive.append(weakref.ref(self, _alive.remove))
         self._labels: dict[str, native.Label] = {}
         self._next_number = count()
         self.checks: Any = None  # while the first step is checked: see checks/
         self.depth_sums: Any = None
         self.ended = False
         self._background: native.Axis | None = None
-        self.world = native.Axis(self.job, indices["world"], list(range(self.size)), source, *link)
-        if len(groups) > 1:
-            self._keys["world"] = self.world
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
@@ -159,7 +171,7 @@ class Mesh(GridShape, Live):
         self.say(label)
         told = self.world.sizes([rows, features, *numbers])
         total, blocks = blocks_from_shapes([each[:2] for each in told], (layout.rows, layout.features), self.sizes)
-        mine = blocks[self.rank]
+        mine = blocks[self.index]
         return mine[0], total[0], mine[1], total[1], [tuple(each[2:]) for each in told]
 
     def parameter(self, full: torch.Tensor, cuts: Cuts) -> torch.nn.Parameter:
@@ -179,7 +191,7 @@ class Mesh(GridShape, Live):
         forked from a rank, its own. lasting: a parameter, which such a process sees as it stands and not as it was at the fork."""
         if self.ended:
             raise MeshError(f"{self} was used after destroy: call gingham.init again")
-        return self.job.empty(list(shape), str(dtype).removeprefix("torch."), lasting)
+        return self.program.empty(list(shape), str(dtype).removeprefix("torch."), lasting)
 
     def next_number(self) -> int:
         """Of a layer among those made on this mesh."""
@@ -193,7 +205,7 @@ class Mesh(GridShape, Live):
             if len(self._labels) >= LABELS:
                 self._labels.clear()
             known = self._labels[label] = native.Label(label)
-        self.job.say(known) if moves else self.job.note(known)
+        self.program.say(known) if moves else self.program.note(known)
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
@@ -204,19 +216,25 @@ class Mesh(GridShape, Live):
                 counts[self.axes.depth[0]][name] += count
         return counts
 
+    def close(self) -> None:
+        """For destroy: later calls of the others that wait for this rank raise PeerDied."""
+        self.program.close()
+        if self._sums is not None:
+            self._sums.close()
+
     @property
     def has_background(self) -> bool:
         """Whether weight gradients are summed over depth by a thread of their own."""
         return self._sums is not None
 
     @property
-    def background(self) -> native.Job:
-        """The job of that thread."""
+    def background(self) -> native.Program:
+        """The program of that thread."""
         assert self._sums is not None, self
         return self._sums
 
     def background_axis(self) -> native.Axis:
-        """A second communicator over depth, in a job of its own, for a thread beside the main one; counted under depth."""
+        """A second communicator over depth, of a program of its own, for a thread beside the main one; counted under depth."""
         if self._background is None:
             ranks = members(self.axes.depth, self.sizes, self.coordinates)
             self._background = native.Axis(self.background, 0, ranks, self.source, *self._link)
@@ -264,7 +282,7 @@ def has_mesh() -> bool:
     return _current is not None
 
 
-_alive: WeakSet[Mesh] = WeakSet()
+_alive: list[weakref.ref[Mesh]] = []  # in the order in which they were made, which is the same on all their ranks
 
 
 def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
@@ -273,12 +291,23 @@ def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
 
 
 def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:
-    """The mesh of gingham that lies on a torch DeviceMesh, or on an equal one: DTensor hands on meshes that it has seen before."""
-    return next((mesh for mesh in list(_alive) if not mesh.ended and mesh.device_mesh == device_mesh), None)
+    """The mesh of gingham that lies on a torch DeviceMesh, or on an equal one: DTensor hands on meshes that it has seen before. Of several
+    the first that was made."""
+    meshes = (known() for known in list(_alive))
+    return next((mesh for mesh in meshes if mesh is not None and not mesh.ended and mesh.device_mesh == device_mesh), None)
 
 
 def mesh_of(parameter: DTensor) -> Mesh | None:
     return mesh_on(parameter.device_mesh)
+
+
+def mesh_among(what: str, tensors: Iterable[Any]) -> Mesh | None:
+    """The mesh on which those stand that are cut; where none is, init's, or None where there is none. Raises MeshError for several."""
+    lie_on = {id(each.device_mesh): each.device_mesh for each in tensors if isinstance(each, DTensor)}
+    found = {mesh.handle: mesh for mesh in map(mesh_on, lie_on.values()) if mesh is not None}
+    if len(found) > 1:
+        raise MeshError(f"{what}: got tensors of several meshes, {', '.join(map(repr, found.values()))}: call it for those of each")
+    return next(iter(found.values()), _current)
 
 
 def cuts_of(mesh: Mesh, placements: Sequence[Any], ndim: int) -> Cuts:

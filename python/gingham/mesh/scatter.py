@@ -35,7 +35,7 @@ class Gather(Function):
             total, blocks = blocks_from_shapes([part.shape for part in parts], cuts, mesh.sizes)
         except ValueError as error:
             raise ShapeError(f"gather: {error}") from None
-        ctx.mesh, ctx.cuts, ctx.mine = mesh, cuts, blocks[mesh.rank]
+        ctx.mesh, ctx.cuts, ctx.mine = mesh, cuts, blocks[mesh.index]
         full = x.new_empty(total)
         for part, place in zip(parts, blocks, strict=True):
             full[slices(place)] = part

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..autograd.casts import local_of
 from ..autograd.gradients import owing
 from ..errors import MeshError
-from ..mesh import current
+from ..mesh import current, mesh_among
 
 
 @torch.no_grad()
@@ -30,11 +30,11 @@ def clip_grad_norm_(
     nothing here. Raises MeshError where gradients are parts of sums that no_sync left out, or the ranks ask for other
     norms or gradients, ValueError for a norm_type <= 0.
     """
-    mesh = current()
+    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    mesh = current(mesh_among("clip_grad_norm_", parameters))
     max_norm, norm_type = float(max_norm), float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"clip_grad_norm_: rank {mesh.rank} got norm_type={norm_type}, expected a power > 0 or torch.inf")
-    parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if owing(parameters):
         raise MeshError(

@@ -1,4 +1,4 @@
-#include "transport/control.h"
+#include "control/control.h"
 
 #include <poll.h>
 #include <sched.h>
@@ -45,20 +45,36 @@ void Control::watch(int rank, int pid) {
     watches_ = false;
 }
 
+namespace {
+
+// Of a rank that waits for the job itself.
+struct Joining : Waiter {
+  explicit Joining(Control& control) : control(control) {}
+  void check() override { control.check(); }
+  std::string doing() const override { return "the start of the job"; }
+  double timeout() const override { return control.timeout(); }
+  Control& control;
+};
+
+}  // namespace
+
 void Control::attach(const std::string& version, const std::vector<int>& pids) {
   pidfds_.assign(static_cast<size_t>(size_), -1);
   watched_.assign(static_cast<size_t>(size_), -1);
   for (int r = 0; r < static_cast<int>(pids.size()); r++) watch(r, pids[static_cast<size_t>(r)]);
   RankRecord& me = block_->ranks[rank_];
-  me.heartbeat = now();
-  me.waiting_on.store(-1);
+  for (auto& wait : me.waits) {
+    wait.heartbeat = now();
+    wait.on.store(-1);
+  }
   if (rank_ == 0) {
     copy_text(block_->version, sizeof(block_->version), version);
     block_->size = size_;
   }
   me.pid.store(getpid());
   if (rank_ != 0) {
-    wait(block_->attached, 1, -1);
+    Joining joining(*this);
+    wait(block_->attached, 1, 0, joining);
     CHECK(MeshError, version == block_->version, "rank ", rank_, " runs gingham ", version, ", rank 0 runs ", block_->version,
           "; install one version everywhere");
     CHECK(MeshError, size_ == block_->size, "rank ", rank_, " was started for ", size_, " ranks, rank 0 for ", block_->size);
@@ -66,7 +82,7 @@ void Control::attach(const std::string& version, const std::vector<int>& pids) {
   block_->attached.add(1);
   const double start = now();
   while (!reached(block_->attached.load(), static_cast<uint32_t>(size_))) {
-    poll_peers(-1);
+    look();
     nap(0.001);
     if (now() - start < timeout_) continue;
     std::vector<int> missing;
@@ -78,60 +94,35 @@ void Control::attach(const std::string& version, const std::vector<int>& pids) {
   for (int r = 0; r < size_; r++) watch(r, block_->ranks[r].pid.load());
 }
 
-void Control::begin(const Call& call) {
-  CHECK(MeshError, !orphaned_, "rank ", rank_, ": ", call.name, " in a process forked from this rank, such as a data loader's worker, which is",
-        " no rank of the mesh: call layers, gather and other collectives in the rank itself; mesh.scatter works in both");
-  CHECK(MeshError, !closed_.load(), "rank ", rank_, ": ", call.name, " on a mesh after destroy; call gingham.init again");
-  if (told_) recover();
-  RankRecord& me = block_->ranks[rank_];
-  const uint32_t sequence = me.sequence.load() + 1;
-  Call& mine = me.calls[sequence % kHistory];
-  mine = call;
-  if (label_) {
-    mine.options = label_->hash;
-    copy_text(mine.label, sizeof(mine.label), label_->text);
-    label_.reset();
-  }
-  key_ = mixed(history_, mine.key());
-  history_ = mixed(history_, mine.history());
-  inside_ = true;
-  me.sequence.store(sequence);
-  check();
-  if (!faults_.none() && faults_.at(rank_, call.name) && out_of_memory) out_of_memory();
-}
-
-void Control::note(std::shared_ptr<const Label> label) {
-  say(std::move(label));
-  Call call;
-  call.set_name("called");
-  begin(call);
-}
-
 void Control::check() {
   if (block_->error.load() != 0) raise();
-  if (block_->refused.load() != 3 * epoch()) raise_refusal(false);
-  CHECK(MeshError, !abandoned_.load(), "rank ", rank_, ": this sum over depth was given up: memory ran out on a rank");
 }
 
-void Control::look() { poll_peers(-1); }
-
-void Control::share(char* bytes, size_t count) {
-  CHECK(MeshError, count <= sizeof(block_->notice), "a notice of ", count, " bytes, expected at most ", sizeof(block_->notice));
-  if (rank_ == 0) {
-    memcpy(block_->notice, bytes, count);
-    block_->shared.store(1);
-  }
-  wait(block_->shared, 1, 0);
-  memcpy(bytes, block_->notice, count);
+ProgramEntry* Control::program(uint64_t id) {
+  for (ProgramEntry& entry : block_->programs)
+    if (entry.state.load() == 2 && entry.id.load() == id) return &entry;
+  return nullptr;
 }
 
-int Control::behind() const {
-  int odd = rank_;
-  for (int r = 0; r < size_; r++) {
-    if (block_->ranks[r].closed.load()) return r;
-    if (static_cast<int32_t>(block_->ranks[r].sequence.load() - block_->ranks[odd].sequence.load()) < 0) odd = r;
+ProgramEntry* Control::make_entry(uint64_t id, uint64_t offset) {
+  for (ProgramEntry& entry : block_->programs) {
+    uint32_t none = 0;
+    if (!entry.state.value.compare_exchange_strong(none, 1)) continue;
+    entry.id.store(id);
+    entry.offset.store(offset);
+    entry.state.store(2);
+    return &entry;
   }
-  return odd;
+  throw MeshError(concat("rank ", rank_, ": this job has ", kMaxPrograms, " meshes already, sums over depth counted; end some with gingham.destroy"));
+}
+
+void Control::sweep(Heap& heap) {
+  std::erase_if(ended_, [&heap](const Ended& each) {
+    if (!reached(each.left->load(), each.members)) return false;
+    each.entry->state.store(0);
+    heap.free(each.memory);
+    return true;
+  });
 }
 
 void Control::raise() {
@@ -155,15 +146,20 @@ void Control::raise() {
 }
 
 void Control::fail(Kind kind, int rank, const std::string& message) {
+  fail([&] { return Verdict{kind, rank, message}; });
+}
+
+void Control::fail(const std::function<Verdict()>& verdict) {
   uint32_t none = 0;
   if (orphaned_ || !block_->error.value.compare_exchange_strong(none, 1)) return;
-  block_->error_kind = static_cast<int32_t>(kind);
-  block_->error_rank = rank;
-  copy_text(block_->message, sizeof(block_->message), message);
+  const Verdict found = verdict();
+  block_->error_kind = static_cast<int32_t>(found.kind);
+  block_->error_rank = found.rank;
+  copy_text(block_->message, sizeof(block_->message), found.message);
   block_->error.store(2);
 }
 
-void Control::wait(Word& word, uint32_t target, int peer) {
+void Control::wait(Word& word, uint32_t target, int peer, Waiter& waiter) {
   for (int i = 0; i < kSpins; i++) {
     if (reached(word.load(), target)) return;
     pause();
@@ -172,38 +168,38 @@ void Control::wait(Word& word, uint32_t target, int peer) {
     if (reached(word.load(), target)) return;
     sched_yield();
   }
-  slow_wait(word, target, peer);
+  slow_wait(word, target, peer, waiter);
 }
 
-void Control::slow_wait(Word& word, uint32_t target, int peer) {
-  RankRecord& me = block_->ranks[rank_];
-  me.waiting_on.store(peer);
-  me.heartbeat.store(now());
+void Control::slow_wait(Word& word, uint32_t target, int peer, Waiter& waiter) {
+  auto& mine = block_->ranks[rank_].waits[waiter.thread()];
+  mine.on.store(peer);
+  mine.heartbeat.store(now());
   const double start = now();
   double polled = start;
   for (;;) {
     const uint32_t seen = word.load();
     if (reached(seen, target)) break;
-    check();
+    waiter.check();
     word.sleep(seen, kSliceMs);
     const double time = now();
     if (time - polled < 0.9e-3 * kSliceMs) continue;
     polled = time;
-    me.heartbeat.store(time);
+    mine.heartbeat.store(time);
     if (reached(word.load(), target)) break;
-    if (!recovering_) compare(peer);
-    poll_peers(peer);
+    waiter.compare();
+    look(peer);
+    waiter.check();
     if (interrupt) interrupt();
-    if (time - start > timeout_) {
-      const int odd = culprit(peer);
+    if (time - start > waiter.timeout()) {
+      const int odd = culprit(peer, waiter.thread());
       fail(Kind::stalled, odd,
-           concat("rank ", odd, " did not answer for ", timeout_, " s (in ",
-                  recovering_ ? "the first call after memory ran out" : me.calls[me.sequence.load() % kHistory].name,
+           concat("rank ", odd, " did not answer for ", waiter.timeout(), " s (in ", waiter.doing(),
                   "); it may be stopped, busy or in other code; init(timeout=) sets the limit"));
       raise();
     }
   }
-  me.waiting_on.store(-1);
+  mine.on.store(-1);
 }
 
 namespace {
@@ -222,7 +218,7 @@ bool gone(int pid) {
 
 }  // namespace
 
-void Control::poll_peers(int peer) {
+void Control::look(int peer) {
   std::vector<pollfd> fds;
   std::vector<int> ranks;
   const auto died = [this](int r) {
@@ -248,30 +244,28 @@ void Control::poll_peers(int peer) {
   }
 }
 
-int Control::culprit(int peer) const {
+int Control::culprit(int peer, int thread) const {
   const double fresh = now() - 1.0;
   std::vector<Waiting> ranks;
   for (int r = 0; r < size_; r++) {
-    const RankRecord& record = block_->ranks[r];
-    ranks.push_back({record.waiting_on.load(), record.heartbeat.load() >= fresh});
+    const auto& wait = block_->ranks[r].waits[thread];
+    ranks.push_back({wait.on.load(), wait.heartbeat.load() >= fresh});
   }
   return culprit_of(ranks, peer);
 }
 
-void Control::sleep_until(double time) {
+void Control::sleep_until(double time, Waiter& waiter) {
   for (double left = time - now(); left > 0; left = time - now()) {
     nap(std::min(left, 1e-3 * kSliceMs));
     if (left > 1e-3 * kSliceMs) {
-      block_->ranks[rank_].heartbeat.store(now());
-      check();
+      block_->ranks[rank_].waits[waiter.thread()].heartbeat.store(now());
+      waiter.check();
     }
   }
 }
 
 void Control::close() {
-  closed_.store(true);
-  if (orphaned_) return;
-  block_->ranks[rank_].closed.store(1);
+  if (!orphaned_) block_->ranks[rank_].closed.store(1);
 }
 
 }  // namespace gingham

@@ -1,4 +1,4 @@
-#include "transport/fault.h"
+#include "control/fault.h"
 
 #include <signal.h>
 #include <unistd.h>

@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "transport/call.h"
+#include "control/call.h"
 
 namespace gingham {
 
@@ -13,6 +13,7 @@ enum class ErrorKind : int32_t { died, stalled, shape, mesh, memory };
 
 // The last calls of one rank, by number modulo kHistory.
 struct CallLog {
+  int rank = 0;           // as errors name it
   uint32_t sequence = 0;  // the newest
   Call calls[kHistory];
   const Call& at(uint32_t number) const { return calls[number % kHistory]; }
@@ -24,10 +25,11 @@ struct Verdict {
   std::string message;
 };
 
-// Ranks whose calls differ. The oldest call on which any two of the job differ counts, since it may have moved nothing; else the call number
+// Ranks whose calls differ. The oldest call on which any two of a program differ counts, since it may have moved nothing; else the call number
 // `sequence`, in which `members` differ. The smallest group is the odd one, of equal groups the one with the larger first rank.
 //   rank 0 Linear(8, 8)   rank 1 Linear(8, 8)   rank 2 Linear(8, 4): rank 2, a ShapeError: same operation, other sizes
 //   rank 0 Linear(8, 8)   rank 1 Linear(8, 8)   rank 2 gather:       rank 2, a MeshError: another call
+// members: places among `ranks`; the verdict names ranks as their logs do.
 Verdict disagreement(const std::vector<CallLog>& ranks, const std::vector<int>& members, uint32_t sequence);
 
 // What a rank waits for: a peer or -1, and whether it has shown a sign of life of late.

@@ -1,4 +1,4 @@
-#include "transport/verdict.h"
+#include "control/verdict.h"
 
 #include <string.h>
 
@@ -50,15 +50,19 @@ Verdict disagreement(const std::vector<CallLog>& ranks, const std::vector<int>& 
   auto call_of = [&](int r) -> const Call& { return ranks[idx(r)].at(sequence); };
   const Call& expected = call_of(sides[0][0]);
   const bool tie = sides.size() > 1 && sides[0].size() == sides[1].size();
+  auto named = [&ranks](std::vector<int> side) {
+    for (int& r : side) r = ranks[idx(r)].rank;
+    return list_of(side);
+  };
   Verdict verdict;
-  verdict.rank = sides.back()[0];
-  const Call& got = call_of(verdict.rank);
+  verdict.rank = ranks[idx(sides.back()[0])].rank;
+  const Call& got = call_of(sides.back()[0]);
   const bool same_op = strcmp(expected.name, got.name) == 0 && std::equal(expected.grid, expected.grid + 3, got.grid);
   const bool same_label = expected.options == got.options;
   verdict.kind = same_op && same_label ? ErrorKind::shape : ErrorKind::mesh;
   std::string text = concat("the ranks disagree in call ", sequence, ": ");
-  for (size_t i = sides.size(); i-- > 1;) text += concat(list_of(sides[i]), " got ", call_of(sides[i][0]).text(), "; ");
-  text += concat(list_of(sides[0]), tie ? " got " : " expected ", expected.text());
+  for (size_t i = sides.size(); i-- > 1;) text += concat(named(sides[i]), " got ", call_of(sides[i][0]).text(), "; ");
+  text += concat(named(sides[0]), tie ? " got " : " expected ", expected.text());
   if (same_op && !same_label)
     text += "; every rank must make the same calls in the same order, of layers made after the same torch.manual_seed with the same options";
   else

@@ -1,4 +1,4 @@
-#include "transport/call.h"
+#include "control/call.h"
 
 #include <string.h>
 

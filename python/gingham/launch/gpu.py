@@ -1,0 +1,37 @@
+"""A rank's GPU, and where NCCL lies."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from .. import native
+from ..errors import MeshError
+
+
+def use_gpu(job: native.Job) -> torch.device:
+    """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
+    ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
+    find_nccl()
+    job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
+    if job.on_host:  # a runtime that stands in for a device
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise MeshError(
+            f"rank {job.rank} was given GPU {ordinal}, but this torch ({torch.__version__}) sees none: install a build of torch for CUDA"
+        )
+    torch.cuda.set_device(ordinal)
+    return torch.device("cuda", ordinal)
+
+
+def find_nccl() -> None:
+    """Tells the C++ core where the nvidia-nccl wheel keeps its library, for processes whose torch has not loaded one."""
+    try:
+        wheel = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:
+        return
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        native.set_nccl_path(str(Path(folder) / "lib" / "libnccl.so.2"))

@@ -1,0 +1,219 @@
+"""The job of all ranks, and the meshes in it: made by the first init, which every rank of the world calls, ended with the last mesh.
+
+One job has the memory, knows who is alive and keeps the first error; each mesh is a program of its own in it (csrc/control/program.h), so
+that meshes of other ranks, or several of the same, make their calls without knowing of each other.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import secrets
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import native
+from ..errors import MeshError, PeerDied, PeerStalled
+from ..mesh import Axes, Mesh
+from ..mesh.layout import coordinates_of, members, odd_ranks
+from . import faults, rendezvous
+from .gpu import use_gpu
+from .meeting import Meeting, seen_by_all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank asks of init: its mesh, and the job's options, of which only a first init may name any."""
+
+    axes: Axes
+    ranks: tuple[int, ...]  # of the job, in mesh order
+    device_mesh: DeviceMesh | None
+    timeout: float
+    heap: int | None
+    source: str
+    slices: int
+    link: tuple[float, float] | None
+    device: str
+
+    def words(self) -> str:
+        """All on which the ranks of the mesh must agree."""
+        options = (self.timeout, self.source, self.slices, self.link, self.device)
+        return f"{dict(self.axes.sizes)}, outer {self.axes.outer}, replicated over {self.axes.depth}, options {options}"
+
+    def job_words(self) -> str:
+        """And those of the job."""
+        return f"heap {self.heap}, device {self.device}, gingham {native.version()}"
+
+
+@dataclass
+class World:
+    """This process's part in the job."""
+
+    job: native.Job
+    size: int
+    device: torch.device
+    made_group: bool  # whether init made torch.distributed's default group
+    meshes: list[Mesh] = field(default_factory=list)
+    groups: dict[str, list[Any]] = field(default_factory=dict)  # of torch.distributed, made for the mesh of that handle
+
+
+_world: World | None = None
+
+
+def current() -> World | None:
+    return _world
+
+
+def add_mesh(plan: Plan) -> Mesh:
+    """The steps of init, with a fault's point after each; what one rank fails in is told to all. Collective over the ranks of the mesh,
+    and where there is no job yet, over all ranks."""
+    global _world
+    rank, size = rendezvous.world()
+    joined = _world
+    strikes = faults.read(rank, size) if joined is None else []
+    meeting = Meeting(rank, tuple(range(size)) if joined is None else plan.ranks, plan.timeout)
+    jobs: list[native.Job] = [] if joined is None else [joined.job]
+    made_group = False
+    try:
+        faults.at("init.start")
+        meeting.arrive()
+        faults.at("init.arrive")
+        if joined is None:
+            meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
+            made_group = meeting.during("group", partial(rendezvous.make_process_group, plan.device, meeting.store))
+        faults.at("init.group")
+        id = _agree(meeting, plan, jobs)
+        place = joined.device if joined is not None else use_gpu(jobs[0]) if plan.device == "cuda" else torch.device("cpu")
+        faults.at("init.join")
+        meeting.exchange("before mesh", None)
+        device_mesh = plan.device_mesh
+        groups: list[Any] = []
+        if device_mesh is None:
+            device_mesh, groups = meeting.during("mesh", partial(_device_mesh, place, plan, size))
+        link = plan.link or (0.0, 0.0)
+        made = Mesh(plan.axes, plan.ranks, jobs[0], id, device_mesh, place, plan.timeout, plan.source, plan.slices, link)
+        faults.at("init.mesh")
+        meeting.exchange("made", None)
+    except BaseException as error:
+        meeting.fail(error)
+        for job in jobs:
+            if not isinstance(error, PeerDied | PeerStalled):
+                job.fail(rank, f"rank {rank} raised {type(error).__name__} in gingham.init: {error}")
+        if made_group:
+            rendezvous.destroy_process_group()
+        raise
+    finally:
+        meeting.close()
+    if joined is None:
+        jobs[0].inject(strikes)
+        joined = _world = World(jobs[0], size, place, made_group)
+    joined.meshes.append(made)
+    joined.groups[made.handle] = groups
+    return made
+
+
+def _agree(meeting: Meeting, plan: Plan, jobs: list[native.Job]) -> int:
+    """The number of the mesh's program. Joins the job, where there is none yet: memory made by rank 0 and mapped by the others, once all
+    agree on the meshes and the version."""
+    first = not jobs
+    if first and meeting.rank == 0:
+        jobs.append(native.Job(0, meeting.size, "", plan.timeout, plan.heap or 0))
+    path = jobs[0].path if first and meeting.rank == 0 else ""
+    mine = (plan.job_words(), plan.words(), list(plan.ranks), path, secrets.randbits(60))
+    told = dict(zip(meeting.ranks, meeting.exchange("described", mine), strict=True))
+    _compare(meeting.rank, plan, {rank: (words, mesh, tuple(ranks)) for rank, (words, mesh, ranks, *_) in told.items()})
+    if first and meeting.rank != 0:
+        jobs.append(native.Job(meeting.rank, meeting.size, told[0][3], plan.timeout))
+    if first:
+        meeting.during("joined", partial(jobs[0].ready, meeting.pids), jobs[0].fail)
+        _warn_unwatched(jobs[0])
+    return int(told[plan.ranks[0]][4])
+
+
+def _compare(rank: int, plan: Plan, told: dict[int, tuple[str, str, tuple[int, ...]]]) -> None:
+    """Raises MeshError, on every rank alike, where ranks differ in what they ask of init."""
+    odd, usual = odd_ranks([words for words, *_ in told.values()], list(told))
+    if odd:
+        raise seen_by_all(MeshError(f"ranks {odd} called init differently: {told[odd[0]][0]}; the others: {usual}"))
+    for first, (_, _, ranks) in told.items():
+        strange = [other for other in ranks if other not in told or told[other][2] != ranks]
+        if strange:
+            theirs = f"{list(told[strange[0]][2])}" if strange[0] in told else "none"
+            raise seen_by_all(
+                MeshError(
+                    f"gingham.init: rank {first} makes a mesh of ranks {list(ranks)}, but rank {strange[0]}, one of them, makes one of"
+                    f" {theirs}; the ranks of a mesh must name the same ones in the same order"
+                )
+            )
+        odd, usual = odd_ranks([told[other][1] for other in ranks], ranks)
+        if odd:
+            raise seen_by_all(MeshError(f"ranks {odd} called init differently: {told[odd[0]][1]}; the others: {usual}"))
+
+
+def _warn_unwatched(job: native.Job) -> None:
+    if not job.watches:
+        warnings.warn(
+            f"gingham.init on rank {job.rank}: the system forbids pidfd_open, or lacks it (a container's seccomp filter, Linux before 5.3);"
+            " deaths of other ranks are seen by asking for their pids instead. Allow pidfd_open to be told by the kernel",
+            stacklevel=5,
+        )
+
+
+def _device_mesh(place: torch.device, plan: Plan, world: int) -> tuple[DeviceMesh, list[Any]]:
+    """torch's mesh, and the groups made for it; in a thread of its own, whose current GPU is another's."""
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    sizes, names = plan.axes.sizes, tuple(plan.axes.sizes)
+    shape = torch.tensor(plan.ranks).view(*sizes.values())
+    if plan.ranks == tuple(range(world)):
+        return DeviceMesh(place.type, shape, mesh_dim_names=names), []
+    # torch makes groups with all ranks of the world, of which the others may make another mesh now, or none
+    coordinates = coordinates_of(plan.ranks.index(dist.get_rank()), sizes)
+    lines = [[plan.ranks[each] for each in members((name,), sizes, coordinates)] for name in names]
+    groups = [dist.new_group(line, use_local_synchronization=True) for line in lines]
+    return DeviceMesh.from_group(groups, place.type, mesh=shape, mesh_dim_names=names), groups
+
+
+def end(ended: Sequence[Mesh]) -> None:
+    """Ends meshes, and with the last one the job, and the process group if init made it."""
+    global _world
+    for each in ended:
+        each.ended = True
+    if _world is None or not ended:
+        return
+    _world.meshes = [each for each in _world.meshes if not each.ended]
+    if _world.job.orphaned:  # a forked process has the meshes of its rank and nothing to end
+        return
+    for each in ended:
+        each.close()
+    if not _world.meshes:
+        _world.job.close()
+    for each in ended:
+        if each.depth_sums is not None:
+            each.depth_sums.stop()
+        for group in _world.groups.pop(each.handle, []):
+            dist.destroy_process_group(group)
+    if not _world.meshes:
+        if _world.made_group:
+            rendezvous.destroy_process_group()
+            for each in ended:
+                # DTensor and dynamo remember meshes for ever, and a mesh its groups, whose threads wake 100 times a second each
+                getattr(each.device_mesh, "_pg_registry", {}).clear()
+        _world = None
+    # process groups, their threads and sockets hang in reference cycles: many lives must not pile them up
+    gc.collect()
+
+
+def report_failure(text: str) -> None:
+    """Tells the other ranks what became of this one."""
+    if _world is not None:
+        _world.job.fail(_world.job.rank, text)
+    else:
+        rendezvous.tell_gone(os.environ.get("GINGHAM_STORE", ""), rendezvous.world()[0], text)
