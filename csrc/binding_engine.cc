@@ -147,6 +147,13 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
           },
           py::arg("seconds"))
       .def(
+          "await_work",
+          [](BoundEngine& e, int peer, uint32_t tag, bool receives, double seconds) {
+            const py::gil_scoped_release nogil;
+            return e.handed().await_work({peer, tag, receives}, seconds);
+          },
+          py::arg("peer"), py::arg("tag"), py::arg("receives"), py::arg("seconds"))
+      .def(
           "take",
           [](BoundEngine& e, int peer, uint32_t tag, bool receives, double seconds) -> py::object {
             std::optional<HandedEngine::Work> work;

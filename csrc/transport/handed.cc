@@ -80,7 +80,10 @@ void HandedEngine::withdraw(Ticket ticket) {
   if (found == operations_.end()) return;
   Operation& o = found->second;
   if (!o.taken) std::erase(lanes_[o.lane], ticket);
-  ended_.wait(lock, [&] { return !o.taken || o.ended; });
+  constexpr double kPatience = 5;
+  const bool free = ended_.wait_for(lock, of(kPatience), [&] { return !o.taken || o.ended; });
+  CHECK(MeshError, free, "rank ", rank_, ": a message of ", o.bytes, o.lane.receives ? " bytes from rank " : " bytes to rank ", o.lane.peer,
+        " under tag ", o.lane.tag, " is on its way and does not end, so its memory cannot be given back: this job is over");
   operations_.erase(ticket);
 }
 
@@ -114,6 +117,13 @@ std::optional<HandedEngine::Lane> HandedEngine::take_lane(double seconds) {
   const Lane lane = fresh_.front();
   fresh_.pop_front();
   return lane;
+}
+
+bool HandedEngine::await_work(const Lane& lane, double seconds) {
+  std::unique_lock lock(mutex_);
+  std::deque<Ticket>& queue = lanes_[lane];
+  posted_.wait_for(lock, of(seconds), [&] { return closing() || !queue.empty(); });
+  return !closing() && !queue.empty();
 }
 
 std::optional<HandedEngine::Work> HandedEngine::take(const Lane& lane, double seconds) {

@@ -1,7 +1,8 @@
 // An engine whose operations other threads carry out: post_*() puts them into a queue for each lane, which is a (peer, tag, direction);
 // take() gives the next one of a lane, ended() completes it. So an engine of Python's (torch's Gloo) serves the core.
-//   server:  Lane lane = engine.take_lane(..);  // a lane that is used for the first time: a thread of its own then serves it
-//            while (auto work = engine.take(lane)) { .. move work->data ..;  engine.ended(work->ticket, got, error); }
+//   server:  lane = take_lane();  // used for the first time: from now on a thread of its own serves it
+//            while (await_work(lane)) { .. ;  work = take(lane);  .. move work.data ..;  ended(work.ticket, got, error); }
+// Until it is taken, an operation can be withdrawn at once: so a server takes a receive when the message has begun to come.
 #pragma once
 #include <atomic>
 #include <compare>
@@ -38,15 +39,16 @@ class HandedEngine final : public Engine {
   Ticket post_send(int peer, uint32_t tag, const void* data, size_t bytes) override;
   Ticket post_recv(int peer, uint32_t tag, void* data, size_t bytes) override;
   bool done(Ticket ticket) override;
-  void withdraw(Ticket ticket) override;  // waits for an operation that a server has taken and that its peer still serves
+  void withdraw(Ticket ticket) override;  // throws MeshError where a server has taken it and its peer does not go on
   uint64_t changes() const override { return changes_.load(std::memory_order_acquire); }
   void rest(double seconds, uint64_t since) override;
   std::string failure(int peer) override;
   bool left(int peer) override;
   void close(double seconds) override;  // take_lane() and take() give nothing from now on; the server says goodbye to the peers
 
-  // The server's side. Both wait, at most `seconds` long; nothing: the time is over, or closing().
+  // The server's side. These wait, at most `seconds` long; nothing: the time is over, or closing().
   std::optional<Lane> take_lane(double seconds);
+  bool await_work(const Lane& lane, double seconds);  // there is something to take
   std::optional<Work> take(const Lane& lane, double seconds);
   bool closing() const { return closed_.load(std::memory_order_acquire); }
   // got: the size of the message that came, in bytes. error: "" or why the peer cannot be reached.
