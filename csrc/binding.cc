@@ -4,6 +4,7 @@
 
 #include "base/crc32c.h"
 #include "base/memory.h"
+#include "binding_engine.h"
 #include "binding_step.h"
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
@@ -255,4 +256,5 @@ PYBIND11_MODULE(_C, m) {
   define_program(m);
   define_step(m);
   define_functions(m);
+  define_engine(m);
 }

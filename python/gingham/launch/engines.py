@@ -1,0 +1,93 @@
+"""Which engine moves bytes between hosts: UCX where a library of it is found, else torch's Gloo, which is always there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from .. import native
+from ..errors import MeshError
+from .gloo import GlooEngine, gloo_group
+
+ENGINES = ("ucx", "gloo")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The engine's name, and why it is this one: for people, and for all ranks to compare."""
+
+    name: str
+    why: str
+    ucx_version: str = ""
+
+
+class UcxEngine:
+    """`engine`, of the core, over UCX; as GlooEngine for those who open and close it."""
+
+    def __init__(self, rank: int, settings: Mapping[str, str]) -> None:
+        self.engine = native.ucx_engine(rank, dict(settings))
+
+    def close(self, seconds: float = 5.0) -> None:
+        """Tells all peers, waits at most `seconds` until they have heard it, and frees everything."""
+        self.engine.close(seconds)
+
+
+def find_ucx() -> dict[str, Any]:
+    """Tells the core where the libucx wheel keeps its libraries, and returns what it found: found, version, from."""
+    wheel = importlib.util.find_spec("libucx")
+    for folder in (wheel.submodule_search_locations or ()) if wheel else ():
+        native.set_ucx_path(str(Path(folder) / "lib"))
+    return native.ucx_report()
+
+
+def choose_engine() -> Choice:
+    """The engine of this process: GINGHAM_ENGINE=ucx|gloo insists; without it UCX where it is found, else Gloo.
+
+    Raises MeshError where GINGHAM_ENGINE is another word, or insists on a UCX that is not found (what was tried is named),
+    or where GINGHAM_UCX names a library that does not load.
+    """
+    wanted = os.environ.get("GINGHAM_ENGINE", "")
+    if wanted not in ("", *ENGINES):
+        raise MeshError(f"GINGHAM_ENGINE={wanted!r}: expected 'ucx' or 'gloo', or nothing: UCX where it is found, else Gloo")
+    if wanted == "gloo":
+        return Choice("gloo", "GINGHAM_ENGINE=gloo")
+    ucx = find_ucx()
+    if ucx["found"]:
+        version = ".".join(map(str, (ucx["version"] // 10000, ucx["version"] // 100 % 100, ucx["version"] % 100)))
+        return Choice("ucx", f"UCX {version} from {ucx['from']}", version)
+    if wanted or "GINGHAM_UCX" in os.environ:
+        raise MeshError(f"{'GINGHAM_ENGINE=ucx' if wanted else 'GINGHAM_UCX'}: UCX {ucx['from']}")
+    return Choice("gloo", f"UCX {ucx['from']}")
+
+
+def engine_report() -> dict[str, str]:
+    """What `doctor` says of engines: engine and why, or error; never raises."""
+    try:
+        choice = choose_engine()
+    except MeshError as error:
+        return {"engine": "", "error": str(error)}
+    return {"engine": choice.name, "why": choice.why, "error": ""}
+
+
+def open_engine(name: str, rank: int, ranks: Sequence[int], timeout: float, interface: str = "") -> UcxEngine | GlooEngine:
+    """Opens the engine of `rank`, which is one of `ranks` of the job; all of these open the same one.
+
+    A UCX engine has still to connect: its `engine.address` goes to the others, and theirs into `engine.connect`. Gloo's
+    connects here, over torch.distributed's default group, within `timeout` seconds. interface: the one to use, for example
+    "eth0"; "" lets UCX choose, and Gloo take GLOO_SOCKET_IFNAME.
+    """
+    if name == "ucx":
+        return UcxEngine(rank, {"NET_DEVICES": interface} if interface else {})
+    if name != "gloo":
+        raise MeshError(f"engine {name!r}: expected 'ucx' or 'gloo'")
+    if not dist.is_initialized():
+        raise MeshError("the engine over Gloo needs torch.distributed's default process group: initialise it first")
+    if interface:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return GlooEngine(rank, ranks, gloo_group(ranks, timeout))

@@ -1,0 +1,43 @@
+"""Ranks that have an engine between them, each as if alone on its host: all on this machine, over its loopback."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gingham.launch import engines, rendezvous
+
+
+@contextmanager
+def engine(name: str, rank: int, size: int, interface: str = "") -> Iterator[Any]:
+    """The core's engine of this rank, connected to all others; left in order at the end."""
+    store = rendezvous.store(rank, size, 30.0)
+    made = rendezvous.make_process_group("cpu", store) if name == "gloo" else False
+    try:
+        if name == "ucx":
+            engines.find_ucx()
+        opened = engines.open_engine(name, rank, range(size), 30.0, interface)
+        try:
+            if name == "ucx":
+                store.set(f"engine{rank}", opened.engine.address)
+                opened.engine.connect({peer: store.get(f"engine{peer}") for peer in range(size) if peer != rank}, 30.0)
+            yield opened.engine
+        finally:
+            opened.close()
+    finally:
+        if made:
+            dist.destroy_process_group()
+
+
+def message(sender: int, receiver: int, tag: int, number: int, size: int) -> torch.Tensor:
+    """Bytes that no other message of these has."""
+    seed = int.from_bytes(hashlib.sha256(repr((sender, receiver, tag, number)).encode()).digest()[:4], "little")
+    return (torch.arange(size) * 31 + seed).to(torch.uint8)
+
+
+def wait(engine: Any, *tickets: int, seconds: float = 20.0) -> None:
+    for ticket in tickets:
+        assert engine.wait(ticket, seconds), f"ticket {ticket} has not ended within {seconds} s"
