@@ -102,6 +102,7 @@ py::dict traffic_of(BoundAxis& axis, bool reset) {
   out["bytes_sent"] = t.bytes_sent;
   out["bytes_received"] = t.bytes_received;
   out["messages"] = t.messages;
+  if (axis.spans()) out["bytes_crossed"] = t.bytes_crossed;
   return out;
 }
 
@@ -142,8 +143,15 @@ void define_job(py::module_& m) {
   py::class_<Label, std::shared_ptr<Label>>(m, "Label").def(py::init<std::string>(), py::arg("text")).def_readonly("text", &Label::text);
 
   py::class_<Job, std::shared_ptr<Job>>(m, "Job")
-      .def(py::init<int, int, const std::string&, double, size_t>(), py::arg("rank"), py::arg("size"), py::arg("path") = "",
-           py::arg("timeout") = 60.0, py::arg("heap") = 0)
+      .def(py::init<int, int, const std::string&, double, size_t, std::vector<int>, uint64_t>(), py::arg("rank"), py::arg("size"),
+           py::arg("path") = "", py::arg("timeout") = 60.0, py::arg("heap") = 0, py::arg("locals") = std::vector<int>(), py::arg("nonce") = 0)
+      .def_property_readonly("nonce", &Job::nonce)
+      .def(
+          "told", [](Job& job, uint64_t program) { return py::bytes(job.told(program)); }, py::arg("program"))
+      .def(
+          "hear",
+          [](Job& job, const std::string& kind, int rank, const std::string& message) { job.control().hear({error_kind(kind), rank, message}); },
+          py::arg("kind"), py::arg("rank"), py::arg("message"))
       .def_property_readonly("path", &Job::path)
       .def_property_readonly("rank", &Job::rank)
       .def_property_readonly("size", &Job::size)

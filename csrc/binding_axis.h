@@ -31,6 +31,7 @@ class BoundAxis {
       : member_(std::move(member)), index_(index), axis_(member_.job->axis(*member_.program, index, members, windowed(source), latency, bandwidth)) {}
 
   Axis& axis() { return *axis_; }
+  bool spans() const { return member_.program->spans(); }
 
   void begin(const char* name, DType dtype, int64_t count, int64_t rows = -1) {
     Call call;

@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/wait.h"
 #include "transport/handed.h"
+#include "transport/job.h"
 #include "transport/ucx.h"
 
 namespace py = pybind11;
@@ -50,6 +51,7 @@ class BoundEngine {
  public:
   explicit BoundEngine(std::shared_ptr<Engine> engine) : engine_(std::move(engine)) { engine_->interrupt = check_signals; }
   Engine& engine() { return *engine_; }
+  std::shared_ptr<Engine> shared() const { return engine_; }
   HandedEngine& handed() {
     auto* const handed = dynamic_cast<HandedEngine*>(engine_.get());
     CHECK(MeshError, handed, "the engine ", engine_->name(), " serves itself");
@@ -175,6 +177,32 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
 
 }  // namespace
 
+namespace {
+
+using Words = std::tuple<std::string, int, std::string>;  // kind, rank, message
+Words words_of(const Verdict& verdict) { return {name_of(verdict.kind), verdict.rank, verdict.message}; }
+
+Verdict verdict_of(const Words& words) {
+  const auto& [kind, rank, message] = words;
+  return {error_kind(kind), rank, message};
+}
+
+// Gives the job ranks on other hosts; the functions are those of Hosts::Calls.
+void span(const BoundEngine& engine, Job& job, std::vector<int> host_of, std::vector<std::string> names,
+          const std::function<Words(const Words&)>& publish, std::function<std::vector<std::string>(uint64_t)> ask,
+          const std::function<std::string(uint64_t, bool, const py::bytes&)>& share) {
+  Hosts::Calls calls;
+  calls.publish = [publish](const Verdict& verdict) { return verdict_of(publish(words_of(verdict))); };
+  calls.ask = std::move(ask);
+  calls.share = [share](uint64_t program, bool first, const std::string& bytes) {
+    const py::gil_scoped_acquire gil;
+    return share(program, first, py::bytes(bytes));
+  };
+  job.span(std::make_unique<Hosts>(job.rank(), std::move(host_of), std::move(names), engine.shared(), std::move(calls)));
+}
+
+}  // namespace
+
 void define_engine(py::module_& m) {
   const auto nogil = py::call_guard<py::gil_scoped_release>();
   py::class_<BoundEngine, std::shared_ptr<BoundEngine>> engine(m, "Engine");
@@ -198,6 +226,7 @@ void define_engine(py::module_& m) {
           "failure", [](BoundEngine& e, int peer) { return e.engine().failure(peer); }, py::arg("peer"), nogil)
       .def(
           "left", [](BoundEngine& e, int peer) { return e.engine().left(peer); }, py::arg("peer"), nogil)
+      .def("span", &span, py::arg("job"), py::arg("host_of"), py::arg("names"), py::arg("publish"), py::arg("ask"), py::arg("share"))
       .def("close", &BoundEngine::close, py::arg("seconds") = 5.0);
   define_handed(engine);
   m.def(

@@ -53,7 +53,7 @@ std::string Call::text() const {
   if (grid[0] * grid[1] * grid[2] > 1) out += concat(", grid=", grid[0], "x", grid[1], "x", grid[2]);
   if (!(flags & kStep)) return out + concat(", axis ", flags, ")");
   auto has = [this](int bit) { return (flags >> (32 + bit) & 1) != 0; };
-  out += concat(", ", flags & 1 ? "ring" : "window", ", slices=", flags >> 8 & 0xffffff, ", of");
+  out += concat(", slices=", flags >> 8 & 0xffffff, ", of");
   static const char* words[] = {" the input's gradient", " the weights' gradients", " sums over depth"};
   for (int bit = 0; bit < 3; bit++) out += has(bit) ? words[bit] : "";
   for (int map = 0; map < kMapBits; map++) out += has(kBiasGradient + map) ? concat(" bias ", map, "'s gradient") : "";

@@ -17,7 +17,7 @@ struct Label {
   uint64_t hash;
 };
 
-// A step's flags: bits 0 to 7 its source, 8 to 31 the slices, and from 32 on what it computes.
+// A step's flags: bits 1 to 7 its slice dim, 8 to 31 the slices, and from 32 on what it computes.
 constexpr uint64_t kStep = uint64_t{1} << 63;
 enum StepBit { kInputGradient, kWeightGradient, kDepthSum, kBiasGradient, kEpilogue = 12, kBias };
 constexpr int kMapBits = 8;  // maps of a step that have bits of their own

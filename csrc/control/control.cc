@@ -26,7 +26,10 @@ void nap(double seconds) {
 
 std::function<void()> Control::interrupt;
 
-Control::Control(ControlBlock* block, int rank, int size, double timeout) : block_(block), rank_(rank), size_(size), timeout_(timeout) {}
+Control::Control(ControlBlock* block, int rank, int size, std::vector<int> locals, double timeout)
+    : block_(block), rank_(rank), size_(size), locals_(std::move(locals)), here_(static_cast<size_t>(size)), timeout_(timeout) {
+  for (int r : locals_) here_[static_cast<size_t>(r)] = true;
+}
 
 Control::~Control() {
   for (int fd : pidfds_)
@@ -61,37 +64,39 @@ struct Joining : Waiter {
 void Control::attach(const std::string& version, const std::vector<int>& pids) {
   pidfds_.assign(static_cast<size_t>(size_), -1);
   watched_.assign(static_cast<size_t>(size_), -1);
-  for (int r = 0; r < static_cast<int>(pids.size()); r++) watch(r, pids[static_cast<size_t>(r)]);
+  for (int r = 0; r < static_cast<int>(pids.size()); r++)
+    if (here(r)) watch(r, pids[static_cast<size_t>(r)]);
+  const int first = locals_[0];
   RankRecord& me = block_->ranks[rank_];
   for (auto& wait : me.waits) {
     wait.heartbeat = now();
     wait.on.store(-1);
   }
-  if (rank_ == 0) {
+  if (rank_ == first) {
     copy_text(block_->version, sizeof(block_->version), version);
     block_->size = size_;
   }
   me.pid.store(getpid());
-  if (rank_ != 0) {
+  if (rank_ != first) {
     Joining joining(*this);
-    wait(block_->attached, 1, 0, joining);
-    CHECK(MeshError, version == block_->version, "rank ", rank_, " runs gingham ", version, ", rank 0 runs ", block_->version,
+    wait(block_->attached, 1, first, joining);
+    CHECK(MeshError, version == block_->version, "rank ", rank_, " runs gingham ", version, ", rank ", first, " runs ", block_->version,
           "; install one version everywhere");
-    CHECK(MeshError, size_ == block_->size, "rank ", rank_, " was started for ", size_, " ranks, rank 0 for ", block_->size);
+    CHECK(MeshError, size_ == block_->size, "rank ", rank_, " was started for ", size_, " ranks, rank ", first, " for ", block_->size);
   }
   block_->attached.add(1);
   const double start = now();
-  while (!reached(block_->attached.load(), static_cast<uint32_t>(size_))) {
+  while (!reached(block_->attached.load(), static_cast<uint32_t>(locals_.size()))) {
     look();
     nap(0.001);
     if (now() - start < timeout_) continue;
     std::vector<int> missing;
-    for (int r = 0; r < size_; r++)
+    for (int r : locals_)
       if (block_->ranks[r].pid.load() == 0) missing.push_back(r);
     fail(Kind::stalled, missing.empty() ? 0 : missing[0], concat(list_of(missing), " did not join within ", timeout_, " s"));
     raise();
   }
-  for (int r = 0; r < size_; r++) watch(r, block_->ranks[r].pid.load());
+  for (int r : locals_) watch(r, block_->ranks[r].pid.load());
 }
 
 void Control::check() {
@@ -127,7 +132,8 @@ void Control::sweep(Heap& heap) {
 
 void Control::raise() {
   const double start = now();
-  while (block_->error.load() != 2 && now() - start < kVerdictPatience) nap(0.0005);
+  const double patience = elsewhere_ ? kFarPatience : kVerdictPatience;
+  while (block_->error.load() != 2 && now() - start < patience) nap(0.0005);
   const std::string message = block_->error.load() == 2 ? std::string(block_->message) : "a peer failed without leaving a message";
   const int odd = block_->error_rank;
   switch (static_cast<Kind>(block_->error_kind)) {
@@ -152,12 +158,36 @@ void Control::fail(Kind kind, int rank, const std::string& message) {
 void Control::fail(const std::function<Verdict()>& verdict) {
   uint32_t none = 0;
   if (orphaned_ || !block_->error.value.compare_exchange_strong(none, 1)) return;
-  const Verdict found = verdict();
-  block_->error_kind = static_cast<int32_t>(found.kind);
-  block_->error_rank = found.rank;
-  copy_text(block_->message, sizeof(block_->message), found.message);
+  const Verdict mine = verdict();
+  set(elsewhere_ ? elsewhere_->publish(mine) : mine);
+}
+
+void Control::set(const Verdict& verdict) {
+  block_->error_kind = static_cast<int32_t>(verdict.kind);
+  block_->error_rank = verdict.rank;
+  copy_text(block_->message, sizeof(block_->message), verdict.message);
   block_->error.store(2);
 }
+
+void Control::hear(const Verdict& verdict) {
+  uint32_t none = 0;
+  if (!orphaned_ && block_->error.value.compare_exchange_strong(none, 1)) set(verdict);
+}
+
+namespace {
+
+struct Reached : Condition {
+  Reached(Word& word, uint32_t target) : word(word), target(target) {}
+  bool met() override {
+    seen = word.load();
+    return reached(seen, target);
+  }
+  void sleep(int milliseconds) override { word.sleep(seen, milliseconds); }
+  Word& word;
+  uint32_t target, seen = 0;
+};
+
+}  // namespace
 
 void Control::wait(Word& word, uint32_t target, int peer, Waiter& waiter) {
   for (int i = 0; i < kSpins; i++) {
@@ -168,26 +198,29 @@ void Control::wait(Word& word, uint32_t target, int peer, Waiter& waiter) {
     if (reached(word.load(), target)) return;
     sched_yield();
   }
-  slow_wait(word, target, peer, waiter);
+  Reached condition(word, target);
+  slow_wait(condition, peer, waiter);
 }
 
-void Control::slow_wait(Word& word, uint32_t target, int peer, Waiter& waiter) {
+void Control::wait(Condition& condition, int peer, Waiter& waiter) {
+  if (!condition.met()) slow_wait(condition, peer, waiter);
+}
+
+void Control::slow_wait(Condition& condition, int peer, Waiter& waiter) {
   auto& mine = block_->ranks[rank_].waits[waiter.thread()];
   mine.on.store(peer);
   mine.heartbeat.store(now());
   const double start = now();
   double polled = start;
-  for (;;) {
-    const uint32_t seen = word.load();
-    if (reached(seen, target)) break;
+  while (!condition.met()) {
     waiter.check();
-    word.sleep(seen, kSliceMs);
+    condition.sleep(kSliceMs);
     const double time = now();
     if (time - polled < 0.9e-3 * kSliceMs) continue;
     polled = time;
     mine.heartbeat.store(time);
-    if (reached(word.load(), target)) break;
-    waiter.compare();
+    if (condition.met()) break;
+    waiter.compare(time - start);
     look(peer);
     waiter.check();
     if (interrupt) interrupt();
@@ -237,20 +270,26 @@ void Control::look(int peer) {
     for (size_t i = 0; i < fds.size(); i++)
       if (fds[i].revents & POLLIN) died(ranks[i]);
   }
+  if (elsewhere_)
+    if (const auto gone = elsewhere_->failure()) fail(gone->kind, gone->rank, gone->message);
   check();
-  if (peer >= 0 && block_->ranks[peer].closed.load()) {
+  if (peer >= 0 && here(peer) && block_->ranks[peer].closed.load()) {
     fail(Kind::died, peer, concat("rank ", peer, " left the job (destroy or exit) while others wait for it"));
     raise();
   }
 }
 
+std::vector<Waiting> Control::waits(int rank) const {
+  std::vector<Waiting> found;
+  for (const auto& wait : block_->ranks[rank].waits) found.push_back({wait.on.load(), wait.heartbeat.load() >= now() - 1.0});
+  return found;
+}
+
 int Control::culprit(int peer, int thread) const {
-  const double fresh = now() - 1.0;
-  std::vector<Waiting> ranks;
-  for (int r = 0; r < size_; r++) {
-    const auto& wait = block_->ranks[r].waits[thread];
-    ranks.push_back({wait.on.load(), wait.heartbeat.load() >= fresh});
-  }
+  std::vector<Waiting> ranks(static_cast<size_t>(size_));
+  for (int r : locals_) ranks[static_cast<size_t>(r)] = waits(r)[static_cast<size_t>(thread)];
+  if (elsewhere_)
+    for (const Told& told : elsewhere_->ask(0)) ranks[static_cast<size_t>(told.rank)] = told.waits[thread];
   return culprit_of(ranks, peer);
 }
 

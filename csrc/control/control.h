@@ -10,15 +10,13 @@
 #include "base/check.h"
 #include "base/heap.h"
 #include "base/wait.h"
+#include "control/elsewhere.h"
 #include "control/fault.h"
 #include "control/verdict.h"
 
 namespace gingham {
 
-constexpr int kMaxRanks = 64, kMaxPrograms = 256;
-
-// A rank's threads that wait: the one that makes the calls, and the one that sums over depth beside it. A rank's sums wait for others' sums.
-constexpr int kThreads = 2;
+constexpr int kMaxRanks = 1024, kMaxPrograms = 256;
 
 struct RankRecord {
   std::atomic<int32_t> pid{0};
@@ -37,6 +35,7 @@ struct ProgramEntry {
 
 struct ControlBlock {
   char version[32];
+  uint64_t nonce;  // of this job's memory alone: a path that leads to it on one host may lead to another file on the next
   int32_t size;
   Word attached;
   Word error;  // 0 none, 1 being written, 2 readable
@@ -46,12 +45,21 @@ struct ControlBlock {
   RankRecord ranks[kMaxRanks];
 };
 
+// What is waited for, where it is no word of shared memory.
+class Condition {
+ public:
+  virtual ~Condition() = default;
+  virtual bool met() = 0;
+  virtual void sleep(int milliseconds) = 0;  // until it may be met, or the time is over
+};
+
 // Who waits, seen by a wait: looked at again and again while it lasts.
 class Waiter {
  public:
   virtual ~Waiter() = default;
-  virtual void check() = 0;               // throws what ends the wait
-  virtual void compare() {}               // throws where the peer makes another call, and will never do what is waited for
+  virtual void check() = 0;  // throws what ends the wait
+  // Throws where the peer makes another call, and will never do what has been waited for so many seconds.
+  virtual void compare(double) {}
   virtual std::string doing() const = 0;  // in words, for the message of a stall
   virtual double timeout() const = 0;     // seconds
   virtual int thread() const { return 0; }
@@ -61,7 +69,8 @@ class Control {
  public:
   using Kind = ErrorKind;
 
-  Control(ControlBlock* block, int rank, int size, double timeout);
+  // locals: the ranks on this host, which share the block.
+  Control(ControlBlock* block, int rank, int size, std::vector<int> locals, double timeout);
   ~Control();
 
   // Publishes this rank and waits for all others; pids: of the ranks where known, so that one that dies before it comes is named.
@@ -70,14 +79,22 @@ class Control {
   // Waits until word >= target (wrapping). `peer`: the rank who must advance it. Every wait of the library ends here: a killed
   // peer is named within one slice of 50 ms, the culprit of a stall by following who waits for whom.
   void wait(Word& word, uint32_t target, int peer, Waiter& waiter);
+  void wait(Condition& condition, int peer, Waiter& waiter);
   void sleep_until(double time, Waiter& waiter);
   void check();                                                // throws the job's error
   void look(int peer = -1);                                    // the same, after a look at the peers' pids
   void fail(Kind kind, int rank, const std::string& message);  // sets the job's error unless one is set
   // The same for an error that takes time to word: verdict() is asked only by the rank that comes first.
   void fail(const std::function<Verdict()>& verdict);
+  void hear(const Verdict& verdict);  // of another host's error, which all know
   [[noreturn]] void raise();
-  ProgramEntry* program(uint64_t id);  // readable, or null
+  // From here on the job has ranks on other hosts too.
+  void span(Elsewhere* elsewhere) { elsewhere_ = elsewhere; }
+  Elsewhere* elsewhere() const { return elsewhere_; }
+  bool here(int rank) const { return here_[static_cast<size_t>(rank)]; }
+  const std::vector<int>& locals() const { return locals_; }
+  std::vector<Waiting> waits(int rank) const;  // of a rank of this host, by thread
+  ProgramEntry* program(uint64_t id);          // readable, or null
   ProgramEntry* make_entry(uint64_t id, uint64_t offset);
   // Of programs whose memory this rank made: it is freed by a sweep, once all `members` have left.
   void keep_until_left(ProgramEntry* entry, const Word* left, uint32_t members, void* memory) { ended_.push_back({entry, left, members, memory}); }
@@ -96,13 +113,17 @@ class Control {
   static std::function<void()> interrupt;
 
  private:
-  void slow_wait(Word& word, uint32_t target, int peer, Waiter& waiter);
+  void slow_wait(Condition& condition, int peer, Waiter& waiter);
+  void set(const Verdict& verdict);
   int culprit(int peer, int thread) const;
   void watch(int rank, int pid);
 
   ControlBlock* block_;
   int rank_, size_;
+  std::vector<int> locals_;
+  std::vector<bool> here_;
   double timeout_;
+  Elsewhere* elsewhere_ = nullptr;
   std::vector<int> pidfds_, watched_;  // by rank: -1 none; the pids behind them
   bool watches_ = true, orphaned_ = false;
   Faults faults_;
@@ -116,7 +137,7 @@ class Control {
 };
 
 // For the sources of this room.
-constexpr double kVerdictPatience = 1.0;
+constexpr double kVerdictPatience = 1.0, kFarPatience = 5.0;  // until another rank has worded an error, alone or for all hosts
 void nap(double seconds);
 
 }  // namespace gingham

@@ -7,35 +7,73 @@
 namespace gingham {
 namespace {
 
-constexpr double kJudgePatience = 0.3;
+constexpr double kJudgePatience = 0.3, kAskAfter = 0.4;
 
 }  // namespace
 
-void Program::compare(int peer) {
+void Program::compare(int peer, double waited) {
   const ProgramRecord& mine = record(rank_);
   const uint32_t sequence = mine.sequence.load();
-  for (int r = 0; r < size() && sequence > 0; r++) {
-    if (!reached(record(r).sequence.load(), sequence)) continue;
-    const Call& theirs = record(r).calls[sequence % kHistory];
-    if (theirs.invalid || (r == peer && theirs.key() != mine.calls[sequence % kHistory].key())) mismatch({rank_, r});
-  }
-  if (peer >= 0 && record(peer).closed.load()) {
+  const auto differs = [&](int r, uint32_t theirs, const Call& call) {
+    return sequence > 0 && reached(theirs, sequence) && (call.invalid || (r == peer && call.key() != mine.calls[sequence % kHistory].key()));
+  };
+  for (int r = 0; r < size(); r++)
+    if (here(r) && differs(r, record(r).sequence.load(), record(r).calls[sequence % kHistory])) mismatch({rank_, r});
+  if (peer >= 0 && (here(peer) ? record(peer).closed.load() != 0 : control_.elsewhere()->left(member(peer)))) {
     fail(Kind::died, member(peer), concat("rank ", member(peer), " left the job (destroy or exit) while others wait for it"));
     control_.raise();
   }
+  if (!spans_ || waited < std::max(kAskAfter, 2 * asked_)) return;
+  asked_ = waited;  // ever more seldom
+  for (const Told& told : control_.elsewhere()->ask(id_)) {
+    const auto r = static_cast<int>(std::find(members_.begin(), members_.end(), told.rank) - members_.begin());
+    if (r < size() && differs(r, told.log.sequence, told.log.at(sequence))) mismatch({rank_, r});
+  }
 }
 
-std::vector<CallLog> Program::logs() const {
+std::vector<Told> told_of(const Control& control, ProgramBlock* block) {
+  std::vector<Told> found;
+  const auto tell = [&](int rank) -> Told& {
+    Told& told = found.emplace_back();
+    told.rank = told.log.rank = rank;
+    const std::vector<Waiting> waits = control.waits(rank);
+    std::copy(waits.begin(), waits.end(), told.waits);
+    return told;
+  };
+  if (!block)
+    for (int rank : control.locals()) tell(rank);
+  for (int r = 0; block && r < block->size; r++) {
+    const ProgramRecord& record = records_of(block)[r];
+    if (!control.here(record.rank)) continue;
+    CallLog& log = tell(record.rank).log;
+    log.sequence = record.sequence.load();
+    std::copy(std::begin(record.calls), std::end(record.calls), std::begin(log.calls));
+  }
+  return found;
+}
+
+std::vector<CallLog> Program::logs() {
   const uint32_t sequence = record(rank_).sequence.load();
   const double start = now();
   std::vector<CallLog> found(members_.size());
   for (int r = 0; r < size(); r++)
-    while (!reached(record(r).sequence.load(), sequence) && now() - start < kJudgePatience) nap(0.0005);
+    while (here(r) && !reached(record(r).sequence.load(), sequence) && now() - start < kJudgePatience) nap(0.0005);
   for (int r = 0; r < size(); r++) {
     CallLog& log = found[static_cast<size_t>(r)];
     log.rank = member(r);
+    if (!here(r)) continue;
     log.sequence = record(r).sequence.load();
     std::copy(std::begin(record(r).calls), std::end(record(r).calls), std::begin(log.calls));
+  }
+  while (spans_) {  // ranks elsewhere may still be on their way to this call
+    bool all = true;
+    for (const Told& told : control_.elsewhere()->ask(id_)) {
+      const auto r = static_cast<size_t>(std::find(members_.begin(), members_.end(), told.rank) - members_.begin());
+      if (r < found.size()) found[r] = told.log;
+      all = all && (r >= found.size() || reached(told.log.sequence, sequence));
+    }
+    if (all || now() - start > kJudgePatience) break;
+    nap(0.05);
   }
   return found;
 }

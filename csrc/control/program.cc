@@ -18,8 +18,8 @@ size_t record_bytes(size_t members) { return lines(sizeof(ProgramRecord) * membe
 struct Program::Mine : Waiter {
   Mine(Program& program, int peer) : program(program), peer(peer) {}
   void check() override { program.check(); }
-  void compare() override {
-    if (!program.recovering_) program.compare(peer);
+  void compare(double waited) override {
+    if (!program.recovering_) program.compare(peer, waited);
   }
   std::string doing() const override {
     if (program.recovering_) return "the first call after memory ran out";
@@ -34,23 +34,29 @@ struct Program::Mine : Waiter {
 
 Program::Program(Control& control, Segment& segment, Heap& heap, uint64_t id, std::vector<int> members, std::vector<int> lines, size_t room,
                  double timeout)
-    : control_(control), segment_(segment), heap_(heap), members_(std::move(members)), lines_(std::move(lines)), timeout_(timeout) {
+    : control_(control), segment_(segment), heap_(heap), members_(std::move(members)), lines_(std::move(lines)), id_(id), timeout_(timeout) {
   CHECK(MeshError, !members_.empty(), "a program without ranks");
   for (int r : members_) CHECK(MeshError, r >= 0 && r < control.size(), "rank ", r, " of a job of ", control.size());
   rank_ = static_cast<int>(std::find(members_.begin(), members_.end(), control.rank()) - members_.begin());
   CHECK(MeshError, rank_ < size(), "rank ", control.rank(), " is not among the ranks of its own program, ", list_of(members_));
+  while (!here(first_)) first_++;
+  for (int r = 0; r < size(); r++) locals_ += here(r);
+  spans_ = locals_ < members_.size();
   join(id, block_bytes() + record_bytes(members_.size()) + room);
 }
 
+ProgramRecord* records_of(ProgramBlock* block) { return reinterpret_cast<ProgramRecord*>(reinterpret_cast<char*>(block) + block_bytes()); }
+
 // Its first member makes the memory, the others find it.
 void Program::join(uint64_t id, size_t bytes) {
-  if (rank_ == 0) {
+  if (rank_ == first_) {
     control_.sweep(heap_);
     char* memory = static_cast<char*>(heap_.allocate(bytes, Heap::Kind::control));
     memset(memory, 0, bytes);
     new (memory) ProgramBlock;
-    auto* records = reinterpret_cast<ProgramRecord*>(memory + block_bytes());
-    for (size_t r = 0; r < members_.size(); r++) new (records + r) ProgramRecord;
+    auto* block = reinterpret_cast<ProgramBlock*>(memory);
+    block->size = size();
+    for (int r = 0; r < size(); r++) (new (records_of(block) + r) ProgramRecord)->rank = member(r);
     entry_ = control_.make_entry(id, segment_.offset_of(memory));
   }
   struct Finding : Waiter {
@@ -61,7 +67,7 @@ void Program::join(uint64_t id, size_t bytes) {
     Program& program;
   } finding(*this);
   for (const double start = now(); !entry_ && !(entry_ = control_.program(id));) {
-    control_.look(member(0));
+    control_.look(member(first_));
     nap(0.0005);
     if (Control::interrupt) Control::interrupt();
     if (now() - start < timeout_) continue;
@@ -71,10 +77,11 @@ void Program::join(uint64_t id, size_t bytes) {
   }
   char* memory = static_cast<char*>(segment_.at(entry_->offset.load()));
   block_ = reinterpret_cast<ProgramBlock*>(memory);
-  records_ = reinterpret_cast<ProgramRecord*>(memory + block_bytes());
+  records_ = records_of(block_);
   room_ = memory + block_bytes() + record_bytes(members_.size());
   record(rank_).joined.store(1);
-  for (int r = 0; r < size(); r++) control_.wait(record(r).joined, 1, member(r), finding);
+  for (int r = 0; r < size(); r++)
+    if (here(r)) control_.wait(record(r).joined, 1, member(r), finding);
 }
 
 Program::~Program() {
@@ -82,7 +89,7 @@ Program::~Program() {
   close();
   if (control_.orphaned() || !block_) return;
   block_->left.add(1);
-  if (rank_ == 0) control_.keep_until_left(entry_, &block_->left, static_cast<uint32_t>(size()), block_);
+  if (rank_ == first_) control_.keep_until_left(entry_, &block_->left, static_cast<uint32_t>(locals_), block_);
 }
 
 void Program::begin(const Call& call) {
@@ -105,6 +112,8 @@ void Program::begin(const Call& call) {
   inside_ = true;
   me.sequence.store(sequence);
   check();
+  asked_ = 0;
+  if (call.invalid && spans_) control_.fail([&] { return disagreement(logs(), {}, sequence); });  // peers elsewhere see no record
   if (!beside_ && control_.strikes(call.name) && fail_allocation) fail_allocation();
 }
 
@@ -126,6 +135,11 @@ void Program::wait(Word& word, uint32_t target, int peer) {
   control_.wait(word, target, peer < 0 ? -1 : member(peer), mine);
 }
 
+void Program::wait(Condition& condition, int peer) {
+  Mine mine(*this, peer);
+  control_.wait(condition, member(peer), mine);
+}
+
 void Program::sleep_until(double time) {
   Mine mine(*this, -1);
   control_.sleep_until(time, mine);
@@ -133,6 +147,12 @@ void Program::sleep_until(double time) {
 
 void Program::share(char* bytes, size_t count) {
   CHECK(MeshError, count <= sizeof(block_->notice), "a notice of ", count, " bytes, expected at most ", sizeof(block_->notice));
+  if (spans_) {
+    const std::string told = control_.elsewhere()->share(id_, rank_ == 0, std::string(bytes, count));
+    CHECK(MeshError, told.size() == count, "rank ", control_.rank(), ": the first rank told ", told.size(), " bytes, expected ", count);
+    memcpy(bytes, told.data(), count);
+    return;
+  }
   if (rank_ == 0) {
     memcpy(block_->notice, bytes, count);
     block_->shared.store(1);
@@ -144,6 +164,7 @@ void Program::share(char* bytes, size_t count) {
 int Program::behind() const {
   int odd = rank_;
   for (int r = 0; r < size(); r++) {
+    if (!here(r)) continue;
     if (record(r).closed.load() || control_.left(member(r))) return member(r);
     if (static_cast<int32_t>(record(r).sequence.load() - record(odd).sequence.load()) < 0) odd = r;
   }

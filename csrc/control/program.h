@@ -1,6 +1,6 @@
 // A program: ranks of the job that make the same calls in the same order, such as those of a mesh, or of the sums over depth beside one. It
 // has its own numbering (rank 0 is its first member), sequence of calls, keys and judging; errors name ranks as the job does.
-//   [ block | records of the members | room for the axes ]   in the heap of the first member
+//   [ block | records of the members | room for the axes ]   in the heap of the first member, of each host for those on it
 // An error ends the job. A refusal (an allocation that failed on one rank) ends the call: all ranks of the program raise in it, and before
 // its next call each waits for all others, after which counters and keys begin anew on all (recovery.cc).
 #pragma once
@@ -15,6 +15,7 @@
 namespace gingham {
 
 struct ProgramRecord {
+  int32_t rank;  // as the job counts
   Word joined;
   Word sequence;
   Word met;  // of the barriers of a recovery
@@ -23,6 +24,7 @@ struct ProgramRecord {
 };
 
 struct ProgramBlock {
+  int32_t size;
   Word left;
   Word refused;  // in epoch e: 3e none, 3e + 1 being written, 3e + 2 readable
   int32_t refused_rank;
@@ -32,11 +34,15 @@ struct ProgramBlock {
   char notice[128];  // what the first member told all (share)
 };
 
+// The records behind a program's block; and what this host's ranks in it say of themselves, for others.
+ProgramRecord* records_of(ProgramBlock* block);
+std::vector<Told> told_of(const Control& control, ProgramBlock* block);
+
 class Program {
  public:
   using Kind = ErrorKind;
 
-  // Collective over the members (ranks of the job). id: theirs alone among all programs that live; lines: of each axis, how many ranks its
+  // Collective over the members (ranks of the job). id: theirs alone among all programs of the job; lines: of each axis, how many ranks its
   // lines have; room: bytes for these axes; timeout: seconds after which a member that is waited for is PeerStalled.
   Program(Control& control, Segment& segment, Heap& heap, uint64_t id, std::vector<int> members, std::vector<int> lines, size_t room, double timeout);
   ~Program();
@@ -47,6 +53,7 @@ class Program {
   void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
   // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
   uint64_t key() const { return key_; }
+  const Call& call() const { return records_[rank_].calls[records_[rank_].sequence.load() % kHistory]; }
   void note(std::shared_ptr<const Label> label);     // a call that moves nothing
   void wait(Word& word, uint32_t target, int peer);  // as Control::wait; peer: a member's number
   void sleep_until(double time);
@@ -73,6 +80,11 @@ class Program {
 
   int rank() const { return rank_; }  // among the members
   int size() const { return static_cast<int>(members_.size()); }
+  bool here(int rank) const { return control_.here(member(rank)); }  // whether a member is on this host
+  int locals() const { return static_cast<int>(locals_); }           // how many are
+  bool spans() const { return spans_; }                              // whether some are on others
+  uint64_t id() const { return id_; }
+  void wait(Condition& condition, int peer);
   int member(int rank) const { return members_[static_cast<size_t>(rank)]; }  // as the job counts
   double timeout() const { return timeout_; }
   const std::vector<int>& lines() const { return lines_; }
@@ -85,8 +97,8 @@ class Program {
   struct Mine;
   ProgramRecord& record(int rank) const { return records_[rank]; }
   void join(uint64_t id, size_t bytes);
-  void compare(int peer);             // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
-  std::vector<CallLog> logs() const;  // once the ranks have come to this rank's call, or have had time to
+  void compare(int peer, double waited);  // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
+  std::vector<CallLog> logs();            // once the ranks have come to this rank's call, or have had time to
   void raise_refusal(bool in_any_call);
   void recover();
   void meet(uint32_t number);
@@ -97,8 +109,12 @@ class Program {
   Segment& segment_;
   Heap& heap_;
   std::vector<int> members_, lines_;
+  uint64_t id_;
   double timeout_;
-  int rank_ = -1;
+  int rank_ = -1, first_ = 0;  // the first member on this host
+  size_t locals_ = 0;
+  bool spans_ = false;
+  double asked_ = 0;
   ProgramEntry* entry_ = nullptr;
   ProgramBlock* block_ = nullptr;
   ProgramRecord* records_ = nullptr;

@@ -11,6 +11,8 @@
 namespace gingham {
 
 void Program::refuse(const std::string& message) {
+  if (spans_)
+    return fail(Kind::memory, control_.rank(), message + "; over several hosts the mesh must be made anew: gingham.destroy() and gingham.init()");
   // Depth sums' memory: asked for by the main thread for them, or by their thread, which leaves it to the main thread to raise.
   bool own = true;
   if (background_) {

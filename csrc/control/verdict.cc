@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <iterator>
 #include <map>
 
 #include "base/check.h"
@@ -13,7 +14,17 @@ namespace {
 
 size_t idx(int rank) { return static_cast<size_t>(rank); }
 
+constexpr const char* kKinds[] = {"died", "stalled", "shape", "mesh", "memory"};
+
 }  // namespace
+
+const char* name_of(ErrorKind kind) { return kKinds[static_cast<size_t>(kind)]; }
+
+ErrorKind error_kind(const std::string& name) {
+  const auto found = std::find(std::begin(kKinds), std::end(kKinds), name);
+  CHECK(MeshError, found != std::end(kKinds), "an error of kind ", name);
+  return static_cast<ErrorKind>(found - std::begin(kKinds));
+}
 
 std::string list_of(const std::vector<int>& ranks) {
   std::string out = ranks.size() == 1 ? "rank " : "ranks ";

@@ -10,6 +10,8 @@ namespace gingham {
 constexpr uint32_t kHistory = 8;  // calls of each rank that are remembered
 
 enum class ErrorKind : int32_t { died, stalled, shape, mesh, memory };
+const char* name_of(ErrorKind kind);
+ErrorKind error_kind(const std::string& name);
 
 // The last calls of one rank, by number modulo kHistory.
 struct CallLog {

@@ -14,17 +14,6 @@ int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, in
   return offsets[r + 1] - offsets[r];
 }
 
-namespace {
-
-bool along_a_ring(const Step::Config& step) {
-  const auto ring = [](Axis* axis) { return axis && axis->size() > 1 && !axis->window(); };
-  bool found = ring(step.x.axis) || ring(step.depth);
-  for (const Projection& map : step.maps) found = found || ring(map.w.axis) || ring(map.y.axis);
-  return found;
-}
-
-}  // namespace
-
 StepCall::StepCall(Program& program, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
     : config(step), d(step.slice_dim), stream(used), pipeline(used), program_(program) {
   call_.set_name(concat(step.name, ".", product));
@@ -33,8 +22,7 @@ StepCall::StepCall(Program& program, const Stream& used, const Step::Config& ste
   call_.k = step.k;
   for (const Projection& m : step.maps) call_.n += m.n;
   call_.rows = rows;
-  call_.flags = kStep | static_cast<uint64_t>(step.slices & 0xffffff) << 8 | static_cast<uint64_t>(step.slice_dim) << 1 |
-                static_cast<uint64_t>(along_a_ring(step));
+  call_.flags = kStep | static_cast<uint64_t>(step.slices & 0xffffff) << 8 | static_cast<uint64_t>(step.slice_dim) << 1;
   groups.resize(d == Dim::N ? step.maps.size() : 1);
 }
 

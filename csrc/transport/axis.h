@@ -15,6 +15,7 @@ namespace gingham {
 
 struct Traffic {
   uint64_t bytes_sent = 0, bytes_received = 0, messages = 0;
+  uint64_t bytes_crossed = 0;  // of those received, what came from another host
 };
 
 // The shape of a posted tensor where it is more than a matrix (all_gather of tensors of any rank).
@@ -41,7 +42,8 @@ class Ring {
  public:
   virtual ~Ring() = default;
   virtual void send(int peer, const void* data, size_t bytes, int lane = 0) = 0;  // the data must stay until drain()
-  virtual bool ready(int peer, int lane = 0) = 0;                                 // a message from `peer` has arrived
+  virtual void expect(int, void*, size_t, int = 0) {}  // where recv() will ask the next message from a peer in the lane to be put
+  virtual bool ready(int peer, int lane = 0) = 0;      // a message from `peer` has arrived
   virtual void recv(int peer, void* data, size_t bytes, int lane = 0) = 0;
   virtual void drain(int peer, int lane = 0, uint32_t left = 0) = 0;  // waits until at most `left` of my messages to `peer` are unread
   // A ring that queues (GPUs) returns from send() and recv() at once: kernels may read what was received after arrived(), and
@@ -83,15 +85,17 @@ class Axis {
 
   virtual Board& board() = 0;
   virtual Ring& ring() = 0;
-  virtual Window* window() = 0;                    // null: data travels along the ring
-  virtual bool holds(const void* data) const = 0;  // peers can have it from where it stands
+  virtual Window* window() = 0;                      // null: data travels along the ring
+  virtual bool holds(const void* data) const = 0;    // peers can have it from where it stands
+  virtual bool crosses(int) const { return false; }  // a peer is on another host
 
   void count_sent(size_t bytes) {
     if (counting_) traffic_.bytes_sent += bytes;
   }
-  void count_received(size_t bytes) {
+  void count_received(size_t bytes, bool crossed = false) {
     if (!counting_) return;
     traffic_.bytes_received += bytes;
+    if (crossed) traffic_.bytes_crossed += bytes;
     traffic_.messages++;
   }
   Traffic traffic(bool reset) {

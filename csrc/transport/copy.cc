@@ -11,7 +11,7 @@ cudaEvent_t event_of(uint64_t number) { return reinterpret_cast<cudaEvent_t>(num
 
 }  // namespace
 
-Copy::Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Program& program, AxisMemory memory, std::vector<int> members)
+Copy::Copy(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, std::vector<int> members)
     : Queued(std::move(shared), order), program_(program), memory_(memory), members_(std::move(members)) {
   const size_t events = static_cast<size_t>(size_) * kLanes * kSlots;
   ready_ = std::vector<Event>(events);

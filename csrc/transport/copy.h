@@ -9,7 +9,7 @@ namespace gingham {
 
 class Copy : public Queued {
  public:
-  Copy(std::unique_ptr<Shm> shared, GroupOrder& order, Program& program, AxisMemory memory, std::vector<int> members);
+  Copy(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, std::vector<int> members);
 
   // A call ends when all its ranks have queued it: until then they may still name this rank's events.
   void finish() override;

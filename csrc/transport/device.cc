@@ -43,7 +43,7 @@ class CudaGpu : public Gpu {
     CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, native(stream_)));
     synchronize();
   }
-  std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) override {
+  std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Axis> shared, AxisMemory memory, const std::vector<int>& members) override {
     stream_.enter();
     if (carrier_ == Carrier::copy || program.size() == 1) return std::make_unique<Copy>(std::move(shared), order_, program, memory, members);
     if (!program.attachment) program.attachment = std::make_shared<NcclWorld>(program, stream_);

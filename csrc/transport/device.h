@@ -29,7 +29,7 @@ class Gpu {
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
   // Collective over the program with Carrier::nccl.
-  virtual std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Shm> shared, AxisMemory memory, const std::vector<int>& members) = 0;
+  virtual std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Axis> shared, AxisMemory memory, const std::vector<int>& members) = 0;
 };
 
 // Throws DeviceError where the build, the device or NCCL is missing.

@@ -1,11 +1,15 @@
 #include "transport/job.h"
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
+#include <random>
 
 #include "base/memory.h"
 #include "transport/fork.h"
 #include "transport/link.h"
 #include "transport/shm.h"
+#include "transport/wire.h"
 
 namespace gingham {
 namespace {
@@ -20,10 +24,16 @@ constexpr size_t kAddressSpace = size_t{16} << 40, kLeastHeap = size_t{64} << 20
 // Address space for each rank's heap: what memory can be had now, since pages are taken as they are needed.
 size_t usual_heap(int size) { return pages(std::clamp(memory_left().bytes, kLeastHeap, kAddressSpace / static_cast<size_t>(size))); }
 
-std::shared_ptr<Segment> open(int rank, int size, const std::string& path, size_t heap) {
+std::vector<int> all_of(int size) {
+  std::vector<int> ranks(static_cast<size_t>(size));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  return ranks;
+}
+
+std::shared_ptr<Segment> open(int rank, int size, size_t locals, const std::string& path, size_t heap) {
   CHECK(MeshError, size >= 1 && size <= kMaxRanks, "a job has 1 to ", kMaxRanks, " ranks, got ", size);
   CHECK(MeshError, rank >= 0 && rank < size, "rank ", rank, " of ", size);
-  return path.empty() ? Job::make_segment(size, heap) : std::make_shared<Segment>(path);
+  return path.empty() ? Job::make_segment(locals ? static_cast<int>(locals) : size, heap) : std::make_shared<Segment>(path);
 }
 
 }  // namespace
@@ -38,15 +48,28 @@ std::shared_ptr<Segment> Job::make_segment(int size, size_t heap) {
   return segment;
 }
 
-Job::Job(int rank, int size, const std::string& path, double timeout, size_t heap) : Job(rank, size, open(rank, size, path, heap), timeout) {}
+Job::Job(int rank, int size, const std::string& path, double timeout, size_t heap, std::vector<int> locals, uint64_t nonce)
+    : Job(rank, size, open(rank, size, locals.size(), path, heap), timeout, locals) {
+  auto* block = static_cast<ControlBlock*>(segment_->at(0));
+  if (path.empty()) {
+    while (block->nonce == 0) block->nonce = std::random_device()() | static_cast<uint64_t>(std::random_device()()) << 32;
+  } else {
+    CHECK(MeshError, nonce == 0 || block->nonce == nonce, "rank ", rank, ": ", path, " is not the memory of this job's rank ", control_->locals()[0],
+          ": the two are not on one host, or not in one PID namespace, though both say so; give each host a name of its own with GINGHAM_HOST");
+  }
+}
 
-Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout) : segment_(std::move(segment)) {
-  const size_t ranks = static_cast<size_t>(size), shared = control_bytes(), bytes = segment_->bytes();
+Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout, std::vector<int> locals) : segment_(std::move(segment)) {
+  if (locals.empty()) locals = all_of(size);
+  const auto place = static_cast<size_t>(std::find(locals.begin(), locals.end(), rank) - locals.begin());
+  CHECK(MeshError, place < locals.size(), "rank ", rank, " is not among the ranks of its own host");
+  const size_t ranks = locals.size(), shared = control_bytes(), bytes = segment_->bytes();
   heap_bytes_ = bytes > shared ? (bytes - shared) / ranks : 0;
-  CHECK(MeshError, heap_bytes_ > 0 && shared + heap_bytes_ * ranks == bytes && heap_bytes_ % kPage == 0, "the memory that rank 0 shares has ", bytes,
-        " bytes, which ", size, " ranks of this version do not divide; all ranks must run the same version of gingham with the same world size");
-  control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, timeout);
-  heap_ = std::make_unique<Heap>(*segment_, shared + heap_bytes_ * static_cast<size_t>(rank), heap_bytes_, rank);
+  CHECK(MeshError, heap_bytes_ > 0 && shared + heap_bytes_ * ranks == bytes && heap_bytes_ % kPage == 0, "the memory that rank ", locals[0],
+        " shares has ", bytes, " bytes, which ", ranks,
+        " ranks of this version do not divide; all ranks must run the same version of gingham with the same world size");
+  control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, std::move(locals), timeout);
+  heap_ = std::make_unique<Heap>(*segment_, shared + heap_bytes_ * place, heap_bytes_, rank);
   stream_ = std::make_unique<CpuStream>(*heap_);
   heap_->refused = [this](const std::string& message) { out_of_memory(message); };
   watch_forks(this);
@@ -68,8 +91,9 @@ void Job::out_of_memory(const std::string& message) {
 }
 
 std::shared_ptr<Program> Job::program(uint64_t id, std::vector<int> members, const std::vector<int>& lines, double timeout) {
-  size_t room = 0;
-  for (int line : lines) room += AxisMemory::bytes(members.size(), static_cast<size_t>(line));
+  size_t room = 0, locals = 0;
+  for (int r : members) locals += r >= 0 && r < size() && control_->here(r);
+  for (int line : lines) room += AxisMemory::bytes(members.size(), std::min(static_cast<size_t>(line), locals));
   auto made = std::make_shared<Program>(*control_, *segment_, *heap_, id, std::move(members), lines, room, timeout);
   Program* program = made.get();
   program->fail_allocation = [this] { heap_->fail_after(0); };
@@ -81,6 +105,19 @@ std::shared_ptr<Program> Job::program(uint64_t id, std::vector<int> members, con
   return made;
 }
 
+void Job::span(std::unique_ptr<Hosts> hosts) {
+  hosts_ = std::move(hosts);
+  control_->span(hosts_.get());
+}
+
+uint64_t Job::nonce() const { return static_cast<const ControlBlock*>(segment_->at(0))->nonce; }
+
+std::string Job::told(uint64_t program) {
+  const ProgramEntry* entry = program ? control_->program(program) : nullptr;
+  if (program && !entry) return {};
+  return Hosts::words(told_of(*control_, entry ? static_cast<ProgramBlock*>(segment_->at(entry->offset.load())) : nullptr));
+}
+
 void Job::end_call(Program& program) {
   if (!program.inside()) return;
   program.end();
@@ -89,12 +126,14 @@ void Job::end_call(Program& program) {
 
 namespace {
 
+// Lines have channels between ranks of one host only.
 AxisMemory memory_of(const Program& program, int index) {
   const size_t members = static_cast<size_t>(program.size());
+  const auto line = [&](int i) { return std::min(program.lines()[static_cast<size_t>(i)], program.locals()); };
   char* at = program.room();
-  for (int i = 0; i < index; i++) at += AxisMemory::bytes(members, static_cast<size_t>(program.lines()[static_cast<size_t>(i)]));
+  for (int i = 0; i < index; i++) at += AxisMemory::bytes(members, static_cast<size_t>(line(i)));
   AxisMemory memory;
-  memory.line = program.lines()[static_cast<size_t>(index)];
+  memory.line = line(index);
   memory.notices = reinterpret_cast<Notice*>(at);
   memory.channels = reinterpret_cast<Channel*>(at + sizeof(Notice) * members);
   return memory;
@@ -133,7 +172,17 @@ std::unique_ptr<Axis> Job::axis(Program& program, int index, const std::vector<i
   CHECK(MeshError, index >= 0 && index < axes, "axis index ", index, ", expected 0 to ", axes - 1);
   for (int r : members) CHECK(MeshError, r >= 0 && r < program.size(), "axis member ", r, " of a program of ", program.size());
   const AxisMemory memory = memory_of(program, index);
-  CHECK(MeshError, static_cast<int>(members.size()) <= memory.line, "axis ", index, " of ", members.size(), " ranks, expected at most ", memory.line);
+  const int line = program.lines()[static_cast<size_t>(index)];
+  CHECK(MeshError, static_cast<int>(members.size()) <= line, "axis ", index, " of ", members.size(), " ranks, expected at most ", line);
+  std::vector<int> locals;
+  std::copy_if(members.begin(), members.end(), std::back_inserter(locals), [&](int r) { return program.here(r); });
+  if (locals.size() < members.size()) {
+    CHECK(MeshError, latency == 0 && bandwidth == 0, "link= slows shared memory; this axis goes over several hosts");
+    auto local = locals.size() > 1 ? std::make_unique<Shm>(*segment_, program, memory, locals, false) : nullptr;
+    auto wire = std::make_unique<Wire>(program, *hosts_, index, members, std::move(local));
+    if (gpu_) return gpu_->axis(program, std::move(wire), memory, members);
+    return wire;
+  }
   if (gpu_) {
     CHECK(MeshError, latency == 0 && bandwidth == 0, "link= slows shared memory; a GPU mesh has none");
     return gpu_->axis(program, std::make_unique<Shm>(*segment_, program, memory, members), memory, members);

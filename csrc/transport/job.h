@@ -1,7 +1,7 @@
 // One rank's membership in a job: the shared segment, the control block, this rank's heap, and the programs and axes made from them.
-//   [ control | heap of rank 0 | heap of rank 1 | .. ]     a program's state lies in the heap of its first rank:
+//   [ control | heap of the host's first rank | of its second | .. ]   a program's state lies in the heap of its first rank on the host:
 //   [ its block and records | of each axis: notices, channels ]
-// Ranks are processes (each opens rank 0's memfd by path) or threads of one process (they share the Segment object).
+// Ranks are processes (each opens the memfd of the host's first rank by path) or threads of one process (they share the Segment object).
 #pragma once
 #include <memory>
 #include <mutex>
@@ -12,15 +12,16 @@
 #include "control/program.h"
 #include "transport/axis.h"
 #include "transport/device.h"
+#include "transport/hosts.h"
 
 namespace gingham {
 
 class Job {
  public:
-  // path "": creates the segment (rank 0), with `heap` bytes of address space for each rank (0: as much as memory can be had). Otherwise
-  // opens rank 0's.
-  Job(int rank, int size, const std::string& path, double timeout, size_t heap = 0);
-  Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout);
+  // locals: the ranks on this host (none given: all). path "": creates their segment (the first of them), with `heap` bytes of address
+  // space for each (0: as much as memory can be had). Otherwise opens the first one's, whose nonce() it must hold.
+  Job(int rank, int size, const std::string& path, double timeout, size_t heap = 0, std::vector<int> locals = {}, uint64_t nonce = 0);
+  Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout, std::vector<int> locals = {});
   ~Job();
   Job(const Job&) = delete;
   Job& operator=(const Job&) = delete;
@@ -29,7 +30,11 @@ class Job {
   void attach(const std::string& version, const std::vector<int>& pids = {}) { control_->attach(version, pids); }
   // Collective over the members; lines: of each axis that will be made, how many ranks its lines have. See Program.
   std::shared_ptr<Program> program(uint64_t id, std::vector<int> members, const std::vector<int>& lines, double timeout);
-  void end_call(Program& program);  // on the way out of a call of the binding
+  // From here on its programs may have ranks on other hosts.
+  void span(std::unique_ptr<Hosts> hosts);
+  uint64_t nonce() const;
+  std::string told(uint64_t program);  // what this host's ranks say of themselves to others; 0: of no program
+  void end_call(Program& program);     // on the way out of a call of the binding
   // From here on this rank computes on a GPU: its streams, memory and axes are that GPU's. Call after attach(), before axis().
   void use_gpu(int ordinal, Carrier carrier);
   Gpu* gpu() const { return gpu_.get(); }
@@ -59,6 +64,7 @@ class Job {
  private:
   void reset(Program& program);
   std::shared_ptr<Segment> segment_;
+  std::unique_ptr<Hosts> hosts_;
   std::unique_ptr<Control> control_;
   std::unique_ptr<Heap> heap_;
   std::unique_ptr<Stream> stream_;

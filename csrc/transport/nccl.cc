@@ -118,7 +118,7 @@ void NcclWorld::abort_all() {
   if (world_) nccl().CommAbort(std::exchange(world_, nullptr));
 }
 
-Nccl::Nccl(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members)
+Nccl::Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members)
     : Queued(std::move(shared), order), control_(control), world_(world) {
   for (ncclComm_t& comm : comms_) comm = world.split(*std::min_element(members.begin(), members.end()), rank_);
   world_.add(this);

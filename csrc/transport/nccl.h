@@ -43,7 +43,7 @@ class NcclWorld {
 class Nccl : public Queued {
  public:
   // members: the program's ranks in axis order.
-  Nccl(std::unique_ptr<Shm> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members);
+  Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members);
   ~Nccl() override;
   ncclComm_t communicator() const { return comms_[0]; }  // for the microbenchmark's yardsticks
 

@@ -4,7 +4,7 @@
 
 namespace gingham {
 
-Queued::Queued(std::unique_ptr<Shm> shared, GroupOrder& order) : Axis(shared->rank(), shared->size()), shared_(std::move(shared)), order_(order) {
+Queued::Queued(std::unique_ptr<Axis> shared, GroupOrder& order) : Axis(shared->rank(), shared->size()), shared_(std::move(shared)), order_(order) {
   compute().enter();
   int least = 0, greatest = 0;
   CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
@@ -19,12 +19,12 @@ Queued::~Queued() {
 
 void Queued::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) {
   CHECK(MeshError, panels.empty(), "GPUs do not read each other's panels in place");
-  shared_->post({}, rows, uneven, shape);
+  shared_->board().post({}, rows, uneven, shape);
 }
 
 void Queued::finish() {
   for (Line& line : lines_) flush(line);
-  shared_->finish();
+  shared_->board().finish();
 }
 
 void Queued::send(int peer, const void* data, size_t bytes, int lane) {
@@ -37,7 +37,7 @@ void Queued::send(int peer, const void* data, size_t bytes, int lane) {
 void Queued::recv(int peer, void* data, size_t bytes, int lane) {
   Line& line = lines_[static_cast<size_t>(line_of(lane))];
   line.waiting.push_back({Way::recv, peer, data, bytes, lane});
-  count_received(bytes);
+  count_received(bytes, crosses(peer));
   if (open_groups_ == 0) flush(line);
 }
 

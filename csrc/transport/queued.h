@@ -37,19 +37,20 @@ struct Probe {
 
 class Queued : public Axis, public Board, public Ring {
  public:
-  Queued(std::unique_ptr<Shm> shared, GroupOrder& order);
+  Queued(std::unique_ptr<Axis> shared, GroupOrder& order);
   ~Queued() override;
 
   Board& board() override { return *this; }
   Ring& ring() override { return *this; }
   Window* window() override { return nullptr; }            // peers' memory is not read in place here
   bool holds(const void*) const override { return true; }  // any device memory can be sent from where it stands
+  bool crosses(int peer) const override { return shared_->crosses(peer); }
   bool queues() const override { return true; }
   void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) override;
-  int64_t rows(int peer) override { return shared_->rows(peer); }
-  Shape shape(int peer) override { return shared_->shape(peer); }
+  int64_t rows(int peer) override { return shared_->board().rows(peer); }
+  Shape shape(int peer) override { return shared_->board().shape(peer); }
   void finish() override;
-  void retire() override { shared_->retire(); }
+  void retire() override { shared_->board().retire(); }
 
   void send(int peer, const void* data, size_t bytes, int lane) override;
   bool ready(int, int) override { return true; }
@@ -87,7 +88,7 @@ class Queued : public Axis, public Board, public Ring {
   virtual void await_taken(int peer, int lane, uint32_t left);
   CudaStream& compute() { return order_.compute; }
 
-  std::unique_ptr<Shm> shared_;
+  std::unique_ptr<Axis> shared_;
   std::array<Line, kLines> lines_;
 
  private:

@@ -26,6 +26,10 @@ class Choice:
     why: str
     ucx_version: str = ""
 
+    def words(self) -> str:
+        """On which all ranks must agree."""
+        return f", engine {self.name}{' ' + self.ucx_version if self.ucx_version else ''}"
+
 
 class UcxEngine:
     """`engine`, of the core, over UCX; as GlooEngine for those who open and close it."""

@@ -120,7 +120,7 @@ def _ranks(axes: Axes, ranks: Sequence[int] | None, device_mesh: DeviceMesh | No
             " part of, for example its own slice of a DeviceMesh"
         )
     if size > native.max_ranks:
-        raise MeshError(f"a job has at most {native.max_ranks} ranks, those of one host; got {size}")
+        raise MeshError(f"a job has at most {native.max_ranks} ranks, got {size}")
     return found
 
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 from . import rendezvous
+from .hosts import Host, hosts_of, whereabouts
 
 T = TypeVar("T")
 _left_behind: list[threading.Thread] = []  # in Gloo, where they wait for a rank that is gone
@@ -57,19 +58,13 @@ class Meeting:
             # a connection of its own: the first one is busy while Gloo waits in it
             self._watch = self.store.clone()
 
-    def arrive(self) -> None:
-        """Tells that this rank is here and waits for all others. Raises PeerStalled naming those that do not come, PeerDied."""
-        mine = {"pid": os.getpid(), "host": _host()}
+    def arrive(self) -> list[Host]:
+        """Tells that this rank is here and waits for all others; the hosts on which they are. Raises PeerStalled naming those that do
+        not come, PeerDied."""
+        mine = whereabouts()
         told = self.exchange("arrived", mine, self._meet)
-        strange = [rank for rank, other in zip(self.ranks, told, strict=True) if other["host"] != mine["host"]]
-        if strange:
-            raise seen_by_all(
-                MeshError(
-                    f"ranks {strange} run on another host, or in another PID namespace, than rank {self.rank}: the ranks of a mesh share"
-                    " memory; start all of them on one host, in one container"
-                )
-            )
-        self.pids = [other["pid"] for other in told]
+        self.pids = [other["pid"] if other["host"] == mine["host"] else 0 for other in told]
+        return hosts_of(told)
 
     def exchange(self, name: str, value: Any, seen: Callable[[int, Any], None] = lambda rank, value: None) -> list[Any]:
         """Every rank's value (of JSON), in the order of `ranks`."""
@@ -149,7 +144,7 @@ class Meeting:
         self._watched = {}
 
     def _meet(self, rank: int, other: dict[str, Any]) -> None:
-        if other["host"] != _host():
+        if other["host"] != whereabouts()["host"]:
             return
         self._others[rank] = other["pid"]
         try:
@@ -206,11 +201,6 @@ def _wait_for_those_left_behind(rank: int) -> None:
                 f" ({thread.name}), and it waits still: start a new process"
             )
         _left_behind.remove(thread)
-
-
-def _host() -> str:
-    boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    return f"{boot.read_text().strip() if boot.exists() else os.uname().nodename} {os.readlink(space) if os.path.lexists(space) else ''}"
 
 
 def _state(pid: int) -> str:

@@ -65,6 +65,13 @@ def store(rank: int, ranks: tuple[int, ...], timeout: float) -> dist.Store:
     return dist.PrefixStore(f"gingham{attempt}.{_meetings[*key, ranks]}{whose}", made)
 
 
+def next_number(made: dist.Store | None) -> int:
+    """A number of a program that no other of the job has: an even one, the next odd one is free too. made: a store of any init."""
+    while isinstance(made, dist.PrefixStore):
+        made = made.underlying_store
+    return 2 * (1 if made is None else int(made.add("gingham.programs", 1)))
+
+
 def tell_gone(path: str, rank: int, text: str) -> None:
     """Beside the store of gingham.spawn (`path`): this rank will not come to an init any more."""
     if path and Path(path).parent.is_dir():

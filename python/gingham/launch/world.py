@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,10 @@ from ..errors import MeshError, PeerDied, PeerStalled
 from ..mesh import Axes, Mesh
 from ..mesh.layout import coordinates_of, members, odd_ranks
 from . import faults, rendezvous
+from .engines import choose_engine
 from .gpu import use_gpu
+from .hosts import Host
+from .links import Links
 from .meeting import Meeting, seen_by_all
 
 
@@ -60,6 +62,8 @@ class World:
     size: int
     device: torch.device
     made_group: bool  # whether init made torch.distributed's default group
+    hosts: list[Host]
+    links: Links | None  # to the other hosts, where there are any
     meshes: list[Mesh] = field(default_factory=list)
     groups: dict[str, list[Any]] = field(default_factory=dict)  # of torch.distributed, made for the mesh of that handle
 
@@ -80,16 +84,18 @@ def add_mesh(plan: Plan) -> Mesh:
     strikes = faults.read(rank, size) if joined is None else []
     meeting = Meeting(rank, tuple(range(size)) if joined is None else plan.ranks, plan.timeout)
     jobs: list[native.Job] = [] if joined is None else [joined.job]
-    made_group = False
+    made_group, links = False, None
     try:
         faults.at("init.start")
-        meeting.arrive()
+        hosts = meeting.arrive()
         faults.at("init.arrive")
         if joined is None:
             meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
             made_group = meeting.during("group", partial(rendezvous.make_process_group, plan.device, meeting.store))
         faults.at("init.group")
-        id = _agree(meeting, plan, jobs)
+        id = _agree(meeting, plan, hosts, jobs)
+        if joined is None and len(hosts) > 1:
+            links = Links(meeting, hosts, jobs[0])
         place = joined.device if joined is not None else use_gpu(jobs[0]) if plan.device == "cuda" else torch.device("cpu")
         faults.at("init.join")
         meeting.exchange("before mesh", None)
@@ -106,6 +112,8 @@ def add_mesh(plan: Plan) -> Mesh:
         for job in jobs:
             if not isinstance(error, PeerDied | PeerStalled):
                 job.fail(rank, f"rank {rank} raised {type(error).__name__} in gingham.init: {error}")
+        if links is not None:
+            links.close(0.5)
         if made_group:
             rendezvous.destroy_process_group()
         raise
@@ -113,24 +121,28 @@ def add_mesh(plan: Plan) -> Mesh:
         meeting.close()
     if joined is None:
         jobs[0].inject(strikes)
-        joined = _world = World(jobs[0], size, place, made_group)
+        joined = _world = World(jobs[0], size, place, made_group, hosts, links)
     joined.meshes.append(made)
     joined.groups[made.handle] = groups
     return made
 
 
-def _agree(meeting: Meeting, plan: Plan, jobs: list[native.Job]) -> int:
-    """The number of the mesh's program. Joins the job, where there is none yet: memory made by rank 0 and mapped by the others, once all
-    agree on the meshes and the version."""
-    first = not jobs
-    if first and meeting.rank == 0:
-        jobs.append(native.Job(0, meeting.size, "", plan.timeout, plan.heap or 0))
-    path = jobs[0].path if first and meeting.rank == 0 else ""
-    mine = (plan.job_words(), plan.words(), list(plan.ranks), path, secrets.randbits(60))
+def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Job]) -> int:
+    """The number of the mesh's program. Joins the job, where there is none yet: memory made by the first rank of each host and mapped by
+    the others on it, once all agree on the meshes and the version."""
+    rank, first = meeting.rank, not jobs
+    host = next((host for host in hosts if rank in host.ranks), hosts[0])
+    if first and rank == host.ranks[0]:
+        jobs.append(native.Job(rank, meeting.size, "", plan.timeout, plan.heap or 0, host.ranks))
+    memory = (jobs[0].path, jobs[0].nonce) if jobs else ("", 0)
+    number = rendezvous.next_number(meeting.store) if rank == plan.ranks[0] else 0
+    engine = choose_engine().words() if first and len(hosts) > 1 else ""
+    mine = (plan.job_words() + engine, plan.words(), list(plan.ranks), memory, number)
     told = dict(zip(meeting.ranks, meeting.exchange("described", mine), strict=True))
-    _compare(meeting.rank, plan, {rank: (words, mesh, tuple(ranks)) for rank, (words, mesh, ranks, *_) in told.items()})
-    if first and meeting.rank != 0:
-        jobs.append(native.Job(meeting.rank, meeting.size, told[0][3], plan.timeout))
+    _compare(rank, plan, {each: (words, mesh, tuple(ranks)) for each, (words, mesh, ranks, *_) in told.items()})
+    if first and not jobs:
+        path, nonce = told[host.ranks[0]][3]
+        jobs.append(native.Job(rank, meeting.size, path, plan.timeout, 0, host.ranks, nonce))
     if first:
         meeting.during("joined", partial(jobs[0].ready, meeting.pids), jobs[0].fail)
         _warn_unwatched(jobs[0])
@@ -201,6 +213,8 @@ def end(ended: Sequence[Mesh]) -> None:
         for group in _world.groups.pop(each.handle, []):
             dist.destroy_process_group(group)
     if not _world.meshes:
+        if _world.links is not None:
+            _world.links.close()
         if _world.made_group:
             rendezvous.destroy_process_group()
             for each in ended:
