@@ -25,7 +25,7 @@ std::optional<Verdict> Hosts::failure() {
   for (int r = 0; r < static_cast<int>(host_of_.size()); r++) {
     if (here(r)) continue;
     const std::string why = engine_->failure(r);
-    if (!why.empty()) return Verdict{ErrorKind::died, r, concat("rank ", r, " on host ", host(r), " died, or cannot be reached: ", why)};
+    if (!why.empty()) return Verdict{ErrorKind::died, r, concat("rank ", r, " on ", host(r), " died, or cannot be reached: ", why)};
   }
   return std::nullopt;
 }

@@ -75,7 +75,10 @@ void Wire::await(int peer, Move& move) {
     program_.wait(arrival, members_[static_cast<size_t>(peer)]);
   } catch (const PeerDied& error) {  // the job's own, or the engine's, which the others are to know
     const int rank = at(peer).rank;
-    program_.fail(ErrorKind::died, rank, concat("rank ", rank, " on host ", hosts_.host(rank), " died, or cannot be reached: ", error.what()));
+    const std::string where = concat("rank ", rank, " on ", hosts_.host(rank));
+    program_.fail(ErrorKind::died, rank,
+                  engine_.left(rank) ? concat(where, " left the job (destroy or exit) while others wait for it")
+                                     : concat(where, " died, or cannot be reached: ", error.what()));
     program_.control().raise();
   } catch (const ShapeError& error) {
     program_.fail(ErrorKind::shape, program_.control().rank(), error.what());
