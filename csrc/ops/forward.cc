@@ -89,7 +89,7 @@ class ForwardRun {
       Output* y = step_.pipeline.output(step_.y_place(i), state.block, state.y_slot, group.slices);
       group.products.push_back({y, {{group.inputs[0], w, false, false}}});
       state.fused = !map.y.shared() && group.slices.intervals() > 0;
-      if (state.fused) group.products.back().tail = [this, &state, &group](int s, int t) { return tail_at(state, group.slices, s, t); };
+      if (state.fused) group.products.back().tail = [this, &state, &group](int s, int t, bool last) { return tail_at(state, group.slices, s, t, last); };
       if (group.slices.intervals() == 0) fill_zero(state.block, step_.stream);
     }
   }
@@ -105,9 +105,9 @@ class ForwardRun {
   }
 
   // The tail of one panel: Y's own where it has the slice dim; else the whole once, with the last panel.
-  Tail tail_at(const ProjectionState& state, const Slices& slices, int s, int t) const {
+  Tail tail_at(const ProjectionState& state, const Slices& slices, int s, int t, bool last) const {
     const int dim = in_y(step_.d);
-    if (dim < 0) return s + 1 == slices.slices && t + 1 == slices.intervals() ? tail_of(state) : Tail{};
+    if (dim < 0) return last ? tail_of(state) : Tail{};
     Tail tail = tail_of(state);
     const auto piece = slices.piece(s, t);
     if (dim == 1 && !tail.bias.empty()) tail.bias = tail.bias.slice(1, piece.begin, piece.end);

@@ -7,6 +7,8 @@
 namespace gingham {
 namespace {
 
+int hops(const Axis& axis, int owner) { return ((axis.rank() - owner) % axis.size() + axis.size()) % axis.size(); }
+
 class WholeInput : public Input {
  public:
   explicit WholeInput(const Matrix& block) : block_(block) {}
@@ -42,7 +44,8 @@ class WindowInput : public Input {
       axis_.count_sent(cut_.share_bytes(axis_.rank(), slice));
     }
   }
-  void acquire(int slice) override { window_.wait_get(requests_[static_cast<size_t>(slice)]); }
+  void acquire(int slice, int) override { window_.wait_get(requests_[static_cast<size_t>(slice)]); }
+  int distance(int interval) const override { return hops(axis_, cut_.owner(interval)); }
   Matrix at(int slice, int interval) override {
     const int rank = cut_.owner(interval);
     return cut_.piece_of(rank == axis_.rank() ? cut_.own() : window_.panel(rank, panel_), slice, interval);
@@ -56,62 +59,107 @@ class WindowInput : public Input {
   std::vector<Request> requests_;
 };
 
+// Message (s, h) of a rank carries, of slice s, the share of the rank h - 1 before it: its own for h = 1, else what came as (s, h - 1). All
+// ranks send theirs in one order, so that each knows what comes next; with two slices ahead
+//   (0, 1) (1, 1) | (0, 2) .. (0, g-1) (2, 1) | (1, 2) .. (1, g-1) (3, 1) | ..
 class RingInput : public Input {
  public:
-  RingInput(const Cut& cut, int lane, const Stream& stream) : cut_(cut), axis_(cut.axis()), ring_(cut.axis().ring()), stream_(stream), lane_(lane) {
+  RingInput(const Cut& cut, int lane, const Stream& stream)
+      : cut_(cut), axis_(cut.axis()), ring_(cut.axis().ring()), stream_(stream), lane_(lane), ahead_(axis_.crosses_any() ? 2 : 1) {
     for (int s = 0; s < slices(); s++) {
       size_t bytes = 0;
       for (int rank = 0; rank < axis_.size(); rank++) bytes += cut_.share_bytes(rank, s);
       room_ = std::max(room_, bytes);
     }
-    buffers_ = Scratch(stream, room_ * static_cast<size_t>(std::min(slices(), 2)));
+    buffers_ = Scratch(stream, room_ * static_cast<size_t>(std::min(slices(), ahead_ + 1)));
+    last_sent_.resize(static_cast<size_t>(ahead_ + 1));
+    for (int s = 0; s < std::min(ahead_, slices()); s++) order_.push_back({s, 1});
+    for (int s = 0; s < slices(); s++) {
+      for (int hop = 2; hop < axis_.size(); hop++) order_.push_back({s, hop});
+      if (s + ahead_ < slices()) order_.push_back({s + ahead_, 1});
+    }
+    received_.resize(static_cast<size_t>(slices()));
   }
 
+  int ahead() const override { return ahead_; }
+  int distance(int interval) const override { return hops(axis_, cut_.owner(interval)); }
   void begin(int slice) override {
-    // The buffer is slice - 2's; only the g - 1 messages of slice - 1 may still be on their way.
-    if (slice >= 2) ring_.drain(axis_.next(), lane_, static_cast<uint32_t>(axis_.size() - 1));
+    hold_for(slice - 1);  // what is queued later must not hold the kernels of this one back
+    // The buffer is that of a slice consumed before; what was sent from it may still be on its way.
+    ring_.drain(axis_.next(), lane_, sent_ - last_sent_[buffer_of(slice)]);
     for (int t = 0; t < cut_.slices().intervals(); t++)
       if (cut_.owner(t) == axis_.rank()) cast(cut_.piece_of(cut_.own(), slice, t), at(slice, t), stream_);
-    ring_.send(axis_.next(), share_at(slice, axis_.rank()), cut_.share_bytes(axis_.rank(), slice), lane_);
-    moving_ = slice;
-    hop_ = 1;
+    begun_ = slice + 1;
+    for (; next_expected_ < order_.size() && order_[next_expected_].slice < begun_; next_expected_++) {
+      const Message& m = order_[next_expected_];
+      ring_.expect(axis_.next(-1), share_at(m.slice, axis_.next(-m.hop)), cut_.share_bytes(axis_.next(-m.hop), m.slice), lane_);
+    }
+    send_all();
     if (ring_.queues()) pump();  // all hops at once: they run beside the product of the slice before
   }
   void pump() override {
-    while (moving_ >= 0 && ring_.ready(axis_.next(-1), lane_)) step();
+    while (may_receive() && ring_.ready(axis_.next(-1), lane_)) receive();
   }
-  void acquire(int slice) override {
-    while (moving_ == slice) step();
-    ring_.arrived(lane_);
+  void acquire(int slice, int interval) override {
+    const int wanted = distance(interval);
+    while (received_[static_cast<size_t>(slice)] < wanted) receive();
+    hold_for(slice);
+  }
+  void end(int slice) override {
+    while (received_[static_cast<size_t>(slice)] + 1 < axis_.size()) receive();
     if (slice + 1 == slices()) ring_.drain(axis_.next(), lane_);
   }
   Matrix at(int slice, int interval) override { return cut_.piece_in(share_at(slice, cut_.owner(interval)), slice, interval); }
 
  private:
+  struct Message {
+    int slice, hop;
+  };
   int slices() const { return cut_.slices().slices; }
+  size_t buffer_of(int slice) const { return static_cast<size_t>(slice % (ahead_ + 1)); }
   char* share_at(int slice, int rank) const {
-    char* data = buffers_.data() + static_cast<size_t>(slice % 2) * room_;
+    char* data = buffers_.data() + buffer_of(slice) * room_;
     for (int r = 0; r < rank; r++) data += cut_.share_bytes(r, slice);
     return data;
   }
-  // Receives the share of the next rank back and forwards it unless it has come round.
-  void step() {
-    const int rank = axis_.next(-hop_);
-    ring_.recv(axis_.next(-1), share_at(moving_, rank), cut_.share_bytes(rank, moving_), lane_);
-    if (++hop_ < axis_.size())
-      ring_.send(axis_.next(), share_at(moving_, rank), cut_.share_bytes(rank, moving_), lane_);
-    else
-      moving_ = -1;
+  // Kernels queued from here on come after all that was received up to this slice.
+  void hold_for(int slice) {
+    if (arrived_ >= slice) return;
+    arrived_ = slice;
+    ring_.arrived(lane_);
+  }
+  bool may_receive() const { return next_received_ < order_.size() && order_[next_received_].slice < begun_; }
+  void receive() {
+    const Message& m = order_[next_received_++];
+    const int rank = axis_.next(-m.hop);
+    ring_.recv(axis_.next(-1), share_at(m.slice, rank), cut_.share_bytes(rank, m.slice), lane_);
+    received_[static_cast<size_t>(m.slice)] = m.hop;
+    send_all();
+  }
+  // What may be sent now, in its order.
+  void send_all() {
+    for (; next_sent_ < order_.size(); next_sent_++) {
+      const Message& m = order_[next_sent_];
+      if (m.hop == 1 ? m.slice >= begun_ : received_[static_cast<size_t>(m.slice)] < m.hop - 1) return;
+      const int rank = axis_.next(1 - m.hop);
+      ring_.send(axis_.next(), share_at(m.slice, rank), cut_.share_bytes(rank, m.slice), lane_);
+      last_sent_[buffer_of(m.slice)] = ++sent_;
+    }
   }
 
   Cut cut_;
   Axis& axis_;
   Ring& ring_;
   const Stream& stream_;
-  int lane_;
+  int lane_, ahead_;
   size_t room_ = 0;
   Scratch buffers_;
-  int moving_ = -1, hop_ = 0;
+  std::vector<Message> order_;
+  size_t next_sent_ = 0, next_received_ = 0, next_expected_ = 0;
+  std::vector<int> received_;  // hops of each slice
+  std::vector<uint32_t> last_sent_;
+  uint32_t sent_ = 0;
+  int begun_ = 0, arrived_ = -1;
 };
 
 }  // namespace

@@ -2,7 +2,8 @@
 //   whole   lacks the slice dim: one block, the same panel always
 //   local   has the slice dim and stands here uncut
 //   window  cut over an axis: peers' blocks read in place
-//   ring    cut over an axis: each slice packed and forwarded hop by hop, slice s + 1 on its way while slice s is consumed
+//   ring    cut over an axis: each slice packed and forwarded hop by hop, later slices on their way while slice s is consumed: one, or two
+//           where the axis goes to other hosts
 #pragma once
 #include <memory>
 
@@ -14,9 +15,13 @@ namespace gingham {
 class Input {
  public:
   virtual ~Input() = default;
-  virtual void begin(int) {}    // slice starts to move
-  virtual void acquire(int) {}  // slice is here
-  virtual void pump() {}        // forward what has arrived
+  virtual int ahead() const { return 1; }  // slices that move beside the one that is consumed
+  virtual void begin(int) {}               // slice may start to move
+  virtual void acquire(int, int) {}        // (slice, interval) is here
+  virtual void end(int) {}                 // slice is consumed
+  virtual void pump() {}                   // forward what has arrived
+  // How far an interval's owner is from this rank, in the direction in which panels travel: they are consumed as they come.
+  virtual int distance(int) const { return 0; }
   virtual Matrix at(int slice, int interval) = 0;
 };
 

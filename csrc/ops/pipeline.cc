@@ -1,5 +1,8 @@
 #include "ops/pipeline.h"
 
+#include <algorithm>
+#include <numeric>
+
 #include "collectives/all_gather.h"
 #include "collectives/all_reduce.h"
 #include "collectives/reduce_scatter.h"
@@ -64,32 +67,52 @@ Output* Pipeline::output(const Placement& place, const Matrix& accumulator, Slot
   return outputs_.back().get();
 }
 
+// The intervals in the order in which their panels come: those that stand here first. It follows from the grid alone, not from how panels
+// travel, so that sums over them have the same bits wherever the ranks are.
+std::vector<int> Pipeline::order_of(const Group& group) {
+  std::vector<int> order(static_cast<size_t>(group.slices.intervals()));
+  std::iota(order.begin(), order.end(), 0);
+  const auto distance = [&group](int interval) {
+    int most = 0;
+    for (const Input* in : group.inputs) most = std::max(most, in->distance(interval));
+    return most;
+  };
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return distance(a) < distance(b); });
+  return order;
+}
+
 void Pipeline::run(const Group& group) {
-  const int slices = group.slices.slices, intervals = group.slices.intervals();
-  for (Input* in : group.inputs) in->begin(0);
+  const int slices = group.slices.slices;
+  const std::vector<int> order = order_of(group);
+  for (Input* in : group.inputs)
+    for (int s = 0; s < std::min(in->ahead(), slices); s++) in->begin(s);
   for (int s = 0; s < slices; s++) {
-    for (Input* in : group.inputs) in->acquire(s);
-    if (s + 1 < slices)
-      for (Input* in : group.inputs) in->begin(s + 1);
-    for (const auto& visit : group.visits)
-      for (int t = 0; t < intervals; t++) visit(s, t);
+    for (Input* in : group.inputs)
+      if (s + in->ahead() < slices) in->begin(s + in->ahead());
     for (const Product& product : group.products)
       for (int round = 0; round < product.out->rounds(); round++) {
         product.out->begin(s, round);
-        for (int t = 0; t < intervals; t++) {
-          if (product.out->holds(round, t)) multiply(group, product, s, t);
-        }
+        for (int t : order)
+          if (product.out->holds(round, t)) multiply(group, product, s, t, s + 1 == slices && t == order.back());
         product.out->end(s, round);
       }
+    for (const auto& visit : group.visits)
+      for (int t = 0; t < group.slices.intervals(); t++) {
+        for (Input* in : group.inputs) in->acquire(s, t);
+        visit(s, t);
+      }
+    for (Input* in : group.inputs) in->end(s);
   }
 }
 
-void Pipeline::multiply(const Group& group, const Product& product, int slice, int interval) {
+void Pipeline::multiply(const Group& group, const Product& product, int slice, int interval, bool last) {
+  for (const Factor& f : product.factors)
+    for (Input* in : {f.a, f.b}) in->acquire(slice, interval);
   bool add = product.out->accumulates();
   const Matrix out = product.out->at(slice, interval);
   for (const Factor& f : product.factors) {
     const Matrix a = f.a->at(slice, interval), b = f.b->at(slice, interval);
-    const Tail tail = product.tail && &f == &product.factors.back() ? product.tail(slice, interval) : Tail{};
+    const Tail tail = product.tail && &f == &product.factors.back() ? product.tail(slice, interval, last) : Tail{};
     if (tail.empty())
       gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, out, add, stream_);
     else

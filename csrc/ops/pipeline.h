@@ -22,7 +22,8 @@ struct Factor {
 struct Product {
   Output* out;
   std::vector<Factor> factors;
-  std::function<Tail(int slice, int interval)> tail = {};  // what the last product into this panel applies as it stores it; empty: nothing
+  // What the product into this panel applies as it stores it; last: it is the last of all. Empty: nothing.
+  std::function<Tail(int slice, int interval, bool last)> tail = {};
 };
 
 // The maps that share one set of slices: all of a step, or one map where the slice dim is its own N.
@@ -67,7 +68,8 @@ class Pipeline {
   Matrix workspace(int64_t rows, int64_t cols, DType dtype, Storage storage = Storage::row_major);
 
  private:
-  void multiply(const Group& group, const Product& product, int slice, int interval);
+  static std::vector<int> order_of(const Group& group);
+  void multiply(const Group& group, const Product& product, int slice, int interval, bool last);
   struct Used {
     Axis* axis;
     std::vector<Matrix> panels;

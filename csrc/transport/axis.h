@@ -88,6 +88,11 @@ class Axis {
   virtual Window* window() = 0;                      // null: data travels along the ring
   virtual bool holds(const void* data) const = 0;    // peers can have it from where it stands
   virtual bool crosses(int) const { return false; }  // a peer is on another host
+  bool crosses_any() const {
+    for (int peer = 0; peer < size_; peer++)
+      if (crosses(peer)) return true;
+    return false;
+  }
 
   void count_sent(size_t bytes) {
     if (counting_) traffic_.bytes_sent += bytes;

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..mesh import mesh_on
+from ..mesh import any_mesh
 from ..mesh.layout import block
 from .metadata import uncovered
 from .together import CheckpointError
@@ -134,7 +134,7 @@ def block_of(name: str, tensor: torch.Tensor) -> tuple[Offsets, torch.Tensor]:
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tensor.detach()
     mesh, local = tensor.device_mesh, tensor._local_tensor.detach()
-    if mesh.size() > 1 and mesh_on(mesh) is None:
+    if mesh.size() > 1 and not any_mesh():
         raise CheckpointError(
             f"{name}: is one block of {mesh.size()} on a mesh that has ended, {tuple(local.shape)} of {tuple(tensor.shape)}; save before"
             " gingham.destroy(), or load into a model that was made after gingham.init(...)"

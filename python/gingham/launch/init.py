@@ -28,7 +28,7 @@ def init(
     timeout: float = 60.0,
     heap: int | None = None,
     source: str | None = None,
-    slices: int = 1,
+    slices: int | None = None,
     link: tuple[float, float] | None = None,
     device: str | None = None,
     model: Any = None,
@@ -42,14 +42,15 @@ def init(
     mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
     depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)).
     ranks: the job's ranks that the mesh is made of, in mesh order (default: all; those of the DeviceMesh, which may be a slice
-    of a larger one). Where they are not all, the first init is still one of all ranks of the job: each calls it with its own
-    mesh. default=False: a mesh beside the first, on ranks that have one already; name it by mesh=.
+    of a larger one). Where they are not all, the first init is still one of all ranks of the job, each with its own mesh.
+    default=False: a mesh beside the first, on ranks that have one already; name it by mesh=.
     mode "auto": the cheapest grid of `size` ranks (default: all) that fits, by choose.py's model: model= a torch.nn or
     Hugging Face model, also on the meta device, with tokens=(batch, context) of a step, or a gingham.Workload;
     machine=dict(memory=bytes of tensors a rank may hold, latency=, bandwidth=, speed=), of choose.Machine.
     device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
-    source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel;
+    source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel (default: 1 slice,
+    4 of large weights on the CPU);
     link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled, here
     too: for each step of init, the others' coming first of all.
     heap: bytes of address space for each rank's tensors and workspace (default: rank 0's available memory, at most 16 TiB
@@ -61,20 +62,13 @@ def init(
     MemoryError where the address space is limited (`ulimit -v`); ValueError for a wrong GINGHAM_FAULT (launch/faults.py).
     """
     if mesh.has_mesh() and default:
-        raise MeshError(
-            "gingham.init was called twice: call gingham.destroy() first, or make a mesh beside the first one with default=False and"
-            " name it by mesh="
-        )
+        raise MeshError("gingham.init was called twice: call gingham.destroy() first, or pass default=False for a mesh beside the first")
     device_mesh = mode if isinstance(mode, DeviceMesh) else None
     others: dict[str, Any] = {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth}
-    if device_mesh is not None:
-        axes = axes_of_device_mesh(device_mesh)
-    elif parallel is not None:
-        axes = _configured(parallel, mode, size, others)
-    elif mode == "auto":
+    if mode == "auto" and parallel is None:
         axes = _planned(size or (None if ranks is None else len(ranks)), others, model, tokens, machine)
     else:
-        axes = axes_of(None if mode is None else str(mode), size, **others)
+        axes = _named(mode, size, parallel, others)
     device, source = _device_and_source(device, source, slices, link)
     made = _made(world.Plan(axes, _ranks(axes, ranks, device_mesh), device_mesh, timeout, heap, source, slices, link, device))
     if default:
@@ -135,10 +129,15 @@ def _wrong_size(size: int, world: int) -> str:
     return f"the mesh has {size} ranks but the job has {world}: {fix}"
 
 
-def _configured(parallel: Mapping[str, Any], mode: Any, size: int | None, others: dict[str, Any]) -> Axes:
-    if any(given is not None for given in (mode, size, others["depth"], others["grid"])):
-        raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
-    return axes_of(**{**others, "mode": None, **parse_parallel(parallel, rendezvous.world()[1])})
+def _named(mode: Any, size: int | None, parallel: Mapping[str, Any] | None, others: dict[str, Any]) -> Axes:
+    """The axes that the arguments name."""
+    if parallel is not None:
+        if any(given is not None for given in (mode, size, others["depth"], others["grid"])):
+            raise MeshError("parallel= excludes mode, size, depth and grid: give one or the other")
+        return axes_of(**{**others, "mode": None, **parse_parallel(parallel, rendezvous.world()[1])})
+    if isinstance(mode, DeviceMesh):
+        return axes_of_device_mesh(mode)
+    return axes_of(None if mode is None else str(mode), size, **others)
 
 
 def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, machine: Mapping[str, float] | None) -> Axes:
@@ -160,12 +159,12 @@ def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, 
     return axes_of(**choose.choose(model, size or rendezvous.world()[1], choose.Machine(**machine or {})).arguments)
 
 
-def _device_and_source(device: str | None, source: str | None, slices: int, link: tuple[float, float] | None) -> tuple[str, str]:
+def _device_and_source(device: str | None, source: str | None, slices: int | None, link: tuple[float, float] | None) -> tuple[str, str]:
     device = device or os.environ.get("GINGHAM_DEVICE", "cpu")
     if device not in ("cpu", "cuda"):
         raise MeshError(f"device={device!r}: expected 'cpu' or 'cuda'")
     source = source or ("ring" if device == "cuda" else "window")
-    if source not in ("window", "ring") or slices < 1:
+    if source not in ("window", "ring") or (slices is not None and slices < 1):
         raise MeshError(f"source={source!r}, slices={slices}: expected 'window' or 'ring', and at least 1")
     if device == "cuda" and (source == "window" or link):
         raise MeshError(f"device='cuda' with source={source!r}, link={link}: GPUs move panels through rings; leave both out")

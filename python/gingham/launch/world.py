@@ -40,7 +40,7 @@ class Plan:
     timeout: float
     heap: int | None
     source: str
-    slices: int
+    slices: int | None
     link: tuple[float, float] | None
     device: str
 

@@ -2,6 +2,7 @@
 
 from .mesh import Axes as Axes
 from .mesh import Mesh as Mesh
+from .mesh import any_mesh as any_mesh
 from .mesh import axes_of as axes_of
 from .mesh import axes_of_device_mesh as axes_of_device_mesh
 from .mesh import check_local as check_local

@@ -42,7 +42,7 @@ class Mesh(GridShape, Live):
         device: torch.device,
         timeout: float = 60.0,
         source: str = "window",
-        slices: int = 1,
+        slices: int | None = None,
         link: tuple[float, float] = (0.0, 0.0),
     ) -> None:
         """Collective over `ranks`. id: the number of their program in the job, and id + 1 that of the sums over depth beside it."""
@@ -295,6 +295,11 @@ def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:
     the first that was made."""
     meshes = (known() for known in list(_alive))
     return next((mesh for mesh in meshes if mesh is not None and not mesh.ended and mesh.device_mesh == device_mesh), None)
+
+
+def any_mesh() -> bool:
+    """Whether this process has a mesh, the default one or another."""
+    return any(mesh is not None and not mesh.ended for mesh in (known() for known in list(_alive)))
 
 
 def mesh_of(parameter: DTensor) -> Mesh | None:
