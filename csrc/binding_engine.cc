@@ -149,6 +149,7 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
       .def(
           "await_work",
           [](BoundEngine& e, int peer, uint32_t tag, bool receives, double seconds) {
+            if (e.handed().await_work({peer, tag, receives}, 0)) return true;  // without giving the GIL away, which a busy thread keeps for 5 ms
             const py::gil_scoped_release nogil;
             return e.handed().await_work({peer, tag, receives}, seconds);
           },
@@ -156,8 +157,8 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
       .def(
           "take",
           [](BoundEngine& e, int peer, uint32_t tag, bool receives, double seconds) -> py::object {
-            std::optional<HandedEngine::Work> work;
-            {
+            std::optional<HandedEngine::Work> work = e.handed().take({peer, tag, receives}, 0);
+            if (!work) {
               const py::gil_scoped_release nogil;
               work = e.handed().take({peer, tag, receives}, seconds);
             }

@@ -68,6 +68,10 @@ class HandedEngine final : public Engine {
     bool taken = false, ended = false;
     std::string error;
   };
+  struct Queue {
+    std::deque<Ticket> tickets;
+    std::condition_variable posted;  // its own, so that a message wakes one server
+  };
   Peer& peer(int rank);
   Ticket post(const Lane& lane, void* data, size_t bytes);
   void change();
@@ -76,12 +80,12 @@ class HandedEngine final : public Engine {
   const int rank_;
   const std::string name_;
   std::mutex mutex_;
-  std::condition_variable ended_, posted_;
+  std::condition_variable ended_, opened_;
   std::atomic<uint64_t> changes_{0};
   std::atomic<bool> closed_{false};
   std::unordered_map<int, Peer> peers_;
   std::unordered_map<Ticket, Operation> operations_;
-  std::map<Lane, std::deque<Ticket>> lanes_;
+  std::map<Lane, Queue> lanes_;
   std::deque<Lane> fresh_;
   Ticket next_ = 1;
 };

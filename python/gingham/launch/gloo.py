@@ -27,6 +27,8 @@ from ..errors import MeshError
 _HEADER, _FIRST = 8, 4096
 _GOODBYE = (1 << 31) - 1  # Gloo's tag of it; tags of messages are smaller
 _FOR_EVER = timedelta(days=365)  # a slow peer is no error: who waits for the message has a limit of its own
+_copy = ctypes.PyDLL(None).memmove  # keeps the GIL, which a thread that runs bytecode would else hold for 5 ms
+_copy.argtypes, _copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
 _LONG = 3600.0  # seconds of a thread's sleep between two looks whether the engine is closing
 
 
@@ -122,7 +124,7 @@ class GlooEngine:
                 continue
             ticket, data, size = work
             ctypes.c_uint64.from_address(frame.data_ptr()).value = size
-            ctypes.memmove(frame.data_ptr() + _HEADER, data, min(size, _FIRST))
+            _copy(frame.data_ptr() + _HEADER, data, min(size, _FIRST))
             try:
                 if size <= _FIRST:  # the frame holds all of it
                     self.engine.ended(ticket, size)
@@ -157,7 +159,7 @@ class GlooEngine:
         got = ctypes.c_uint64.from_address(frame.data_ptr()).value
         try:
             if not broken and got == size:
-                ctypes.memmove(data, frame.data_ptr() + _HEADER, min(size, _FIRST))
+                _copy(data, frame.data_ptr() + _HEADER, min(size, _FIRST))
             if not broken and got > _FIRST:
                 there = _memory(data + _FIRST, size - _FIRST) if got == size else torch.empty(got - _FIRST, dtype=torch.uint8)
                 self._move(there, peer, tag, True)
