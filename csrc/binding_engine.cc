@@ -165,6 +165,8 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
             return work ? py::object(py::make_tuple(work->ticket, reinterpret_cast<uintptr_t>(work->data), work->bytes)) : py::none();
           },
           py::arg("peer"), py::arg("tag"), py::arg("receives"), py::arg("seconds"))
+      .def(
+          "begin", [](BoundEngine& e, uint64_t ticket) { return reinterpret_cast<uintptr_t>(e.handed().begin(ticket)); }, py::arg("ticket"))
       .def_property_readonly("closing", [](BoundEngine& e) { return e.handed().closing(); })
       .def(
           "ended", [](BoundEngine& e, uint64_t ticket, size_t got, const std::string& error) { e.handed().ended(ticket, got, error); },

@@ -39,7 +39,10 @@ Engine::Ticket HandedEngine::post(const Lane& lane, void* data, size_t bytes) {
   const std::lock_guard lock(mutex_);
   peer(lane.peer);
   const Ticket ticket = next_++;
-  operations_[ticket] = {lane, data, bytes, 0, false, false, {}};
+  Operation& operation = operations_[ticket];
+  operation.lane = lane;
+  operation.data = data;
+  operation.bytes = bytes;
   const auto [queue, is_new] = lanes_.try_emplace(lane);
   queue->second.tickets.push_back(ticket);
   queue->second.posted.notify_one();
@@ -59,7 +62,8 @@ Engine::Ticket HandedEngine::post_recv(int peer, uint32_t tag, void* data, size_
 bool HandedEngine::done(Ticket ticket) {
   const std::lock_guard lock(mutex_);
   const auto found = operations_.find(ticket);
-  CHECK(MeshError, found != operations_.end(), "rank ", rank_, ": ticket ", ticket, " has ended already, or was never given");
+  CHECK(MeshError, found != operations_.end() && !found->second.orphaned, "rank ", rank_, ": ticket ", ticket,
+        " has ended already, or was never given");
   if (!found->second.ended) return false;
   const Operation ended = std::move(found->second);
   operations_.erase(found);
@@ -80,8 +84,16 @@ void HandedEngine::judge(const Operation& o, const Peer& peer) const {
 void HandedEngine::withdraw(Ticket ticket) {
   std::unique_lock lock(mutex_);
   const auto found = operations_.find(ticket);
-  if (found == operations_.end()) return;
+  if (found == operations_.end() || found->second.orphaned) return;
   Operation& o = found->second;
+  if (o.taken && !o.lane.receives && !o.begun && !o.ended) {
+    // its peer expects it, so the server sends a copy, when the peer takes it
+    const char* data = static_cast<const char*>(o.data);
+    o.copy.assign(data, data + o.bytes);
+    o.data = o.copy.data();
+    o.orphaned = true;
+    return;
+  }
   if (!o.taken) std::erase(lanes_[o.lane].tickets, ticket);
   constexpr double kPatience = 5;
   const bool free = ended_.wait_for(lock, of(kPatience), [&] { return !o.taken || o.ended; });
@@ -141,10 +153,21 @@ std::optional<HandedEngine::Work> HandedEngine::take(const Lane& lane, double se
   return Work{ticket, o.data, o.bytes};
 }
 
+void* HandedEngine::begin(Ticket ticket) {
+  const std::lock_guard lock(mutex_);
+  Operation& o = operations_.at(ticket);
+  o.begun = true;
+  return o.data;
+}
+
 void HandedEngine::ended(Ticket ticket, size_t got, const std::string& error) {
   const std::lock_guard lock(mutex_);
   const auto found = operations_.find(ticket);
   CHECK(MeshError, found != operations_.end() && !found->second.ended, "ticket ", ticket, " ended twice, or was never given");
+  if (found->second.orphaned) {
+    operations_.erase(found);
+    return;
+  }
   found->second.got = got;
   found->second.error = error;
   found->second.ended = true;

@@ -130,7 +130,7 @@ class GlooEngine:
                     self.engine.ended(ticket, size)
                 self._move(frame, peer, tag, False)
                 if size > _FIRST:
-                    self._move(_memory(data + _FIRST, size - _FIRST), peer, tag, False)
+                    self._move(_memory(self.engine.begin(ticket) + _FIRST, size - _FIRST), peer, tag, False)
                     self.engine.ended(ticket, size)
             except RuntimeError as error:
                 self._broke(peer, error)
@@ -140,33 +140,40 @@ class GlooEngine:
     def _receive(self, peer: int, tag: int) -> None:
         frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
         while self.engine.await_work(peer, tag, True, _LONG) or not self.engine.closing:
-            broken = ""
-            try:
-                self._move(frame, peer, tag, True)
-            except RuntimeError as error:
-                broken = _reason(error)
-                self._broke(peer, error)
-            work = self.engine.take(peer, tag, True, _LONG)  # another one where the first was withdrawn
+            broken = self._try_to_move(frame, peer, tag)
+            size = 0 if broken else ctypes.c_uint64.from_address(frame.data_ptr()).value
+            rest = torch.empty(0, dtype=torch.uint8)
+            work = self.engine.take(peer, tag, True, 0.0)
+            if work is None and size > _FIRST:  # the receive was withdrawn; the sender goes on, and the next receive gets the message
+                rest = torch.empty(size - _FIRST, dtype=torch.uint8)
+                broken = self._try_to_move(rest, peer, tag)
             while work is None and not self.engine.closing:
                 work = self.engine.take(peer, tag, True, _LONG)
-            if work is None:
-                return
-            self._finish(peer, tag, work, frame, broken)
+            if work is not None:
+                self._finish(peer, tag, work, frame, rest, size, broken)
 
-    def _finish(self, peer: int, tag: int, work: tuple[int, int, int], frame: torch.Tensor, broken: str) -> None:
-        """The rest of a message whose frame is here; that of another size than expected is read, and dropped."""
-        ticket, data, size = work
-        got = ctypes.c_uint64.from_address(frame.data_ptr()).value
+    def _finish(
+        self, peer: int, tag: int, work: tuple[int, int, int], frame: torch.Tensor, rest: torch.Tensor, size: int, broken: str
+    ) -> None:
+        """Puts a message whose frame, and perhaps rest, is here where it belongs; one of another size than expected is dropped."""
+        ticket, data, expected = work
+        if not broken and size > _FIRST and not len(rest):
+            there = _memory(data + _FIRST, size - _FIRST) if size == expected else torch.empty(size - _FIRST, dtype=torch.uint8)
+            broken = self._try_to_move(there, peer, tag)
+        elif not broken and size == expected and len(rest):
+            _copy(data + _FIRST, rest.data_ptr(), len(rest))
+        if not broken and size == expected:
+            _copy(data, frame.data_ptr() + _HEADER, min(size, _FIRST))
+        self.engine.ended(ticket, size, broken)
+
+    def _try_to_move(self, data: torch.Tensor, peer: int, tag: int) -> str:
+        """Receives; "" or why the connection broke."""
         try:
-            if not broken and got == size:
-                _copy(data, frame.data_ptr() + _HEADER, min(size, _FIRST))
-            if not broken and got > _FIRST:
-                there = _memory(data + _FIRST, size - _FIRST) if got == size else torch.empty(got - _FIRST, dtype=torch.uint8)
-                self._move(there, peer, tag, True)
+            self._move(data, peer, tag, True)
         except RuntimeError as error:
-            broken = _reason(error)
             self._broke(peer, error)
-        self.engine.ended(ticket, got, broken)
+            return _reason(error)
+        return ""
 
     def _broke(self, peer: int, error: RuntimeError) -> None:
         self.engine.set_failure(peer, _reason(error))
