@@ -78,7 +78,8 @@ void serve(HandedEngine& from, HandedEngine& to, int sender, uint32_t tag) {
   while (const auto sent = from.take(sends, 60)) {
     const auto received = to.take(receives, 60);
     if (!received) return;
-    std::memcpy(received->data, from.begin(sent->ticket), std::min(sent->bytes, received->bytes));
+    void* const data = from.begin(sent->ticket);
+    if (sent->bytes > 0) std::memcpy(received->data, data, std::min(sent->bytes, received->bytes));
     from.ended(sent->ticket, sent->bytes, "");
     to.ended(received->ticket, sent->bytes, "");
   }
