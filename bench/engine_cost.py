@@ -105,15 +105,9 @@ def busy(engine: Any, rank: int, size: int, count: int, work: str) -> float:
 
 
 def measure(rank: int, name: str, seconds: float) -> dict[str, Any]:
-    store = rendezvous.store(rank, 2, 30.0)
-    made = rendezvous.make_process_group("cpu", store)
-    if name == "ucx":
-        engines.find_ucx()
-    opened = engines.open_engine(name, rank, (0, 1), 30.0)
+    made = rendezvous.make_process_group("cpu", rendezvous.store(rank, 2, 30.0))
+    opened = engines.open_engine(name, rank, (0, 1), rendezvous.store(rank, 2, 30.0), 30.0)
     engine, found = opened.engine, dict[str, Any]()
-    if name == "ucx":
-        store.set(f"engine{rank}", engine.address)
-        engine.connect({1 - rank: store.get(f"engine{1 - rank}")})
     for size in SIZES:
         times = one_way(engine, rank, size, seconds)
         count = max(2 * UNDER_WAY, min(4000, int(seconds / (statistics.median(times) + 1e-6))))

@@ -232,6 +232,27 @@ def test_a_withdrawn_send_frees_its_memory(ranks: Any, name: str) -> None:
     ranks(2)(withdrawn_send, name)
 
 
+def lives(rank: int, name: str, count: int) -> list[tuple[int, int]]:
+    """Descriptors and threads after each life, whose last messages are read after their sender has left."""
+    held = []
+    for number in range(count):
+        with engine(name, rank, 2) as e:
+            got = torch.zeros(3000, dtype=torch.uint8)
+            sent = e.post_send(1 - rank, 1, message(rank, 1 - rank, 1, number, 3000))
+            if rank == number % 2:
+                time.sleep(0.01)
+            wait(e, e.post_recv(1 - rank, 1, got), sent)
+            assert torch.equal(got, message(1 - rank, rank, 1, number, 3000)) and not e.failure(1 - rank)
+        held.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    return held
+
+
+@both
+def test_lives_follow_each_other(ranks: Any, name: str) -> None:
+    for held in ranks(2)(lives, name, 12):
+        assert held[-1] == held[1], held
+
+
 def two_threads(rank: int, name: str) -> None:
     """The caller's thread and a second one exchange messages on tags of their own, over the same engine."""
     with engine(name, rank, 2) as e:
