@@ -62,11 +62,12 @@ lint: $(VENV)/built
 
 # with nvcc's headers at hand the thread build also runs the CUDA backend's host side on fake devices
 FAKE := $(if $(shell command -v nvcc),-DGINGHAM_FAKE_CUDA=ON -DGINGHAM_FAKE_KERNELS=ON)
+UCX = $(addprefix GINGHAM_UCX=,$(firstword $(wildcard $(abspath $(VENV))/lib/python3*/site-packages/libucx/lib)))
 sanitize: $(VENV)/built
 	for kind in address thread; do \
 	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind \
 	    $$([ $$kind = thread ] && echo "$(FAKE)") > /dev/null && \
-	  $(BIN)/cmake --build build/$$kind --target core_tests && GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; \
+	  $(BIN)/cmake --build build/$$kind --target core_tests && $(UCX) GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; \
 	done
 	$(if $(FAKE),$(BIN)/cmake --build build/thread --target pipeline_tests && FAKE_CUDA_JITTER=100 GINGHAM_BLAS=plain \
 	  GINGHAM_NCCL=$(abspath build/thread/libfakecuda.so) TSAN_OPTIONS=halt_on_error=1 build/thread/pipeline_tests "products over copies")

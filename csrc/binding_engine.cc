@@ -151,6 +151,7 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
       .def(
           "await_work",
           [](BoundEngine& e, int peer, uint32_t tag, bool receives, double seconds) {
+            if (e.handed().await_work({peer, tag, receives}, 0)) return true;  // without giving the GIL away, which a busy thread keeps for 5 ms
             const py::gil_scoped_release nogil;
             return e.handed().await_work({peer, tag, receives}, seconds);
           },
@@ -158,14 +159,16 @@ void define_handed(py::class_<BoundEngine, std::shared_ptr<BoundEngine>>& engine
       .def(
           "take",
           [](BoundEngine& e, int peer, uint32_t tag, bool receives, double seconds) -> py::object {
-            std::optional<HandedEngine::Work> work;
-            {
+            std::optional<HandedEngine::Work> work = e.handed().take({peer, tag, receives}, 0);
+            if (!work) {
               const py::gil_scoped_release nogil;
               work = e.handed().take({peer, tag, receives}, seconds);
             }
             return work ? py::object(py::make_tuple(work->ticket, reinterpret_cast<uintptr_t>(work->data), work->bytes)) : py::none();
           },
           py::arg("peer"), py::arg("tag"), py::arg("receives"), py::arg("seconds"))
+      .def(
+          "begin", [](BoundEngine& e, uint64_t ticket) { return reinterpret_cast<uintptr_t>(e.handed().begin(ticket)); }, py::arg("ticket"))
       .def_property_readonly("closing", [](BoundEngine& e) { return e.handed().closing(); })
       .def(
           "ended", [](BoundEngine& e, uint64_t ticket, size_t got, const std::string& error) { e.handed().ended(ticket, got, error); },

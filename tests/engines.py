@@ -6,30 +6,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from gingham.launch import engines, rendezvous
 
 
 @contextmanager
-def engine(name: str, rank: int, size: int, interface: str = "") -> Iterator[Any]:
+def engine(name: str, rank: int, size: int) -> Iterator[Any]:
     """The core's engine of this rank, connected to all others; left in order at the end."""
-    store = rendezvous.store(rank, size, 30.0)
-    made = rendezvous.make_process_group("cpu", store) if name == "gloo" else False
+    opened = engines.open_engine(name, rank, range(size), rendezvous.store(rank, size, 30.0), 30.0, "lo")
     try:
-        if name == "ucx":
-            engines.find_ucx()
-        opened = engines.open_engine(name, rank, range(size), 30.0, interface)
-        try:
-            if name == "ucx":
-                store.set(f"engine{rank}", opened.engine.address)
-                opened.engine.connect({peer: store.get(f"engine{peer}") for peer in range(size) if peer != rank}, 30.0)
-            yield opened.engine
-        finally:
-            opened.close()
+        yield opened.engine
     finally:
-        if made:
-            dist.destroy_process_group()
+        opened.close()
 
 
 def message(sender: int, receiver: int, tag: int, number: int, size: int) -> torch.Tensor:

@@ -37,7 +37,8 @@ class Engine {
   // another size (both are named), PeerDied where the peer is gone. A send has ended when its memory may be used again.
   virtual bool done(Ticket ticket) = 0;
   // Gives an operation up; when it returns, the engine does not touch the memory any more, and the ticket has ended. A message that was
-  // to be received may then meet the next receive of its (peer, tag), so a broken-off call goes on under another tag.
+  // to be received may then meet the next receive of its (peer, tag), and one that was to be sent arrives or not, as do those before it that
+  // the peer has not begun to receive: a call that is broken off goes on under other tags.
   virtual void withdraw(Ticket ticket) = 0;
 
   // How many operations have ended and peers have failed or left; rest() progresses and sleeps until that differs from `since` or the

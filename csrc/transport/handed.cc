@@ -39,11 +39,17 @@ Engine::Ticket HandedEngine::post(const Lane& lane, void* data, size_t bytes) {
   const std::lock_guard lock(mutex_);
   peer(lane.peer);
   const Ticket ticket = next_++;
-  operations_[ticket] = {lane, data, bytes, 0, false, false, {}};
+  Operation& operation = operations_[ticket];
+  operation.lane = lane;
+  operation.data = data;
+  operation.bytes = bytes;
   const auto [queue, is_new] = lanes_.try_emplace(lane);
-  queue->second.push_back(ticket);
-  if (is_new) fresh_.push_back(lane);
-  posted_.notify_all();
+  queue->second.tickets.push_back(ticket);
+  queue->second.posted.notify_one();
+  if (is_new) {
+    fresh_.push_back(lane);
+    opened_.notify_one();
+  }
   return ticket;
 }
 
@@ -56,7 +62,8 @@ Engine::Ticket HandedEngine::post_recv(int peer, uint32_t tag, void* data, size_
 bool HandedEngine::done(Ticket ticket) {
   const std::lock_guard lock(mutex_);
   const auto found = operations_.find(ticket);
-  CHECK(MeshError, found != operations_.end(), "rank ", rank_, ": ticket ", ticket, " has ended already, or was never given");
+  CHECK(MeshError, found != operations_.end() && !found->second.orphaned, "rank ", rank_, ": ticket ", ticket,
+        " has ended already, or was never given");
   if (!found->second.ended) return false;
   const Operation ended = std::move(found->second);
   operations_.erase(found);
@@ -77,9 +84,17 @@ void HandedEngine::judge(const Operation& o, const Peer& peer) const {
 void HandedEngine::withdraw(Ticket ticket) {
   std::unique_lock lock(mutex_);
   const auto found = operations_.find(ticket);
-  if (found == operations_.end()) return;
+  if (found == operations_.end() || found->second.orphaned) return;
   Operation& o = found->second;
-  if (!o.taken) std::erase(lanes_[o.lane], ticket);
+  if (o.taken && !o.lane.receives && !o.begun && !o.ended) {
+    // its peer expects it, so the server sends a copy, when the peer takes it
+    const char* data = static_cast<const char*>(o.data);
+    o.copy.assign(data, data + o.bytes);
+    o.data = o.copy.data();
+    o.orphaned = true;
+    return;
+  }
+  if (!o.taken) std::erase(lanes_[o.lane].tickets, ticket);
   constexpr double kPatience = 5;
   const bool free = ended_.wait_for(lock, of(kPatience), [&] { return !o.taken || o.ended; });
   CHECK(MeshError, free, "rank ", rank_, ": a message of ", o.bytes, o.lane.receives ? " bytes from rank " : " bytes to rank ", o.lane.peer,
@@ -106,13 +121,14 @@ bool HandedEngine::left(int rank) {
 void HandedEngine::close(double) {
   const std::lock_guard lock(mutex_);
   closed_.store(true, std::memory_order_release);
-  posted_.notify_all();
+  opened_.notify_all();
+  for (auto& [lane, queue] : lanes_) queue.posted.notify_all();
   change();
 }
 
 std::optional<HandedEngine::Lane> HandedEngine::take_lane(double seconds) {
   std::unique_lock lock(mutex_);
-  posted_.wait_for(lock, of(seconds), [&] { return closing() || !fresh_.empty(); });
+  opened_.wait_for(lock, of(seconds), [&] { return closing() || !fresh_.empty(); });
   if (closing() || fresh_.empty()) return std::nullopt;
   const Lane lane = fresh_.front();
   fresh_.pop_front();
@@ -121,27 +137,37 @@ std::optional<HandedEngine::Lane> HandedEngine::take_lane(double seconds) {
 
 bool HandedEngine::await_work(const Lane& lane, double seconds) {
   std::unique_lock lock(mutex_);
-  std::deque<Ticket>& queue = lanes_[lane];
-  posted_.wait_for(lock, of(seconds), [&] { return closing() || !queue.empty(); });
-  return !closing() && !queue.empty();
+  Queue& queue = lanes_[lane];
+  return queue.posted.wait_for(lock, of(seconds), [&] { return closing() || !queue.tickets.empty(); }) && !closing();
 }
 
 std::optional<HandedEngine::Work> HandedEngine::take(const Lane& lane, double seconds) {
   std::unique_lock lock(mutex_);
-  std::deque<Ticket>& queue = lanes_[lane];
-  posted_.wait_for(lock, of(seconds), [&] { return closing() || !queue.empty(); });
-  if (closing() || queue.empty()) return std::nullopt;
-  const Ticket ticket = queue.front();
-  queue.pop_front();
+  Queue& queue = lanes_[lane];
+  queue.posted.wait_for(lock, of(seconds), [&] { return closing() || !queue.tickets.empty(); });
+  if (closing() || queue.tickets.empty()) return std::nullopt;
+  const Ticket ticket = queue.tickets.front();
+  queue.tickets.pop_front();
   Operation& o = operations_.at(ticket);
   o.taken = true;
   return Work{ticket, o.data, o.bytes};
+}
+
+void* HandedEngine::begin(Ticket ticket) {
+  const std::lock_guard lock(mutex_);
+  Operation& o = operations_.at(ticket);
+  o.begun = true;
+  return o.data;
 }
 
 void HandedEngine::ended(Ticket ticket, size_t got, const std::string& error) {
   const std::lock_guard lock(mutex_);
   const auto found = operations_.find(ticket);
   CHECK(MeshError, found != operations_.end() && !found->second.ended, "ticket ", ticket, " ended twice, or was never given");
+  if (found->second.orphaned) {
+    operations_.erase(found);
+    return;
+  }
   found->second.got = got;
   found->second.error = error;
   found->second.ended = true;

@@ -2,7 +2,8 @@
 // take() gives the next one of a lane, ended() completes it. So an engine of Python's (torch's Gloo) serves the core.
 //   server:  lane = take_lane();  // used for the first time: from now on a thread of its own serves it
 //            while (await_work(lane)) { .. ;  work = take(lane);  .. move work.data ..;  ended(work.ticket, got, error); }
-// Until it is taken, an operation can be withdrawn at once: so a server takes a receive when the message has begun to come.
+// Until it is taken, an operation can be withdrawn at once: so a server takes a receive when the message has begun to come. A send can be
+// until begin() says where its data are from then on.
 #pragma once
 #include <atomic>
 #include <compare>
@@ -39,7 +40,7 @@ class HandedEngine final : public Engine {
   Ticket post_send(int peer, uint32_t tag, const void* data, size_t bytes) override;
   Ticket post_recv(int peer, uint32_t tag, void* data, size_t bytes) override;
   bool done(Ticket ticket) override;
-  void withdraw(Ticket ticket) override;  // throws MeshError where a server has taken it and its peer does not go on
+  void withdraw(Ticket ticket) override;  // throws MeshError where a message has begun and its peer does not go on
   uint64_t changes() const override { return changes_.load(std::memory_order_acquire); }
   void rest(double seconds, uint64_t since) override;
   std::string failure(int peer) override;
@@ -51,6 +52,7 @@ class HandedEngine final : public Engine {
   bool await_work(const Lane& lane, double seconds);  // there is something to take
   std::optional<Work> take(const Lane& lane, double seconds);
   bool closing() const { return closed_.load(std::memory_order_acquire); }
+  void* begin(Ticket ticket);  // of a send whose peer takes it: where its data are until ended()
   // got: the size of the message that came, in bytes. error: "" or why the peer cannot be reached.
   void ended(Ticket ticket, size_t got, const std::string& error);
   void set_failure(int peer, const std::string& why);
@@ -65,8 +67,13 @@ class HandedEngine final : public Engine {
     Lane lane;
     void* data = nullptr;
     size_t bytes = 0, got = 0;
-    bool taken = false, ended = false;
+    bool taken = false, begun = false, ended = false, orphaned = false;
     std::string error;
+    std::vector<char> copy;  // of what a withdrawn send has still to give
+  };
+  struct Queue {
+    std::deque<Ticket> tickets;
+    std::condition_variable posted;  // its own, so that a message wakes one server
   };
   Peer& peer(int rank);
   Ticket post(const Lane& lane, void* data, size_t bytes);
@@ -76,12 +83,12 @@ class HandedEngine final : public Engine {
   const int rank_;
   const std::string name_;
   std::mutex mutex_;
-  std::condition_variable ended_, posted_;
+  std::condition_variable ended_, opened_;
   std::atomic<uint64_t> changes_{0};
   std::atomic<bool> closed_{false};
   std::unordered_map<int, Peer> peers_;
   std::unordered_map<Ticket, Operation> operations_;
-  std::map<Lane, std::deque<Ticket>> lanes_;
+  std::map<Lane, Queue> lanes_;
   std::deque<Lane> fresh_;
   Ticket next_ = 1;
 };

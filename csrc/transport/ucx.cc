@@ -79,7 +79,7 @@ Engine::Ticket UcxEngine::post_send(int peer, uint32_t tag, const void* data, si
   Operation operation;
   operation = {this, &remote(peer), false, false, tag, bytes, nullptr, UCS_OK, {}};
   const Ticket ticket = post(operation, data);
-  if (polled_) progress();  // a sleeper was told to wake by what UCX had to do before this message
+  if (sleepers_ > 0) progress();  // a sleeper was told to wake by what UCX had to do before this message
   wake(before);
   return ticket;
 }
@@ -91,7 +91,7 @@ Engine::Ticket UcxEngine::post_recv(int peer, uint32_t tag, void* data, size_t b
   Operation operation;
   operation = {this, &remote(peer), true, false, tag, bytes, nullptr, UCS_OK, {}};
   const Ticket ticket = post(operation, data);
-  if (polled_) progress();
+  if (sleepers_ > 0) progress();
   wake(before);
   return ticket;
 }
@@ -146,7 +146,7 @@ void UcxEngine::withdraw(Ticket ticket) {
   if (found == operations_.end()) return;
   Operation& o = found->second;
   const uint64_t before = changes();
-  cancel(o);
+  if (!o.ended) o.receives ? cancel(o) : say(*o.peer, kDrop, o.tag);
   wake(before);
   constexpr double kPatience = 5;
   if (!o.ended && !wait_until(lock, kPatience, [&] { return o.ended; })) {
@@ -180,7 +180,7 @@ void UcxEngine::listen(Remote& peer) {
     param.memory_type = UCS_MEMORY_TYPE_HOST;
     constexpr ucp_tag_t kAnyWord = ~ucp_tag_t{0} << 31;
     peer.listens = true;
-    const ucs_status_ptr_t given = api_.tag_recv_nbx(worker_, &peer.nothing, 0, wire_tag(peer.rank, kTags), kAnyWord, &param);
+    const ucs_status_ptr_t given = api_.tag_recv_nbx(worker_, &peer.heard, sizeof peer.heard, wire_tag(peer.rank, kTags), kAnyWord, &param);
     if (!peer.listens) continue;  // it was here already
     peer.listens = !ucx_is_error(given);
     peer.listening = peer.listens ? given : nullptr;
@@ -200,33 +200,50 @@ void UcxEngine::on_word(void* request, ucs_status_t status, const ucp_tag_recv_i
 }
 
 void UcxEngine::hear(Remote& peer, uint32_t word) {
-  switch (word - kTags) {
-    case kHello:
-      peer.met = true;
-      break;
-    case kBye:
-      peer.left = peer.owes_read = true;
-      break;
-    case kRead:
-      peer.read_bye = true;
-      break;
-    default:
-      break;
-  }
+  word -= kTags;
+  peer.met = peer.met || word == kHello;
+  peer.left = peer.left || word == kBye;
+  peer.owes_read = peer.owes_read || word == kBye;
+  peer.read_bye = peer.read_bye || word == kRead;
+  if (word == kDrop) peer.drops.push_back(peer.heard);
   unsettled_ = true;
   change();
 }
 
-void UcxEngine::on_word_sent(void* request, ucs_status_t, void* engine) { static_cast<UcxEngine*>(engine)->api_.request_free(request); }
+// Frees the word that was sent, which UCX may read until now.
+void UcxEngine::on_word_sent(void* request, ucs_status_t, void* sent) {
+  const std::unique_ptr<SentWord> word(static_cast<SentWord*>(sent));
+  word->engine->api_.request_free(request);
+}
 
-void UcxEngine::say(Remote& peer, Word word) {
+void UcxEngine::say(Remote& peer, Word word, uint32_t tag) {
   if (!peer.endpoint || peer.broken) return;
+  auto sent = std::make_unique<SentWord>(SentWord{this, tag});
   ucp_request_param_t param{};
   param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
-  param.user_data = this;
+  param.user_data = sent.get();
   param.cb.send = on_word_sent;
   param.memory_type = UCS_MEMORY_TYPE_HOST;
-  api_.tag_send_nbx(peer.endpoint, &peer.nothing, 0, wire_tag(rank_, kTags + word), &param);
+  const ucs_status_ptr_t given = api_.tag_send_nbx(peer.endpoint, &sent->tag, sizeof sent->tag, wire_tag(rank_, kTags + word), &param);
+  if (given && !ucx_is_error(given)) static_cast<void>(sent.release());  // the callback's
+}
+
+// A peer has withdrawn what it was sending, and waits until that is received: into no memory, which UCX tells the sender as received.
+void UcxEngine::drop(const Remote& peer, uint32_t tag) {
+  static char nothing;
+  ucp_tag_recv_info_t info{};
+  while (const ucp_tag_message_h message = api_.tag_probe_nb(worker_, wire_tag(peer.rank, tag), ~ucp_tag_t{0}, 1, &info)) {
+    ucp_request_param_t param{};
+    param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+    param.user_data = this;
+    param.cb.recv = on_dropped;
+    param.memory_type = UCS_MEMORY_TYPE_HOST;
+    api_.tag_msg_recv_nbx(worker_, &nothing, 0, message, &param);
+  }
+}
+
+void UcxEngine::on_dropped(void* request, ucs_status_t, const ucp_tag_recv_info_t*, void* engine) {
+  static_cast<UcxEngine*>(engine)->api_.request_free(request);
 }
 
 void UcxEngine::on_error(void* remote, ucp_ep_h, ucs_status_t status) {

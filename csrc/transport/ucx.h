@@ -41,7 +41,7 @@ class UcxEngine final : public Engine {
   void close(double seconds) override;
 
  private:
-  enum Word : uint32_t { kHello = 1, kBye = 2, kRead = 3 };  // the engine's own messages, of 0 bytes
+  enum Word : uint32_t { kHello = 1, kBye = 2, kRead = 3, kDrop = 4 };  // the engine's own messages, of a tag each
   using Lock = std::unique_lock<std::mutex>;
 
   struct Remote {
@@ -50,7 +50,8 @@ class UcxEngine final : public Engine {
     std::string where;  // for people: the peer's host and addresses
     ucp_ep_h endpoint = nullptr;
     void* listening = nullptr;  // the receive of the next word of it
-    char nothing = 0;           // what words carry
+    uint32_t heard = 0;         // of kDrop: the tag
+    std::vector<uint32_t> drops;
     bool listens = false, met = false, left = false, read_bye = false, owes_read = false, broken = false;
     ucs_status_t status = UCS_OK;
   };
@@ -65,10 +66,16 @@ class UcxEngine final : public Engine {
     ucp_tag_recv_info_t info{};
   };
 
+  struct SentWord {
+    UcxEngine* engine = nullptr;
+    uint32_t tag = 0;
+  };
+
   static void on_sent(void* request, ucs_status_t status, void* operation);
   static void on_received(void* request, ucs_status_t status, const ucp_tag_recv_info_t* info, void* operation);
   static void on_word_sent(void* request, ucs_status_t status, void* nothing);
   static void on_word(void* request, ucs_status_t status, const ucp_tag_recv_info_t* info, void* remote);
+  static void on_dropped(void* request, ucs_status_t status, const ucp_tag_recv_info_t* info, void* engine);
   static void on_error(void* remote, ucp_ep_h endpoint, ucs_status_t status);
 
   void open(const std::map<std::string, std::string>& settings);
@@ -78,7 +85,8 @@ class UcxEngine final : public Engine {
   void begin(const EnginePeer& peer);
   void listen(Remote& peer);
   void hear(Remote& peer, uint32_t word);
-  void say(Remote& peer, Word word);
+  void say(Remote& peer, Word word, uint32_t tag = 0);
+  void drop(const Remote& peer, uint32_t tag);
   void change() { changes_.fetch_add(1, std::memory_order_acq_rel); }
   Ticket post(Operation operation, const void* data);
   void end(Operation& operation, ucs_status_t status);
@@ -112,7 +120,8 @@ class UcxEngine final : public Engine {
   Ticket next_ = 1;
   uint64_t turns_ = 0;  // of callers: the helper stays away while it moves
   int resting_ = 0;     // callers that wait for others_
-  bool driven_ = false, polled_ = false, unsettled_ = false, stopping_ = false, closed_ = false, helper_naps_ = false;
+  int sleepers_ = 0;    // threads in poll(): the driver, which is a caller (driven_), and the helper
+  bool driven_ = false, unsettled_ = false, stopping_ = false, closed_ = false, helper_naps_ = false;
   std::thread thread_;
 };
 

@@ -66,6 +66,7 @@ bool resolve_all(void* handle, UcxApi& a) {
          resolve(handle, "ucp_worker_signal", &a.worker_signal) && resolve(handle, "ucp_ep_create", &a.ep_create) &&
          resolve(handle, "ucp_ep_close_nbx", &a.ep_close_nbx) && resolve(handle, "ucp_ep_flush_nbx", &a.ep_flush_nbx) &&
          resolve(handle, "ucp_tag_send_nbx", &a.tag_send_nbx) && resolve(handle, "ucp_tag_recv_nbx", &a.tag_recv_nbx) &&
+         resolve(handle, "ucp_tag_probe_nb", &a.tag_probe_nb) && resolve(handle, "ucp_tag_msg_recv_nbx", &a.tag_msg_recv_nbx) &&
          resolve(handle, "ucp_request_check_status", &a.request_check_status) && resolve(handle, "ucp_request_cancel", &a.request_cancel) &&
          resolve(handle, "ucp_request_free", &a.request_free) && resolve(handle, "ucs_status_string", &a.status_string);
 }

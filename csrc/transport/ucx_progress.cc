@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <utility>
 
 #include "base/wait.h"
 #include "transport/ucx.h"
@@ -20,6 +21,7 @@ std::chrono::duration<double> of(double seconds) { return std::chrono::duration<
 
 bool UcxEngine::progress() {
   bool moved = false;
+  if (!worker_) return moved;  // closed while this thread slept
   for (int turn = 0; turn < kTurns && api_.worker_progress(worker_); turn++) moved = true;
   while (unsettled_) settle();
   return moved;
@@ -31,6 +33,7 @@ void UcxEngine::settle() {
     listen(*peer);
     if (peer->owes_read) say(*peer, kRead);
     peer->owes_read = false;
+    for (const uint32_t tag : std::exchange(peer->drops, {})) drop(*peer, tag);
     if (!peer->broken || !peer->endpoint) continue;
     ucp_request_param_t param{};
     param.op_attr_mask = UCP_OP_ATTR_FIELD_FLAGS;
@@ -49,22 +52,21 @@ void UcxEngine::settle() {
 // What this thread's progress ended may be what another sleeps for: the one in poll() is signalled, the rest are told.
 void UcxEngine::wake(uint64_t before) {
   if (changes() == before) return;
-  if (driven_ && polled_) api_.worker_signal(worker_);
+  if (driven_ && worker_) api_.worker_signal(worker_);
   if (resting_ > 0) others_.notify_all();
 }
 
 // Sleeps on the worker's descriptor; false where there is something to progress first. The mutex is free meanwhile.
 bool UcxEngine::armed_sleep(Lock& lock, double seconds) {
-  if (api_.worker_arm(worker_) != UCS_OK) return false;
-  const bool before = polled_;
-  polled_ = true;
+  if (!worker_ || api_.worker_arm(worker_) != UCS_OK) return false;
+  sleepers_++;
   lock.unlock();
   pollfd slot{descriptor_, POLLIN, 0};
   const double limited = std::clamp(seconds, 0.0, 3600.0);
   const timespec limit{static_cast<time_t>(limited), static_cast<long>((limited - std::floor(limited)) * 1e9)};
   ppoll(&slot, 1, &limit, nullptr);
   lock.lock();
-  polled_ = before;
+  sleepers_--;
   return true;
 }
 

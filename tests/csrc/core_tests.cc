@@ -267,7 +267,7 @@ int run_all() {
                           {"collectives are exact", collectives_are_exact}};
   for (std::array<int, 3> grid : {std::array<int, 3>{1, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 3, 2}, {3, 2, 1}, {2, 2, 2}})
     tests.push_back({"step is exact", [grid] { step_is_exact_on(grid); }});
-  for (const auto& more : {memory_tests(), verdict_tests()}) tests.insert(tests.end(), more.begin(), more.end());
+  for (const auto& more : {engine_tests(), memory_tests(), verdict_tests()}) tests.insert(tests.end(), more.begin(), more.end());
   int failed = 0;
   for (const Test& test : tests) {
     std::string error;

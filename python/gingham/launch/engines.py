@@ -6,6 +6,7 @@ import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from .. import native
 from ..errors import MeshError
-from .gloo import GlooEngine, gloo_group
+from .gloo import GlooEngine, gloo_backend
 
 ENGINES = ("ucx", "gloo")
 
@@ -79,19 +80,28 @@ def engine_report() -> dict[str, str]:
     return {"engine": choice.name, "why": choice.why, "error": ""}
 
 
-def open_engine(name: str, rank: int, ranks: Sequence[int], timeout: float, interface: str = "") -> UcxEngine | GlooEngine:
-    """Opens the engine of `rank`, which is one of `ranks` of the job; all of these open the same one.
+def open_engine(
+    name: str, rank: int, ranks: Sequence[int], store: dist.Store, timeout: float, interface: str = ""
+) -> UcxEngine | GlooEngine:
+    """Opens the engine of `rank` and connects it to the other `ranks` of the job, which all open the same one.
 
-    A UCX engine has still to connect: its `engine.address` goes to the others, and theirs into `engine.connect`. Gloo's
-    connects here, over torch.distributed's default group, within `timeout` seconds. interface: the one to use, for example
-    "eth0"; "" lets UCX choose, and Gloo take GLOO_SOCKET_IFNAME.
+    store: a store of these ranks whose keys nothing else uses, nor an earlier engine has. timeout: seconds for all to
+    connect. interface: the one to use, for example "eth0"; "" lets UCX choose, and Gloo take GLOO_SOCKET_IFNAME.
+    Raises MeshError naming the ranks that cannot be reached, what was tried and what to do.
     """
-    if name == "ucx":
-        return UcxEngine(rank, {"NET_DEVICES": interface} if interface else {})
-    if name != "gloo":
+    if name == "gloo":
+        return GlooEngine(rank, ranks, gloo_backend(rank, ranks, store, timeout, interface))
+    if name != "ucx":
         raise MeshError(f"engine {name!r}: expected 'ucx' or 'gloo'")
-    if not dist.is_initialized():
-        raise MeshError("the engine over Gloo needs torch.distributed's default process group: initialise it first")
-    if interface:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    return GlooEngine(rank, ranks, gloo_group(ranks, timeout))
+    find_ucx()
+    opened = UcxEngine(rank, {"NET_DEVICES": interface} if interface else {})
+    store.set(f"address{rank}", opened.engine.address.hex())
+    keys = {peer: f"address{peer}" for peer in ranks if peer != rank}
+    try:
+        store.wait(list(keys.values()), timedelta(seconds=timeout))
+    except dist.DistError as error:
+        silent = [peer for peer, key in keys.items() if not store.check([key])]
+        raise MeshError(f"rank {rank}: ranks {silent} have not opened their UCX engine within {timeout:g} s") from error
+    addresses = {peer: bytes.fromhex(store.get(key).decode()) for peer, key in keys.items()}
+    opened.engine.connect(addresses, timeout)
+    return opened

@@ -15,8 +15,10 @@ import os
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,35 +29,45 @@ from ..errors import MeshError
 _HEADER, _FIRST = 8, 4096
 _GOODBYE = (1 << 31) - 1  # Gloo's tag of it; tags of messages are smaller
 _FOR_EVER = timedelta(days=365)  # a slow peer is no error: who waits for the message has a limit of its own
+_copy = ctypes.PyDLL(None).memmove  # keeps the GIL, which a thread that runs bytecode would else hold for 5 ms
+_copy.argtypes, _copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
+_PATIENCE = 1.0  # seconds
 _LONG = 3600.0  # seconds of a thread's sleep between two looks whether the engine is closing
 
 
-def gloo_group(ranks: Sequence[int], timeout: float) -> dist.ProcessGroup:
-    """A group of its own for GlooEngine, made by these ranks alone; timeout: seconds for them to connect.
+def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: float, interface: str = "") -> dist.ProcessGroupGloo:
+    """Gloo's connections of these ranks alone, outside of torch.distributed's groups, whose names and keys come again in a later life.
 
-    Raises MeshError where they do not, with what Gloo said and the interface that it used.
+    store: nothing else uses its keys; timeout: seconds for all to connect. interface: such as "eth0"; "" is
+    GLOO_SOCKET_IFNAME's, or the one that the host's name resolves to. Raises MeshError where they do not connect.
     """
+    interface = interface or os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
+    gloo: Any = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timedelta(seconds=timeout)
+    options._threads = 1
     try:
-        return dist.new_group(list(ranks), timeout=timedelta(seconds=timeout), backend="gloo", use_local_synchronization=True)
+        options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
+        return gloo(store, list(ranks).index(rank), len(ranks), options)
     except RuntimeError as error:
-        interface = os.environ.get("GLOO_SOCKET_IFNAME") or "the one that this host's name resolves to"
         raise MeshError(
-            f"rank {dist.get_rank()}: Gloo does not connect ranks {list(ranks)} (interface: {interface}): {_reason(error)}; set"
-            " GLOO_SOCKET_IFNAME to the interface on which the hosts reach each other"
+            f"rank {rank}: Gloo does not connect ranks {list(ranks)} over {interface or 'the interface of this host name'}:"
+            f" {_reason(error)}; set GLOO_SOCKET_IFNAME to the interface on which the hosts reach each other"
         ) from error
 
 
 class GlooEngine:
-    """`engine`, of the core, served over `group`, whose ranks are `ranks` of the job in the group's order."""
+    """`engine`, of the core, served over `group`, in which `ranks` of the job have their places."""
 
-    def __init__(self, rank: int, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
+    def __init__(self, rank: int, ranks: Sequence[int], group: dist.ProcessGroupGloo) -> None:
         self.engine = native.handed_engine(rank, "gloo")
-        self._group = group
+        self._group: Any = group
         self._place = {peer: at for at, peer in enumerate(ranks)}
         self._peers = [peer for peer in ranks if peer != rank]
         self._greeted: set[int] = set()  # who was told goodbye
         self._farewells: list[tuple[torch.Tensor, dist.Work]] = []  # Gloo forgets a message whose work is dropped
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+        self._under_way: Counter[int] = Counter()  # messages of each peer that Gloo has
         self._lanes: list[threading.Thread] = []
         self.engine.connect(dict.fromkeys(self._peers, b""))
         self._goodbyes = {peer: self._start(f"goodbye-{peer}", self._await_goodbye, peer) for peer in self._peers}
@@ -77,7 +89,8 @@ class GlooEngine:
             thread.join(max(0.0, end - time.monotonic()))
         atexit.unregister(self.close)
         if not any(thread.is_alive() for thread in [*self._lanes, *self._goodbyes.values()]):
-            dist.destroy_process_group(self._group)
+            self._farewells.clear()
+            self._group = None  # closes its connections
 
     def _start(self, name: str, work: object, *arguments: object) -> threading.Thread:
         thread = threading.Thread(target=work, args=arguments, name=f"gingham-gloo-{name}", daemon=True)  # type: ignore[arg-type]
@@ -86,9 +99,22 @@ class GlooEngine:
 
     def _move(self, data: torch.Tensor, peer: int, tag: int, receives: bool) -> None:
         """One message of Gloo, until it is over; RuntimeError where the connection breaks."""
-        moved = (self._group.recv if receives else self._group.send)([data], self._place[peer], tag)
-        if not moved.wait(_FOR_EVER):
-            raise RuntimeError("Gloo gave the message up")
+        group = self._open_group()
+        with self._lock:
+            self._under_way[peer] += 1
+        try:
+            moved = (group.recv if receives else group.send)([data], self._place[peer], tag)
+            if not moved.wait(_FOR_EVER):
+                raise RuntimeError("Gloo gave the message up")
+        finally:
+            with self._lock:
+                self._under_way[peer] -= 1
+                self._lock.notify_all()
+
+    def _open_group(self) -> Any:
+        if self._group is None:
+            raise RuntimeError("the engine is closed")
+        return self._group
 
     def _say_goodbye(self, peer: int) -> None:
         with self._lock:
@@ -97,13 +123,16 @@ class GlooEngine:
             self._greeted.add(peer)
         word = torch.zeros(1, dtype=torch.uint8)
         with contextlib.suppress(RuntimeError):  # a peer that is gone hears nothing
-            self._farewells.append((word, self._group.send([word], self._place[peer], _GOODBYE)))
+            self._farewells.append((word, self._open_group().send([word], self._place[peer], _GOODBYE)))
 
     def _await_goodbye(self, peer: int) -> None:
-        """The peer's goodbye is answered at once, so that it need not wait for this rank's own end."""
+        """The peer's goodbye is answered before this rank's own end, but after what the peer has taken of it has ended here:
+        once the connection is closed, Gloo calls also a message failed that was moved, but not yet waited for."""
         try:
             self._move(torch.zeros(1, dtype=torch.uint8), peer, _GOODBYE, True)
             self.engine.set_left(peer)
+            with self._lock:  # a receive of what the peer never sends does not end
+                self._lock.wait_for(lambda: not self._under_way[peer], _PATIENCE)
             self._say_goodbye(peer)
         except RuntimeError as error:
             self.engine.set_failure(peer, _reason(error))
@@ -122,13 +151,13 @@ class GlooEngine:
                 continue
             ticket, data, size = work
             ctypes.c_uint64.from_address(frame.data_ptr()).value = size
-            ctypes.memmove(frame.data_ptr() + _HEADER, data, min(size, _FIRST))
+            _copy(frame.data_ptr() + _HEADER, data, min(size, _FIRST))
             try:
                 if size <= _FIRST:  # the frame holds all of it
                     self.engine.ended(ticket, size)
                 self._move(frame, peer, tag, False)
                 if size > _FIRST:
-                    self._move(_memory(data + _FIRST, size - _FIRST), peer, tag, False)
+                    self._move(_memory(self.engine.begin(ticket) + _FIRST, size - _FIRST), peer, tag, False)
                     self.engine.ended(ticket, size)
             except RuntimeError as error:
                 self._broke(peer, error)
@@ -138,33 +167,40 @@ class GlooEngine:
     def _receive(self, peer: int, tag: int) -> None:
         frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
         while self.engine.await_work(peer, tag, True, _LONG) or not self.engine.closing:
-            broken = ""
-            try:
-                self._move(frame, peer, tag, True)
-            except RuntimeError as error:
-                broken = _reason(error)
-                self._broke(peer, error)
-            work = self.engine.take(peer, tag, True, _LONG)  # another one where the first was withdrawn
+            broken = self._try_to_move(frame, peer, tag)
+            size = 0 if broken else ctypes.c_uint64.from_address(frame.data_ptr()).value
+            rest = torch.empty(0, dtype=torch.uint8)
+            work = self.engine.take(peer, tag, True, 0.0)
+            if work is None and size > _FIRST:  # the receive was withdrawn; the sender goes on, and the next receive gets the message
+                rest = torch.empty(size - _FIRST, dtype=torch.uint8)
+                broken = self._try_to_move(rest, peer, tag)
             while work is None and not self.engine.closing:
                 work = self.engine.take(peer, tag, True, _LONG)
-            if work is None:
-                return
-            self._finish(peer, tag, work, frame, broken)
+            if work is not None:
+                self._finish(peer, tag, work, frame, rest, size, broken)
 
-    def _finish(self, peer: int, tag: int, work: tuple[int, int, int], frame: torch.Tensor, broken: str) -> None:
-        """The rest of a message whose frame is here; that of another size than expected is read, and dropped."""
-        ticket, data, size = work
-        got = ctypes.c_uint64.from_address(frame.data_ptr()).value
+    def _finish(
+        self, peer: int, tag: int, work: tuple[int, int, int], frame: torch.Tensor, rest: torch.Tensor, size: int, broken: str
+    ) -> None:
+        """Puts a message whose frame, and perhaps rest, is here where it belongs; one of another size than expected is dropped."""
+        ticket, data, expected = work
+        if not broken and size > _FIRST and not len(rest):
+            there = _memory(data + _FIRST, size - _FIRST) if size == expected else torch.empty(size - _FIRST, dtype=torch.uint8)
+            broken = self._try_to_move(there, peer, tag)
+        elif not broken and size == expected and len(rest):
+            _copy(data + _FIRST, rest.data_ptr(), len(rest))
+        if not broken and size == expected:
+            _copy(data, frame.data_ptr() + _HEADER, min(size, _FIRST))
+        self.engine.ended(ticket, size, broken)
+
+    def _try_to_move(self, data: torch.Tensor, peer: int, tag: int) -> str:
+        """Receives; "" or why the connection broke."""
         try:
-            if not broken and got == size:
-                ctypes.memmove(data, frame.data_ptr() + _HEADER, min(size, _FIRST))
-            if not broken and got > _FIRST:
-                there = _memory(data + _FIRST, size - _FIRST) if got == size else torch.empty(got - _FIRST, dtype=torch.uint8)
-                self._move(there, peer, tag, True)
+            self._move(data, peer, tag, True)
         except RuntimeError as error:
-            broken = _reason(error)
             self._broke(peer, error)
-        self.engine.ended(ticket, got, broken)
+            return _reason(error)
+        return ""
 
     def _broke(self, peer: int, error: RuntimeError) -> None:
         self.engine.set_failure(peer, _reason(error))

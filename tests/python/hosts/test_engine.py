@@ -209,6 +209,50 @@ def test_a_withdrawn_receive_lets_the_next_have_the_message(ranks: Any, name: st
     ranks(2)(withdrawn, name)
 
 
+def withdrawn_send(rank: int, name: str) -> None:
+    """Rank 1 receives nothing of what rank 0 withdraws, and goes on to serve it."""
+    with engine(name, rank, 2) as e:
+        for number, size in enumerate((100, 100_000, MB, 16 * MB)):
+            if rank == 0:
+                ticket = e.post_send(1, 2 * number, torch.ones(size, dtype=torch.uint8))
+                time.sleep(0.02)
+                started = time.monotonic()
+                e.withdraw(ticket)
+                assert time.monotonic() - started < 1 and not e.failure(1)
+                wait(e, e.post_send(1, 2 * number + 1, message(0, 1, 3, number, size)))
+            else:
+                time.sleep(0.1)
+                got = torch.zeros(size, dtype=torch.uint8)
+                wait(e, e.post_recv(0, 2 * number + 1, got))
+                assert torch.equal(got, message(0, 1, 3, number, size))
+
+
+@both
+def test_a_withdrawn_send_frees_its_memory(ranks: Any, name: str) -> None:
+    ranks(2)(withdrawn_send, name)
+
+
+def lives(rank: int, name: str, count: int) -> list[tuple[int, int]]:
+    """Descriptors and threads after each life, whose last messages are read after their sender has left."""
+    held = []
+    for number in range(count):
+        with engine(name, rank, 2) as e:
+            got = torch.zeros(3000, dtype=torch.uint8)
+            sent = e.post_send(1 - rank, 1, message(rank, 1 - rank, 1, number, 3000))
+            if rank == number % 2:
+                time.sleep(0.01)
+            wait(e, e.post_recv(1 - rank, 1, got), sent)
+            assert torch.equal(got, message(1 - rank, rank, 1, number, 3000)) and not e.failure(1 - rank)
+        held.append((len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))))
+    return held
+
+
+@both
+def test_lives_follow_each_other(ranks: Any, name: str) -> None:
+    for held in ranks(2)(lives, name, 12):
+        assert held[-1] == held[1], held
+
+
 def two_threads(rank: int, name: str) -> None:
     """The caller's thread and a second one exchange messages on tags of their own, over the same engine."""
     with engine(name, rank, 2) as e:

@@ -158,6 +158,28 @@ def test_an_engine_that_is_dropped_frees_everything() -> None:
     assert held() == before
 
 
+def test_a_forked_child_harms_nobody() -> None:
+    """A data loader's worker has its parent's engine, and its sockets: it drops the one and leaves the others alone."""
+    a, b = native.ucx_engine(0), native.ucx_engine(1)
+    other = threading.Thread(target=b.connect, args=({0: a.address},))
+    other.start()
+    a.connect({1: b.address})
+    other.join()
+    child = os.fork()
+    if child == 0:
+        a.close()
+        del a, b
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    got = torch.zeros(1_000_000)
+    tickets = a.post_send(1, 1, torch.ones(1_000_000)), b.post_recv(0, 1, got)
+    assert b.wait(tickets[1], 10) and a.wait(tickets[0], 10) and bool(got.all()) and not a.failure(1)
+    other = threading.Thread(target=a.close)
+    other.start()
+    b.close()
+    other.join()
+
+
 def test_a_peer_that_does_not_answer_is_named() -> None:
     a, b = native.ucx_engine(0), native.ucx_engine(5)
     with pytest.raises(gingham.MeshError, match=r"(?s)rank 0 on .* cannot reach .*rank 5 on .*: no answer within 0.3 s.*UCX_NET_DEVICES"):
