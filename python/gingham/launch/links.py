@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
+
+import torch.distributed as dist
 
 from .. import native
 from ..errors import MeshError
@@ -25,12 +26,11 @@ class Links:
         interface, address = _own_address()
         own = next(host for host in hosts if job.rank in host.ranks)
         name = choose_engine().name
-        opened = meeting.during("engine", partial(open_engine, name, job.rank, meeting.ranks, meeting.timeout, interface))
+        # Gloo connects all ranks of a group; UCX those that are asked for
+        ranks = meeting.ranks if name == "gloo" else [rank for rank in meeting.ranks if rank == job.rank or rank not in own.ranks]
+        store = dist.PrefixStore("engine", meeting.store.clone())
+        opened = meeting.during("engine", partial(open_engine, name, job.rank, ranks, store, meeting.timeout, interface))
         self._opened.append(opened)
-        told = meeting.exchange("addresses", base64.b64encode(opened.engine.address).decode())
-        peers = {rank: base64.b64decode(told[rank]) for host in hosts if host is not own for rank in host.ranks}
-        if name == "ucx":
-            meeting.during("connected", partial(opened.engine.connect, peers, meeting.timeout))
         news = News(meeting.store, job.rank, hosts, job)
         self._opened.append(news)
         number_of = {rank: number for number, host in enumerate(hosts) for rank in host.ranks}

@@ -1,0 +1,231 @@
+"""Two hosts of two ranks, made of network, PID and UTS namespaces with links of 1 Gbit/s: gingham beside Gloo and torch. Needs root.
+
+    python bench/hosts.py [--rate 1gbit] [--engine ucx|gloo] [--case matmul|collectives|models] [--rounds 15]
+
+Both hosts run torchrun --nnodes 2. All candidates of a case run in the same processes, one after the other in every round, between
+barriers; the time of a run is that of the slowest rank. Shown are medians in ms, and ratios of medians.
+    matmul       C = A B by SUMMA on 2 x 2, beside broadcasts of Gloo, the same prefetched, products alone, messages alone
+    collectives  an all-gather of 4 MB a rank and an all-reduce of 16 MB over all four ranks, beside Gloo's own
+    models       a pair of Linears and the demo's GPT, forward and backward, beside torch's tensor parallelism over Gloo
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+Run = Callable[[], object]
+NAMES, ADDRESSES, BRIDGE = ("gbench1", "gbench2"), ("10.78.0.1", "10.78.0.2"), "gbenchbr"
+Q = 2  # the grid is Q x Q
+
+
+@contextlib.contextmanager
+def network(rate: str) -> Iterator[None]:
+    """Two network namespaces on one bridge, each link shaped both ways."""
+    shape = f"root tbf rate {rate} burst 256k limit 4m".split()
+    try:
+        subprocess.run(["ip", "link", "add", BRIDGE, "type", "bridge"], check=True)
+        subprocess.run(["ip", "link", "set", BRIDGE, "up"], check=True)
+        for at, (name, address) in enumerate(zip(NAMES, ADDRESSES, strict=True)):
+            inside = ["ip", "netns", "exec", name]
+            outer = f"gbenchv{at}"
+            for command in (
+                ["ip", "netns", "add", name],
+                ["ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", name],
+                ["ip", "link", "set", outer, "master", BRIDGE, "up"],
+                [*inside, "ip", "link", "set", "lo", "up"],
+                [*inside, "ip", "addr", "add", f"{address}/24", "dev", "eth0"],
+                [*inside, "ip", "link", "set", "eth0", "up"],
+                ["tc", "qdisc", "add", "dev", outer, *shape],
+                [*inside, "tc", "qdisc", "add", "dev", "eth0", *shape],
+            ):
+                subprocess.run(command, check=True)
+        yield
+    finally:
+        for name in NAMES:
+            subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
+        subprocess.run(["ip", "link", "del", BRIDGE], stderr=subprocess.DEVNULL)
+
+
+def start(options: argparse.Namespace) -> int:
+    """Runs this script on both hosts; the status of the first that fails."""
+    port, hosts = "29711", []
+    for at, name in enumerate(NAMES):
+        command = [
+            *("ip", "netns", "exec", name, "unshare", "--uts", "--pid", "--fork", "--mount-proc"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(at)),
+            *("--master-addr", ADDRESSES[0], "--master-port", port, os.path.abspath(__file__), "--serve"),
+            *("--case", options.case, "--rounds", str(options.rounds), "--sizes", options.sizes),
+        ]
+        environment = {**os.environ, "GINGHAM_ENGINE": options.engine, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        hosts.append(subprocess.Popen(command, env=environment))
+    return max(host.wait() for host in hosts)
+
+
+def compare(title: str, runs: dict[str, Run], rounds: int) -> dict[str, float]:
+    """The median of each candidate in seconds, the slowest rank's; rank 0 shows them."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for at in range(-2, rounds):
+        for name, run in runs.items():
+            dist.barrier()
+            begin = time.perf_counter()
+            run()
+            spent = torch.tensor([time.perf_counter() - begin])
+            dist.all_reduce(spent, dist.ReduceOp.MAX)
+            if at >= 0:
+                times[name].append(spent.item())
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    if dist.get_rank() == 0:
+        print(f"{title}: " + "   ".join(f"{name} {1e3 * seconds:.1f} ms" for name, seconds in medians.items()), flush=True)
+    return medians
+
+
+def say(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(f"    {text}", flush=True)
+
+
+def matmul(options: argparse.Namespace) -> None:
+    import gingham
+
+    rank = dist.get_rank()
+    mesh = gingham.init(mode="2d", size=Q * Q)
+    row, column = rank // Q, rank % Q
+    rows = [dist.new_group([i * Q + k for k in range(Q)]) for i in range(Q)][row]
+    columns = [dist.new_group([k * Q + j for k in range(Q)]) for j in range(Q)][column]
+    for n in map(int, options.sizes.split(",")):
+        torch.manual_seed(0)
+        whole = torch.randn(n, n), torch.randn(n, n)
+        x, w = mesh.scatter(whole[0], operand="a"), mesh.scatter(whole[1], operand="b")
+        block = n // Q
+        a, b = (each[row * block : (row + 1) * block, column * block : (column + 1) * block].contiguous() for each in whole)
+
+        def panels(step: int, a: torch.Tensor = a, b: torch.Tensor = b) -> list[tuple[torch.Tensor, int, dist.ProcessGroup]]:
+            left, right = a if step == column else torch.empty_like(a), b if step == row else torch.empty_like(b)
+            return [(left, row * Q + step, rows), (right, step * Q + column, columns)]
+
+        def naive(out: torch.Tensor = torch.empty(block, block)) -> torch.Tensor:
+            out.zero_()
+            for step in range(Q):
+                moved = panels(step)
+                for panel, root, group in moved:
+                    dist.broadcast(panel, root, group=group)
+                out.addmm_(moved[0][0], moved[1][0])
+            return out
+
+        def prefetched(out: torch.Tensor = torch.empty(block, block)) -> torch.Tensor:
+            out.zero_()
+            moved = panels(0)
+            works = [dist.broadcast(panel, root, group=group, async_op=True) for panel, root, group in moved]
+            for step in range(Q):
+                here, waits = moved, works
+                if step + 1 < Q:
+                    moved = panels(step + 1)
+                    works = [dist.broadcast(panel, root, group=group, async_op=True) for panel, root, group in moved]
+                for work in waits:
+                    work.wait()
+                out.addmm_(here[0][0], here[1][0])
+            return out
+
+        def alone(out: torch.Tensor = torch.empty(block, block), a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            out.zero_()
+            for _ in range(Q):
+                out.addmm_(a, b)
+
+        def messages(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
+            mesh.axis(("col",)).all_gather(a, counted=False)
+            mesh.axis(("row",)).all_gather(b, counted=False)
+
+        full = whole[0] @ whole[1]
+        error = (mesh.gather(gingham.matmul(x, w), operand="c") - full).norm() / full.norm()
+        assert error < 1e-5, error
+        mine = full[row * block : (row + 1) * block, column * block : (column + 1) * block]
+        assert (naive() - mine).norm() / mine.norm() < 1e-5 and (prefetched() - mine).norm() / mine.norm() < 1e-5
+        runs: dict[str, Run] = {"gingham": lambda x=x, w=w: gingham.matmul(x, w), "naive Gloo": naive, "Gloo prefetched": prefetched}
+        found = compare(f"matmul n={n}", {**runs, "products alone": alone, "messages alone": messages}, options.rounds)
+        bound = max(found["products alone"], found["messages alone"])
+        ratios = ", ".join(f"{found[name] / found['gingham']:.2f} x as fast as {name}" for name in ("naive Gloo", "Gloo prefetched"))
+        say(f"{ratios}, {found['gingham'] / bound:.2f} x max(products, messages)")
+    gingham.destroy()
+
+
+def collectives(options: argparse.Namespace) -> None:
+    import gingham
+
+    mesh = gingham.init(mode="1d", size=4)
+    gathered, summed = torch.ones(1 << 20), torch.ones(1 << 22)
+    out = torch.empty(4 << 20)
+    runs: dict[str, Run] = {
+        "gingham": lambda: mesh.world.all_gather(gathered, counted=False),
+        "Gloo": lambda: dist.all_gather_into_tensor(out, gathered),
+    }
+    found = compare("all-gather of 4 MB a rank", runs, options.rounds)
+    say(f"{found['gingham'] / found['Gloo']:.2f} of Gloo's own")
+    runs = {"gingham": lambda: mesh.world.all_reduce_(summed, counted=False), "Gloo": lambda: dist.all_reduce(summed)}
+    found = compare("all-reduce of 16 MB", runs, options.rounds)
+    say(f"{found['gingham'] / found['Gloo']:.2f} of Gloo's own")
+    gingham.destroy()
+
+
+def models(options: argparse.Namespace) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    import gingham
+
+    mesh = gingham.init(mode="2d", size=4)
+    first = gingham.nn.Linear(1024, 4096, bias=False, layout="outer->inner", swapped="auto")
+    second = gingham.nn.Linear(4096, 1024, bias=False, layout="inner->outer", swapped="auto")
+    full, gradient = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    x, g = mesh.scatter(full).requires_grad_(), mesh.scatter(gradient)
+    model = torch.nn.Sequential(torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(4096, 1024, bias=False))
+    parallelize_module(model, init_device_mesh("cpu", (4,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    whole = full.clone().requires_grad_()
+
+    def ours() -> None:
+        x.grad = first.weight.grad = second.weight.grad = None
+        second(first(x)).backward(g)
+
+    def torchs() -> None:
+        model.zero_grad()
+        whole.grad = None
+        model(whole).backward(gradient)
+
+    found = compare("a pair of Linears, 1024 x 1024 -> 4096 -> 1024", {"gingham": ours, "torch TP over Gloo": torchs}, options.rounds)
+    say(f"{found['torch TP over Gloo'] / found['gingham']:.2f} x as fast as torch")
+    gingham.destroy()
+
+
+CASES = {"matmul": matmul, "collectives": collectives, "models": models}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", default="1gbit")
+    parser.add_argument("--engine", default="ucx", choices=("ucx", "gloo"))
+    parser.add_argument("--case", default="matmul", choices=CASES)
+    parser.add_argument("--sizes", default="1024,2048")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not options.serve:
+        with network(options.rate):
+            return start(options)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    CASES[options.case](options)
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
