@@ -183,6 +183,7 @@ def models(options: argparse.Namespace) -> None:
     import gingham
 
     mesh = gingham.init(mode="2d", size=4)
+    torch.manual_seed(0)
     first = gingham.nn.Linear(1024, 4096, bias=False, layout="outer->inner", swapped="auto")
     second = gingham.nn.Linear(4096, 1024, bias=False, layout="inner->outer", swapped="auto")
     full, gradient = torch.randn(1024, 1024), torch.randn(1024, 1024)

@@ -88,6 +88,10 @@ class GlooEngine:
         for thread in self._goodbyes.values():
             thread.join(max(0.0, end - time.monotonic()))
         atexit.unregister(self.close)
+        if any(thread.is_alive() for thread in [*self._lanes, *self._goodbyes.values()]):
+            self._group.abort()  # peers that say nothing more: ends what waits for them
+            for thread in [*self._lanes, *self._goodbyes.values()]:
+                thread.join(1.0)
         if not any(thread.is_alive() for thread in [*self._lanes, *self._goodbyes.values()]):
             self._farewells.clear()
             self._group = None  # closes its connections

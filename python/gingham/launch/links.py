@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -42,9 +43,16 @@ class Links:
             self._opened.append(connections)
             meeting.during("life", partial(_connect, connections, meeting, address))
         meeting.exchange("linked", None)
+        # a thread that is in the core while the interpreter ends would end the process by a signal
+        atexit.register(self._close_at_exit, os.getpid())
+
+    def _close_at_exit(self, pid: int) -> None:
+        if os.getpid() == pid:
+            self.close(1.0)
 
     def close(self, seconds: float = 5.0) -> None:
         """Says goodbye to the other hosts."""
+        atexit.unregister(self._close_at_exit)
         for each in reversed(self._opened):
             each.close(*([seconds] if hasattr(each, "engine") else []))
         self._opened = []
