@@ -62,6 +62,7 @@ class GlooEngine:
     def __init__(self, rank: int, ranks: Sequence[int], group: dist.ProcessGroupGloo) -> None:
         self.engine = native.handed_engine(rank, "gloo")
         self._group: Any = group
+        self._pid = os.getpid()
         self._place = {peer: at for at, peer in enumerate(ranks)}
         self._peers = [peer for peer in ranks if peer != rank]
         self._greeted: set[int] = set()  # who was told goodbye
@@ -76,7 +77,7 @@ class GlooEngine:
 
     def close(self, seconds: float = 5.0) -> None:
         """Tells all peers, waits at most `seconds` for their answers and for messages under way, and ends the group."""
-        if self.engine.closing:
+        if os.getpid() != self._pid or self.engine.closing:  # a forked child has none of the threads
             return
         end = time.monotonic() + seconds
         self.engine.close()
