@@ -98,14 +98,14 @@ def differences(apart: Answer, window: Answer, ring: Answer) -> list[str]:
 
 
 QUICK = {("2.5d", split(4, 4), "ucx"), ("1d sequence", split(3, 1), "gloo"), ("2d", split(1, 3), "ucx"), ("3d", split(2, 2, 2, 2), "gloo")}
-CASES = [
-    pytest.param(
-        name, hosts, engine, marks=[] if (name, hosts, engine) in QUICK else [pytest.mark.matrix], id=f"{name} {name_of(hosts)} {engine}"
-    )
-    for name in sorted(GRIDS, key=ranks_of)
-    for hosts in ways(ranks_of(name))
-    for engine in ENGINES
-]
+
+
+def case(name: str, hosts: Hosts, engine: str) -> Any:
+    marks = [] if (name, hosts, engine) in QUICK else [pytest.mark.matrix]
+    return pytest.param(name, hosts, engine, marks=marks, id=f"{name} {name_of(hosts)} {engine}")
+
+
+CASES = [case(name, hosts, engine) for name in sorted(GRIDS, key=ranks_of) for hosts in ways(ranks_of(name)) for engine in ENGINES]
 
 
 @pytest.mark.parametrize(("name", "hosts", "engine"), CASES)
