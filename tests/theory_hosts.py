@@ -179,7 +179,8 @@ class Placed:
     def _bias(self, words: Callable[[int], int]) -> None:
         grid = self.grid
         if grid.depth == 1 or grid.sharded:
-            return self.all_reduce("m", words)
+            self.all_reduce("m", words)
+            return
         row = grid.pm // grid.depth
 
         def part(place: int) -> int:

@@ -22,7 +22,7 @@ def ways(size: int) -> list[tuple[int, ...]]:
     even = split(size // 2, size - size // 2)
     uneven = [split(size - 1, 1), split(1, size - 1)] if size > 2 else []
     found = [even, tuple(rank // 2 for rank in range(size)), *uneven, tuple(rank % 2 for rank in range(size))]
-    return [way for way in dict.fromkeys(found) if max(way) > 0]
+    return [way for way in dict.fromkeys(found) if len(set(way)) > 1]
 
 
 def name_of(hosts: Sequence[int]) -> str:

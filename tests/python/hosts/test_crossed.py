@@ -1,4 +1,4 @@
-"""What crosses hosts is what theory_hosts.py says, to the byte and rank: Linear pairs and lone Linears on every grid, with ranks in any order."""
+"""What crosses hosts is what theory_hosts.py says, to the byte and rank: Linears on every grid, with ranks in any order."""
 
 import random
 from typing import Any

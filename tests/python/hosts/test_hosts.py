@@ -88,12 +88,14 @@ def on_one_host(ranks: Any, name: str, source: str) -> list[Answer]:
 
 
 def differences(apart: Answer, window: Answer, ring: Answer) -> list[str]:
-    """Between a rank's answers: by bits, and by counts, those of an axis that leaves the host being a ring's."""
+    """Between a rank's answers, by bits and by counts. What it sent is a ring's where its axis leaves the host (each block goes to the next
+    rank), else a window's (its own block goes to every other)."""
     found = [f"value {at}" for at, pair in enumerate(zip(apart[0], window[0], strict=True)) if not torch.equal(*pair)]
     for axis, counts in apart[1].items():
-        right = (ring if "bytes_crossed" in counts else window)[1][axis]
-        assert "bytes_crossed" not in right
-        found += [f"{axis} {what}: {counts[what]}, expected {right[what]}" for what in right if counts[what] != right[what]]
+        for what in ("bytes_received", "messages"):
+            found += [f"{axis} {what}: {counts[what]}, expected {right}" for right in {window[1][axis][what]} if counts[what] != right]
+        sent = {ring[1][axis]["bytes_sent"]} | ({window[1][axis]["bytes_sent"]} if counts["bytes_crossed"] == 0 else set())
+        found += [f"{axis} sent: {counts['bytes_sent']}, expected {sent}"] if counts["bytes_sent"] not in sent else []
     return found
 
 
