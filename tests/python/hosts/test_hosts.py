@@ -1,0 +1,119 @@
+"""A job of several hosts computes what one host computes, to the bit, and counts the same bytes; what crossed hosts is theory's."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import gingham
+from gingham import nn
+from grids import GRIDS, ranks_of
+from virtual import ENGINES, name_of, on_host, split, ways
+
+Hosts = tuple[int, ...]
+Answer = tuple[list[Any], dict[str, dict[str, int]]]  # values, and counts by axis
+WIDTH, BATCH, TIME, WORDS, CLASSES = 48, 5, 4, 29, 19
+
+
+class Stack(torch.nn.Module):
+    """One of each layer, at sizes that nothing divides."""
+
+    def __init__(self, dropout: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.attention = nn.SelfAttention(WIDTH, 12)
+        self.dropout = nn.Dropout(0.2 if dropout else 0.0)
+        self.first = nn.Linear(WIDTH, 53, layout="outer->inner", epilogue="gelu")
+        self.second = nn.Linear(53, WIDTH, bias=False, layout="inner->outer")
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.table(ids)
+        x = x + self.dropout(self.attention(self.norm(x)))
+        return self.head(x + self.second(self.first(x)))
+
+
+def trained(mesh: gingham.Mesh, steps: int = 1) -> list[Any]:
+    torch.manual_seed(2)
+    model = Stack(dropout=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    found: list[Any] = []
+    for _ in range(steps):
+        ids, target = torch.randint(WORDS, (BATCH, TIME)), torch.randint(CLASSES, (BATCH, TIME))
+        logits = model(mesh.scatter(ids))
+        loss = gingham.cross_entropy(logits, mesh.scatter(target))
+        optimizer.zero_grad()
+        loss.backward()
+        found += [mesh.gather(logits), loss, *(weight.grad.to_local().clone() for weight in model.parameters())]
+        found.append(gingham.clip_grad_norm_(model.parameters(), 0.5))
+        optimizer.step()
+    return found + [weight.to_local() for weight in model.parameters()]
+
+
+def paired(mesh: gingham.Mesh, rows: int, wide: int, narrow: int, dtype: torch.dtype) -> list[Any]:
+    torch.manual_seed(4)
+    first = nn.Linear(wide, narrow, layout="outer->inner", dtype=dtype)
+    second = nn.Linear(narrow, wide, layout="inner->outer", epilogue="gelu", dtype=dtype)
+    x = mesh.scatter(torch.randn(rows, wide).to(dtype)).requires_grad_()
+    y = second(first(x))
+    y.backward(mesh.scatter(torch.randn(rows, wide).to(dtype)))
+    return [mesh.gather(y), x.grad, *(weight.grad.to_local() for each in (first, second) for weight in each.parameters())]
+
+
+def multiplied(mesh: gingham.Mesh, m: int, k: int, n: int) -> list[Any]:
+    torch.manual_seed(5)
+    a, b = mesh.scatter(torch.randn(m, k), "a").requires_grad_(), mesh.scatter(torch.randn(k, n), "b").requires_grad_()
+    c = gingham.matmul(a, b, shape=(m, k, n))
+    c.square().sum().backward()
+    return [mesh.gather(c, "c"), a.grad, b.grad]
+
+
+def everything(rank: int, grid: dict[str, Any], hosts: Hosts, engine: str) -> Answer:
+    with on_host(rank, hosts, engine):
+        mesh = gingham.init(**grid, timeout=30.0)
+    found = trained(mesh)
+    found += paired(mesh, 8, 24, 48, torch.float32) + paired(mesh, 7, 37, 19, torch.float32) + paired(mesh, 7, 37, 19, torch.bfloat16)
+    found += multiplied(mesh, 24, 48, 12) + multiplied(mesh, 7, 37, 19)
+    return [x.detach() for x in found], mesh.traffic()
+
+
+_alone: dict[tuple[str, str], list[Answer]] = {}
+
+
+def on_one_host(ranks: Any, name: str, source: str) -> list[Answer]:
+    if (name, source) not in _alone:
+        _alone[name, source] = ranks(ranks_of(name))(everything, GRIDS[name] | {"source": source}, (), "")
+    return _alone[name, source]
+
+
+def differences(apart: Answer, window: Answer, ring: Answer) -> list[str]:
+    """Between a rank's answers, by bits and by counts. What it sent is a ring's where its axis leaves the host (each block goes to the next
+    rank), else a window's (its own block goes to every other)."""
+    found = [f"value {at}" for at, pair in enumerate(zip(apart[0], window[0], strict=True)) if not torch.equal(*pair)]
+    for axis, counts in apart[1].items():
+        for what in ("bytes_received", "messages"):
+            found += [f"{axis} {what}: {counts[what]}, expected {right}" for right in {window[1][axis][what]} if counts[what] != right]
+        sent = {ring[1][axis]["bytes_sent"]} | ({window[1][axis]["bytes_sent"]} if counts["bytes_crossed"] == 0 else set())
+        found += [f"{axis} sent: {counts['bytes_sent']}, expected {sent}"] if counts["bytes_sent"] not in sent else []
+    return found
+
+
+QUICK = {("2.5d", split(4, 4), "ucx"), ("1d sequence", split(3, 1), "gloo"), ("2d", split(1, 3), "ucx"), ("3d", split(2, 2, 2, 2), "gloo")}
+
+
+def case(name: str, hosts: Hosts, engine: str) -> Any:
+    marks = [] if (name, hosts, engine) in QUICK else [pytest.mark.matrix]
+    return pytest.param(name, hosts, engine, marks=marks, id=f"{name} {name_of(hosts)} {engine}")
+
+
+CASES = [case(name, hosts, engine) for name in sorted(GRIDS, key=ranks_of) for hosts in ways(ranks_of(name)) for engine in ENGINES]
+
+
+@pytest.mark.parametrize(("name", "hosts", "engine"), CASES)
+def test_bits_and_counts_are_those_of_one_host(ranks, name: str, hosts: Hosts, engine: str) -> None:
+    window, ring = (on_one_host(ranks, name, source) for source in ("window", "ring"))
+    apart = ranks(ranks_of(name))(everything, GRIDS[name], hosts, engine)
+    wrong = {rank: found for rank in range(len(apart)) if (found := differences(apart[rank], window[rank], ring[rank]))}
+    assert not wrong, wrong
+    assert sum(counts.get("bytes_crossed", 0) for _, all_counts in apart for counts in all_counts.values()) > 0
