@@ -5,12 +5,11 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
-from . import ckpt, plan
+from . import ckpt, doctor, plan
 from .options import Parser, number, whole
 
 MODES = ("1d", "2d", "2.5d", "3d")
@@ -39,7 +38,7 @@ def _main(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"gingham {importlib.metadata.version('gingham')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|plan|doctor|bench|ckpt")
     _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
-    commands.add_parser("doctor", help="versions, BLAS, cores, what was built")
+    doctor.add_arguments(commands.add_parser("doctor", help="versions, BLAS, cores, engines, what was built; --test tries it"))
     commands.add_parser("bench", help="run the microbenchmark (arguments are passed on)", add_help=False)
     plan.add_arguments(commands.add_parser("plan", help="what every grid of so many ranks would cost; starts nothing"))
     ckpt.add_arguments(commands.add_parser("ckpt", help="look into a checkpoint, or turn it into safetensors and back"))
@@ -48,10 +47,9 @@ def _main(arguments: list[str]) -> int:
         return bench(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if chosen.command == "doctor":
-        return doctor()
-    if chosen.command in ("plan", "ckpt"):
-        return (plan if chosen.command == "plan" else ckpt).run(chosen)
+    runs = {"plan": plan.run, "ckpt": ckpt.run, "doctor": doctor.run}
+    if chosen.command in runs:
+        return runs[chosen.command](chosen)
     from .train import train
 
     return train(chosen)
@@ -113,61 +111,3 @@ def bench(arguments: list[str]) -> int:
         for line in process.stderr or ():
             print(line.rstrip("\n"), file=sys.stderr)
     return process.returncode
-
-
-def cuda_rows() -> list[tuple[str, str]]:
-    """What was built for GPUs, what this machine has, and how far it was ever verified."""
-    from .. import native
-    from ..launch.gpu import find_nccl
-
-    find_nccl()
-    report = native.device_report()
-    if not report["built"]:
-        return [("CUDA", f"not built: {report['missing']}")]
-    driver = f"driver for CUDA {_cuda(report['driver'])}" if report["driver"] else "no driver"
-    found = "; ".join(report["devices"]) or f"none: {report['missing']}"
-    nccl = f"{_nccl(report['nccl_version'])} from {report['nccl_from']}" if report["nccl"] else report["nccl_from"]
-    return [
-        ("CUDA", f"built, runtime {_cuda(report['runtime'])} inside; {driver}"),
-        ("GPUs", found),
-        ("NCCL", nccl),
-        (
-            "Hopper gemm",
-            native.hopper_status()
-            if report["devices"]
-            else "compiled only: off until it has been compared with the sm_80 kernel on a device",
-        ),
-        ("verified", "by models of the device and of NCCL only: never run on a GPU (docs/cuda.md); bench/gpu.sh does"),
-    ]
-
-
-def _cuda(version: int) -> str:
-    return f"{version // 1000}.{version % 1000 // 10}"
-
-
-def _nccl(version: int) -> str:
-    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"
-
-
-def doctor() -> int:
-    import torch
-
-    rows = [
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
-        ("DLPack C exchange API", "found" if hasattr(torch.Tensor, "__dlpack_c_exchange_api__") else "missing: torch >= 2.10 is needed"),
-        ("cores", f"{len(os.sched_getaffinity(0))} usable of {os.cpu_count()}"),
-        ("microbench", "built" if (Path(__file__).parent.parent / "bin" / "microbench").exists() else "not built"),
-    ]
-    good = True
-    try:
-        from .. import native
-
-        rows += [("gingham", native.version()), ("BLAS", native.blas()), *cuda_rows()]
-    except Exception as error:
-        good = False
-        rows.append(("gingham", f"cannot be used: {type(error).__name__}: {error}"))
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{width}}  {value}")
-    return 0 if good else 1

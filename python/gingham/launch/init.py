@@ -13,7 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import checks, mesh, native
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 from ..mesh import Axes, Mesh, axes_of, axes_of_device_mesh, random
+from ..plan import choose
+from ..plan.workload import Linears, Workload
 from . import rendezvous, world
+from .describe import describe
 from .parallel_config import parse_parallel
 
 
@@ -70,7 +73,8 @@ def init(
     else:
         axes = _named(mode, size, parallel, others)
     device, source = _device_and_source(device, source, slices, link)
-    made = _made(world.Plan(axes, _ranks(axes, ranks, device_mesh), device_mesh, timeout, heap, source, slices, link, device))
+    mine, sizes = _ranks(axes, ranks, device_mesh), _operands(model, tokens) if mode == "auto" and ranks is None else None
+    made = _made(world.Plan(axes, mine, device_mesh, timeout, heap, source, slices, link, device, sizes))
     if default:
         mesh.set_current(made)
     checks.install(made)
@@ -142,13 +146,14 @@ def _named(mode: Any, size: int | None, parallel: Mapping[str, Any] | None, othe
 
 def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, machine: Mapping[str, float] | None) -> Axes:
     """The axes that the planner chooses; the same on every rank, since it computes the same."""
-    from ..plan import choose
-    from ..plan.workload import Workload
-    from .describe import describe
-
     given = [name for name, value in others.items() if value]
     if given:
         raise MeshError(f"mode='auto' chooses {', '.join(given)} itself: leave it out, or name a mode")
+    chosen = choose.choose(_workload(model, tokens), size or rendezvous.world()[1], choose.Machine(**machine or {}))
+    return axes_of(**chosen.arguments)
+
+
+def _workload(model: Any, tokens: Any) -> Workload:
     if not isinstance(model, Workload):
         if not isinstance(model, torch.nn.Module) or tokens is None:
             raise MeshError(
@@ -156,7 +161,16 @@ def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, 
                 " or a gingham.Workload"
             )
         model = describe(model, *tokens)
-    return axes_of(**choose.choose(model, size or rendezvous.world()[1], choose.Machine(**machine or {})).arguments)
+    return model
+
+
+def _operands(model: Any, tokens: Any) -> tuple[int, int, int]:
+    """Words of X, Y and W of all the linear maps of a model."""
+    workload = _workload(model, tokens)
+    rows = workload.batch * workload.context
+    maps = [(times, part) for times, part in workload.parts if isinstance(part, Linears)]
+    x, y = (rows * sum(times * size for times, size in sizes) for sizes in ([(t, p.k) for t, p in maps], [(t, sum(p.n)) for t, p in maps]))
+    return x, y, sum(times * part.k * sum(part.n) for times, part in maps)
 
 
 def _device_and_source(device: str | None, source: str | None, slices: int | None, link: tuple[float, float] | None) -> tuple[str, str]:

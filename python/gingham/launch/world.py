@@ -10,7 +10,7 @@ import gc
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,12 +22,16 @@ from .. import native
 from ..errors import MeshError, PeerDied, PeerStalled
 from ..mesh import Axes, Mesh
 from ..mesh.layout import coordinates_of, members, odd_ranks
+from ..mesh.modes import GridShape
+from ..plan.hosts import best_order
 from . import faults, rendezvous
 from .engines import choose_engine
 from .gpu import use_gpu
 from .hosts import Host
 from .links import Links
 from .meeting import Meeting, seen_by_all
+
+WORSE = 1.5  # how many times as much must cross from host to host as in another order of the ranks for a warning
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Plan:
     slices: int | None
     link: tuple[float, float] | None
     device: str
+    operands: tuple[int, int, int] | None = None  # words of X, Y and W of a model: its ranks take the order in which least crosses hosts
 
     def words(self) -> str:
         """All on which the ranks of the mesh must agree."""
@@ -88,6 +93,7 @@ def add_mesh(plan: Plan) -> Mesh:
     try:
         faults.at("init.start")
         hosts = meeting.arrive()
+        plan = _ordered(plan, hosts if joined is None else joined.hosts, rank)
         faults.at("init.arrive")
         if joined is None:
             meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
@@ -147,6 +153,27 @@ def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Jo
         meeting.during("joined", partial(jobs[0].ready, meeting.pids), jobs[0].fail)
         _warn_unwatched(jobs[0])
     return int(told[plan.ranks[0]][4])
+
+
+def _ordered(plan: Plan, hosts: list[Host], rank: int) -> Plan:
+    """The plan with its ranks in the best order for the hosts where any will do; else a warning where another one would cross less."""
+    if len(hosts) == 1:
+        return plan
+    number_of = {each: number for number, host in enumerate(hosts) for each in host.ranks}
+    grid = GridShape(plan.axes)
+    places, least, now = best_order(grid, [number_of[each] for each in plan.ranks], plan.operands or (1, 1, 1))
+    better = tuple(plan.ranks[place] for place in places)
+    if plan.operands is not None:
+        return replace(plan, ranks=better)
+    if WORSE * least <= now and rank == plan.ranks[0]:
+        words, size, shape = 1 << 20, grid.size, " x ".join(f"{name}={size}" for name, size in grid.sizes.items())
+        warnings.warn(
+            f"gingham.init: {shape} on {', '.join(map(str, hosts))}: with ranks={better} another axis lies inside the hosts, and"
+            f" {least * words * 4 // size:,} bytes a rank cross from host to host where {now * words * 4 // size:,} do now (two products of"
+            " operands of 4 MB a rank, forward and backward); see docs/hosts.md",
+            stacklevel=5,
+        )
+    return plan
 
 
 def _compare(rank: int, plan: Plan, told: dict[int, tuple[str, str, tuple[int, ...]]]) -> None:
