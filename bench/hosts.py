@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,64 +95,84 @@ def say(text: str) -> None:
         print(f"    {text}", flush=True)
 
 
+class Summa:
+    """C = A B of n x n on Q x Q ranks, by gingham and by broadcasts of Gloo; checked once."""
+
+    def __init__(self, n: int, rows: dist.ProcessGroup, columns: dist.ProcessGroup, mesh: Any) -> None:
+        import gingham
+
+        torch.manual_seed(0)
+        full = torch.randn(n, n), torch.randn(n, n)
+        self.row, self.column, self.rows, self.columns, self.mesh = dist.get_rank() // Q, dist.get_rank() % Q, rows, columns, mesh
+        block = n // Q
+        place = slice(self.row * block, (self.row + 1) * block), slice(self.column * block, (self.column + 1) * block)
+        self.a, self.b = (each[place].contiguous() for each in full)
+        self.out = torch.empty(block, block)
+        self.x, self.w = mesh.scatter(full[0], operand="a"), mesh.scatter(full[1], operand="b")
+        self.product = lambda: gingham.matmul(self.x, self.w, mesh=mesh)
+        expected = full[0] @ full[1]
+        for got, wanted in (
+            (mesh.gather(self.product(), operand="c"), expected),
+            (self.naive(), expected[place]),
+            (self.prefetched(), expected[place]),
+        ):
+            assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+    def panels(self, step: int) -> list[tuple[torch.Tensor, int, dist.ProcessGroup]]:
+        left = self.a if step == self.column else torch.empty_like(self.a)
+        right = self.b if step == self.row else torch.empty_like(self.b)
+        return [(left, self.row * Q + step, self.rows), (right, step * Q + self.column, self.columns)]
+
+    def naive(self) -> torch.Tensor:
+        self.out.zero_()
+        for step in range(Q):
+            moved = self.panels(step)
+            for panel, root, group in moved:
+                dist.broadcast(panel, root, group=group)
+            self.out.addmm_(moved[0][0], moved[1][0])
+        return self.out
+
+    def prefetched(self) -> torch.Tensor:
+        """The panels of the next step on their way while this one is multiplied."""
+        self.out.zero_()
+        moved = self.panels(0)
+        works = [dist.broadcast(panel, root, group=group, async_op=True) for panel, root, group in moved]
+        for step in range(Q):
+            here, waits = moved, works
+            if step + 1 < Q:
+                moved = self.panels(step + 1)
+                works = [dist.broadcast(panel, root, group=group, async_op=True) for panel, root, group in moved]
+            for work in waits:
+                work.wait()
+            self.out.addmm_(here[0][0], here[1][0])
+        return self.out
+
+    def products(self) -> None:
+        self.out.zero_()
+        for _ in range(Q):
+            self.out.addmm_(self.a, self.b)
+
+    def messages(self) -> None:
+        self.mesh.axis(("col",)).all_gather(self.a, counted=False)
+        self.mesh.axis(("row",)).all_gather(self.b, counted=False)
+
+
 def matmul(options: argparse.Namespace) -> None:
     import gingham
 
-    rank = dist.get_rank()
     mesh = gingham.init(mode="2d", size=Q * Q)
-    row, column = rank // Q, rank % Q
-    rows = [dist.new_group([i * Q + k for k in range(Q)]) for i in range(Q)][row]
-    columns = [dist.new_group([k * Q + j for k in range(Q)]) for j in range(Q)][column]
+    rows = [dist.new_group([i * Q + k for k in range(Q)]) for i in range(Q)][dist.get_rank() // Q]
+    columns = [dist.new_group([k * Q + j for k in range(Q)]) for j in range(Q)][dist.get_rank() % Q]
     for n in map(int, options.sizes.split(",")):
-        torch.manual_seed(0)
-        whole = torch.randn(n, n), torch.randn(n, n)
-        x, w = mesh.scatter(whole[0], operand="a"), mesh.scatter(whole[1], operand="b")
-        block = n // Q
-        a, b = (each[row * block : (row + 1) * block, column * block : (column + 1) * block].contiguous() for each in whole)
-
-        def panels(step: int, a: torch.Tensor = a, b: torch.Tensor = b) -> list[tuple[torch.Tensor, int, dist.ProcessGroup]]:
-            left, right = a if step == column else torch.empty_like(a), b if step == row else torch.empty_like(b)
-            return [(left, row * Q + step, rows), (right, step * Q + column, columns)]
-
-        def naive(out: torch.Tensor = torch.empty(block, block)) -> torch.Tensor:
-            out.zero_()
-            for step in range(Q):
-                moved = panels(step)
-                for panel, root, group in moved:
-                    dist.broadcast(panel, root, group=group)
-                out.addmm_(moved[0][0], moved[1][0])
-            return out
-
-        def prefetched(out: torch.Tensor = torch.empty(block, block)) -> torch.Tensor:
-            out.zero_()
-            moved = panels(0)
-            works = [dist.broadcast(panel, root, group=group, async_op=True) for panel, root, group in moved]
-            for step in range(Q):
-                here, waits = moved, works
-                if step + 1 < Q:
-                    moved = panels(step + 1)
-                    works = [dist.broadcast(panel, root, group=group, async_op=True) for panel, root, group in moved]
-                for work in waits:
-                    work.wait()
-                out.addmm_(here[0][0], here[1][0])
-            return out
-
-        def alone(out: torch.Tensor = torch.empty(block, block), a: torch.Tensor = a, b: torch.Tensor = b) -> None:
-            out.zero_()
-            for _ in range(Q):
-                out.addmm_(a, b)
-
-        def messages(a: torch.Tensor = a, b: torch.Tensor = b) -> None:
-            mesh.axis(("col",)).all_gather(a, counted=False)
-            mesh.axis(("row",)).all_gather(b, counted=False)
-
-        full = whole[0] @ whole[1]
-        error = (mesh.gather(gingham.matmul(x, w), operand="c") - full).norm() / full.norm()
-        assert error < 1e-5, error
-        mine = full[row * block : (row + 1) * block, column * block : (column + 1) * block]
-        assert (naive() - mine).norm() / mine.norm() < 1e-5 and (prefetched() - mine).norm() / mine.norm() < 1e-5
-        runs: dict[str, Run] = {"gingham": lambda x=x, w=w: gingham.matmul(x, w), "naive Gloo": naive, "Gloo prefetched": prefetched}
-        found = compare(f"matmul n={n}", {**runs, "products alone": alone, "messages alone": messages}, options.rounds)
+        summa = Summa(n, rows, columns, mesh)
+        runs = {
+            "gingham": summa.product,
+            "naive Gloo": summa.naive,
+            "Gloo prefetched": summa.prefetched,
+            "products alone": summa.products,
+            "messages alone": summa.messages,
+        }
+        found = compare(f"matmul n={n}", runs, options.rounds)
         bound = max(found["products alone"], found["messages alone"])
         ratios = ", ".join(f"{found[name] / found['gingham']:.2f} x as fast as {name}" for name in ("naive Gloo", "Gloo prefetched"))
         say(f"{ratios}, {found['gingham'] / bound:.2f} x max(products, messages)")

@@ -18,9 +18,10 @@ LONG_FUNCTIONS: dict[str, str] = {}
 CORE_FOLDERS = {
     "base": {"base"},
     "kernels": {"base", "kernels"},
-    "transport": {"base", "transport"},
+    "control": {"base", "control"},
+    "transport": {"base", "control", "transport"},
     "collectives": {"base", "kernels", "transport", "collectives"},
-    "ops": {"base", "kernels", "transport", "collectives", "ops"},
+    "ops": {"base", "kernels", "control", "transport", "collectives", "ops"},
 }
 # room or module of python/gingham -> those of ours that it may import; commands and __init__ may import any of them
 PYTHON_ROOMS = {

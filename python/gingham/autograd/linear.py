@@ -137,19 +137,9 @@ def make_step(
         "M" if along_rows else "N" if swapped else "K",
         k,
         list(n),
-        mesh.slices or usual_slices(mesh, k, n, first),
+        mesh.slices or (1 if mesh.job.has_gpu else formulas.usual_slices(mesh, k, n, first)),
         out_in,
     )
-
-
-SLICED = 1 << 20, 4  # words of a rank's part of W from which on it pays to send a panel in so many pieces, and how many
-
-
-def usual_slices(mesh: Mesh, k: int, n: Sequence[int], loop: Names) -> int:
-    """The slices of a step where init was given none: of global sizes alone, so that sums have the same bits on every host of any job."""
-    if mesh.job.has_gpu or k * max(n) // mesh.size < SLICED[0] or min(k, *n) // mesh.parts(loop) < 64 * SLICED[1]:
-        return 1
-    return SLICED[1]
 
 
 def _points(mesh: Mesh, size: int, names: Names) -> list[int]:

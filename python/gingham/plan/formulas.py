@@ -47,6 +47,16 @@ def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool) -> in
     return x + y + maps * (3 * (row - 1) + 2 * (depth - 1) + (db if bias else 0))
 
 
+SLICED = 1 << 20, 4  # words of a rank's part of W from which on it pays to send a panel in so many pieces, and how many
+
+
+def usual_slices(grid: GridShape, k: int, n: Sequence[int], loop: Names) -> int:
+    """The slices of a step on CPUs where init was given none: of global sizes alone, so that sums have the same bits wherever the ranks
+    are. loop: the axes that cut the dim which is sliced."""
+    large = k * max(n) // grid.size >= SLICED[0] and min(k, *n) // grid.parts(loop) >= 64 * SLICED[1]
+    return SLICED[1] if large else 1
+
+
 def relayout_words(grid: GridShape, rows: int, features: int, source: Layout, target: Layout) -> int:
     """What every rank's new block has and its old one had not; nothing for ranks that hold the new block already."""
     words = 0
