@@ -203,13 +203,15 @@ def models(options: argparse.Namespace) -> None:
 
     import gingham
 
-    mesh = gingham.init(mode="2d", size=4)
+    plain = torch.nn.Sequential(torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(4096, 1024, bias=False))
+    mesh = gingham.init(mode="auto", model=plain, tokens=(1, 1024))
+    say(f"mode='auto' chose {mesh} of ranks {mesh.ranks}")
     torch.manual_seed(0)
     first = gingham.nn.Linear(1024, 4096, bias=False, layout="outer->inner", swapped="auto")
     second = gingham.nn.Linear(4096, 1024, bias=False, layout="inner->outer", swapped="auto")
     full, gradient = torch.randn(1024, 1024), torch.randn(1024, 1024)
     x, g = mesh.scatter(full).requires_grad_(), mesh.scatter(gradient)
-    model = torch.nn.Sequential(torch.nn.Linear(1024, 4096, bias=False), torch.nn.Linear(4096, 1024, bias=False))
+    model = plain
     parallelize_module(model, init_device_mesh("cpu", (4,)), {"0": ColwiseParallel(), "1": RowwiseParallel()})
     whole = full.clone().requires_grad_()
 

@@ -12,6 +12,7 @@ int hops(const Axis& axis, int owner) { return ((axis.rank() - owner) % axis.siz
 class WholeInput : public Input {
  public:
   explicit WholeInput(const Matrix& block) : block_(block) {}
+  bool stands() const override { return true; }
   Matrix at(int, int) override { return block_; }
 
  private:
@@ -21,6 +22,7 @@ class WholeInput : public Input {
 class LocalInput : public Input {
  public:
   LocalInput(const Matrix& block, int dim, const Slices& slices) : block_(block), dim_(dim), slices_(slices) {}
+  bool stands() const override { return true; }
   Matrix at(int slice, int interval) override {
     const auto piece = slices_.piece(slice, interval);
     return block_.slice(dim_, piece.begin, piece.end);

@@ -15,11 +15,12 @@ namespace gingham {
 class Input {
  public:
   virtual ~Input() = default;
-  virtual int ahead() const { return 1; }  // slices that move beside the one that is consumed
-  virtual void begin(int) {}               // slice may start to move
-  virtual void acquire(int, int) {}        // (slice, interval) is here
-  virtual void end(int) {}                 // slice is consumed
-  virtual void pump() {}                   // forward what has arrived
+  virtual bool stands() const { return false; }  // nothing of it moves, on any rank: all slices are here at once
+  virtual int ahead() const { return 1; }        // slices that move beside the one that is consumed
+  virtual void begin(int) {}                     // slice may start to move
+  virtual void acquire(int, int) {}              // (slice, interval) is here
+  virtual void end(int) {}                       // slice is consumed
+  virtual void pump() {}                         // forward what has arrived
   // How far an interval's owner is from this rank, in the direction in which panels travel: they are consumed as they come.
   virtual int distance(int) const { return 0; }
   virtual Matrix at(int slice, int interval) = 0;

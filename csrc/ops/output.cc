@@ -102,6 +102,53 @@ class RingOutput : public Rounds {
   Relay relay_;
 };
 
+// To other hosts: a sum has two buffers for each slice, and where the next one goes is said before it is asked for.
+class FarRingOutput : public Rounds {
+ public:
+  FarRingOutput(const Cut& cut, int lane, const Stream& stream)
+      : Rounds(cut), ring_(cut.axis().ring()), stream_(stream), lane_(lane), room_(cut.largest_share()) {
+    const size_t buffers = 2 * static_cast<size_t>(cut_.slices().slices);
+    memory_ = Scratch(stream, buffers * room_);
+    last_sent_.resize(buffers);
+  }
+
+  bool holds_all() const override { return true; }
+  void begin(int slice, int round) override {
+    round_ = round;
+    if (round > 0)
+      ring_.take(axis_.next(-1), buffer(slice, round), share_bytes(slice), lane_);
+    else
+      drain(slice, round);
+  }
+  Matrix at(int slice, int interval) override { return cut_.piece_in(buffer(slice, round_), slice, interval); }
+  void end(int slice, int round) override {
+    if (!last()) {
+      ring_.send(axis_.next(), buffer(slice, round), share_bytes(slice), lane_);
+      last_sent_[index(slice, round)] = ++sent_;
+      drain(slice, round + 1);
+      ring_.expect(axis_.next(-1), buffer(slice, round + 1), cut_.share_bytes(target(round + 1), slice), lane_);
+      return;
+    }
+    for (int t = 0; t < cut_.slices().intervals(); t++)
+      if (holds(round, t)) cast(at(slice, t), cut_.piece_of(cut_.own(), slice, t), stream_);
+    if (slice + 1 == cut_.slices().slices) ring_.drain(axis_.next(), lane_);
+  }
+
+ private:
+  size_t index(int slice, int round) const { return 2 * static_cast<size_t>(slice) + static_cast<size_t>(round % 2); }
+  char* buffer(int slice, int round) const { return memory_.data() + index(slice, round) * room_; }
+  // What was sent from the buffer two rounds ago is through.
+  void drain(int slice, int round) { ring_.drain(axis_.next(), lane_, sent_ - last_sent_[index(slice, round)]); }
+
+  Ring& ring_;
+  const Stream& stream_;
+  int lane_;
+  size_t room_;
+  Scratch memory_;
+  std::vector<uint32_t> last_sent_;
+  uint32_t sent_ = 0;
+};
+
 class QueuedRingOutput : public Rounds {
  public:
   QueuedRingOutput(const Cut& cut, int lane, const Stream& stream)
@@ -143,6 +190,7 @@ std::unique_ptr<Output> local_output(const Matrix& block, int dim, const Slices&
 std::unique_ptr<Output> window_output(const Cut& cut, int panel) { return std::make_unique<WindowOutput>(cut, panel); }
 std::unique_ptr<Output> ring_output(const Cut& cut, int lane, const Stream& stream) {
   if (cut.axis().ring().queues()) return std::make_unique<QueuedRingOutput>(cut, lane, stream);
+  if (cut.axis().crosses_any()) return std::make_unique<FarRingOutput>(cut, lane, stream);
   return std::make_unique<RingOutput>(cut, lane, stream);
 }
 

@@ -82,20 +82,16 @@ std::vector<int> Pipeline::order_of(const Group& group) {
 }
 
 void Pipeline::run(const Group& group) {
-  const int slices = group.slices.slices;
   const std::vector<int> order = order_of(group);
+  if (std::all_of(group.inputs.begin(), group.inputs.end(), [](const Input* in) { return in->stands(); })) return run_standing(group, order);
+  const int slices = group.slices.slices;
   for (Input* in : group.inputs)
     for (int s = 0; s < std::min(in->ahead(), slices); s++) in->begin(s);
   for (int s = 0; s < slices; s++) {
     for (Input* in : group.inputs)
       if (s + in->ahead() < slices) in->begin(s + in->ahead());
     for (const Product& product : group.products)
-      for (int round = 0; round < product.out->rounds(); round++) {
-        product.out->begin(s, round);
-        for (int t : order)
-          if (product.out->holds(round, t)) multiply(group, product, s, t, s + 1 == slices && t == order.back());
-        product.out->end(s, round);
-      }
+      for (int round = 0; round < product.out->rounds(); round++) work(group, product, order, s, round);
     for (const auto& visit : group.visits)
       for (int t = 0; t < group.slices.intervals(); t++) {
         for (Input* in : group.inputs) in->acquire(s, t);
@@ -103,6 +99,27 @@ void Pipeline::run(const Group& group) {
       }
     for (Input* in : group.inputs) in->end(s);
   }
+}
+
+// Nothing is waited for but sums: where there is room a round goes over all slices, so that the sum of one travels while others are made.
+void Pipeline::run_standing(const Group& group, const std::vector<int>& order) {
+  for (const Product& product : group.products) {
+    const int slices = group.slices.slices, rounds = product.out->rounds();
+    for (int i = 0; i < slices * rounds; i++) {
+      const bool by_round = product.out->holds_all();
+      work(group, product, order, by_round ? i % slices : i / rounds, by_round ? i / slices : i % rounds);
+    }
+  }
+  for (const auto& visit : group.visits)
+    for (int s = 0; s < group.slices.slices; s++)
+      for (int t = 0; t < group.slices.intervals(); t++) visit(s, t);
+}
+
+void Pipeline::work(const Group& group, const Product& product, const std::vector<int>& order, int slice, int round) {
+  product.out->begin(slice, round);
+  for (int t : order)
+    if (product.out->holds(round, t)) multiply(group, product, slice, t, slice + 1 == group.slices.slices && t == order.back());
+  product.out->end(slice, round);
 }
 
 void Pipeline::multiply(const Group& group, const Product& product, int slice, int interval, bool last) {

@@ -69,6 +69,8 @@ class Pipeline {
 
  private:
   static std::vector<int> order_of(const Group& group);
+  void run_standing(const Group& group, const std::vector<int>& order);
+  void work(const Group& group, const Product& product, const std::vector<int>& order, int slice, int round);
   void multiply(const Group& group, const Product& product, int slice, int interval, bool last);
   struct Used {
     Axis* axis;
