@@ -25,8 +25,8 @@ from ..mesh.layout import coordinates_of, members, odd_ranks
 from . import faults, rendezvous
 from .engines import choose_engine
 from .gpu import use_gpu
-from .hosts import Host
-from .links import Links
+from .hosts import VARIABLE, Host
+from .links import Links, agree_on_network
 from .meeting import Meeting, seen_by_all
 
 
@@ -89,6 +89,8 @@ def add_mesh(plan: Plan) -> Mesh:
         faults.at("init.start")
         hosts = meeting.arrive()
         faults.at("init.arrive")
+        if joined is None and len(hosts) > 1:
+            agree_on_network(meeting)
         if joined is None:
             meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
             made_group = meeting.during("group", partial(rendezvous.make_process_group, plan.device, meeting.store))
@@ -141,12 +143,24 @@ def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Jo
     told = dict(zip(meeting.ranks, meeting.exchange("described", mine), strict=True))
     _compare(rank, plan, {each: (words, mesh, tuple(ranks)) for each, (words, mesh, ranks, *_) in told.items()})
     if first and not jobs:
-        path, nonce = told[host.ranks[0]][3]
-        jobs.append(native.Job(rank, meeting.size, path, plan.timeout, 0, host.ranks, nonce))
+        jobs.append(_joined(rank, meeting.size, host, told[host.ranks[0]][3], plan.timeout))
     if first:
         meeting.during("joined", partial(jobs[0].ready, meeting.pids), jobs[0].fail)
         _warn_unwatched(jobs[0])
     return int(told[plan.ranks[0]][4])
+
+
+def _joined(rank: int, size: int, host: Host, memory: tuple[str, int], timeout: float) -> native.Job:
+    """The job in the memory that the first rank of the host has made: its path and nonce."""
+    path, nonce = memory
+    try:
+        return native.Job(rank, size, path, timeout, 0, host.ranks, nonce)
+    except MeshError as error:
+        raise MeshError(
+            f"rank {rank}: by what they say, {host} is one host, but rank {rank} cannot share the memory of rank {host.ranks[0]}: {error}."
+            f" Ranks of one host run as one user in one PID namespace; to others, as on two machines or in two containers, give another"
+            f" name each with {VARIABLE}"
+        ) from error
 
 
 def _compare(rank: int, plan: Plan, told: dict[int, tuple[str, str, tuple[int, ...]]]) -> None:
