@@ -38,13 +38,12 @@ Segment::Segment(size_t bytes) : bytes_(bytes) {
 }
 
 Segment::Segment(const std::string& path) {
-  fd_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-  CHECK(MeshError, fd_ >= 0, "cannot open rank 0's shared memory at ", path, ": ", strerror(errno),
-        "; all ranks must run on one host, as one user, in one PID namespace");
-  struct stat info;
-  const bool sized = fstat(fd_, &info) == 0;
+  fd_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
+  CHECK(MeshError, fd_ >= 0, "cannot open the memory that ranks share, at ", path, ": ", strerror(errno));
+  struct stat info {};
+  const bool sized = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 0;
   if (!sized) ::close(fd_);
-  CHECK(MeshError, sized, "cannot read the size of the shared memory at ", path);
+  CHECK(MeshError, sized, "what lies at ", path, " is not the memory that ranks share");
   bytes_ = static_cast<size_t>(info.st_size);
   map();
 }

@@ -54,8 +54,7 @@ Job::Job(int rank, int size, const std::string& path, double timeout, size_t hea
   if (path.empty()) {
     while (block->nonce == 0) block->nonce = std::random_device()() | static_cast<uint64_t>(std::random_device()()) << 32;
   } else {
-    CHECK(MeshError, nonce == 0 || block->nonce == nonce, "rank ", rank, ": ", path, " is not the memory of this job's rank ", control_->locals()[0],
-          ": the two are not on one host, or not in one PID namespace, though both say so; give each host a name of its own with GINGHAM_HOST");
+    CHECK(MeshError, nonce == 0 || block->nonce == nonce, "what lies at ", path, " is the memory of another job");
   }
 }
 
@@ -67,7 +66,7 @@ Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout, s
   heap_bytes_ = bytes > shared ? (bytes - shared) / ranks : 0;
   CHECK(MeshError, heap_bytes_ > 0 && shared + heap_bytes_ * ranks == bytes && heap_bytes_ % kPage == 0, "the memory that rank ", locals[0],
         " shares has ", bytes, " bytes, which ", ranks,
-        " ranks of this version do not divide; all ranks must run the same version of gingham with the same world size");
+        " ranks of this version do not divide: another file, or another version of gingham");
   control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, std::move(locals), timeout);
   heap_ = std::make_unique<Heap>(*segment_, shared + heap_bytes_ * place, heap_bytes_, rank);
   stream_ = std::make_unique<CpuStream>(*heap_);

@@ -12,20 +12,23 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import select
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .. import native
 
+T = TypeVar("T")
 VARIABLE = "GINGHAM_HOST"
-SOON = timedelta(seconds=2)  # of the store, for what is told or asked while others wait
+SOON = 1.0  # seconds that the store has for what is told or asked while others wait
 ANSWER = 0.5  # seconds that other hosts have to answer a question
 BYE = b"x"
 KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),) + tuple(
@@ -40,7 +43,13 @@ def whereabouts() -> dict[str, Any]:
     boot, space = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     machine = boot.read_text().strip() if boot.exists() else os.uname().nodename
     inside = os.readlink(space) if os.path.lexists(space) else ""
-    return {"pid": os.getpid(), "name": named or os.uname().nodename, "host": f"={named}" if named else f"{machine} {inside}"}
+    host = f"={named}" if named else f"{machine} {inside}"
+    return {"pid": os.getpid(), "name": named or os.uname().nodename, "named": bool(named), "host": host}
+
+
+def list_of(ranks: Sequence[int]) -> str:
+    """For people: "rank 3", "ranks 0, 1"."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 @dataclass(frozen=True)
@@ -51,8 +60,7 @@ class Host:
     ranks: tuple[int, ...]
 
     def __str__(self) -> str:
-        which = f"rank {self.ranks[0]}" if len(self.ranks) == 1 else f"ranks {', '.join(map(str, self.ranks))}"
-        return f"host {self.name} ({which})"
+        return f"host {self.name} ({list_of(self.ranks)})"
 
 
 def hosts_of(told: Sequence[dict[str, Any]]) -> list[Host]:
@@ -69,10 +77,11 @@ class News:
     """Of this rank: tells and asks the other hosts, and on the first rank of each host hears and answers them."""
 
     def __init__(self, store: Any, rank: int, hosts: Sequence[Host], job: native.Job) -> None:
-        self.hosts, self._job = list(hosts), job
+        self.hosts = list(hosts)
+        self._job: native.Job | None = job  # until close(): the job holds this object's methods, which no collector sees
         self.own = next(number for number, host in enumerate(hosts) if rank in host.ranks)
         self._store = store.clone()
-        self._store.set_timeout(SOON)
+        self._store.set_timeout(timedelta(seconds=SOON))
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -83,25 +92,51 @@ class News:
 
     def publish(self, words: tuple[str, int, str]) -> tuple[str, int, str]:
         """Tells all hosts of an error; returns the one that came first."""
-        with self._lock:
+
+        def told() -> tuple[str, int, str]:
             kind, rank, text = json.loads(self._store.compare_set("error", "", json.dumps(words)))
             self._tell({"error": [kind, rank, text]})
-        return kind, rank, text
+            return kind, rank, text
+
+        return self._within(SOON, told)
 
     def ask(self, program: int) -> list[bytes]:
         """What the ranks of the other hosts say of themselves, of those that answer in time."""
-        with self._lock:
+
+        def answers() -> list[bytes]:
             number = self._tell({"ask": program, "host": self.own})
             keys = [f"answer/{number}/{host}" for host in range(len(self.hosts)) if host != self.own]
             with contextlib.suppress(Exception):
                 self._store.wait(keys, timedelta(seconds=ANSWER))
             return [self._store.get(key) for key in keys if self._store.check([key])]
 
+        return self._within(SOON + ANSWER, answers)
+
     def share(self, program: int, first: bool, told: bytes) -> bytes:
         """The bytes of a program's first rank, on all its ranks."""
         if first:
             self._store.set(f"shared/{program}", told)
         return bytes(self._heard_of(f"shared/{program}"))
+
+    def _within(self, seconds: float, work: Callable[[], T]) -> T:
+        """work(), which asks the store, in a thread of its own: where the link to it is cut, torch waits for ever. Raises TimeoutError."""
+        done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                with self._lock:
+                    done.put((True, work()))
+            except Exception as error:
+                done.put((False, error))
+
+        threading.Thread(target=run, name="gingham store", daemon=True).start()
+        try:
+            good, answer = done.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"the job's store does not answer within {seconds:g} s") from None
+        if not good:
+            raise answer
+        return answer  # type: ignore[no-any-return]
 
     def _heard_of(self, key: str) -> Any:
         self._store.wait([key], timedelta(seconds=60))
@@ -121,17 +156,23 @@ class News:
             except Exception:  # nothing new, or the store is gone, which the connections between hosts tell
                 self._stopping.wait(0.01)
                 continue
+            job = self._job
+            if job is None:
+                return
             if "error" in message:
-                self._job.hear(*message["error"])
-            elif message["host"] != self.own:
+                job.hear(*message["error"])
+            elif "ask" in message and message["host"] != self.own:
                 with contextlib.suppress(Exception):
-                    self._heard.set(f"answer/{number}/{self.own}", self._job.told(message["ask"]))
+                    self._heard.set(f"answer/{number}/{self.own}", job.told(message["ask"]))
             number += 1
 
     def close(self) -> None:
         self._stopping.set()
         if self._thread is not None:
+            with contextlib.suppress(Exception):  # wakes the one that hears
+                self._within(SOON, partial(self._tell, {"left": self.own}))
             self._thread.join(5.0)
+        self._job = None
 
 
 class Connections:
@@ -214,12 +255,12 @@ def interface_to(address: str) -> tuple[str, str]:
     except OSError:
         return "", ""
     for _, name in socket.if_nameindex():
-        if own in _addresses(name):
+        if own in addresses_of(name):
             return name, own
     return "", own
 
 
-def _addresses(interface: str) -> list[str]:
+def addresses_of(interface: str) -> list[str]:
     """IPv4 addresses by the kernel's answer, IPv6 ones by /proc."""
     import fcntl
 

@@ -6,6 +6,7 @@ a rank that has not come, for what another tells, for Gloo (in a thread, since i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -15,14 +16,17 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch.distributed as dist
+
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 from . import rendezvous
-from .hosts import Host, hosts_of, whereabouts
+from .hosts import VARIABLE, Host, hosts_of, list_of, whereabouts
 
 T = TypeVar("T")
 _left_behind: list[threading.Thread] = []  # in Gloo, where they wait for a rank that is gone
 FAILED = "failed"  # the store's key for the first rank that did not get through init
 PAUSE = 0.02  # seconds between two looks at the peers
+PARTING = 1.0  # seconds until all have read why an init failed
 
 
 def failure(rank: int, text: str) -> str:
@@ -56,13 +60,22 @@ class Meeting:
         if self.size > 1:
             self.store = rendezvous.store(rank, ranks, timeout)
             # a connection of its own: the first one is busy while Gloo waits in it
-            self._watch = self.store.clone()
+            self._watch = _Asked(self.store.clone(), rank)
 
     def arrive(self) -> list[Host]:
         """Tells that this rank is here and waits for all others; the hosts on which they are. Raises PeerStalled naming those that do
-        not come, PeerDied."""
+        not come, PeerDied, MeshError where only some have a GINGHAM_HOST."""
         mine = whereabouts()
         told = self.exchange("arrived", mine, self._meet)
+        named = [rank for rank, other in zip(self.ranks, told, strict=True) if other["named"]]
+        if 0 < len(named) < self.size:
+            others = [rank for rank in self.ranks if rank not in named]
+            raise seen_by_all(
+                MeshError(
+                    f"{VARIABLE} is set on {list_of(named)} but not on {list_of(others)}: set it on every rank, to one name for each host,"
+                    " or on none"
+                )
+            )
         self.pids = [other["pid"] if other["host"] == mine["host"] else 0 for other in told]
         return hosts_of(told)
 
@@ -135,7 +148,19 @@ class Meeting:
         """This rank does not get through init: tells the others, unless it is they who said so."""
         if self.store is not None and not isinstance(error, PeerDied | PeerStalled) and not hasattr(error, "seen_by_all"):
             text = failure(self.rank, f"rank {self.rank} raised {type(error).__name__} in gingham.init: {error}")
-            self.store.compare_set(FAILED, "", text)
+            with contextlib.suppress(dist.DistError):
+                self.store.compare_set(FAILED, "", text)
+        if self.store is not None:
+            self._part()
+
+    def _part(self) -> None:
+        """Says that this rank has heard of the failure, and where the store ends with this process waits a second for the others to."""
+        with contextlib.suppress(dist.DistError):
+            self.store.set(f"parted/{self.rank}", "1")
+            others = [f"parted/{rank}" for rank in self.ranks if rank != self.rank]
+            deadline = time.monotonic() + PARTING
+            while rendezvous.keeps_store() and time.monotonic() < deadline and not self.store.check(others):
+                time.sleep(PAUSE)
 
     def close(self) -> None:
         for handle in self._watched.values():
@@ -182,14 +207,34 @@ class Meeting:
 
     def _stalled(self, ranks: Iterable[int], name: str) -> BaseException:
         missing = sorted(ranks)
-        which = f"rank {missing[0]}" if len(missing) == 1 else f"ranks {', '.join(map(str, missing))}"
         what = "did not come to" if name == "arrived" else "did not answer in"
         return about(
             PeerStalled,
             missing[0],
-            f"{which} {what} gingham.init within {self.timeout:g} s (step {name!r}; told to rank {self.rank}); is every one of the"
-            f" {self.size} ranks running? init(timeout=) sets the limit",
+            f"{list_of(missing)} {what} gingham.init within {self.timeout:g} s (step {name!r}; told to rank {self.rank}); is every one of"
+            f" the {self.size} ranks running? init(timeout=) sets the limit",
         )
+
+
+class _Asked:
+    """A store that is asked while others may end: where it is gone, PeerDied says so."""
+
+    def __init__(self, store: Any, rank: int) -> None:
+        self._store, self._rank = store, rank
+
+    def check(self, keys: list[str]) -> bool:
+        return bool(self._answer(self._store.check, keys))
+
+    def get(self, key: str) -> Any:
+        return self._answer(self._store.get, key)
+
+    def _answer(self, ask: Callable[[Any], Any], what: Any) -> Any:
+        try:
+            return ask(what)
+        except dist.DistNetworkError as error:
+            where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+            text = f"rank 0, or the process that kept the job's store at {where}, has ended in gingham.init: {error}"
+            raise about(PeerDied, 0, f"{text} (told to rank {self._rank})") from error
 
 
 def _wait_for_those_left_behind(rank: int) -> None:

@@ -65,6 +65,12 @@ def store(rank: int, ranks: tuple[int, ...], timeout: float) -> dist.Store:
     return dist.PrefixStore(f"gingham{attempt}.{_meetings[*key, ranks]}{whose}", made)
 
 
+def keeps_store() -> bool:
+    """Whether the job's store ends with this process: rank 0's, unless torchrun's agent or a file has it."""
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return world()[0] == 0 and not agent and not os.environ.get("GINGHAM_STORE") and bool(os.environ.get("MASTER_ADDR"))
+
+
 def next_number(made: dist.Store | None) -> int:
     """A number of a program that no other of the job has: an even one, the next odd one is free too. made: a store of any init."""
     while isinstance(made, dist.PrefixStore):

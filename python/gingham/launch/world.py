@@ -27,8 +27,8 @@ from ..plan.hosts import best_order
 from . import faults, rendezvous
 from .engines import choose_engine
 from .gpu import use_gpu
-from .hosts import Host
-from .links import Links
+from .hosts import VARIABLE, Host
+from .links import Links, agree_on_network
 from .meeting import Meeting, seen_by_all
 
 WORSE = 1.5  # how many times as much must cross from host to host as in another order of the ranks for a warning
@@ -95,6 +95,8 @@ def add_mesh(plan: Plan) -> Mesh:
         hosts = meeting.arrive()
         plan = _ordered(plan, hosts if joined is None else joined.hosts, rank)
         faults.at("init.arrive")
+        if joined is None and len(hosts) > 1:
+            agree_on_network(meeting)
         if joined is None:
             meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
             made_group = meeting.during("group", partial(rendezvous.make_process_group, plan.device, meeting.store))
@@ -147,8 +149,7 @@ def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Jo
     told = dict(zip(meeting.ranks, meeting.exchange("described", mine), strict=True))
     _compare(rank, plan, {each: (words, mesh, tuple(ranks)) for each, (words, mesh, ranks, *_) in told.items()})
     if first and not jobs:
-        path, nonce = told[host.ranks[0]][3]
-        jobs.append(native.Job(rank, meeting.size, path, plan.timeout, 0, host.ranks, nonce))
+        jobs.append(_joined(rank, meeting.size, host, told[host.ranks[0]][3], plan.timeout))
     if first:
         meeting.during("joined", partial(jobs[0].ready, meeting.pids), jobs[0].fail)
         _warn_unwatched(jobs[0])
@@ -174,6 +175,19 @@ def _ordered(plan: Plan, hosts: list[Host], rank: int) -> Plan:
             stacklevel=5,
         )
     return plan
+
+
+def _joined(rank: int, size: int, host: Host, memory: tuple[str, int], timeout: float) -> native.Job:
+    """The job in the memory that the first rank of the host has made: its path and nonce."""
+    path, nonce = memory
+    try:
+        return native.Job(rank, size, path, timeout, 0, host.ranks, nonce)
+    except MeshError as error:
+        raise MeshError(
+            f"rank {rank}: by what they say, {host} is one host, but rank {rank} cannot share the memory of rank {host.ranks[0]}: {error}."
+            f" Ranks of one host run as one user in one PID namespace; to others, as on two machines or in two containers, give another"
+            f" name each with {VARIABLE}"
+        ) from error
 
 
 def _compare(rank: int, plan: Plan, told: dict[int, tuple[str, str, tuple[int, ...]]]) -> None:

@@ -3,11 +3,9 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -222,30 +220,6 @@ while not e.failure(1 - rank) and time.monotonic() < started + 15:
 print(f"{time.monotonic() - started:.2f} {e.failure(1 - rank)}", flush=True)
 e.close(0.1)
 """
-
-
-@pytest.fixture
-def two_hosts() -> Iterator[tuple[str, str]]:
-    """Two network namespaces with a link between them, as two hosts have; root only."""
-    names = f"gh{os.getpid()}a", f"gh{os.getpid()}b"
-
-    def ip(*words: str) -> bool:
-        return subprocess.run(["ip", *words], capture_output=True).returncode == 0
-
-    if os.geteuid() != 0 or shutil.which("ip") is None or not ip("netns", "add", names[0]):
-        pytest.skip("no network namespaces here: they need root and ip")
-    try:
-        ip("netns", "add", names[1])
-        made = ip("link", "add", "eth0", "netns", names[0], "type", "veth", "peer", "name", "eth0", "netns", names[1])
-        if not made:
-            pytest.skip("no veth here")
-        for at, name in enumerate(names, 1):
-            assert ip("-n", name, "addr", "add", f"10.77.0.{at}/24", "dev", "eth0")
-            assert ip("-n", name, "link", "set", "eth0", "up") and ip("-n", name, "link", "set", "lo", "up")
-        yield names
-    finally:
-        for name in names:
-            ip("netns", "del", name)
 
 
 @pytest.mark.parametrize("mode", ["recv", *(pytest.param(mode, marks=pytest.mark.matrix) for mode in ("send", "idle"))])

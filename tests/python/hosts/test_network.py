@@ -1,0 +1,176 @@
+"""Jobs whose hosts have networks of their own (namespaces), right and wrong, and under two torchruns."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gingham
+from virtual import ENGINES
+
+ENVIRONMENT = {"PYTHONPATH": str(Path(gingham.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+LIMIT = 5.0  # seconds until every rank has said what is wrong
+CUT = 6.0  # and until a link that is cut is noticed
+
+# started when told, since torch takes unequal times to load; says {kind, rank, text, took} of init, or of the steps after it
+JOB = """
+import json, os, sys, time
+import torch, gingham
+print("ready", flush=True)
+patience, steps = float(sys.argv[1]), int(sys.argv[2])
+sys.stdin.readline()
+begun = time.monotonic()
+said = {"kind": "", "rank": None, "text": ""}
+try:
+    mesh = gingham.init(mode="1d", size=int(os.environ["WORLD_SIZE"]), timeout=patience)
+    torch.manual_seed(0)
+    layer = gingham.nn.Linear(8, 8)
+    x = mesh.scatter(torch.ones(4, 8))
+    for step in range(steps):
+        y = layer(x)
+        y.sum().backward()
+        if step == 10:
+            print("running", flush=True)
+            begun = time.monotonic()
+    said["y"] = mesh.gather(y).sum().item()
+    said["crossed"] = mesh.traffic()["tp"]["bytes_crossed"]
+    gingham.destroy()
+except Exception as error:
+    said.update(kind=type(error).__name__, rank=getattr(error, "rank", None), text=str(error))
+print(json.dumps(said | {"took": time.monotonic() - begun}), flush=True)
+"""
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return int(free.getsockname()[1])
+
+
+def started(hosts: Sequence[str], patience: float, steps: int, *environments: dict[str, str]) -> list[Any]:
+    """One rank on each host, that all have begun."""
+    ranks = []
+    where = str(port())
+    for rank, (host, environment) in enumerate(zip(hosts, environments, strict=True)):
+        given = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(hosts)),
+            "MASTER_ADDR": "10.77.0.1",
+            "MASTER_PORT": where,
+            "GINGHAM_HOST": host[-1],
+        }
+        process = subprocess.Popen(
+            ["ip", "netns", "exec", host, sys.executable, "-c", JOB, str(patience), str(steps)],
+            env={**os.environ, **ENVIRONMENT, **given, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        ranks.append(process)
+    for process in ranks:
+        assert process.stdout.readline() == "ready\n", process.communicate(timeout=10)
+    for process in ranks:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return ranks
+
+
+def answers(ranks: Sequence[Any], timeout: float = 40.0) -> list[dict[str, Any]]:
+    found = []
+    for process in ranks:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            for each in ranks:
+                each.kill()
+            raise
+        assert out.strip(), err
+        found.append(json.loads(out.strip().splitlines()[-1]))
+    return found
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_job_over_two_networks_needs_no_settings(two_hosts: tuple[str, str], engine: str) -> None:
+    """torch's Gloo alone would take the interface that the host's name leads to, which is often 127.0.0.1."""
+    said = answers(started(two_hosts, 20.0, 3, *[{"GINGHAM_ENGINE": engine}] * 2))
+    assert [each["kind"] for each in said] == ["", ""], said
+    assert said[0]["y"] == said[1]["y"] and min(each["crossed"] for each in said) > 0
+
+
+WRONG: dict[str, tuple[dict[str, str], dict[str, str], tuple[str, ...]]] = {
+    "loopback on one": ({"MASTER_ADDR": "127.0.0.1"}, {}, ("rank 0", "rank 1", "127.0.0.1", "10.77.0.2", "Set MASTER_ADDR")),
+    "no such interface": ({}, {"GLOO_SOCKET_IFNAME": "eth9"}, ("GLOO_SOCKET_IFNAME=eth9", "no such interface", "eth0")),
+    "no answer": ({}, {"MASTER_ADDR": "10.77.0.9"}, ()),
+    "no route": ({}, {"MASTER_ADDR": "10.99.0.1"}, ()),
+    "no such name": ({}, {"MASTER_ADDR": "nowhere.invalid"}, ()),
+}
+
+
+@pytest.mark.parametrize("case", ["loopback on one", *(pytest.param(case, marks=pytest.mark.matrix) for case in list(WRONG)[1:])])
+def test_a_wrong_network_is_told_to_all(two_hosts: tuple[str, str], case: str) -> None:
+    first, second, words = WRONG[case]
+    said = answers(started(two_hosts, 2.0, 1, first, second))
+    for each in said:
+        assert each["took"] < LIMIT and each["kind"], said
+        assert all(word in each["text"] for word in words), said
+    if not words:  # no store in common: each says what it lacks
+        assert "rank 1 did not come to gingham.init within 2 s" in said[0]["text"], said
+        assert f"no answer within 2 s at {second['MASTER_ADDR']}" in said[1]["text"] and "MASTER_ADDR" in said[1]["text"], said
+
+
+@pytest.mark.parametrize("engine", [pytest.param(engine, marks=pytest.mark.matrix) for engine in ENGINES])
+def test_a_link_that_is_cut_is_named_by_both_hosts(two_hosts: tuple[str, str], engine: str) -> None:
+    ranks = started(two_hosts, 30.0, 10_000_000, *[{"GINGHAM_ENGINE": engine}] * 2)
+    for process in ranks:
+        assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
+    subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "eth0", "down"], check=True)
+    for rank, each in enumerate(answers(ranks)):
+        assert each["kind"] == "PeerDied" and each["rank"] == 1 - rank and f"host {'ba'[rank]}" in each["text"], (rank, each)
+        assert each["took"] < CUT + 1.0, each
+
+
+SCRIPT = """
+import os, sys
+import torch, gingham
+os.environ["GINGHAM_HOST"] = "h" + os.environ["GROUP_RANK"]
+mesh = gingham.init(mode="2d", size=4)
+torch.manual_seed(0)
+layer = gingham.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+for _ in range(3):
+    optimizer.zero_grad()
+    layer(mesh.scatter(torch.ones(4, 8))).sum().backward()
+    optimizer.step()
+open(f"{sys.argv[1]}/{mesh.rank}", "w").write(repr(layer.weight.full_tensor().sum().item()))
+gingham.destroy()
+"""
+
+
+def test_two_torchruns_are_one_job(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    where = str(port())
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2"),
+                *("--master-addr=127.0.0.1", f"--master-port={where}", str(script), str(tmp_path)),
+            ],
+            env={**os.environ, **ENVIRONMENT},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    said = [agent.communicate(timeout=100)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert not any(word in text for text in said for word in ("Traceback", "Error", "Warning")), said
+    assert len({(tmp_path / str(rank)).read_text() for rank in range(4)}) == 1
