@@ -11,6 +11,7 @@
 #include "base/check.h"
 #include "base/wait.h"
 #include "transport/handed.h"
+#include "transport/tcp_links.h"
 #include "transport/ucx.h"
 
 namespace py = pybind11;
@@ -215,6 +216,8 @@ void define_engine(py::module_& m) {
       py::arg("rank"), py::arg("name"));
   m.def("set_ucx_path", &set_ucx_path, py::arg("folder"));
   m.def("ucx_report", &report);
+  m.def("shut_silent_links", &shut_silent_links, py::arg("epoll"));
+  m.def("keep_links_alive", &keep_links_alive, py::arg("epoll"));
 }
 
 }  // namespace gingham

@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "base/wait.h"
+#include "transport/tcp_links.h"
 #include "transport/ucx.h"
-#include "transport/ucx_links.h"
 
 namespace gingham {
 namespace {

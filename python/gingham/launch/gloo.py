@@ -31,12 +31,13 @@ _GOODBYE = (1 << 31) - 1  # Gloo's tag of it; tags of messages are smaller
 _FOR_EVER = timedelta(days=365)  # a slow peer is no error: who waits for the message has a limit of its own
 _copy = ctypes.PyDLL(None).memmove  # keeps the GIL, which a thread that runs bytecode would else hold for 5 ms
 _copy.argtypes, _copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
-_PATIENCE = 1.0  # seconds
+_PATIENCE, _LOOK = 1.0, 0.5  # seconds
 _LONG = 3600.0  # seconds of a thread's sleep between two looks whether the engine is closing
 
 
-def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: float, interface: str = "") -> dist.ProcessGroupGloo:
-    """Gloo's connections of these ranks alone, outside of torch.distributed's groups, whose names and keys come again in a later life.
+def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: float, interface: str = "") -> tuple[Any, list[int]]:
+    """Gloo's connections of these ranks alone, outside of torch.distributed's groups, whose names and keys come again in a later life;
+    and the epoll descriptors that it has made for them.
 
     store: nothing else uses its keys; timeout: seconds for all to connect. interface: such as "eth0"; "" is
     GLOO_SOCKET_IFNAME's, or the one that the host's name resolves to. Raises MeshError where they do not connect.
@@ -46,22 +47,38 @@ def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: fl
     options = gloo._Options()
     options._timeout = timedelta(seconds=timeout)
     options._threads = 1
+    before = _epolls()
     try:
         options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
-        return gloo(store, list(ranks).index(rank), len(ranks), options)
+        made = gloo(store, list(ranks).index(rank), len(ranks), options)
     except RuntimeError as error:
         raise MeshError(
             f"rank {rank}: Gloo does not connect ranks {list(ranks)} over {interface or 'the interface of this host name'}:"
             f" {_reason(error)}; set GLOO_SOCKET_IFNAME to the interface on which the hosts reach each other"
         ) from error
+    loops = sorted(_epolls() - before)
+    if not loops:
+        raise MeshError(f"rank {rank}: Gloo has made no epoll descriptor, so a cut link would not be noticed; choose UCX")
+    return made, loops
+
+
+def _epolls() -> set[int]:
+    """This process's epoll descriptors."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                found.add(int(name))
+    return found
 
 
 class GlooEngine:
     """`engine`, of the core, served over `group`, in which `ranks` of the job have their places."""
 
-    def __init__(self, rank: int, ranks: Sequence[int], group: dist.ProcessGroupGloo) -> None:
+    def __init__(self, rank: int, ranks: Sequence[int], group: Any, loops: Sequence[int]) -> None:
         self.engine = native.handed_engine(rank, "gloo")
         self._group: Any = group
+        self._loops = loops
         self._pid = os.getpid()
         self._place = {peer: at for at, peer in enumerate(ranks)}
         self._peers = [peer for peer in ranks if peer != rank]
@@ -139,8 +156,13 @@ class GlooEngine:
             self.engine.set_failure(peer, _reason(error))
 
     def _open_lanes(self) -> None:
+        """And looks for links that are silent while messages are under way; on idle ones the kernel does."""
+        for loop in self._loops:
+            native.keep_links_alive(loop)
         while not self.engine.closing:
-            lane = self.engine.take_lane(_LONG)
+            lane = self.engine.take_lane(_LOOK)
+            for loop in self._loops:
+                native.shut_silent_links(loop)
             if lane is not None:
                 peer, tag, receives = lane
                 self._lanes.append(self._start(f"{peer}-{tag}", self._receive if receives else self._send, peer, tag))

@@ -1,4 +1,4 @@
-#include "transport/ucx_links.h"
+#include "transport/tcp_links.h"
 
 #include <netinet/in.h>
 #include <netinet/tcp.h>
@@ -57,21 +57,32 @@ bool silent(int descriptor) {
   return info.state == kEstablished && (unanswered || unsent) && info.last_ack_recv > kSilence;
 }
 
-int shut(int epoll, int depth) {
+// Calls body for what the descriptor watches, and what these watch.
+template <class Body>
+void each_below(int epoll, const Body& body, int depth = 0) {
   constexpr int kDeepest = 3;
-  int count = 0;
   for (const int descriptor : watched(epoll)) {
-    if (silent(descriptor)) {
-      count += shutdown(descriptor, SHUT_RDWR) == 0;
-    } else if (depth < kDeepest) {
-      count += shut(descriptor, depth + 1);
-    }
+    body(descriptor);
+    if (depth < kDeepest) each_below(descriptor, body, depth + 1);
   }
-  return count;
 }
 
 }  // namespace
 
-int shut_silent_links(int epoll) { return shut(epoll, 0); }
+int shut_silent_links(int epoll) {
+  int count = 0;
+  each_below(epoll, [&](int descriptor) { count += silent(descriptor) && shutdown(descriptor, SHUT_RDWR) == 0; });
+  return count;
+}
+
+void keep_links_alive(int epoll) {
+  each_below(epoll, [](int descriptor) {
+    constexpr int kOn = 1, kSeconds = 1, kTimes = 3;
+    if (setsockopt(descriptor, IPPROTO_TCP, TCP_KEEPIDLE, &kSeconds, sizeof kSeconds) != 0) return;
+    setsockopt(descriptor, IPPROTO_TCP, TCP_KEEPINTVL, &kSeconds, sizeof kSeconds);
+    setsockopt(descriptor, IPPROTO_TCP, TCP_KEEPCNT, &kTimes, sizeof kTimes);
+    setsockopt(descriptor, SOL_SOCKET, SO_KEEPALIVE, &kOn, sizeof kOn);
+  });
+}
 
 }  // namespace gingham
