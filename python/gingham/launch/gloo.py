@@ -79,6 +79,7 @@ class GlooEngine:
         self.engine = native.handed_engine(rank, "gloo")
         self._group: Any = group
         self._loops = loops
+        self._silenced = float("-inf")  # when a link was last found silent, on the monotonic clock
         self._pid = os.getpid()
         self._place = {peer: at for at, peer in enumerate(ranks)}
         self._peers = [peer for peer in ranks if peer != rank]
@@ -153,7 +154,7 @@ class GlooEngine:
                 self._lock.wait_for(lambda: not self._under_way[peer], _PATIENCE)
             self._say_goodbye(peer)
         except RuntimeError as error:
-            self.engine.set_failure(peer, _reason(error))
+            self.engine.set_failure(peer, self._why(error))
 
     def _open_lanes(self) -> None:
         """And looks for links that are silent while messages are under way; on idle ones the kernel does."""
@@ -162,7 +163,8 @@ class GlooEngine:
         while not self.engine.closing:
             lane = self.engine.take_lane(_LOOK)
             for loop in self._loops:
-                native.shut_silent_links(loop)
+                if native.shut_silent_links(loop):
+                    self._silenced = time.monotonic()
             if lane is not None:
                 peer, tag, receives = lane
                 self._lanes.append(self._start(f"{peer}-{tag}", self._receive if receives else self._send, peer, tag))
@@ -185,7 +187,7 @@ class GlooEngine:
             except RuntimeError as error:
                 self._broke(peer, error)
                 if size > _FIRST:
-                    self.engine.ended(ticket, 0, _reason(error))
+                    self.engine.ended(ticket, 0, self._why(error))
 
     def _receive(self, peer: int, tag: int) -> None:
         frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
@@ -222,11 +224,15 @@ class GlooEngine:
             self._move(data, peer, tag, True)
         except RuntimeError as error:
             self._broke(peer, error)
-            return _reason(error)
+            return self._why(error)
         return ""
 
     def _broke(self, peer: int, error: RuntimeError) -> None:
-        self.engine.set_failure(peer, _reason(error))
+        self.engine.set_failure(peer, self._why(error))
+
+    def _why(self, error: RuntimeError) -> str:
+        cut = time.monotonic() < self._silenced + 1
+        return _reason(error) + ("; the link, or the host behind it, did not answer for 3 s" if cut else "")
 
 
 def _memory(address: int, size: int) -> torch.Tensor:
