@@ -217,6 +217,7 @@ void define_engine(py::module_& m) {
   m.def("set_ucx_path", &set_ucx_path, py::arg("folder"));
   m.def("ucx_report", &report);
   m.def("shut_silent_links", &shut_silent_links, py::arg("epoll"));
+  m.def("shut_links", &shut_links, py::arg("epoll"));
   m.def("keep_links_alive", &keep_links_alive, py::arg("epoll"));
 }
 

@@ -75,6 +75,10 @@ int shut_silent_links(int epoll) {
   return count;
 }
 
+void shut_links(int epoll) {
+  each_below(epoll, [](int descriptor) { shutdown(descriptor, SHUT_RDWR); });
+}
+
 void keep_links_alive(int epoll) {
   each_below(epoll, [](int descriptor) {
     constexpr int kOn = 1, kSeconds = 1, kTimes = 3;

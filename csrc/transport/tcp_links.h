@@ -8,6 +8,9 @@ namespace gingham {
 // Shuts down the TCP sockets below an epoll descriptor (also those of epoll descriptors in it) that are silent; how many these were.
 int shut_silent_links(int epoll);
 
+// Shuts down all of them: whoever waits for a message on one is told that it broke.
+void shut_links(int epoll);
+
 // Lets the kernel ask on those that are idle whether the peer's kernel is there: after 1 s, each second, 3 times.
 void keep_links_alive(int epoll);
 

@@ -94,7 +94,7 @@ class GlooEngine:
         atexit.register(self.close, 0.0)
 
     def close(self, seconds: float = 5.0) -> None:
-        """Tells all peers, waits at most `seconds` for their answers and for messages under way, and ends the group."""
+        """Tells all peers, waits at most `seconds` for their answers and for messages under way, and breaks off the rest."""
         if os.getpid() != self._pid or self.engine.closing:  # a forked child has none of the threads
             return
         end = time.monotonic() + seconds
@@ -104,10 +104,16 @@ class GlooEngine:
             lane.join(max(0.0, end - time.monotonic()))
         for peer in self._peers:
             self._say_goodbye(peer)
-        for thread in self._goodbyes.values():
+        threads = [*self._lanes, *self._goodbyes.values()]
+        for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):  # a thread that wakes while Python ends would take the process along
+            for loop in self._loops:
+                native.shut_links(loop)
+            for thread in threads:
+                thread.join(_PATIENCE)
         atexit.unregister(self.close)
-        if not any(thread.is_alive() for thread in [*self._lanes, *self._goodbyes.values()]):
+        if not any(thread.is_alive() for thread in threads):
             self._farewells.clear()
             self._group = None  # closes its connections
 

@@ -200,7 +200,8 @@ rank, path, name, mode = int(sys.argv[1]), *sys.argv[2:]
 opened = engines.open_engine(name, rank, (0, 1), dist.FileStore(path, 2), 20, "eth0")
 e = opened.engine
 got = torch.zeros(1 << 20)
-e.wait(e.post_send(1 - rank, 1, torch.ones(1 << 20)), 20), e.wait(e.post_recv(1 - rank, 1, got), 20)
+tickets = e.post_recv(1 - rank, 1, got), e.post_send(1 - rank, 1, torch.ones(1 << 20))
+assert all(e.wait(ticket, 20) for ticket in tickets)
 assert got.all()
 if mode == "send":  # more than the sockets hold, so that the sender waits
     e.post_send(1 - rank, 2, torch.ones(16 << 20))
