@@ -76,7 +76,12 @@ int shut_silent_links(int epoll) {
 }
 
 void shut_links(int epoll) {
-  each_below(epoll, [](int descriptor) { shutdown(descriptor, SHUT_RDWR); });
+  each_below(epoll, [](int descriptor) {
+    constexpr int kListens = 10;  // whoever accepts on it would be told of an error that it does not expect
+    TcpInfo info{};
+    socklen_t bytes = sizeof info;
+    if (getsockopt(descriptor, IPPROTO_TCP, TCP_INFO, &info, &bytes) == 0 && info.state != kListens) shutdown(descriptor, SHUT_RDWR);
+  });
 }
 
 void keep_links_alive(int epoll) {

@@ -190,6 +190,32 @@ def test_a_peer_that_does_not_answer_is_named() -> None:
     b.close(0)
 
 
+ENDS = """
+import sys, time
+import torch
+import torch.distributed as dist
+from gingham.launch import engines
+
+rank, path, name = int(sys.argv[1]), *sys.argv[2:]
+e = engines.open_engine(name, rank, (0, 1), dist.FileStore(path, 2), 20, "lo").engine
+got = torch.zeros(10)
+tickets = e.post_recv(1 - rank, 1, got), e.post_send(1 - rank, 1, torch.ones(10))
+assert all(e.wait(ticket, 20) for ticket in tickets)
+e.post_recv(1 - rank, 2, torch.zeros(1 << 20))
+time.sleep(0.3 * rank)
+print(repr(e.failure(1 - rank)))
+"""
+
+
+@pytest.mark.parametrize("name", ["ucx", "gloo"])
+def test_a_process_may_end_without_close(tmp_path: Path, name: str) -> None:
+    """With a receive under way that nobody serves: both leave in order, say nothing, and neither aborts."""
+    ranks = [program(ENDS, str(rank), str(tmp_path / "store"), name) for rank in (0, 1)]
+    for rank in ranks:
+        out, err = rank.communicate(timeout=60)
+        assert (rank.returncode, out, err) == (0, "''\n", ""), (rank.returncode, out, err)
+
+
 RANK = """
 import sys, time
 import torch
