@@ -12,6 +12,7 @@
 #include "base/wait.h"
 #include "transport/handed.h"
 #include "transport/job.h"
+#include "transport/tcp_links.h"
 #include "transport/ucx.h"
 
 namespace py = pybind11;
@@ -244,6 +245,9 @@ void define_engine(py::module_& m) {
       py::arg("rank"), py::arg("name"));
   m.def("set_ucx_path", &set_ucx_path, py::arg("folder"));
   m.def("ucx_report", &report);
+  m.def("shut_silent_links", &shut_silent_links, py::arg("epoll"));
+  m.def("shut_links", &shut_links, py::arg("epoll"));
+  m.def("keep_links_alive", &keep_links_alive, py::arg("epoll"));
 }
 
 }  // namespace gingham

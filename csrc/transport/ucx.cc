@@ -135,7 +135,7 @@ void UcxEngine::judge(const Operation& o) const {
 }
 
 std::string UcxEngine::why(const Remote& peer) const {
-  const char* hint = peer.status == UCS_ERR_ENDPOINT_TIMEOUT ? ", so the link or its host does not answer" : "";
+  const char* hint = peer.silent || peer.status == UCS_ERR_ENDPOINT_TIMEOUT ? "; the link, or the host behind it, did not answer for 3 s" : "";
   return concat("whose connection to ", peer.where, " broke: UCX says '", api_.status_string(peer.status), "'", hint);
 }
 
@@ -250,6 +250,7 @@ void UcxEngine::on_error(void* remote, ucp_ep_h, ucs_status_t status) {
   auto& peer = *static_cast<Remote*>(remote);
   peer.broken = peer.engine->unsettled_ = true;
   peer.status = status;
+  peer.silent = now() < peer.engine->silenced_ + 1;
   peer.engine->change();
 }
 

@@ -52,7 +52,7 @@ class UcxEngine final : public Engine {
     void* listening = nullptr;  // the receive of the next word of it
     uint32_t heard = 0;         // of kDrop: the tag
     std::vector<uint32_t> drops;
-    bool listens = false, met = false, left = false, read_bye = false, owes_read = false, broken = false;
+    bool listens = false, met = false, left = false, read_bye = false, owes_read = false, broken = false, silent = false;
     ucs_status_t status = UCS_OK;
   };
   struct Operation {
@@ -118,9 +118,10 @@ class UcxEngine final : public Engine {
   std::unordered_map<Ticket, Operation> operations_;
   std::vector<void*> closing_;  // endpoints' last requests
   Ticket next_ = 1;
-  uint64_t turns_ = 0;  // of callers: the helper stays away while it moves
-  int resting_ = 0;     // callers that wait for others_
-  int sleepers_ = 0;    // threads in poll(): the driver, which is a caller (driven_), and the helper
+  double silenced_ = 0;  // when a link was last found silent, on now()'s clock
+  uint64_t turns_ = 0;   // of callers: the helper stays away while it moves
+  int resting_ = 0;      // callers that wait for others_
+  int sleepers_ = 0;     // threads in poll(): the driver, which is a caller (driven_), and the helper
   bool driven_ = false, unsettled_ = false, stopping_ = false, closed_ = false, helper_naps_ = false;
   std::thread thread_;
 };

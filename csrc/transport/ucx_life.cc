@@ -17,11 +17,11 @@
 namespace gingham {
 namespace {
 
-// For UCX the ranks of a host are ours; a link that is cut must be noticed while this side only receives; and the default 8 KB of a TCP
-// segment cost a third of the speed.
+// For UCX the ranks of a host are ours; a link that is cut must be noticed while this side only receives, and while nothing is under way; and
+// the default 8 KB of a TCP segment cost a third of the speed.
 const std::map<std::string, std::string> kSettings = {
-    {"TLS", "^shm,cuda,rocm,ze"}, {"TCP_TX_SEG_SIZE", "256k"}, {"TCP_RX_SEG_SIZE", "256k"},  {"TCP_USER_TIMEOUT", "3s"},
-    {"TCP_KEEPIDLE", "1s"},       {"TCP_KEEPINTVL", "1s"},     {"KEEPALIVE_INTERVAL", "1s"},
+    {"TLS", "^shm,cuda,rocm,ze"}, {"TCP_TX_SEG_SIZE", "256k"}, {"TCP_RX_SEG_SIZE", "256k"},  {"TCP_KEEPIDLE", "1s"},
+    {"TCP_KEEPINTVL", "1s"},      {"TCP_KEEPCNT", "3"},        {"KEEPALIVE_INTERVAL", "1s"},
 };
 
 #define UCX_CHECK(call)                                                                                                   \

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/wait.h"
+#include "transport/tcp_links.h"
 #include "transport/ucx.h"
 
 namespace gingham {
@@ -119,10 +120,14 @@ bool UcxEngine::wait_until(Lock& lock, double seconds, const std::function<bool(
 // Takes over when no caller has progressed for a millisecond: sooner, it would take each message's event from under a caller that waits
 // again at once.
 void UcxEngine::help() {
-  constexpr double kNap = 1e-3, kLongest = 64e-3, kSleep = 1;
+  constexpr double kNap = 1e-3, kLongest = 64e-3, kLook = 0.5;
   Lock lock(mutex_);
-  double nap = kNap;
+  double nap = kNap, looked = now();
   for (uint64_t seen = turns_ - 1; !stopping_;) {
+    if (now() > looked + kLook) {
+      looked = now();
+      if (shut_silent_links(descriptor_) > 0) silenced_ = looked;
+    }
     if (driven_ || turns_ != seen) {
       nap = turns_ == seen ? std::min(2 * nap, kLongest) : kNap;
       seen = turns_;
@@ -134,7 +139,7 @@ void UcxEngine::help() {
     const uint64_t before = changes();
     const bool moved = progress();
     wake(before);
-    if (!moved && !stopping_) armed_sleep(lock, kSleep);
+    if (!moved && !stopping_) armed_sleep(lock, kLook);
   }
 }
 

@@ -90,7 +90,7 @@ def open_engine(
     Raises MeshError naming the ranks that cannot be reached, what was tried and what to do.
     """
     if name == "gloo":
-        return GlooEngine(rank, ranks, gloo_backend(rank, ranks, store, timeout, interface))
+        return GlooEngine(rank, ranks, *gloo_backend(rank, ranks, store, timeout, interface))
     if name != "ucx":
         raise MeshError(f"engine {name!r}: expected 'ucx' or 'gloo'")
     find_ucx()

@@ -31,12 +31,13 @@ _GOODBYE = (1 << 31) - 1  # Gloo's tag of it; tags of messages are smaller
 _FOR_EVER = timedelta(days=365)  # a slow peer is no error: who waits for the message has a limit of its own
 _copy = ctypes.PyDLL(None).memmove  # keeps the GIL, which a thread that runs bytecode would else hold for 5 ms
 _copy.argtypes, _copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t), ctypes.c_void_p
-_PATIENCE = 1.0  # seconds
+_PATIENCE, _LOOK = 1.0, 0.5  # seconds
 _LONG = 3600.0  # seconds of a thread's sleep between two looks whether the engine is closing
 
 
-def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: float, interface: str = "") -> dist.ProcessGroupGloo:
-    """Gloo's connections of these ranks alone, outside of torch.distributed's groups, whose names and keys come again in a later life.
+def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: float, interface: str = "") -> tuple[Any, list[int]]:
+    """Gloo's connections of these ranks alone, outside of torch.distributed's groups, whose names and keys come again in a later life;
+    and the epoll descriptors that it has made for them.
 
     store: nothing else uses its keys; timeout: seconds for all to connect. interface: such as "eth0"; "" is
     GLOO_SOCKET_IFNAME's, or the one that the host's name resolves to. Raises MeshError where they do not connect.
@@ -46,22 +47,39 @@ def gloo_backend(rank: int, ranks: Sequence[int], store: dist.Store, timeout: fl
     options = gloo._Options()
     options._timeout = timedelta(seconds=timeout)
     options._threads = 1
+    before = _epolls()
     try:
         options._devices = [gloo.create_device(interface=interface) if interface else gloo.create_default_device()]
-        return gloo(store, list(ranks).index(rank), len(ranks), options)
+        made = gloo(store, list(ranks).index(rank), len(ranks), options)
     except RuntimeError as error:
         raise MeshError(
             f"rank {rank}: Gloo does not connect ranks {list(ranks)} over {interface or 'the interface of this host name'}:"
             f" {_reason(error)}; set GLOO_SOCKET_IFNAME to the interface on which the hosts reach each other"
         ) from error
+    loops = sorted(_epolls() - before)
+    if not loops:
+        raise MeshError(f"rank {rank}: Gloo has made no epoll descriptor, so a cut link would not be noticed; choose UCX")
+    return made, loops
+
+
+def _epolls() -> set[int]:
+    """This process's epoll descriptors."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if os.readlink(f"/proc/self/fd/{name}") == "anon_inode:[eventpoll]":
+                found.add(int(name))
+    return found
 
 
 class GlooEngine:
     """`engine`, of the core, served over `group`, in which `ranks` of the job have their places."""
 
-    def __init__(self, rank: int, ranks: Sequence[int], group: dist.ProcessGroupGloo) -> None:
+    def __init__(self, rank: int, ranks: Sequence[int], group: Any, loops: Sequence[int]) -> None:
         self.engine = native.handed_engine(rank, "gloo")
         self._group: Any = group
+        self._loops = loops
+        self._silenced = float("-inf")  # when a link was last found silent, on the monotonic clock
         self._pid = os.getpid()
         self._place = {peer: at for at, peer in enumerate(ranks)}
         self._peers = [peer for peer in ranks if peer != rank]
@@ -76,7 +94,7 @@ class GlooEngine:
         atexit.register(self.close, 0.0)
 
     def close(self, seconds: float = 5.0) -> None:
-        """Tells all peers, waits at most `seconds` for their answers and for messages under way, and ends the group."""
+        """Tells all peers, waits at most `seconds` for their answers and for messages under way, and breaks off the rest."""
         if os.getpid() != self._pid or self.engine.closing:  # a forked child has none of the threads
             return
         end = time.monotonic() + seconds
@@ -86,14 +104,16 @@ class GlooEngine:
             lane.join(max(0.0, end - time.monotonic()))
         for peer in self._peers:
             self._say_goodbye(peer)
-        for thread in self._goodbyes.values():
+        threads = [*self._lanes, *self._goodbyes.values()]
+        for thread in threads:
             thread.join(max(0.0, end - time.monotonic()))
+        if any(thread.is_alive() for thread in threads):  # a thread that wakes while Python ends would take the process along
+            for loop in self._loops:
+                native.shut_links(loop)
+            for thread in threads:
+                thread.join(_PATIENCE)
         atexit.unregister(self.close)
-        if any(thread.is_alive() for thread in [*self._lanes, *self._goodbyes.values()]):
-            self._group.abort()  # peers that say nothing more: ends what waits for them
-            for thread in [*self._lanes, *self._goodbyes.values()]:
-                thread.join(1.0)
-        if not any(thread.is_alive() for thread in [*self._lanes, *self._goodbyes.values()]):
+        if not any(thread.is_alive() for thread in threads):
             self._farewells.clear()
             self._group = None  # closes its connections
 
@@ -140,11 +160,17 @@ class GlooEngine:
                 self._lock.wait_for(lambda: not self._under_way[peer], _PATIENCE)
             self._say_goodbye(peer)
         except RuntimeError as error:
-            self.engine.set_failure(peer, _reason(error))
+            self.engine.set_failure(peer, self._why(error))
 
     def _open_lanes(self) -> None:
+        """And looks for links that are silent while messages are under way; on idle ones the kernel does."""
+        for loop in self._loops:
+            native.keep_links_alive(loop)
         while not self.engine.closing:
-            lane = self.engine.take_lane(_LONG)
+            lane = self.engine.take_lane(_LOOK)
+            for loop in self._loops:
+                if native.shut_silent_links(loop):
+                    self._silenced = time.monotonic()
             if lane is not None:
                 peer, tag, receives = lane
                 self._lanes.append(self._start(f"{peer}-{tag}", self._receive if receives else self._send, peer, tag))
@@ -167,7 +193,7 @@ class GlooEngine:
             except RuntimeError as error:
                 self._broke(peer, error)
                 if size > _FIRST:
-                    self.engine.ended(ticket, 0, _reason(error))
+                    self.engine.ended(ticket, 0, self._why(error))
 
     def _receive(self, peer: int, tag: int) -> None:
         frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
@@ -204,11 +230,15 @@ class GlooEngine:
             self._move(data, peer, tag, True)
         except RuntimeError as error:
             self._broke(peer, error)
-            return _reason(error)
+            return self._why(error)
         return ""
 
     def _broke(self, peer: int, error: RuntimeError) -> None:
-        self.engine.set_failure(peer, _reason(error))
+        self.engine.set_failure(peer, self._why(error))
+
+    def _why(self, error: RuntimeError) -> str:
+        cut = time.monotonic() < self._silenced + 1
+        return _reason(error) + ("; the link, or the host behind it, did not answer for 3 s" if cut else "")
 
 
 def _memory(address: int, size: int) -> torch.Tensor:

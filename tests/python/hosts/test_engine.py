@@ -1,6 +1,7 @@
 """The engines between hosts, UCX and torch's Gloo alike: order, sizes, what moves while nobody waits, and typed errors."""
 
 import os
+import signal
 import threading
 import time
 from typing import Any
@@ -158,6 +159,36 @@ def test_a_killed_peer_is_named_while_this_rank_only_receives(ranks: Any, name: 
         assert not isinstance(outcomes[rank], RankError), outcomes[rank]
         took, text = outcomes[rank]
         assert took < 1.1 and "rank 1" in text and ("connection" in text), outcomes[rank]
+
+
+def stopped(rank: int, name: str) -> int:
+    """Rank 1 is stopped for 4.5 s with its sockets full: slow, but no failure."""
+    with engine(name, rank, 2) as e:
+        mine, other = torch.tensor([os.getpid()]), torch.zeros(1, dtype=torch.long)
+        wait(e, e.post_send(1 - rank, 1, mine), e.post_recv(1 - rank, 1, other))
+        count, size = 1200, 65536
+        if rank == 1:
+            for number in range(count):
+                got = torch.zeros(size, dtype=torch.uint8)
+                wait(e, e.post_recv(0, 2, got))
+                assert got.eq(number % 251).all()
+            return count
+        os.kill(int(other), signal.SIGSTOP)
+        try:
+            tickets = [e.post_send(1, 2, torch.full((size,), number % 251, dtype=torch.uint8)) for number in range(count)]
+            end = time.monotonic() + 4.5
+            while time.monotonic() < end:
+                e.rest(0.2, e.changes)
+                assert not e.failure(1)
+        finally:
+            os.kill(int(other), signal.SIGCONT)
+        wait(e, *tickets)
+        return count
+
+
+@both
+def test_a_peer_that_is_stopped_for_a_while_is_no_failure(ranks: Any, name: str) -> None:
+    assert ranks(2)(stopped, name) == [1200, 1200]
 
 
 def in_turn(rank: int, name: str) -> tuple[str, bool]:
