@@ -105,8 +105,8 @@ def busy(engine: Any, rank: int, size: int, count: int, work: str) -> float:
 
 
 def measure(rank: int, name: str, seconds: float) -> dict[str, Any]:
-    made = rendezvous.make_process_group("cpu", rendezvous.store(rank, 2, 30.0))
-    opened = engines.open_engine(name, rank, (0, 1), rendezvous.store(rank, 2, 30.0), 30.0)
+    made = rendezvous.make_process_group("cpu", rendezvous.store(rank, (0, 1), 30.0))
+    opened = engines.open_engine(name, rank, (0, 1), rendezvous.store(rank, (0, 1), 30.0), 30.0)
     engine, found = opened.engine, dict[str, Any]()
     for size in SIZES:
         times = one_way(engine, rank, size, seconds)

@@ -13,7 +13,7 @@ from gingham.launch import engines, rendezvous
 @contextmanager
 def engine(name: str, rank: int, size: int) -> Iterator[Any]:
     """The core's engine of this rank, connected to all others; left in order at the end."""
-    opened = engines.open_engine(name, rank, range(size), rendezvous.store(rank, size, 30.0), 30.0, "lo")
+    opened = engines.open_engine(name, rank, range(size), rendezvous.store(rank, tuple(range(size)), 30.0), 30.0, "lo")
     try:
         yield opened.engine
     finally:
