@@ -118,7 +118,8 @@ def add_mesh(plan: Plan) -> Mesh:
     except BaseException as error:
         meeting.fail(error)
         for job in jobs:
-            if not isinstance(error, PeerDied | PeerStalled):
+            # what all ranks of the mesh have seen alike leaves the job, and its other meshes, as they are
+            if not isinstance(error, PeerDied | PeerStalled) and not hasattr(error, "seen_by_all"):
                 job.fail(rank, f"rank {rank} raised {type(error).__name__} in gingham.init: {error}")
         if links is not None:
             links.close(0.5)
