@@ -197,7 +197,9 @@ def anew(rank: int, engine: str) -> list[str]:
 def test_after_memory_ran_out_a_mesh_in_a_host_goes_on_and_one_across_is_made_anew(ranks, engine: str) -> None:
     for rank, said in enumerate(ranks(4)(anew, engine)):
         error = "MemoryError 3" if rank == 3 else "PeerOutOfMemory 3"
-        assert said == ["done", "done" if rank < 2 else error, "done", "done", "done", error], (rank, said)
+        assert said[:4] == ["done", "done" if rank < 2 else error, "done", "done"], (rank, said)
+        # across hosts the job ends at once: who is not through the call before is told in it
+        assert said[4:] == ["done", error] or (rank != 3 and said[4:] == [error]), (rank, said)
 
 
 def left_behind() -> tuple[int, int, int]:
