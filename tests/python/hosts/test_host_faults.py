@@ -32,6 +32,7 @@ def over_tcp(rank: int, port: int, *case: Any) -> tuple[Any, ...]:
 
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
+mostly_ucx = pytest.mark.parametrize("engine", ["ucx", pytest.param("gloo", marks=pytest.mark.matrix)])
 
 
 def struck(case: str, mesh: gingham.Mesh, x: torch.Tensor, mark: Path) -> Any:
@@ -98,7 +99,7 @@ def outcomes_of(
 
 
 @every_engine
-@pytest.mark.parametrize("case", ["kill", "exit", "raise", "leave"])
+@pytest.mark.parametrize("case", ["kill", "leave", *(pytest.param(case, marks=pytest.mark.matrix) for case in ("exit", "raise"))])
 @pytest.mark.parametrize("victim", [3, pytest.param(2, marks=pytest.mark.matrix), pytest.param(0, marks=pytest.mark.matrix)])
 def test_who_is_gone_is_named_by_all_within_a_second(ranks, tmp_path: Path, case: str, engine: str, victim: int) -> None:
     outcomes, took = outcomes_of(ranks, tmp_path, case, engine, (victim,))
@@ -122,7 +123,7 @@ def test_other_calls_are_refused_by_all_before_a_byte(ranks, tmp_path: Path, cas
     assert took <= LIMIT, took
 
 
-@every_engine
+@mostly_ucx
 @pytest.mark.parametrize("case", ["stop", pytest.param("sleep", marks=pytest.mark.matrix)])
 def test_who_holds_all_up_is_named_when_the_time_is_over(ranks, tmp_path: Path, case: str, engine: str) -> None:
     outcomes, took = outcomes_of(ranks, tmp_path, case, engine, (3,))
@@ -132,7 +133,7 @@ def test_who_holds_all_up_is_named_when_the_time_is_over(ranks, tmp_path: Path, 
 
 
 @every_engine
-@pytest.mark.parametrize("hosts", [BY_TWOS, split(1, 3)])
+@pytest.mark.parametrize("hosts", [BY_TWOS, pytest.param(split(1, 3), marks=pytest.mark.matrix)])
 def test_a_host_that_dies_is_named_with_its_ranks(ranks, tmp_path: Path, engine: str, hosts: tuple[int, ...]) -> None:
     victims = tuple(rank for rank in range(4) if hosts[rank] == 1)
     outcomes, took = outcomes_of(ranks, tmp_path, "host", engine, victims, hosts)
