@@ -50,7 +50,7 @@ class GlooEngine:
 
     def __init__(self, rank: int, ranks: Sequence[int], group: dist.ProcessGroup) -> None:
         self.engine = native.handed_engine(rank, "gloo")
-        self._group, self._pid = group, os.getpid()
+        self._group = group
         self._place = {peer: at for at, peer in enumerate(ranks)}
         self._peers = [peer for peer in ranks if peer != rank]
         self._greeted: set[int] = set()  # who was told goodbye
@@ -63,9 +63,8 @@ class GlooEngine:
         atexit.register(self.close, 0.0)
 
     def close(self, seconds: float = 5.0) -> None:
-        """Tells all peers, waits at most `seconds` for their answers and for messages under way, and ends the group. Nothing in a process
-        that was forked from the rank: the connections are the rank's."""
-        if self.engine.closing or os.getpid() != self._pid:
+        """Tells all peers, waits at most `seconds` for their answers and for messages under way, and ends the group."""
+        if self.engine.closing:
             return
         end = time.monotonic() + seconds
         self.engine.close()
