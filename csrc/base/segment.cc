@@ -40,7 +40,7 @@ Segment::Segment(size_t bytes) : bytes_(bytes) {
 Segment::Segment(const std::string& path) {
   fd_ = ::open(path.c_str(), O_RDWR | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
   CHECK(MeshError, fd_ >= 0, "cannot open the memory that ranks share, at ", path, ": ", strerror(errno));
-  struct stat info {};
+  struct stat info{};
   const bool sized = fstat(fd_, &info) == 0 && S_ISREG(info.st_mode) && info.st_size > 0;
   if (!sized) ::close(fd_);
   CHECK(MeshError, sized, "what lies at ", path, " is not the memory that ranks share");

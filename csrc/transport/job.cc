@@ -65,8 +65,7 @@ Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout, s
   const size_t ranks = locals.size(), shared = control_bytes(), bytes = segment_->bytes();
   heap_bytes_ = bytes > shared ? (bytes - shared) / ranks : 0;
   CHECK(MeshError, heap_bytes_ > 0 && shared + heap_bytes_ * ranks == bytes && heap_bytes_ % kPage == 0, "the memory that rank ", locals[0],
-        " shares has ", bytes, " bytes, which ", ranks,
-        " ranks of this version do not divide: another file, or another version of gingham");
+        " shares has ", bytes, " bytes, which ", ranks, " ranks of this version do not divide: another file, or another version of gingham");
   control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, std::move(locals), timeout);
   heap_ = std::make_unique<Heap>(*segment_, shared + heap_bytes_ * place, heap_bytes_, rank);
   stream_ = std::make_unique<CpuStream>(*heap_);

@@ -166,6 +166,34 @@ def test_meshes_that_cross_each_other(ranks) -> None:
         assert losses == [pytest.approx(serial(seed, 2), rel=1e-5) for seed in range(2)]
 
 
+def test_a_later_life_has_groups_of_its_own(ranks) -> None:
+    """DTensor gave a mesh what it had planned for an equal one of an earlier life, whose process groups had other names."""
+
+    def whole(mesh: gingham.Mesh, seed: int) -> bool:
+        torch.manual_seed(seed)
+        layer = nn.Linear(8, 8, mesh=mesh)
+        layer(mesh.scatter(torch.ones(4, 8))).sum().backward()
+        torch.manual_seed(seed)
+        right = torch.nn.Linear(8, 8)
+        right(torch.ones(4, 8)).sum().backward()
+        pairs = [(layer.weight, right.weight), (layer.weight.detach(), right.weight), (layer.bias.grad, right.bias.grad)]
+        return all(torch.equal(got.full_tensor(), expected) for got, expected in pairs)
+
+    def live(rank: int) -> list[bool]:
+        row, column = (rank // 2 * 2, rank // 2 * 2 + 1), (rank % 2, rank % 2 + 2)
+        found = []
+        for life in ([row], [column, row], [None], [row, None, column]):
+            meshes = [
+                gingham.init(mode="1d" if each else "2d", size=2 if each else 4, ranks=each, default=at == 0)
+                for at, each in enumerate(life)
+            ]
+            found += [whole(mesh, seed) for seed, mesh in enumerate(meshes)]
+            gingham.destroy()
+        return found
+
+    assert ranks(4)(live) == [[True] * 7] * 4
+
+
 def test_saves_of_two_meshes_are_their_own(ranks, tmp_path) -> None:
     def save(rank: int) -> Any:
         mesh = group_of(rank)

@@ -151,7 +151,7 @@ class News:
         number = 1
         while not self._stopping.is_set():
             try:
-                self._heard.wait([f"news/{number}"], timedelta(seconds=1))
+                self._heard.wait([f"news/{number}"], timedelta(days=1))  # torch prints a warning for each wait that ends without
                 message = json.loads(self._heard.get(f"news/{number}"))
             except Exception:  # nothing new, or the store is gone, which the connections between hosts tell
                 self._stopping.wait(0.01)
@@ -171,7 +171,7 @@ class News:
         if self._thread is not None:
             with contextlib.suppress(Exception):  # wakes the one that hears
                 self._within(SOON, partial(self._tell, {"left": self.own}))
-            self._thread.join(5.0)
+            self._thread.join(SOON)  # where the link to the store is cut it sleeps on
         self._job = None
 
 

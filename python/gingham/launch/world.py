@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import debug as dtensor_debug
 
 from .. import native
 from ..errors import MeshError, PeerDied, PeerStalled
@@ -263,6 +264,9 @@ def end(ended: Sequence[Mesh]) -> None:
                 # DTensor and dynamo remember meshes for ever, and a mesh its groups, whose threads wake 100 times a second each
                 getattr(each.device_mesh, "_pg_registry", {}).clear()
         _world = None
+    # DTensor keeps what it has planned for a mesh with that mesh, and gives it to any equal one: that of a later life has other groups, by
+    # names that nothing has any more, or another group
+    dtensor_debug._clear_sharding_prop_cache()
     # process groups, their threads and sockets hang in reference cycles: many lives must not pile them up
     gc.collect()
 

@@ -99,7 +99,7 @@ def differences(apart: Answer, window: Answer, ring: Answer) -> list[str]:
     return found
 
 
-QUICK = {("2.5d", split(4, 4), "ucx"), ("1d sequence", split(3, 1), "gloo"), ("2d", split(1, 3), "ucx"), ("3d", split(2, 2, 2, 2), "gloo")}
+QUICK = {("2.5d", split(4, 4), "ucx"), ("1d sequence", split(3, 1), "gloo")}
 
 
 def case(name: str, hosts: Hosts, engine: str) -> Any:

@@ -96,7 +96,7 @@ def answers(ranks: Sequence[Any], timeout: float = 40.0) -> list[dict[str, Any]]
     return found
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["gloo", pytest.param("ucx", marks=pytest.mark.matrix)])
 def test_a_job_over_two_networks_needs_no_settings(two_hosts: tuple[str, str], engine: str) -> None:
     """torch's Gloo alone would take the interface that the host's name leads to, which is often 127.0.0.1."""
     said = answers(started(two_hosts, 20.0, 3, *[{"GINGHAM_ENGINE": engine}] * 2))
@@ -136,8 +136,9 @@ def test_a_link_that_is_cut_is_named_by_both_hosts(two_hosts: tuple[str, str], e
         assert each["took"] < CUT + 1.0, each
 
 
+# a child that ends as any program does must leave the rank's connections alone; what ranks print while they wait is seen too
 SCRIPT = """
-import os, sys
+import os, sys, time
 import torch, gingham
 os.environ["GINGHAM_HOST"] = "h" + os.environ["GROUP_RANK"]
 mesh = gingham.init(mode="2d", size=4)
@@ -148,12 +149,18 @@ for _ in range(3):
     optimizer.zero_grad()
     layer(mesh.scatter(torch.ones(4, 8))).sum().backward()
     optimizer.step()
+    child = os.fork()
+    if child == 0:
+        sys.exit(0)
+    os.waitpid(child, 0)
+    time.sleep(0.6)
 open(f"{sys.argv[1]}/{mesh.rank}", "w").write(repr(layer.weight.full_tensor().sum().item()))
 gingham.destroy()
 """
 
 
-def test_two_torchruns_are_one_job(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["gloo", pytest.param("ucx", marks=pytest.mark.matrix)])
+def test_two_torchruns_are_one_job(tmp_path: Path, engine: str) -> None:
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
     where = str(port())
@@ -163,7 +170,7 @@ def test_two_torchruns_are_one_job(tmp_path: Path) -> None:
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2"),
                 *("--master-addr=127.0.0.1", f"--master-port={where}", str(script), str(tmp_path)),
             ],
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, "GINGHAM_ENGINE": engine},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -172,5 +179,5 @@ def test_two_torchruns_are_one_job(tmp_path: Path) -> None:
     ]
     said = [agent.communicate(timeout=100)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    assert not any(word in text for text in said for word in ("Traceback", "Error", "Warning")), said
+    assert not any(word in text for text in said for word in ("Traceback", "Error", "Warning", "[W")), said
     assert len({(tmp_path / str(rank)).read_text() for rank in range(4)}) == 1
