@@ -244,6 +244,7 @@ void define_functions(py::module_& m) {
   m.def("crc32c", &crc32c_of, py::arg("data"), py::arg("before") = 0);
   m.def("version", [] { return GINGHAM_VERSION; });
   m.attr("max_ranks") = kMaxRanks;
+  m.attr("max_host_ranks") = kMaxHostRanks;
   m.def("memory_left", [](const std::string& root) { return memory_left(root).bytes; }, py::arg("root") = "");
   m.def("device_report", &report_of);
   m.def("hopper_status", &hopper_status);

@@ -16,7 +16,7 @@
 
 namespace gingham {
 
-constexpr int kMaxRanks = 1024, kMaxPrograms = 256;
+constexpr int kMaxRanks = 1024, kMaxHostRanks = 64, kMaxPrograms = 256;  // ranks of a job, and of it on one host
 
 struct RankRecord {
   std::atomic<int32_t> pid{0};

@@ -60,6 +60,7 @@ Job::Job(int rank, int size, const std::string& path, double timeout, size_t hea
 
 Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout, std::vector<int> locals) : segment_(std::move(segment)) {
   if (locals.empty()) locals = all_of(size);
+  CHECK(MeshError, locals.size() <= kMaxHostRanks, "a host has at most ", kMaxHostRanks, " ranks of a job, got ", locals.size());
   const auto place = static_cast<size_t>(std::find(locals.begin(), locals.end(), rank) - locals.begin());
   CHECK(MeshError, place < locals.size(), "rank ", rank, " is not among the ranks of its own host");
   const size_t ranks = locals.size(), shared = control_bytes(), bytes = segment_->bytes();

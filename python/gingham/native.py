@@ -15,6 +15,7 @@ from ._C import gelu_backward as gelu_backward
 from ._C import handed_engine as handed_engine
 from ._C import hopper_status as hopper_status
 from ._C import keep_links_alive as keep_links_alive
+from ._C import max_host_ranks as max_host_ranks
 from ._C import max_ranks as max_ranks
 from ._C import set_nccl_path as set_nccl_path
 from ._C import set_num_threads as set_num_threads

@@ -72,7 +72,7 @@ WRONG = [
     (["train", "--save", "/proc/gingham"], "no folder, and none can be made"),
     (["train", "--plot", "x.foo"], "matplotlib writes no .foo"),
     (["train", "--plot", "/tmp"], "expected a file in a folder"),
-    (["train", "--mode", "1d", "--ranks", "65", "--heads", "65", "--width", "130"], "at most 64 ranks"),
+    (["train", "--mode", "1d", "--ranks", "65", "--heads", "65", "--width", "130"], "a host has at most 64 ranks"),
     (["plan", "--ranks", "100000"], "at most 4096"),
     (["bench"], "expected one of matmul"),
     (["bench", "nosuch"], "expected one of matmul"),

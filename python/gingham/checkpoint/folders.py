@@ -192,8 +192,12 @@ def _remove_if_dead(folder: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Its lock goes last: a kill in between leaves a folder that the next save knows as a leftover."""
-    for entry in list(folder.iterdir()):
+    """Its lock goes last: a kill in between leaves a folder that the next save knows as a leftover. Another job may do the same now."""
+    try:
+        entries = list(folder.iterdir())
+    except FileNotFoundError:
+        return
+    for entry in entries:
         if entry.name != LOCK:
             shutil.rmtree(entry, ignore_errors=True) if _is_folder(entry) else entry.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ import gingham
 from ..launch.spawn import start_server
 from ..mesh import axes_of
 from ..mesh.modes import Axes
-from ..native import device_report, max_ranks
+from ..native import device_report, max_host_ranks
 from ..plan import tables
 from ..plan.tables import amount
 from . import layers
@@ -114,8 +114,8 @@ def check(options: Namespace, axes: Axes) -> None:
         raise ValueError(f"--heads {options.heads} must divide --width {options.width}")
     if options.heads % ranks:
         raise ValueError(f"--heads {options.heads} must be a multiple of {ranks}, the ranks that cut features on this grid")
-    if prod(axes.sizes.values()) > max_ranks:
-        raise ValueError(f"--ranks {prod(axes.sizes.values())}: a mesh has at most {max_ranks} ranks, those of one host")
+    if prod(axes.sizes.values()) > max_host_ranks and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"--ranks {prod(axes.sizes.values())}: a host has at most {max_host_ranks} ranks; start several with torchrun")
     if options.save == "":
         raise ValueError("--save '': expected a folder; leave it out for no checkpoint")
     if options.plot:

@@ -117,8 +117,11 @@ def _ranks(axes: Axes, ranks: Sequence[int] | None, device_mesh: DeviceMesh | No
             f"gingham.init: rank {rank} is not among the ranks of its mesh, {list(found)}; each rank calls it with a mesh that it is"
             " part of, for example its own slice of a DeviceMesh"
         )
-    if size > native.max_ranks:
-        raise MeshError(f"a job has at most {native.max_ranks} ranks, got {size}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    if size > native.max_ranks or here > native.max_host_ranks:
+        raise MeshError(
+            f"a host has at most {native.max_host_ranks} ranks of a job, a job at most {native.max_ranks}; got {here} of {size}"
+        )
     return found
 
 

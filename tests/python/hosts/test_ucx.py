@@ -153,7 +153,7 @@ def test_an_engine_that_is_dropped_frees_everything() -> None:
         a.post_recv(1, 1, torch.zeros(1000))
         b.post_send(0, 2, torch.zeros(1_000_000))
         del a, b, other
-    assert held() == before
+    assert all(now <= then for now, then in zip(held(), before, strict=True)), (held(), before)
 
 
 def test_a_forked_child_harms_nobody() -> None:
