@@ -28,7 +28,7 @@ from .. import native
 
 T = TypeVar("T")
 VARIABLE = "GINGHAM_HOST"
-SOON = 1.0  # seconds that the store has for what is told or asked while others wait
+SOON = 0.7  # seconds that the store has for what is told or asked while others wait
 ANSWER = 0.5  # seconds that other hosts have to answer a question
 BYE = b"x"
 KEEPALIVE = ((socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),) + tuple(

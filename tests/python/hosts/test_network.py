@@ -116,13 +116,13 @@ WRONG: dict[str, tuple[dict[str, str], dict[str, str], tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", ["loopback on one", *(pytest.param(case, marks=pytest.mark.matrix) for case in list(WRONG)[1:])])
 def test_a_wrong_network_is_told_to_all(two_hosts: tuple[str, str], case: str) -> None:
     first, second, words = WRONG[case]
-    said = answers(started(two_hosts, 2.0, 1, first, second))
+    said = answers(started(two_hosts, 1.5, 1, first, second))
     for each in said:
         assert each["took"] < LIMIT and each["kind"], said
         assert all(word in each["text"] for word in words), said
-    if not words:  # no store in common: each says what it lacks
-        assert "rank 1 did not come to gingham.init within 2 s" in said[0]["text"], said
-        assert f"no answer within 2 s at {second['MASTER_ADDR']}" in said[1]["text"] and "MASTER_ADDR" in said[1]["text"], said
+    if not words:  # no store in common: each says what it lacks; torch tries twice as long as it is told to
+        assert "rank 1 did not come to gingham.init within 1.5 s" in said[0]["text"], said
+        assert f"no answer within 1.5 s at {second['MASTER_ADDR']}" in said[1]["text"] and "MASTER_ADDR" in said[1]["text"], said
 
 
 @pytest.mark.parametrize("engine", [pytest.param(engine, marks=pytest.mark.matrix) for engine in ENGINES])
