@@ -89,7 +89,8 @@ class ForwardRun {
       Output* y = step_.pipeline.output(step_.y_place(i), state.block, state.y_slot, group.slices);
       group.products.push_back({y, {{group.inputs[0], w, false, false}}});
       state.fused = !map.y.shared() && group.slices.intervals() > 0;
-      if (state.fused) group.products.back().tail = [this, &state, &group](int s, int t, bool last) { return tail_at(state, group.slices, s, t, last); };
+      if (state.fused)
+        group.products.back().tail = [this, &state, &group](int s, int t, bool last) { return tail_at(state, group.slices, s, t, last); };
       if (group.slices.intervals() == 0) fill_zero(state.block, step_.stream);
     }
   }

@@ -19,7 +19,7 @@ class Output {
  public:
   virtual ~Output() = default;
   virtual int rounds() const { return 1; }
-  virtual bool holds_all() const { return false; }  // has room for the sums of all slices at once: a round may go over all of them
+  virtual bool holds_all() const { return false; }     // has room for the sums of all slices at once: a round may go over all of them
   virtual void begin(int, int) {}                      // (slice, round)
   virtual bool holds(int, int) const { return true; }  // (round, interval): the interval is this round's
   virtual Matrix at(int slice, int interval) = 0;
