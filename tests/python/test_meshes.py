@@ -153,6 +153,24 @@ def test_several_meshes_on_the_same_ranks(ranks) -> None:
             assert each == pytest.approx(serial(seed, 3), rel=1e-5), seed
 
 
+def test_the_second_of_two_equal_meshes_outlives_the_first(ranks) -> None:
+    """torch's DTensor takes equal meshes for one, and hands on the groups of the first."""
+
+    def train(rank: int) -> Any:
+        mine = (0, 1) if rank < 2 else (2, 3)
+        first = gingham.init(mode="1d", size=2, ranks=mine)
+        second = gingham.init(mode="1d", size=2, ranks=mine, default=False)
+        layers = [nn.Linear(8, 8, mesh=mesh) for mesh in (first, second)]
+        kept = [layer.weight.full_tensor().clone() for layer in layers]
+        gingham.destroy(first)
+        assert torch.equal(layers[1].weight.full_tensor(), kept[1])
+        third = gingham.init(mode="1d", size=2, ranks=mine)
+        return trained(second, 0, 2), trained(third, 1, 2)
+
+    for losses in ranks(4)(train):
+        assert list(losses) == [pytest.approx(serial(seed, 2), rel=1e-5) for seed in range(2)]
+
+
 def test_meshes_that_cross_each_other(ranks) -> None:
     """Ranks 0, 1 | 2, 3 and 0, 2 | 1, 3 at once, as tensor and pipeline ranks are."""
 

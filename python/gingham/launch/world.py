@@ -253,7 +253,13 @@ def end(ended: Sequence[Mesh]) -> None:
     for each in ended:
         if each.depth_sums is not None:
             each.depth_sums.stop()
-        for group in _world.groups.pop(each.handle, []):
+        groups = _world.groups.pop(each.handle, [])
+        # DTensor takes equal meshes for one: tensors of the other may hold this one's groups
+        heir = next((other for other in _world.meshes if other.device_mesh == each.device_mesh), None)
+        if heir is not None:
+            _world.groups[heir.handle] += groups
+            continue
+        for group in groups:
             dist.destroy_process_group(group)
     if not _world.meshes:
         if _world.links is not None:

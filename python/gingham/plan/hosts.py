@@ -1,7 +1,7 @@
 """How much of what a grid moves goes from host to host, and in which order of its ranks least does (docs/hosts.md).
 
 Example: 2 x 2 ranks, two on each host in their order, so that the last axis lies inside a host. Of a pair of linear maps whose X, Y and W
-have one word a rank, 5 words of each rank travel along the columns, inside the host, and 6 along the rows, from host to host.
+have one word a rank, 6 words of each rank travel along the columns, inside the host, and 6 along the rows, from host to host.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ Sizes = tuple[int, int, int]  # of X, Y and W: of all linear maps of a model, or
 
 
 def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> list[tuple[Names, int]]:
-    """Words that each axis moves for a pair of linear maps, one of them swapped, forward and backward, whose operands have so many words
-    a rank: by the terms of formulas.linear_words."""
+    """Words that each axis moves for a pair of linear maps, outer->inner and inner->outer, forward and backward, whose operands have so
+    many words a rank: by the terms of formulas.linear_words. The second is swapped where the two layouts differ."""
     x, y, w = operands
     axes, depth = grid.axes, grid.parts(grid.axes.depth)
     again = tuple(name for name in axes.m if name not in axes.depth)
     found: dict[Names, int] = {}
-    for first, second in ((axes.n, axes.k), (axes.k, axes.n)):
+    ways = [(axes.n, axes.k), (axes.k, axes.n) if grid.outer != grid.inner else (axes.n, axes.k)]
+    for first, second in ways:
         for names, words in ((first, 3 * x * (grid.parts(first) - 1)), (second, 2 * y * (grid.parts(second) - 1))):
             found[names] = found.get(names, 0) + words
         found[again] = found.get(again, 0) + 3 * w * (grid.parts(again) - 1) * depth
