@@ -206,11 +206,14 @@ def linear(
     swapped: bool | str = False,
     bias: bool = True,
     products: Iterable[str] = PRODUCTS,
-    slices: int = 1,
+    slices: int | None = None,
     between: int = 1,
 ) -> Cost:
-    """A Linear layer, or several that share X: the step of its layout and at most one relayout each way."""
+    """A Linear layer, or several that share X: the step of its layout and at most one relayout each way. slices: by default 4 where a
+    rank's part of W has a million words, and 256 along either dim."""
     ns = [n] if isinstance(n, int) else n
+    if slices is None:
+        slices = 4 if k * max(ns) >= 2**20 * grid.size and min(k, *ns) >= 256 * grid.pk else 1
     products = set(products)
     differ = bool(grid.rows) or (grid.pn > 1 and grid.pk > 1)
     if differ and layout != "outer->outer":
@@ -280,13 +283,15 @@ def cross_entropy(grid: Grid, rows: int, layout: str = "outer") -> Cost:
     return cost
 
 
-def attention(grid: Grid, rows: int, width: int, swapped: bool | str = False, slices: int = 1) -> Cost:
+def attention(grid: Grid, rows: int, width: int, swapped: bool | str = False, slices: int | None = None) -> Cost:
     """Words of q, k and v, which share one gathered X, and of o; attention itself moves nothing, dropout neither."""
     projections = linear(grid, rows, width, [width] * 3, layout="outer->inner", swapped=swapped, slices=slices)
     return projections + linear(grid, rows, width, width, layout="inner->outer", swapped=swapped, slices=slices)
 
 
-def mlp(grid: Grid, rows: int, width: int, hidden: int, swapped: bool | str = False, slices: int = 1, gated: bool = False) -> Cost:
+def mlp(
+    grid: Grid, rows: int, width: int, hidden: int, swapped: bool | str = False, slices: int | None = None, gated: bool = False
+) -> Cost:
     first = linear(grid, rows, width, [hidden, hidden] if gated else hidden, layout="outer->inner", swapped=swapped, slices=slices)
     return first + linear(grid, rows, hidden, width, layout="inner->outer", swapped=swapped, slices=slices)
 
@@ -299,7 +304,7 @@ class GPT:
     context: int = 128
     swapped: bool | str = "auto"
 
-    def step(self, grid: Grid, batch: int, item: int = 4, slices: int = 1) -> Cost:
+    def step(self, grid: Grid, batch: int, item: int = 4, slices: int | None = None) -> Cost:
         """Bytes of forward and backward of one step on [batch, context] tokens, loss over logits in the inner layout."""
         rows = batch * self.context
         cost = embedding(grid, self.vocabulary, self.width) + embedding(grid, self.context, self.width)

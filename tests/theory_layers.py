@@ -60,7 +60,7 @@ def weight_of_step(grid: Grid, k: int, n: int) -> list[Piece]:
     return [(rows[j], columns[kk * m + i]) for _, i, j, kk in places(grid)]
 
 
-def patches(grid: Grid, images: int, count: int, fan_in: int, width: int, slices: int = 1) -> Cost:
+def patches(grid: Grid, images: int, count: int, fan_in: int, width: int, slices: int | None = None) -> Cost:
     """Words of PatchEmbedding on images without gradient: its linear, and the reshard of a weight cut along N by all."""
     cost = linear(grid, images * count, fan_in, width, products={"y", "dw"}, slices=slices, between=count)
     depth = 1 if grid.sharded else grid.depth
@@ -76,7 +76,7 @@ def patches(grid: Grid, images: int, count: int, fan_in: int, width: int, slices
     return cost + reshard(grid, key, before, weight_of_step(grid, fan_in, width))
 
 
-def tied(grid: Grid, rows: int, count: int, width: int, slices: int = 1) -> Cost:
+def tied(grid: Grid, rows: int, count: int, width: int, slices: int | None = None) -> Cost:
     """Words of embedding ids and of a classifier onto the same table, outer -> inner: in 2d and 2.5d swapped, in 1d not,
     elsewhere the table [count over m, width over k, n] goes to the step's cuts and back."""
     square = not grid.rows and grid.pk == 1
@@ -89,7 +89,7 @@ def tied(grid: Grid, rows: int, count: int, width: int, slices: int = 1) -> Cost
     return cost + reshard(grid, "world" if grid.pm > 1 else grid.key("n"), before, weight_of_step(grid, width, count))
 
 
-def sequence_attention(grid: Grid, rows: int, width: int, heads: int, kv_heads: int, slices: int = 1) -> Cost:
+def sequence_attention(grid: Grid, rows: int, width: int, heads: int, kv_heads: int, slices: int | None = None) -> Cost:
     """Words with the sequence cut: the projections, and keys and values gathered over the row ranks, their gradients back."""
     kv = width // heads * kv_heads
     cost = linear(grid, rows, width, [width, kv, kv], layout="outer->inner", slices=slices)

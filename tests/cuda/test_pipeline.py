@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-FAULTS = Path(__file__).parent / "fake" / "faults.py"
+FAULTS, HOSTS = (Path(__file__).parent / "fake" / name for name in ("faults.py", "hosts.py"))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,12 @@ def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
     out = run([sys.executable, "-m", "gingham", "train", *options.split()], environment)
     largest = re.search(r"largest of all.*?([0-9.e-]+) relative", out)
     assert largest and float(largest[1]) < 1e-6 and re.search(r"received a rank and step +[\d.]+ [KM]B +equal to the formula", out), out
+
+
+def test_virtual_hosts_of_fake_devices(package: Path) -> None:
+    """Two hosts of fake GPUs: keys between them on the engine, bytes by the fake NCCL; bits and counts are those of one host."""
+    out = run([sys.executable, str(HOSTS)], fake_build.package_environment(package), limit=300)
+    assert json.loads(out.splitlines()[-1]) == []
 
 
 @pytest.mark.parametrize(

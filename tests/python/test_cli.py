@@ -34,6 +34,15 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch" in out and "cores" in out and "BLAS" in out
 
 
+def test_doctor_multiplies_and_says_right(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["doctor", "--test"]) == 0
+    said = capsys.readouterr().out
+    assert "between hosts" in said and "4 ranks as 2 x 2 on host " in said and said.splitlines()[-1] == "right"
+    monkeypatch.setattr(gingham, "spawn", lambda *_: [{"right": rank != 2, "said": []} for rank in range(4)])
+    assert main(["doctor", "--test"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("WRONG")
+
+
 WRONG = [
     (["train", "--mode", "2.5d", "--ranks", "6"], "nearest valid"),
     (["train", "--mode", "2d", "--ranks", "6"], "nearest valid"),

@@ -11,7 +11,9 @@ import gingham
 import theory
 from gingham.commands.cli import main
 from gingham.launch.describe import describe
-from gingham.plan import choose, workload
+from gingham.mesh.modes import GridShape, axes_of
+from gingham.plan import choose, formulas, workload
+from grids import GRIDS
 from theory import nested_cuts
 
 GRID = tuple[int, int, int]
@@ -337,3 +339,22 @@ def test_the_plan_command_shows_every_grid(capsys: Any, monkeypatch: pytest.Monk
     assert "needs" in capsys.readouterr().out
     assert main(["plan", *size, "--heads", "5"]) == 2
     assert "must divide" in capsys.readouterr().err
+
+
+def large_linear(rank: int, name: str, layout: str) -> Any:
+    """Messages that a Linear which goes in slices receives, forward and backward, and its plan."""
+    mesh = gingham.init(**GRIDS[name])
+    layer = gingham.nn.Linear(2048, 4096, bias=False, layout=layout)
+    x = mesh.scatter(torch.ones(mesh.size, 2048), operand=layout.split("->")[0]).requires_grad_()
+    layer(x).sum().backward()
+    return sum(count["messages"] for count in mesh.traffic().values()), layer.plan.swapped
+
+
+@pytest.mark.parametrize("layout", ["outer->inner", "inner->outer"])
+@pytest.mark.parametrize("name", ["2d", "3d", "1d sequence"])
+def test_messages_of_a_layer_that_goes_in_slices(ranks, name: str, layout: str) -> None:
+    grid = GridShape(axes_of(**GRIDS[name]))
+    counted, swapped = ranks(grid.size)(large_linear, name, layout)[0]
+    slices = formulas.usual_slices(grid, 2048, (4096,))
+    assert slices == 4
+    assert counted == formulas.linear_messages(grid, 1, swapped, False, slices)

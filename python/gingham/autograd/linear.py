@@ -137,7 +137,7 @@ def make_step(
         "M" if along_rows else "N" if swapped else "K",
         k,
         list(n),
-        mesh.slices or (1 if mesh.job.has_gpu else formulas.usual_slices(mesh, k, n, first)),
+        mesh.slices or (1 if mesh.job.has_gpu else formulas.usual_slices(mesh, k, n)),
         out_in,
     )
 

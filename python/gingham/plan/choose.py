@@ -144,7 +144,8 @@ def _linears_cost(grid: GridShape, part: Linears, workload: Workload) -> tuple[i
     words = formulas.linear_words(grid, workload.batch * workload.context, part.k, part.n, swapped, part.bias)
     words += workload.context * sum(moved)
     # a relayout is one message a peer at most: to all of an axis where rows or whole features move, else a permutation
-    messages = formulas.linear_messages(grid, len(part.n), swapped, part.bias)
+    slices = formulas.usual_slices(grid, part.k, part.n)
+    messages = formulas.linear_messages(grid, len(part.n), swapped, part.bias, slices)
     messages += sum(map(bool, moved)) * (1 if grid.outer.features else grid.size - 1)
     held = formulas.linear_parameters(grid, part.k, part.n, swapped, part.bias)
     kept = _block(grid, workload, part.k, x) + part.kept * sum(_block(grid, workload, size, y) for size in part.n)

@@ -34,26 +34,29 @@ def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: boo
     return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
 
 
-def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool) -> int:
-    """Messages of `maps` linear maps that share X, panels in one slice: 3(px-1) for X and 2(py-1) for Y, 3(pm-1) for W and
-    2(d-1) for its sum over depth; db: an all-reduce over m, in 2.5d over row and depth."""
+def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool, slices: int = 1) -> int:
+    """Messages of `maps` linear maps that share X: 3(px-1) for X and 2(py-1) for Y, 3(pm-1) for W and 2(d-1) for its sum over depth; db:
+    an all-reduce over m, in 2.5d over row and depth. slices: of the dim that the step loops over, K, swapped N, in sequence mode M; an
+    operand that has it goes in so many messages."""
     pm, pn, pk = grid.grid
     px, py = (pk, pn) if swapped else (pn, pk)
     depth = grid.parts(grid.axes.depth)
     row = pm // depth
     replicated = not grid.outer.rows and not grid.outer.features
-    x, y = (2 * (px - 1), 2 * (py - 1)) if replicated else (3 * (px - 1), 2 * (py - 1) * maps)
+    by_rows = bool({*grid.axes.n, *grid.axes.k} & {*grid.outer.rows, *grid.inner.rows})
+    sx, sy, sw = (slices, slices, 1) if by_rows else (1, slices, slices) if swapped else (slices, 1, slices)
+    x, y = (2 * (px - 1), 2 * (py - 1)) if replicated else (3 * (px - 1) * sx, 2 * (py - 1) * maps * sy)
     db = 2 * (row - 1) + 2 * (depth - 1) if depth > 1 else 2 * (pm - 1)
-    return x + y + maps * (3 * (row - 1) + 2 * (depth - 1) + (db if bias else 0))
+    return x + y + maps * (3 * (row - 1) * sw + 2 * (depth - 1) + (db if bias else 0))
 
 
 SLICED = 1 << 20, 4  # words of a rank's part of W from which on it pays to send a panel in so many pieces, and how many
 
 
-def usual_slices(grid: GridShape, k: int, n: Sequence[int], loop: Names) -> int:
+def usual_slices(grid: GridShape, k: int, n: Sequence[int]) -> int:
     """The slices of a step on CPUs where init was given none: of global sizes alone, so that sums have the same bits wherever the ranks
-    are. loop: the axes that cut the dim which is sliced."""
-    large = k * max(n) // grid.size >= SLICED[0] and min(k, *n) // grid.parts(loop) >= 64 * SLICED[1]
+    are. The dim that is sliced lies cut over the axes k, K as it stands, swapped N."""
+    large = k * max(n) // grid.size >= SLICED[0] and min(k, *n) // grid.parts(grid.axes.k) >= 64 * SLICED[1]
     return SLICED[1] if large else 1
 
 
