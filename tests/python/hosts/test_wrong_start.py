@@ -16,7 +16,7 @@ from gingham import native
 from virtual import ENGINES, on_host, split
 
 LIMIT = 5.0  # seconds until every rank has said what is wrong
-HOSTS = split(2, 2)
+docs/hosts.md = split(2, 2)
 Wrong = Callable[[int], Any]  # of a rank: a context in which it starts
 
 
