@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-FAULTS, HOSTS = (Path(__file__).parent / "fake" / name for name in ("faults.py", "hosts.py"))
+FAULTS, VIRTUAL = (Path(__file__).parent / "fake" / name for name in ("faults.py", "hosts.py"))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
 
 def test_virtual_hosts_of_fake_devices(package: Path) -> None:
     """Two hosts of fake GPUs: keys between them on the engine, bytes by the fake NCCL; bits and counts are those of one host."""
-    out = run([sys.executable, str(HOSTS)], fake_build.package_environment(package), limit=300)
+    out = run([sys.executable, str(VIRTUAL)], fake_build.package_environment(package), limit=300)
     assert json.loads(out.splitlines()[-1]) == []
 
 

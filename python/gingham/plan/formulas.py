@@ -56,7 +56,7 @@ SLICED = 1 << 20, 4  # words of a rank's part of W from which on it pays to send
 def usual_slices(grid: GridShape, k: int, n: Sequence[int]) -> int:
     """The slices of a step on CPUs where init was given none: of global sizes alone, so that sums have the same bits wherever the ranks
     are. The dim that is sliced lies cut over the axes k, K as it stands, swapped N."""
-    large = k * max(n) // grid.size >= SLICED[0] and min(k, *n) // grid.parts(grid.axes.k) >= 64 * SLICED[1]
+    large = grid.size > 1 and k * max(n) // grid.size >= SLICED[0] and min(k, *n) // grid.parts(grid.axes.k) >= 64 * SLICED[1]
     return SLICED[1] if large else 1
 
 

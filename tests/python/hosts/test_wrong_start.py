@@ -16,7 +16,7 @@ from gingham import native
 from virtual import ENGINES, on_host, split
 
 LIMIT = 5.0  # seconds until every rank has said what is wrong
-docs/hosts.md = split(2, 2)
+PAIRS = split(2, 2)
 Wrong = Callable[[int], Any]  # of a rank: a context in which it starts
 
 
@@ -114,13 +114,13 @@ WRONG: dict[str, tuple[Wrong, tuple[str, ...]]] = {
 def started(rank: int, case: str, engine: str) -> tuple[str, str, float, float]:
     """What the wrong start said, when it began and ended; a right one follows."""
     begun = time.monotonic()
-    with on_host(rank, HOSTS, engine), WRONG[case][0](rank):
+    with on_host(rank, PAIRS, engine), WRONG[case][0](rank):
         try:
             gingham.init(mode="2d", size=4, timeout=20.0)
             return "nothing", "", begun, time.monotonic()
         except Exception as error:
             kind, text, ended = type(error).__name__, str(error), time.monotonic()
-    with on_host(rank, HOSTS, engine):
+    with on_host(rank, PAIRS, engine):
         mesh = gingham.init(mode="2d", size=4, timeout=20.0)
     x = torch.arange(16.0).view(4, 4)
     assert torch.equal(mesh.gather(mesh.scatter(x)), x)
