@@ -30,8 +30,7 @@ class Elsewhere {
   virtual std::vector<Told> ask(uint64_t program) = 0;
   // The first member's bytes to all members of a program, on every host.
   virtual std::string share(uint64_t program, bool first, const std::string& bytes) = 0;
-  virtual bool left(int rank) = 0;               // it has ended the job in order
-  virtual std::string host(int rank) const = 0;  // its name, for people
+  virtual bool left(int rank) = 0;  // it has ended the job in order
 };
 
 }  // namespace gingham

@@ -9,7 +9,17 @@ namespace {
 
 constexpr double kJudgePatience = 0.3, kAskAfter = 0.4;
 
+CallLog log_of(const ProgramRecord& record) {
+  CallLog log;
+  log.rank = record.rank;
+  log.sequence = record.sequence.load();
+  std::copy(std::begin(record.calls), std::end(record.calls), std::begin(log.calls));
+  return log;
+}
+
 }  // namespace
+
+int Program::place_of(int rank) const { return static_cast<int>(std::find(members_.begin(), members_.end(), rank) - members_.begin()); }
 
 void Program::compare(int peer, double waited) {
   const ProgramRecord& mine = record(rank_);
@@ -26,7 +36,7 @@ void Program::compare(int peer, double waited) {
   if (!spans_ || waited < std::max(kAskAfter, 2 * asked_)) return;
   asked_ = waited;  // ever more seldom
   for (const Told& told : control_.elsewhere()->ask(id_)) {
-    const auto r = static_cast<int>(std::find(members_.begin(), members_.end(), told.rank) - members_.begin());
+    const int r = place_of(told.rank);
     if (r < size() && differs(r, told.log.sequence, told.log.at(sequence))) mismatch({rank_, r});
   }
 }
@@ -45,9 +55,7 @@ std::vector<Told> told_of(const Control& control, ProgramBlock* block) {
   for (int r = 0; block && r < block->size; r++) {
     const ProgramRecord& record = records_of(block)[r];
     if (!control.here(record.rank)) continue;
-    CallLog& log = tell(record.rank).log;
-    log.sequence = record.sequence.load();
-    std::copy(std::begin(record.calls), std::end(record.calls), std::begin(log.calls));
+    tell(record.rank).log = log_of(record);
   }
   return found;
 }
@@ -61,14 +69,12 @@ std::vector<CallLog> Program::logs() {
   for (int r = 0; r < size(); r++) {
     CallLog& log = found[static_cast<size_t>(r)];
     log.rank = member(r);
-    if (!here(r)) continue;
-    log.sequence = record(r).sequence.load();
-    std::copy(std::begin(record(r).calls), std::end(record(r).calls), std::begin(log.calls));
+    if (here(r)) log = log_of(record(r));
   }
   while (spans_) {  // ranks elsewhere may still be on their way to this call
     bool all = true;
     for (const Told& told : control_.elsewhere()->ask(id_)) {
-      const auto r = static_cast<size_t>(std::find(members_.begin(), members_.end(), told.rank) - members_.begin());
+      const auto r = static_cast<size_t>(place_of(told.rank));
       if (r < found.size()) found[r] = told.log;
       all = all && (r >= found.size() || reached(told.log.sequence, sequence));
     }

@@ -37,7 +37,7 @@ Program::Program(Control& control, Segment& segment, Heap& heap, uint64_t id, st
     : control_(control), segment_(segment), heap_(heap), members_(std::move(members)), lines_(std::move(lines)), id_(id), timeout_(timeout) {
   CHECK(MeshError, !members_.empty(), "a program without ranks");
   for (int r : members_) CHECK(MeshError, r >= 0 && r < control.size(), "rank ", r, " of a job of ", control.size());
-  rank_ = static_cast<int>(std::find(members_.begin(), members_.end(), control.rank()) - members_.begin());
+  rank_ = place_of(control.rank());
   CHECK(MeshError, rank_ < size(), "rank ", control.rank(), " is not among the ranks of its own program, ", list_of(members_));
   while (!here(first_)) first_++;
   for (int r = 0; r < size(); r++) locals_ += here(r);

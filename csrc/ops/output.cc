@@ -48,6 +48,11 @@ class Rounds : public Output {
   int target(int round) const { return axis_.next(-1 - round); }
   bool last() const { return round_ + 1 == axis_.size(); }
   size_t share_bytes(int slice) const { return cut_.share_bytes(target(round_), slice); }
+  // The last round's sums, from where they were made into this rank's own part.
+  void keep(int slice, const Stream& stream) {
+    for (int t = 0; t < cut_.slices().intervals(); t++)
+      if (holds(round_, t)) cast(at(slice, t), cut_.piece_of(cut_.own(), slice, t), stream);
+  }
 
   Cut cut_;
   Axis& axis_;
@@ -91,8 +96,7 @@ class RingOutput : public Rounds {
   Matrix at(int slice, int interval) override { return cut_.piece_in(relay_.data(), slice, interval); }
   void end(int slice, int) override {
     if (!last()) return relay_.send(share_bytes(slice));
-    for (int t = 0; t < cut_.slices().intervals(); t++)
-      if (holds(round_, t)) cast(at(slice, t), cut_.piece_of(cut_.own(), slice, t), stream_);
+    keep(slice, stream_);
     if (slice + 1 == cut_.slices().slices) relay_.drain();
   }
 
@@ -129,8 +133,7 @@ class FarRingOutput : public Rounds {
       ring_.expect(axis_.next(-1), buffer(slice, round + 1), cut_.share_bytes(target(round + 1), slice), lane_);
       return;
     }
-    for (int t = 0; t < cut_.slices().intervals(); t++)
-      if (holds(round, t)) cast(at(slice, t), cut_.piece_of(cut_.own(), slice, t), stream_);
+    keep(slice, stream_);
     if (slice + 1 == cut_.slices().slices) ring_.drain(axis_.next(), lane_);
   }
 

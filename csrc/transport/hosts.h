@@ -4,7 +4,6 @@
 #pragma once
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <vector>
 
@@ -30,7 +29,8 @@ class Hosts : public Elsewhere {
   std::vector<Told> ask(uint64_t program) override;
   std::string share(uint64_t program, bool first, const std::string& bytes) override { return calls_.share(program, first, bytes); }
   bool left(int rank) override { return engine_->left(rank); }
-  std::string host(int rank) const override { return names_[static_cast<size_t>(host_of_[static_cast<size_t>(rank)])]; }
+  // The name of a rank's host, for people.
+  std::string host(int rank) const { return names_[static_cast<size_t>(host_of_[static_cast<size_t>(rank)])]; }
   static std::string words(const std::vector<Told>& told);  // as `ask` brings them
 
  private:

@@ -21,7 +21,7 @@ from ..errors import MeshError
 from ..graph_ops import define, find
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
-from ..mesh.layout import odd_ranks
+from ..mesh.layout import list_of, odd_ranks
 
 PIECE = 1 << 26  # bytes of a broadcast at a time
 
@@ -55,7 +55,7 @@ def agreed_seed(mesh: Mesh) -> int:
     if odd:
         first, theirs = mesh.ranks[0], seeds[mesh.ranks.index(odd[0])]
         warnings.warn(
-            f"parallelize: {_ranks(odd)} had another seed than rank {first} ({theirs}, {seeds[0]}); the model on meta is drawn from"
+            f"parallelize: {list_of(odd)} had another seed than rank {first} ({theirs}, {seeds[0]}); the model on meta is drawn from"
             f" rank {first}'s: call torch.manual_seed({seeds[0]}) on every rank",
             stacklevel=4,
         )
@@ -65,10 +65,6 @@ def agreed_seed(mesh: Mesh) -> int:
 def _tensors(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     """Plain parameters and buffers by their first names; blocks of a layer that is converted already differ by right."""
     return [(name, x) for name, x in chain(model.named_parameters(), model.named_buffers()) if not isinstance(x, DTensor)]
-
-
-def _ranks(odd: list[int]) -> str:
-    return f"rank {odd[0]}" if len(odd) == 1 else f"ranks {', '.join(map(str, odd))}"
 
 
 def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> None:
@@ -82,7 +78,7 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
     index = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
     got, expected = (lines[index] if index < len(lines) else "no more parameters" for lines in (theirs, ours))
     raise MeshError(
-        f"parallelize: {kind} of {_ranks(odd)} differs from the others': got {got!r}, expected {expected!r}; build the same model on"
+        f"parallelize: {kind} of {list_of(odd)} differs from the others': got {got!r}, expected {expected!r}; build the same model on"
         " every rank"
     )
 
@@ -98,7 +94,7 @@ def _take_first(mesh: Mesh, tensors: list[tuple[str, torch.Tensor]], sums: list[
             _broadcast(mesh, x)
     first, found = mesh.ranks[0], f"{len(names)} of {len(tensors)} parameters and buffers, the first of them {names[0]!r}"
     warnings.warn(
-        f"parallelize: {_ranks(odd)} held other values than rank {first} in {found}; all have rank {first}'s now. Build models after"
+        f"parallelize: {list_of(odd)} held other values than rank {first} in {found}; all have rank {first}'s now. Build models after"
         " the same torch.manual_seed on every rank, or load one checkpoint",
         stacklevel=4,
     )

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import native
+from ..mesh.layout import list_of
 
 T = TypeVar("T")
 VARIABLE = "GINGHAM_HOST"
@@ -45,11 +46,6 @@ def whereabouts() -> dict[str, Any]:
     inside = os.readlink(space) if os.path.lexists(space) else ""
     host = f"={named}" if named else f"{machine} {inside}"
     return {"pid": os.getpid(), "name": named or os.uname().nodename, "named": bool(named), "host": host}
-
-
-def list_of(ranks: Sequence[int]) -> str:
-    """For people: "rank 3", "ranks 0, 1"."""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 @dataclass(frozen=True)
@@ -73,13 +69,18 @@ def hosts_of(told: Sequence[dict[str, Any]]) -> list[Host]:
     return [Host(name, tuple(ranks)) for name, ranks in zip(again, found.values(), strict=True)]
 
 
+def host_numbers(hosts: Sequence[Host]) -> dict[int, int]:
+    """The number of each rank's host."""
+    return {rank: number for number, host in enumerate(hosts) for rank in host.ranks}
+
+
 class News:
     """Of this rank: tells and asks the other hosts, and on the first rank of each host hears and answers them."""
 
     def __init__(self, store: Any, rank: int, hosts: Sequence[Host], job: native.Job) -> None:
         self.hosts = list(hosts)
         self._job: native.Job | None = job  # until close(): the job holds this object's methods, which no collector sees
-        self.own = next(number for number, host in enumerate(hosts) if rank in host.ranks)
+        self.own = host_numbers(hosts)[rank]
         self._store = store.clone()
         self._store.set_timeout(timedelta(seconds=SOON))
         self._lock = threading.Lock()
@@ -116,7 +117,8 @@ class News:
         """The bytes of a program's first rank, on all its ranks."""
         if first:
             self._store.set(f"shared/{program}", told)
-        return bytes(self._heard_of(f"shared/{program}"))
+        self._store.wait([f"shared/{program}"], timedelta(seconds=60))
+        return bytes(self._store.get(f"shared/{program}"))
 
     def _within(self, seconds: float, work: Callable[[], T]) -> T:
         """work(), which asks the store, in a thread of its own: where the link to it is cut, torch waits for ever. Raises TimeoutError."""
@@ -137,10 +139,6 @@ class News:
         if not good:
             raise answer
         return answer  # type: ignore[no-any-return]
-
-    def _heard_of(self, key: str) -> Any:
-        self._store.wait([key], timedelta(seconds=60))
-        return self._store.get(key)
 
     def _tell(self, message: dict[str, Any]) -> int:
         number = int(self._store.add("news", 1))

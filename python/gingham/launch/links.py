@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from .. import native
 from ..errors import MeshError
-from .engines import choose_engine, open_engine
-from .hosts import Connections, Host, News, addresses_of, interface_to, list_of
+from ..mesh.layout import list_of
+from .engines import open_engine
+from .hosts import Connections, Host, News, addresses_of, host_numbers, interface_to
 from .meeting import Meeting, seen_by_all
 
 
@@ -23,33 +24,32 @@ class Links:
     """Collective over the ranks of the job, which has several hosts. Raises MeshError, with what to do, where they do not reach each
     other."""
 
-    def __init__(self, meeting: Meeting, hosts: Sequence[Host], job: native.Job) -> None:
+    def __init__(self, meeting: Meeting, hosts: Sequence[Host], job: native.Job, engine: str) -> None:
         self._opened: list[Any] = []
         self.hosts = list(hosts)
         try:
-            self._open(meeting, hosts, job)
+            self._open(meeting, hosts, job, engine)
         except BaseException:
             self.close(0.5)
             raise
 
-    def _open(self, meeting: Meeting, hosts: Sequence[Host], job: native.Job) -> None:
+    def _open(self, meeting: Meeting, hosts: Sequence[Host], job: native.Job, engine: str) -> None:
         interface, address = own_address()
-        own = next(host for host in hosts if job.rank in host.ranks)
-        name = choose_engine().name
+        numbers = host_numbers(hosts)
+        own = hosts[numbers[job.rank]]
         # Gloo connects all ranks of a group; UCX those that are asked for
-        ranks = meeting.ranks if name == "gloo" else [rank for rank in meeting.ranks if rank == job.rank or rank not in own.ranks]
+        ranks = meeting.ranks if engine == "gloo" else [rank for rank in meeting.ranks if rank == job.rank or rank not in own.ranks]
         store = dist.PrefixStore("engine", meeting.store.clone())
         meeting.exchange("before engine", None)  # neither can be asked to stop: nobody enters it whose peers have not all joined the job
-        opened = meeting.during("engine", partial(open_engine, name, job.rank, ranks, store, meeting.timeout, interface))
+        opened = meeting.during("engine", partial(open_engine, engine, job.rank, ranks, store, meeting.timeout, interface))
         self._opened.append(opened)
         news = News(meeting.store, job.rank, hosts, job)
         self._opened.append(news)
-        number_of = {rank: number for number, host in enumerate(hosts) for rank in host.ranks}
         opened.engine.span(
-            job, [number_of[rank] for rank in meeting.ranks], [str(host) for host in hosts], news.publish, news.ask, news.share
+            job, [numbers[rank] for rank in meeting.ranks], [str(host) for host in hosts], news.publish, news.ask, news.share
         )
         if job.rank == own.ranks[0]:
-            connections = Connections(hosts, hosts.index(own), job, news)
+            connections = Connections(hosts, numbers[job.rank], job, news)
             self._opened.append(connections)
             meeting.during("life", partial(_connect, connections, meeting, address))
         meeting.exchange("linked", None)

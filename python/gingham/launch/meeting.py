@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
+from ..mesh.layout import list_of
 from . import rendezvous
-from .hosts import VARIABLE, Host, hosts_of, list_of, whereabouts
+from .hosts import VARIABLE, Host, hosts_of, whereabouts
 
 T = TypeVar("T")
 _left_behind: list[threading.Thread] = []  # in Gloo, where they wait for a rank that is gone

@@ -26,9 +26,9 @@ from ..mesh.layout import coordinates_of, members, odd_ranks
 from ..mesh.modes import GridShape
 from ..plan.hosts import best_order
 from . import faults, rendezvous
-from .engines import choose_engine
+from .engines import Choice, choose_engine
 from .gpu import use_gpu
-from .hosts import VARIABLE, Host
+from .hosts import VARIABLE, Host, host_numbers
 from .links import Links, agree_on_network
 from .meeting import Meeting, seen_by_all
 
@@ -65,7 +65,6 @@ class World:
     """This process's part in the job."""
 
     job: native.Job
-    size: int
     device: torch.device
     made_group: bool  # whether init made torch.distributed's default group
     hosts: list[Host]
@@ -96,15 +95,17 @@ def add_mesh(plan: Plan) -> Mesh:
         hosts = meeting.arrive()
         plan = _ordered(plan, hosts if joined is None else joined.hosts, rank)
         faults.at("init.arrive")
-        if joined is None and len(hosts) > 1:
+        several = joined is None and len(hosts) > 1
+        if several:
             agree_on_network(meeting)
         if joined is None:
             meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
             made_group = meeting.during("group", partial(rendezvous.make_process_group, plan.device, meeting.store))
         faults.at("init.group")
-        id = _agree(meeting, plan, hosts, jobs)
-        if joined is None and len(hosts) > 1:
-            links = Links(meeting, hosts, jobs[0])
+        engine = choose_engine() if several else None
+        id = _agree(meeting, plan, hosts, jobs, engine)
+        if engine is not None:
+            links = Links(meeting, hosts, jobs[0], engine.name)
         place = joined.device if joined is not None else use_gpu(jobs[0]) if plan.device == "cuda" else torch.device("cpu")
         faults.at("init.join")
         meeting.exchange("before mesh", None)
@@ -131,13 +132,13 @@ def add_mesh(plan: Plan) -> Mesh:
         meeting.close()
     if joined is None:
         jobs[0].inject(strikes)
-        joined = _world = World(jobs[0], size, place, made_group, hosts, links)
+        joined = _world = World(jobs[0], place, made_group, hosts, links)
     joined.meshes.append(made)
     joined.groups[made.handle] = groups
     return made
 
 
-def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Job]) -> int:
+def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Job], engine: Choice | None) -> int:
     """The number of the mesh's program. Joins the job, where there is none yet: memory made by the first rank of each host and mapped by
     the others on it, once all agree on the meshes and the version."""
     rank, first = meeting.rank, not jobs
@@ -146,8 +147,7 @@ def _agree(meeting: Meeting, plan: Plan, hosts: list[Host], jobs: list[native.Jo
         jobs.append(native.Job(rank, meeting.size, "", plan.timeout, plan.heap or 0, host.ranks))
     memory = (jobs[0].path, jobs[0].nonce) if jobs else ("", 0)
     number = rendezvous.next_number(meeting.store) if rank == plan.ranks[0] else 0
-    engine = choose_engine().words() if first and len(hosts) > 1 else ""
-    mine = (plan.job_words() + engine, plan.words(), list(plan.ranks), memory, number)
+    mine = (plan.job_words() + ("" if engine is None else engine.words()), plan.words(), list(plan.ranks), memory, number)
     told = dict(zip(meeting.ranks, meeting.exchange("described", mine), strict=True))
     _compare(rank, plan, {each: (words, mesh, tuple(ranks)) for each, (words, mesh, ranks, *_) in told.items()})
     if first and not jobs:
@@ -162,7 +162,7 @@ def _ordered(plan: Plan, hosts: list[Host], rank: int) -> Plan:
     """The plan with its ranks in the best order for the hosts where any will do; else a warning where another one would cross less."""
     if len(hosts) == 1:
         return plan
-    number_of = {each: number for number, host in enumerate(hosts) for each in host.ranks}
+    number_of = host_numbers(hosts)
     grid = GridShape(plan.axes)
     places, least, now = best_order(grid, [number_of[each] for each in plan.ranks], plan.operands or (1, 1, 1))
     better = tuple(plan.ranks[place] for place in places)

@@ -193,6 +193,11 @@ def odd_ranks(values: Sequence[Any], ranks: Sequence[int] | None = None) -> tupl
     return [rank for rank, value in zip(range(len(values)) if ranks is None else ranks, values, strict=True) if value != usual], usual
 
 
+def list_of(ranks: Sequence[int]) -> str:
+    """For people: "rank 3", "ranks 0, 1"."""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
 def words(cuts: Cuts) -> str:
     """ "dim 0 over row, dim 1 over col"."""
     cut = [f"dim {dim} over {', '.join(names)}" for dim, names in enumerate(cuts) if names]
