@@ -6,6 +6,8 @@ with on_host(rank, (0, 0, 0, 1), "gloo"):      ranks 0 to 2 on host a, rank 3 on
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 
 ENGINES = ("ucx", "gloo")
@@ -42,3 +44,9 @@ def on_host(rank: int, hosts: Sequence[int], engine: str = "ucx") -> Iterator[No
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def in_network(host: str, program: Sequence[str], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """A Python program, its source first and then its arguments, in the network namespace `host`, with pipes to it."""
+    command = ["ip", "netns", "exec", host, sys.executable, "-c", *program]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import gingham
-from virtual import ENGINES
+from virtual import ENGINES, in_network
 
 ENVIRONMENT = {"PYTHONPATH": str(Path(gingham.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 LIMIT = 5.0  # seconds until every rank has said what is wrong
@@ -65,15 +65,7 @@ def started(hosts: Sequence[str], patience: float, steps: int, *environments: di
             "MASTER_PORT": where,
             "GINGHAM_HOST": host[-1],
         }
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", host, sys.executable, "-c", JOB, str(patience), str(steps)],
-            env={**os.environ, **ENVIRONMENT, **given, **environment},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        ranks.append(process)
+        ranks.append(in_network(host, [JOB, str(patience), str(steps)], {**os.environ, **ENVIRONMENT, **given, **environment}))
     for process in ranks:
         assert process.stdout.readline() == "ready\n", process.communicate(timeout=10)
     for process in ranks:

@@ -15,6 +15,7 @@ import torch
 import gingham
 from gingham import native
 from gingham.launch import engines
+from virtual import in_network
 
 libucx = pytest.importorskip("libucx")
 pytestmark = pytest.mark.skipif(not engines.find_ucx()["found"], reason="no UCX: pip install 'gingham[hosts]'")
@@ -250,15 +251,8 @@ def test_a_cut_link_is_noticed(two_hosts: tuple[str, str], tmp_path: Path, name:
     path = str(tmp_path / "store")
     ranks = []
     for rank, host in enumerate(two_hosts):
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", host, sys.executable, "-c", RANK, str(rank), path, name, mode],
-            env={**os.environ, "PYTHONPATH": str(Path(gingham.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        ranks.append(process)
+        environment = {**os.environ, "PYTHONPATH": str(Path(gingham.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        ranks.append(in_network(host, [RANK, str(rank), path, name, mode], environment))
     for process in ranks:
         assert process.stdout is not None and process.stdout.readline() == "ready\n", process.communicate(timeout=10)
     subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "eth0", "down"], check=True)
