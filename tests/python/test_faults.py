@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -85,6 +86,34 @@ QUICK = [
 @pytest.mark.parametrize(("op", "call", "kind", "victim"), QUICK)
 def test_f1_to_f4_the_right_rank_is_named_by_all(ranks, op: str, call: int, kind: str, victim: int, tmp_path: Path) -> None:
     assert max(struck(ranks, "2d", op, call, kind, victim, tmp_path)) <= LIMIT
+
+
+def left_in_a_step(rank: int) -> tuple[str, float]:
+    """Rank 2 dies after it was through a step in which rank 0 still waits for it, as Gloo does, without an end, and the store with it."""
+    from gingham.launch.meeting import Meeting
+
+    meeting = Meeting(rank, (0, 1, 2), 30.0)
+    meeting.arrive()
+    started = time.monotonic()
+    if rank == 2:
+        meeting.during("step", lambda: None)
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        meeting.during("step", lambda: meeting.store.get("never") if rank == 0 else time.sleep(0.2))
+        meeting.exchange("next", None)
+    except gingham.PeerDied as error:
+        meeting.fail(error)
+        meeting.close()
+        return str(error), time.monotonic() - started
+    return "nothing", 0.0
+
+
+def test_a_rank_that_died_after_its_part_of_a_step_is_named_by_those_still_in_it(ranks) -> None:
+    outcomes = ranks(3)(left_in_a_step, outcomes=True, timeout=30.0)
+    ranks(3).stop()  # rank 0 still has a thread in the store
+    for told, seconds in outcomes[:2]:
+        assert told.startswith("rank 2 ") and "died" in told, outcomes
+        assert seconds < 2.0, outcomes
 
 
 @pytest.mark.matrix

@@ -28,6 +28,7 @@ _left_behind: list[threading.Thread] = []  # in Gloo, where they wait for a rank
 FAILED = "failed"  # the store's key for the first rank that did not get through init
 PAUSE = 0.02  # seconds between two looks at the peers
 PARTING = 1.0  # seconds until all have read why an init failed
+GRACE = 0.5  # seconds in which a step may still end that a rank has died in, or after it was through
 
 
 def failure(rank: int, text: str) -> str:
@@ -60,7 +61,7 @@ class Meeting:
         self._watch: Any = None
         if self.size > 1:
             self.store = rendezvous.store(rank, ranks, timeout)
-            # a connection of its own: the first one is busy while Gloo waits in it
+            # a connection of its own: the first one is busy while Gloo waits in it, and stays so where Gloo is left behind
             self._watch = _Asked(self.store.clone(), rank)
 
     def arrive(self) -> list[Host]:
@@ -84,7 +85,7 @@ class Meeting:
         """Every rank's value (of JSON), in the order of `ranks`."""
         if self.size == 1:
             return [value]
-        self.store.set(f"{name}/{self.rank}", json.dumps(value))
+        self._watch.set(f"{name}/{self.rank}", json.dumps(value))
         told: dict[int, Any] = {self.rank: value}
         deadline, pause = time.monotonic() + self.timeout, 0.001
         while True:
@@ -118,13 +119,17 @@ class Meeting:
 
         thread = threading.Thread(target=run, name=f"gingham {name}", daemon=True)
         thread.start()
-        deadline = time.monotonic() + self.timeout
+        deadline, patience = time.monotonic() + self.timeout, float("inf")
         try:
             while thread.is_alive():
                 thread.join(PAUSE)
                 if not thread.is_alive():
                     break
                 self._look(name)
+                if patience == float("inf") and self._ended():
+                    patience = time.monotonic() + GRACE  # it was through, but others may have needed it still
+                if time.monotonic() > patience:
+                    self._look("")
                 if time.monotonic() > deadline:
                     raise self._stalled(self._not_through(name), name)
         except (PeerDied, PeerStalled) as error:
@@ -133,35 +138,41 @@ class Meeting:
             raise
         if errors:
             self._explain(errors[0], name)
-        self.store.set(f"{name}/{self.rank}", "1")
+        self._watch.set(f"{name}/{self.rank}", "1")
         return answers[0]
 
     def _explain(self, error: BaseException, name: str) -> None:
         """Raises what the error comes from: where a peer is gone, Gloo's words hide it."""
         if not isinstance(error, MeshError | PeerDied | PeerStalled | PeerOutOfMemory | MemoryError):
-            deadline = time.monotonic() + 0.5
+            deadline = time.monotonic() + GRACE
             while time.monotonic() < deadline:
                 self._look("")  # also who was through the step: Gloo may still have needed it
                 time.sleep(PAUSE)
         raise error
 
     def fail(self, error: BaseException) -> None:
-        """This rank does not get through init: tells the others, unless it is they who said so."""
-        if self.store is not None and not isinstance(error, PeerDied | PeerStalled) and not hasattr(error, "seen_by_all"):
+        """This rank does not get through init: tells the others, unless they find it out alike. Of a death too, which those on other
+        hosts do not see, nor those that Gloo still waits in."""
+        if self.store is None:
+            return
+        if isinstance(error, PeerDied):
+            text: str | None = failure(error.rank, str(error).partition(" (told to rank")[0])
+        elif isinstance(error, PeerStalled) or hasattr(error, "seen_by_all"):
+            text = None
+        else:
             text = failure(self.rank, f"rank {self.rank} raised {type(error).__name__} in gingham.init: {error}")
-            with contextlib.suppress(dist.DistError):
-                self.store.compare_set(FAILED, "", text)
-        if self.store is not None:
+        with contextlib.suppress(dist.DistError, PeerDied):
+            if text is not None:
+                self._watch.compare_set(FAILED, "", text)
             self._part()
 
     def _part(self) -> None:
         """Says that this rank has heard of the failure, and where the store ends with this process waits a second for the others to."""
-        with contextlib.suppress(dist.DistError):
-            self.store.set(f"parted/{self.rank}", "1")
-            others = [f"parted/{rank}" for rank in self.ranks if rank != self.rank]
-            deadline = time.monotonic() + PARTING
-            while rendezvous.keeps_store() and time.monotonic() < deadline and not self.store.check(others):
-                time.sleep(PAUSE)
+        self._watch.set(f"parted/{self.rank}", "1")
+        others = [f"parted/{rank}" for rank in self.ranks if rank != self.rank]
+        deadline = time.monotonic() + PARTING
+        while rendezvous.keeps_store() and time.monotonic() < deadline and not self._watch.check(others):
+            time.sleep(PAUSE)
 
     def close(self) -> None:
         for handle in self._watched.values():
@@ -186,12 +197,15 @@ class Meeting:
             told = json.loads(self._watch.get(FAILED))
             if told["rank"] != self.rank:
                 raise about(PeerDied, told["rank"], f"{told['text']} (told to rank {self.rank})")
-        handles = {handle: rank for rank, handle in self._watched.items() if handle is not None}
-        ended = [handles[handle] for handle in select.select(list(handles), [], [], 0)[0]] if handles else []
-        ended += [rank for rank, handle in self._watched.items() if handle is None and _state(self._others[rank]) in ("", "Z", "X")]
-        for rank in ended:
+        for rank in self._ended():
             if not self._watch.check([f"{name}/{rank}"]):
                 raise self._dead(rank, self._others[rank])
+
+    def _ended(self) -> list[int]:
+        """The ranks of this host whose processes are gone."""
+        handles = {handle: rank for rank, handle in self._watched.items() if handle is not None}
+        ended = [handles[handle] for handle in select.select(list(handles), [], [], 0)[0]] if handles else []
+        return ended + [rank for rank, handle in self._watched.items() if handle is None and _state(self._others[rank]) in ("", "Z", "X")]
 
     def _dead(self, rank: int, pid: int) -> BaseException:
         told = json.loads(self._watch.get(FAILED)) if self._watch.check([FAILED]) else None
@@ -229,9 +243,15 @@ class _Asked:
     def get(self, key: str) -> Any:
         return self._answer(self._store.get, key)
 
-    def _answer(self, ask: Callable[[Any], Any], what: Any) -> Any:
+    def set(self, key: str, value: str) -> None:
+        self._answer(self._store.set, key, value)
+
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        self._answer(self._store.compare_set, key, expected, value)
+
+    def _answer(self, ask: Callable[..., Any], *what: Any) -> Any:
         try:
-            return ask(what)
+            return ask(*what)
         except dist.DistNetworkError as error:
             where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
             text = f"rank 0, or the process that kept the job's store at {where}, has ended in gingham.init: {error}"
