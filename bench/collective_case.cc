@@ -62,7 +62,7 @@ class Collective {
     call.n = o_.n;
     program_.begin(call);
     if (o_.name == "all_gather") all_gather(*axis_, part_.view, parts_, job_.stream());
-    if (o_.name == "reduce_scatter") reduce_scatter(*axis_, parts_, part_.view, job_.stream());
+    if (o_.name == "reduce_scatter") reduce_scatter(*axis_, {whole_.view, 1, cuts_}, part_.view, job_.stream());
     if (o_.name == "all_reduce") all_reduce(*axis_, whole_.view, job_.stream());
     if (o_.name == "broadcast") broadcast(*axis_, whole_.view, 0, job_.stream());
     if (o_.name == "reduce") reduce(*axis_, whole_.view, 0, job_.stream());

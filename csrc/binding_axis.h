@@ -96,17 +96,13 @@ class BoundAxis {
     const Made out = make_tensor(member_.job, shape, mine.dtype_name);
     const int64_t width = mine.shape[0] ? mine.count() / mine.shape[0] : 0;
     const Matrix whole = dense(mine.data, mine.shape[0], width, mine.dtype);
-    std::vector<Matrix> parts;
-    int64_t at = 0;
-    for (int64_t s : sizes) {
-      parts.push_back(whole.slice(0, at, at + s));
-      at += s;
-    }
+    Shares shares{whole, 0, {0}};
+    for (int64_t s : sizes) shares.cuts.push_back(shares.cuts.back() + s);
     {
       py::gil_scoped_release nogil;
       const Uncounted scope(*axis_, counted);
       begin("reduce_scatter", mine.dtype, mine.count());
-      gingham::reduce_scatter(*axis_, parts, dense(out.data, shape[0], width, mine.dtype), member_.job->stream());
+      gingham::reduce_scatter(*axis_, shares, dense(out.data, shape[0], width, mine.dtype), member_.job->stream());
     }
     return out.object;
   }

@@ -1,8 +1,11 @@
 """What each rank receives from other hosts, in bytes by axis, from docs/theory.md alone: imports nothing of gingham.
 
-Rings go in mesh order, so that a rank has what a gather or a reduce-scatter brings it from the one before it on the axis, all of
-it; a relayout's pieces come from their holders. Example, 2x2 ranks (row, col) on hosts a a b b: a ring over col stays inside a host, in
-one over row each rank's predecessor is on the other, so that all of it crosses: of W [4, 4] a rank receives 4 words twice, of dW 4.
+What has the slice dim streams in mesh order, so that a rank has what a gather or a reduce-scatter brings it from the one before it on the
+axis, all of it. What has it not is gathered or summed whole: a block goes into each host once, to one of its ranks, a sum comes once from
+each branch of the tree over places that is on one host. A relayout's pieces come from their holders. Example, 2x2 ranks (row, col) on hosts
+a a b b: a ring over col stays inside a host, in one over row each rank's predecessor is on the other, so that all of it crosses: of W
+[4, 4] a rank receives 4 words twice, of dW 4. Four ranks on a a b b, all-reduce of 4 words: each receives one share of a sum from the
+other host, where it has been summed, and then one of the two sums of the other host's ranks.
 """
 
 from collections import Counter
@@ -61,12 +64,41 @@ class Placed:
         same = [role for role in self.order if role not in moved]
         return [other for other, at in enumerate(self.places) if all(at[role] == self.places[place][role] for role in same)]
 
-    def gather(self, role: str, words: Callable[[int], int], item: int = 4) -> None:
+    def gather(self, role: str, words: Callable[[int], int], item: int = 4, streams: bool = True) -> None:
         """words: of the block at a place."""
-        self._ring(role, words, item, 0)
+        if streams:
+            return self._ring(role, words, item, 0)
+        for place in range(len(self.places)):
+            line = self.line(place, [role])
+            for other in line:
+                near, far = ([each for each in line if self.hosts[each] == self.hosts[at]] for at in (place, other))
+                if other not in near and near[far.index(other) % len(near)] == place:
+                    self._cross(place, role, item * words(other))
 
-    def reduce_scatter(self, role: str, words: Callable[[int], int], item: int = 4) -> None:
-        self._ring(role, words, item, -1)
+    def reduce_scatter(self, role: str, words: Callable[[int], int], item: int = 4, streams: bool = True) -> None:
+        if streams:
+            return self._ring(role, words, item, -1)
+        for place in range(len(self.places)):
+            line = self.line(place, [role])
+            sums = [hosts.pop() for hosts in self._branches([self.hosts[each] for each in line])]
+            self._cross(place, role, item * words(place) * sum(host != self.hosts[place] for host in sums))
+
+    @staticmethod
+    def _branches(hosts: Sequence[int]) -> list[set[int]]:
+        """Of a line: pairs of places are summed, then pairs of pairs, and so on; the largest of these that are of one host."""
+        whole = [{host} for host in hosts]
+        size = 1
+        while size < len(hosts):
+            size *= 2
+            for first in range(0, len(hosts), size):
+                found = {host for each in whole[first : first + size] for host in each}
+                if len(found) == 1:
+                    whole[first : first + size] = [found] + [set()] * (len(whole[first : first + size]) - 1)
+        return [hosts for hosts in whole if hosts]
+
+    def _cross(self, place: int, role: str, count: int) -> None:
+        if count:
+            self.crossed[place][self.grid.key(role)] += count
 
     def _ring(self, role: str, words: Callable[[int], int], item: int, left_out: int) -> None:
         """Each rank receives every block of the axis but one from its predecessor: its own, or in sums the predecessor's."""
@@ -75,7 +107,7 @@ class Placed:
             own = line.index(place)
             if len(line) > 1 and self.hosts[line[own - 1]] != self.hosts[place]:
                 received = sum(words(other) for other in line) - words(line[own + left_out])
-                self.crossed[place][self.grid.key(role)] += item * received
+                self._cross(place, role, item * received)
 
     def all_reduce(self, role: str, words: Callable[[int], int], item: int = 4) -> None:
         """words: of the tensor, the same on the axis; it is cut in chunks of its own."""
@@ -85,8 +117,8 @@ class Placed:
             begin, end = cuts(words(place), len(line))[line.index(place)]
             return end - begin
 
-        self.reduce_scatter(role, part, item)
-        self.gather(role, part, item)
+        self.reduce_scatter(role, part, item, streams=False)
+        self.gather(role, part, item, streams=False)
 
     def rows(self, m: int, place: int) -> tuple[int, int]:
         at, grid = self.places[place], self.grid
@@ -147,17 +179,18 @@ class Placed:
 
         if moves and swapped:
             self.relayout(layer.m, layer.k, "inner")
-        self._x(x_role, x)
+        x_streams, y_streams = not swapped or grid.rows == "sequence", swapped or grid.rows == "sequence"
+        self._x(x_role, x, x_streams)
         self.gather(weight_role, w)
-        self._sum(y_role, y)
+        self._sum(y_role, y, y_streams)
         if moves and not swapped:
             self.relayout(layer.m, layer.n, "outer")
             self.relayout(layer.m, layer.n, "inner")  # of dY
         if grid.rows != "replicated":
-            self.gather(y_role, y)
+            self.gather(y_role, y, streams=y_streams)
         self.gather(weight_role, w)
-        self._sum(x_role, x)
-        self._x(x_role, x)
+        self._sum(x_role, x, x_streams)
+        self._x(x_role, x, x_streams)
         self.reduce_scatter(weight_role, w)
         if weight_role == "row":
             self.all_reduce("depth", w)
@@ -166,13 +199,13 @@ class Placed:
         if moves and swapped:
             self.relayout(layer.m, layer.k, "outer")
 
-    def _x(self, role: str, x: Callable[[int], int]) -> None:
+    def _x(self, role: str, x: Callable[[int], int], streams: bool) -> None:
         if self.grid.rows != "replicated":
-            self.gather(role, x)
+            self.gather(role, x, streams=streams)
 
-    def _sum(self, role: str, block: Callable[[int], int]) -> None:
+    def _sum(self, role: str, block: Callable[[int], int], streams: bool) -> None:
         if self.grid.rows != "replicated":
-            self.reduce_scatter(role, block)
+            self.reduce_scatter(role, block, streams=streams)
         elif self.sizes[role] > 1:
             self.all_reduce(role, block)
 
@@ -186,9 +219,9 @@ class Placed:
         def part(place: int) -> int:
             return _length(cuts(words(place), row)[self.places[place]["row"]])
 
-        self.reduce_scatter("row", part)
+        self.reduce_scatter("row", part, streams=False)
         self.all_reduce("depth", part)
-        self.gather("row", part)
+        self.gather("row", part, streams=False)
 
 
 def _length(interval: tuple[int, int]) -> int:

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "collectives/resident.h"
+#include "collectives/route.h"
 
 namespace gingham {
 namespace {
@@ -23,26 +24,77 @@ void through_window(Axis& axis, const Matrix& mine, const Shape& shape, int64_t 
   session.end();
 }
 
+// Blocks on their way through this rank: where each lands, and who gets it from here.
+class Blocks {
+ public:
+  Blocks(Axis& axis, std::vector<Matrix> blocks, const Stream& stream)
+      : axis_(axis), ring_(axis.ring()), route_(axis), blocks_(std::move(blocks)), stream_(stream), outbox_(axis, stream) {
+    for (size_t place = 0; place < blocks_.size(); place++) landings_.push_back(landing(static_cast<int>(place)));
+  }
+
+  void run() {
+    const int me = axis_.rank();
+    for (int place : route_.elsewhere())
+      if (hands_on(place)) ring_.expect(place, at(place).data, at(place).bytes());
+    ring_.group_start();
+    for (const std::vector<int>& host : route_.hosts())
+      if (!route_.is_here(host[0])) outbox_.send(route_.taker(host, me), at(me));
+    for (int peer : route_.here())
+      if (peer != me) outbox_.send(peer, at(me));
+    for (int peer : route_.here())
+      if (peer != me) recv(peer, peer);
+    if (ring_.queues()) receive_what_is_handed_on();
+    ring_.group_end();
+    ring_.arrived(0);
+
+    ring_.group_start();
+    for (int place : route_.elsewhere()) {
+      if (!hands_on(place)) {
+        recv(route_.taker(route_.here(), place), place);
+        continue;
+      }
+      if (!ring_.queues()) recv(place, place);
+      for (int peer : route_.here())
+        if (peer != me) outbox_.send(peer, at(place));
+    }
+    ring_.group_end();
+    ring_.arrived(0);
+    for (int place = 0; place < axis_.size(); place++)
+      if (place != me && at(place).data != block(place).data) cast(at(place), block(place), stream_);
+    outbox_.drain();
+  }
+
+ private:
+  const Matrix& block(int place) const { return blocks_[static_cast<size_t>(place)]; }
+  const Matrix& at(int place) const { return landings_[static_cast<size_t>(place)]; }
+  bool hands_on(int place) const { return route_.taker(route_.here(), place) == axis_.rank(); }
+  void recv(int from, int place) { ring_.recv(from, at(place).data, at(place).bytes()); }
+  void receive_what_is_handed_on() {
+    for (int place : route_.elsewhere())
+      if (hands_on(place)) recv(place, place);
+  }
+  // The block itself where it is dense and peers can have it from there, if they shall; this rank's own is packed into what it is not.
+  Matrix landing(int place) {
+    const Matrix& m = block(place);
+    const bool own = place == axis_.rank();
+    if (m.empty() || (Outbox::is_flat(m) && (axis_.holds(m.data) || !(own || (!route_.is_here(place) && hands_on(place)))))) return m;
+    return own ? outbox_.packed(m) : outbox_.room_like(m);
+  }
+
+  Axis& axis_;
+  Ring& ring_;
+  const Route route_;
+  std::vector<Matrix> blocks_, landings_;
+  const Stream& stream_;
+  Outbox outbox_;
+};
+
 void through_ring(Axis& axis, const Matrix& mine, const Shape& shape, int64_t agreed, const BlockFor& block_for, const Stream& stream) {
   Session session(axis, {}, agreed, agreed < 0, shape);
   std::vector<Matrix> blocks;
-  size_t room = mine.bytes();
-  for (int peer = 0; peer < axis.size(); peer++) {
-    blocks.push_back(peer == axis.rank() ? mine : block_for(peer, axis.board().shape(peer)));
-    room = std::max(room, blocks.back().bytes());
-  }
+  for (int peer = 0; peer < axis.size(); peer++) blocks.push_back(peer == axis.rank() ? mine : block_for(peer, axis.board().shape(peer)));
   session.finish();
-  Relay relay(axis, stream, room);
-  cast(mine, dense(relay.next(), mine.rows, mine.cols, mine.dtype), stream);
-  for (int hop = 1; hop < axis.size(); hop++) {
-    const Matrix& sent = blocks[static_cast<size_t>(axis.next(1 - hop))];
-    const Matrix& block = blocks[static_cast<size_t>(axis.next(-hop))];
-    relay.send(sent.bytes());
-    char* buffer = relay.next();
-    axis.ring().take(axis.next(-1), buffer, block.bytes());
-    cast(dense(buffer, block.rows, block.cols, block.dtype), block, stream);
-  }
-  relay.drain();
+  Blocks(axis, std::move(blocks), stream).run();
   session.end();
 }
 

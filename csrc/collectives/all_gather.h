@@ -1,6 +1,7 @@
 // Every rank's block to every rank. Sizes may differ from rank to rank.
 //   steps g - 1, bytes received per rank: all blocks but its own, messages g - 1
-//   window: read where they stand.  ring: overlapped rings, roots rotating: in step h rank i forwards the block of rank i - h + 1.
+//   window: read where they stand.  ring: every rank sends its block to each other one on its host, and to one on each other host, which
+//   hands it on to the rest there: a block crosses into a host once.
 #pragma once
 #include <functional>
 #include <span>

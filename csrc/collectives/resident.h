@@ -1,6 +1,9 @@
 // A matrix where peers can read it: the caller's own memory when it lies in the shared heap (read in place, no copy), else a packed copy
 // in workspace. Must outlive the call it is posted in.
 #pragma once
+#include <algorithm>
+#include <vector>
+
 #include "base/stream.h"
 #include "kernels/cast.h"
 #include "transport/axis.h"
@@ -46,6 +49,55 @@ class Relay {
   size_t bytes_;
   int lane_, buffer_ = 1;
   uint32_t sent_ = 0, sent_from_[2] = {0, 0};
+};
+
+// Messages of one call, and the memory they are sent from and come into, which stays until drain().
+class Outbox {
+ public:
+  Outbox(Axis& axis, const Stream& stream, int lane = 0) : axis_(axis), stream_(stream), lane_(lane) {}
+  static bool is_flat(const Matrix& m) { return m.col_stride == 1 && (m.row_stride == m.cols || m.rows == 1); }
+  // m itself where it is dense and peers can have it from where it stands, else a copy.
+  Matrix packed(const Matrix& m) {
+    if (m.empty() || (is_flat(m) && axis_.holds(m.data))) return m;
+    const Matrix copy = room_like(m);
+    cast(m, copy, stream_);
+    return copy;
+  }
+  Matrix room_like(const Matrix& m) {
+    rooms_.emplace_back(stream_, m.bytes());
+    return dense(rooms_.back().data(), m.rows, m.cols, m.dtype);
+  }
+  // m: packed, or a room.
+  void send(int peer, const Matrix& m) {
+    axis_.ring().send(peer, m.data, m.bytes(), lane_);
+    if (std::find(peers_.begin(), peers_.end(), peer) == peers_.end()) peers_.push_back(peer);
+  }
+  void drain() {
+    for (int peer : peers_) axis_.ring().drain(peer, lane_);
+    peers_.clear();
+    rooms_.clear();
+  }
+
+ private:
+  Axis& axis_;
+  const Stream& stream_;
+  int lane_;
+  std::vector<Scratch> rooms_;
+  std::vector<int> peers_;
+};
+
+// A matrix cut along a dim among the ranks of an axis.
+struct Shares {
+  Matrix whole;
+  int dim;
+  std::vector<int64_t> cuts;  // one more than ranks
+  Matrix of(const Matrix& other, int rank) const { return other.slice(dim, cuts[static_cast<size_t>(rank)], cuts[static_cast<size_t>(rank) + 1]); }
+  Matrix operator[](int rank) const { return of(whole, rank); }
+  std::vector<Matrix> all() const {
+    std::vector<Matrix> out;
+    for (size_t rank = 0; rank + 1 < cuts.size(); rank++) out.push_back((*this)[static_cast<int>(rank)]);
+    return out;
+  }
 };
 
 // torch.chunk's cut points of n elements in `parts`: ceil(n / parts) each, the last ones shorter or empty.

@@ -185,13 +185,11 @@ class BackwardRun {
     if (!rows && deep) all_reduce(*c.depth, db, step_.stream);
     if (rows && !deep) all_reduce(*map.w.axis, db, step_.stream);
     if (!rows || !deep) return;
-    std::vector<Matrix> parts;
-    const std::vector<int64_t> cuts = chunk(db.cols, map.w.axis->size());
-    for (size_t i = 0; i + 1 < cuts.size(); i++) parts.push_back(db.slice(1, cuts[i], cuts[i + 1]));
-    const Matrix own = step_.pipeline.workspace(1, parts[static_cast<size_t>(map.w.axis->rank())].cols, db.dtype);
-    reduce_scatter(*map.w.axis, parts, own, step_.stream);
+    const Shares shares{db, 1, chunk(db.cols, map.w.axis->size())};
+    const Matrix own = shares[map.w.axis->rank()];
+    reduce_scatter(*map.w.axis, shares, own, step_.stream);
     all_reduce(*c.depth, own, step_.stream);
-    all_gather(*map.w.axis, own, parts, step_.stream);
+    all_gather(*map.w.axis, own, shares.all(), step_.stream);
   }
 
   Step::Backward call_;

@@ -154,9 +154,7 @@ Matrix Pipeline::gathered(const Operand& operand, const std::vector<int64_t>& of
   if (!operand.cut()) return local;
   const bool by_rows = operand.dim == 0;
   const Matrix block = workspace(by_rows ? offsets.back() : local.rows, by_rows ? local.cols : offsets.back(), local.dtype);
-  std::vector<Matrix> parts;
-  for (size_t i = 0; i + 1 < offsets.size(); i++) parts.push_back(block.slice(operand.dim, offsets[i], offsets[i + 1]));
-  all_gather(*operand.axis, local, parts, stream_);
+  all_gather(*operand.axis, local, Shares{block, operand.dim, offsets}.all(), stream_);
   return block;
 }
 
@@ -168,9 +166,7 @@ Matrix Pipeline::block_for(const Operand& operand, const std::vector<int64_t>& o
 
 void Pipeline::settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own) {
   if (operand.cut()) {
-    std::vector<Matrix> parts;
-    for (size_t i = 0; i + 1 < offsets.size(); i++) parts.push_back(block.slice(operand.dim, offsets[i], offsets[i + 1]));
-    reduce_scatter(*operand.axis, parts, own, stream_);
+    reduce_scatter(*operand.axis, {block, operand.dim, offsets}, own, stream_);
   } else if (operand.shared()) {
     all_reduce(*operand.axis, own, stream_);
   }

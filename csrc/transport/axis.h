@@ -85,9 +85,10 @@ class Axis {
 
   virtual Board& board() = 0;
   virtual Ring& ring() = 0;
-  virtual Window* window() = 0;                      // null: data travels along the ring
-  virtual bool holds(const void* data) const = 0;    // peers can have it from where it stands
-  virtual bool crosses(int) const { return false; }  // a peer is on another host
+  virtual Window* window() = 0;                    // null: data travels along the ring
+  virtual bool holds(const void* data) const = 0;  // peers can have it from where it stands
+  virtual int host(int) const { return 0; }        // a number that the peers on one host have alike
+  bool crosses(int peer) const { return host(peer) != host(rank_); }
   bool crosses_any() const {
     for (int peer = 0; peer < size_; peer++)
       if (crosses(peer)) return true;

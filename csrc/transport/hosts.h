@@ -23,7 +23,8 @@ class Hosts : public Elsewhere {
   Hosts(int rank, std::vector<int> host_of, std::vector<std::string> names, std::shared_ptr<Engine> engine, Calls calls);
 
   Engine& engine() { return *engine_; }
-  bool here(int rank) const { return host_of_[static_cast<size_t>(rank)] == host_of_[static_cast<size_t>(rank_)]; }
+  int number(int rank) const { return host_of_[static_cast<size_t>(rank)]; }  // of a rank's host
+  bool here(int rank) const { return number(rank) == number(rank_); }
   Verdict publish(const Verdict& mine) override;
   std::optional<Verdict> failure() override;
   std::vector<Told> ask(uint64_t program) override;

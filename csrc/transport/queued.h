@@ -44,7 +44,7 @@ class Queued : public Axis, public Board, public Ring {
   Ring& ring() override { return *this; }
   Window* window() override { return nullptr; }            // peers' memory is not read in place here
   bool holds(const void*) const override { return true; }  // any device memory can be sent from where it stands
-  bool crosses(int peer) const override { return shared_->crosses(peer); }
+  int host(int peer) const override { return shared_->host(peer); }
   bool queues() const override { return true; }
   void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) override;
   int64_t rows(int peer) override { return shared_->board().rows(peer); }

@@ -22,7 +22,7 @@ class Wire : public Axis, public Board, public Ring {
   Ring& ring() override { return *this; }
   Window* window() override { return nullptr; }
   bool holds(const void* data) const override { return !local_ || local_->holds(data); }
-  bool crosses(int peer) const override { return !peers_[static_cast<size_t>(peer)].here; }
+  int host(int peer) const override { return hosts_.number(peers_[static_cast<size_t>(peer)].rank); }
 
   void post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) override;
   int64_t rows(int peer) override;

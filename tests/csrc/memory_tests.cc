@@ -113,12 +113,13 @@ void exchange(Job& job, Program& program, Axis& axis, int64_t n) {
   const size_t bytes = static_cast<size_t>(n) * sizeof(float);
   const Scratch room(job.stream(), bytes * static_cast<size_t>(size)), own(job.stream(), bytes), sum(job.stream(), bytes);
   for (int64_t i = 0; i < n; i++) reinterpret_cast<float*>(own.data())[i] = static_cast<float>(i + job.rank());
-  std::vector<Matrix> parts;
-  for (int r = 0; r < size; r++) parts.push_back(dense(room.data() + bytes * static_cast<size_t>(r), 1, n, DType::f32));
+  Shares shares{dense(room.data(), 1, n * size, DType::f32), 1, {0}};
+  for (int r = 0; r < size; r++) shares.cuts.push_back(n * (r + 1));
+  const std::vector<Matrix> parts = shares.all();
   const Matrix mine = dense(own.data(), 1, n, DType::f32), total = dense(sum.data(), 1, n, DType::f32);
   all_gather(axis, mine, parts, job.stream());
   for (int r = 0; r < size; r++) EXPECT(static_cast<float*>(parts[static_cast<size_t>(r)].data)[n - 1] == static_cast<float>(n - 1 + r));
-  reduce_scatter(axis, parts, total, job.stream());
+  reduce_scatter(axis, shares, total, job.stream());
   for (int64_t i = 0; i < n; i += 97) EXPECT(static_cast<float*>(total.data)[i] == static_cast<float>(size * (i + job.rank())));
 }
 

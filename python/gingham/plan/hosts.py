@@ -7,6 +7,7 @@ have one word a rank, 6 words of each rank travel along the columns, inside the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 from ..mesh.layout import Names, coordinates_of, members, position
@@ -15,32 +16,73 @@ from ..mesh.modes import GridShape
 Sizes = tuple[int, int, int]  # of X, Y and W: of all linear maps of a model, or, where none is known, alike
 
 
-def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> list[tuple[Names, int]]:
-    """Words that each axis moves for a pair of linear maps, outer->inner and inner->outer, forward and backward, whose operands have so
-    many words a rank: by the terms of formulas.linear_words. The second is swapped where the two layouts differ."""
+@dataclass
+class Moved:
+    """Words a rank of what an axis moves, by how it goes where ranks of the axis are on several hosts (docs/theory.md section 3)."""
+
+    streamed: int = 0  # from rank to rank, while it is multiplied
+    gathered: int = 0  # once into each host
+    summed: int = 0  # once from each branch of the tree of sums that lies on one host
+
+    def words(self, size: int) -> int:
+        """That a rank receives on an axis of so many ranks."""
+        return (self.streamed + self.gathered + self.summed) * (size - 1)
+
+    def crossed(self, hosts: Sequence[int]) -> int:
+        """Of all ranks of a line those words that come from another host. hosts: of its ranks, in its order."""
+        along = sum(hosts[at - 1] != hosts[at] for at in range(len(hosts))) * (len(hosts) - 1)
+        into = len(hosts) * (len(set(hosts)) - 1)
+        whole = branches(hosts)
+        summed = sum(hosts[first] != host for host in hosts for first in whole)
+        return self.streamed * along + self.gathered * into + self.summed * summed
+
+
+def branches(hosts: Sequence[int], first: int = 0) -> list[int]:
+    """The first place of each largest branch of the tree of sums over a line whose ranks are all on one host."""
+    if len(set(hosts)) <= 1:
+        return [first] if hosts else []
+    half = 1 << (len(hosts) - 1).bit_length() - 1
+    return branches(hosts[:half], first) + branches(hosts[half:], first + half)
+
+
+def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> dict[Names, Moved]:
+    """What each axis moves for a pair of linear maps, outer->inner and inner->outer, forward and backward, whose operands have so many
+    words a rank: by the terms of formulas.linear_words. The second is swapped where the two layouts differ: what has the slice dim streams,
+    Y of the first and X of the second have not, but for rows that are cut (sequence), where both have."""
     x, y, w = operands
     axes, depth = grid.axes, grid.parts(grid.axes.depth)
     again = tuple(name for name in axes.m if name not in axes.depth)
-    found: dict[Names, int] = {}
-    ways = [(axes.n, axes.k), (axes.k, axes.n) if grid.outer != grid.inner else (axes.n, axes.k)]
-    for first, second in ways:
-        for names, words in ((first, 3 * x * (grid.parts(first) - 1)), (second, 2 * y * (grid.parts(second) - 1))):
-            found[names] = found.get(names, 0) + words
-        found[again] = found.get(again, 0) + 3 * w * (grid.parts(again) - 1) * depth
-        found[axes.depth] = found.get(axes.depth, 0) + 2 * w * (depth - 1)
-    return [(names, words) for names, words in found.items() if words]
+    found: dict[Names, Moved] = {}
+
+    def of(names: Names) -> Moved:
+        return found.setdefault(names, Moved())
+
+    differ = grid.outer != grid.inner
+    by_rows = bool({*axes.n, *axes.k} & {*grid.outer.rows, *grid.inner.rows})
+    for swapped in (False, differ):
+        first, second = (axes.k, axes.n) if swapped else (axes.n, axes.k)
+        if swapped and not by_rows:
+            of(first).gathered += 2 * x
+            of(first).summed += x
+        else:
+            of(first).streamed += 3 * x
+        if swapped or by_rows:
+            of(second).streamed += 2 * y
+        else:
+            of(second).gathered += y
+            of(second).summed += y
+        of(again).streamed += 3 * w * depth
+        of(axes.depth).gathered += w
+        of(axes.depth).summed += w
+    return {names: moved for names, moved in found.items() if moved.words(grid.parts(names))}
 
 
 def crossed_words(grid: GridShape, host_of: Sequence[int], operands: Sizes = (1, 1, 1)) -> int:
     """Of axis_words those that come from another host, of all ranks. host_of: of the mesh's ranks, in its order."""
     total = 0
-    for names, words in axis_words(grid, operands):
-        crossing = 0
-        for index in range(grid.size):
-            line = members(names, grid.sizes, coordinates_of(index, grid.sizes))
-            before = line[line.index(index) - 1]
-            crossing += host_of[before] != host_of[index]
-        total += words * crossing
+    for names, moved in axis_words(grid, operands).items():
+        lines = {tuple(members(names, grid.sizes, coordinates_of(index, grid.sizes))) for index in range(grid.size)}
+        total += sum(moved.crossed([host_of[index] for index in line]) for line in lines)
     return total
 
 
