@@ -67,8 +67,8 @@ class Placed:
     def gather(self, role: str, words: Callable[[int], int], item: int = 4, streams: bool = True) -> None:
         """words: of the block at a place."""
         if streams:
-            return self._ring(role, words, item, 0)
-        for place in range(len(self.places)):
+            self._ring(role, words, item, 0)
+        for place in range(len(self.places) if not streams else 0):
             line = self.line(place, [role])
             for other in line:
                 near, far = ([each for each in line if self.hosts[each] == self.hosts[at]] for at in (place, other))
@@ -77,8 +77,8 @@ class Placed:
 
     def reduce_scatter(self, role: str, words: Callable[[int], int], item: int = 4, streams: bool = True) -> None:
         if streams:
-            return self._ring(role, words, item, -1)
-        for place in range(len(self.places)):
+            self._ring(role, words, item, -1)
+        for place in range(len(self.places) if not streams else 0):
             line = self.line(place, [role])
             sums = [hosts.pop() for hosts in self._branches([self.hosts[each] for each in line])]
             self._cross(place, role, item * words(place) * sum(host != self.hosts[place] for host in sums))
