@@ -5,7 +5,8 @@
 Both hosts run torchrun --nnodes 2. All candidates of a case run in the same processes, one after the other in every round, between
 barriers; the time of a run is that of the slowest rank. Shown are medians in ms, and ratios of medians.
     matmul       C = A B by SUMMA on 2 x 2, beside broadcasts of Gloo, the same prefetched, products alone, messages alone
-    collectives  an all-gather of 4 MB a rank and an all-reduce of 16 MB over all four ranks, beside Gloo's own
+    collectives  an all-gather of 4 MB a rank and an all-reduce of 16 MB over all four ranks, beside Gloo's own and a ring in mesh order
+                 made of gingham's messages, on the same engine
     models       a pair of Linears and the demo's GPT, forward and backward, beside torch's tensor parallelism over Gloo
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import statistics
 import subprocess
@@ -179,25 +181,99 @@ def matmul(options: argparse.Namespace) -> None:
     gingham.destroy()
 
 
+class FlatRing:
+    """All-gather and all-reduce round a ring in mesh order, a block to the next rank and one from the last in every step."""
+
+    def __init__(self, mesh: Any) -> None:
+        self.axis, self.rank, self.size = mesh.world, dist.get_rank(), dist.get_world_size()
+
+    def passed(self, block: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        to, source = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        arrived: torch.Tensor = self.axis.exchange([(to, block)], [(source, list(like.shape))], "float32", counted=False)[0]
+        return arrived
+
+    def all_gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        found = [mine]
+        for _ in range(self.size - 1):
+            found.append(self.passed(found[-1], mine))
+        return found
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        parts = x.chunk(self.size)
+        total = parts[(self.rank - 1) % self.size]
+        for hop in range(2, self.size + 1):
+            total = self.passed(total, total) + parts[(self.rank - hop) % self.size]
+        return torch.cat(self.all_gather(total))
+
+
 def collectives(options: argparse.Namespace) -> None:
     import gingham
 
     mesh = gingham.init(mode="1d", size=4)
-    gathered, summed = torch.ones(1 << 20), torch.ones(1 << 22)
-    out = torch.empty(4 << 20)
-    runs: dict[str, Run] = {
+    ring, out = FlatRing(mesh), torch.empty(4 << 20)
+    gathered, summed, once = torch.full((1 << 20,), 1.0 + dist.get_rank()), torch.ones(1 << 22), torch.ones(1 << 10)
+    assert sum(each[0].item() for each in ring.all_gather(gathered)) == 10 and ring.all_reduce(once).eq(4).all()
+    gathers: dict[str, Run] = {
         "gingham": lambda: mesh.world.all_gather(gathered, counted=False),
+        "flat ring": lambda: ring.all_gather(gathered),
         "Gloo": lambda: dist.all_gather_into_tensor(out, gathered),
     }
-    found = compare("all-gather of 4 MB a rank", runs, options.rounds)
-    say(f"{found['gingham'] / found['Gloo']:.2f} of Gloo's own")
-    runs = {"gingham": lambda: mesh.world.all_reduce_(summed, counted=False), "Gloo": lambda: dist.all_reduce(summed)}
-    found = compare("all-reduce of 16 MB", runs, options.rounds)
-    say(f"{found['gingham'] / found['Gloo']:.2f} of Gloo's own")
+    sums: dict[str, Run] = {
+        "gingham": lambda: mesh.world.all_reduce_(summed, counted=False),
+        "flat ring": lambda: ring.all_reduce(summed),
+        "Gloo": lambda: dist.all_reduce(summed),
+    }
+    for title, runs in (("all-gather of 4 MB a rank", gathers), ("all-reduce of 16 MB", sums)):
+        found = compare(title, runs, options.rounds)
+        say(", ".join(f"{found['gingham'] / found[name]:.2f} of {name}" for name in ("flat ring", "Gloo")))
     gingham.destroy()
 
 
 def models(options: argparse.Namespace) -> None:
+    pair_of_linears(options)
+    gpt_step(options)
+
+
+def gpt_step(options: argparse.Namespace) -> None:
+    """The demo's GPT of 4 layers, 256 wide, 8 x 128 tokens: forward, backward and AdamW."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    import gingham
+    from gingham.commands import gpt, train
+
+    shape = argparse.Namespace(layers=4, width=256, heads=8, context=128, dropout=0.1, batch=8, lr=3e-4, seed=1, text=None)
+    ids, targets = gpt.batches(gpt.read_text(None), shape.batch, shape.context, shape.seed)(0)
+    kit = dataclasses.replace(gpt.serial_kit(), dropout=torch.nn.Dropout)
+    whole, _ = train.build(kit, train.shape_of(shape), shape)
+    ways = {"attention.o": RowwiseParallel(), "mlp.fc2": RowwiseParallel()}
+    ways |= {f"attention.{name}": ColwiseParallel() for name in "qkv"} | {"mlp.fc1": ColwiseParallel()}
+    device_mesh = init_device_mesh("cpu", (4,))
+    for block in whole.blocks:
+        parallelize_module(block, device_mesh, ways)
+        block.attention.heads //= 4
+    runs: dict[str, Run] = {"torch TP over Gloo": training_step(whole, torch.optim.AdamW(whole.parameters(), lr=shape.lr), ids, targets)}
+    for grid in ({"mode": "1d", "size": 4}, {"mode": "2d", "size": 4}):
+        mesh = gingham.init(**grid, default=False)
+        model, optimizer = train.build(gpt.parallel_kit(mesh), train.shape_of(shape), shape)
+        own = mesh.scatter(ids), mesh.scatter(targets) if mesh.inner.rows else targets
+        runs[f"gingham {grid['mode']}"] = training_step(model, optimizer, *own)
+    found = compare("a step of the demo's GPT, 4 layers, 256 wide, 8 x 128 tokens", runs, options.rounds)
+    say(", ".join(f"{name}: {found['torch TP over Gloo'] / found[name]:.2f} x as fast as torch" for name in runs if name[0] == "g"))
+    gingham.destroy()
+
+
+def training_step(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, targets: torch.Tensor) -> Run:
+    def step() -> None:
+        loss = model.loss(model(ids), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def pair_of_linears(options: argparse.Namespace) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
