@@ -151,8 +151,9 @@ def may_sum_later(mesh: Mesh, weights: list[torch.Tensor], nodes: list[Any]) -> 
 def has_thread(mesh: Mesh, weights: list[torch.Tensor]) -> bool:
     """Whether the sums over depth of these weights' gradients are a thread's: on a GPU they are queued on a stream and need none,
     those of 16-bit weights are made of wider ones inside the step."""
-    wide = all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
-    return wide and mesh.axis(mesh.axes.depth) is not None and mesh.has_background
+    if mesh.axis(mesh.axes.depth) is None or not mesh.has_background:
+        return False
+    return all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
 
 
 # Backward hooks of modules that live graphs hold: what such a hook reads must be complete. torch makes one object a call

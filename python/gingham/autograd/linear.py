@@ -28,7 +28,7 @@ from .casts import autocast_dtype, cast_for_autocast, like, local_of
 from .gradients import deferring
 from .ranges import in_range, profiling
 from .relayout import relayout
-from .second_order import check_versions, shaped, versions_of
+from .second_order import changed, check_versions, shaped, versions_of
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,8 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> Any:
         _Linear.passes += 1
-        check_versions(ctx.plan.label, ctx.plan.mesh, ctx.versions)
+        if changed(ctx.versions):
+            check_versions(ctx.plan.label, ctx.plan.mesh, ctx.versions)
         if torch.is_grad_enabled():
             return _linear_again(ctx, cotangents)
         owner = ctx.plan.owners[0]() if ctx.plan.owners and profiling() else None
@@ -386,6 +387,8 @@ def _as(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.
 
 def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.Tensor:
     """Y's rows may come flat, [rows, features], where their number changes; the dims between are X's."""
+    if x.dim() == 2:
+        return y
     inner = x.shape[1:-1]
     rows = y.numel() // features if features else y.shape[:-1].numel()
     return shaped(y, (rows // max(1, prod(inner)), *inner, features))

@@ -47,6 +47,14 @@ def versions_of(parameters: Sequence[tuple[str, Any]]) -> Versions:
     return [(name, each, each._version) for name, each in parameters if isinstance(each, DTensor) and not each.is_inference()]
 
 
+def changed(versions: Versions) -> bool:
+    """Whether one of the parameters was changed in place since."""
+    for _, parameter, version in versions:
+        if parameter._version != version:
+            return True
+    return False
+
+
 def check_versions(what: str, mesh: Mesh, versions: Versions) -> None:
     """Raises RuntimeError, in torch's words, where a parameter was changed in place since forward."""
     for name, parameter, version in versions:
