@@ -1,0 +1,334 @@
+// An axis whose ranks are on several hosts: the results of the same ranks on one host to the bit, its bytes counted, and errors on every rank.
+#include <string.h>
+
+#include <atomic>
+#include <chrono>
+#include <mutex>
+#include <thread>
+
+#include "collectives/all_gather.h"
+#include "collectives/all_reduce.h"
+#include "collectives/exchange.h"
+#include "collectives/resident.h"
+#include "virtual_hosts.h"
+
+namespace gingham {
+namespace {
+
+const Layout kOne{{0, 1, 2, 3}};
+const std::vector<Layout> kLayouts{{{0, 1}, {2, 3}}, {{0, 1, 2}, {3}}, {{0, 2}, {1, 3}}, {{0}, {1}, {2}, {3}}};
+constexpr int kRanks = 4;
+
+std::string name_of(const Layout& hosts) {
+  std::string out;
+  for (const std::vector<int>& ranks : hosts) out += concat(out.empty() ? "" : " | ", list_of(ranks));
+  return out;
+}
+
+using Results = std::vector<std::string>;  // each rank's, as bytes
+using Case = Measured (*)(const Options&);
+
+// A case's results on these hosts; `measured` where it is asked for.
+Results results_on(const Layout& hosts, Via via, Case run, Options o, Measured* measured) {
+  Results results(kRanks);
+  o.rounds = 2;
+  o.warmup = 0;
+  o.fractions = true;
+  o.see = [&results](int rank, const Matrix& m) {
+    DISPATCH(m.dtype, T, {
+      for (int64_t i = 0; i < m.rows; i++)
+        for (int64_t j = 0; j < m.cols; j++)
+          results[static_cast<size_t>(rank)].append(
+              reinterpret_cast<const char*>(static_cast<const T*>(m.data) + i * m.row_stride + j * m.col_stride), sizeof(T));
+    });
+  };
+  o.start = [&](const RankBody& body) { return rows_on_hosts(hosts, via, body); };
+  *measured = run(o);
+  return results;
+}
+
+// Whether some line of ranks goes over several hosts.
+bool crosses(const Layout& hosts, const std::vector<std::vector<int>>& lines) {
+  const auto host_of = [&](int rank) {
+    for (size_t host = 0; host < hosts.size(); host++)
+      for (int each : hosts[host])
+        if (each == rank) return host;
+    return hosts.size();
+  };
+  for (const std::vector<int>& line : lines)
+    for (int rank : line)
+      if (host_of(rank) != host_of(line[0])) return true;
+  return false;
+}
+
+// small: there may be nothing for some ranks to send.
+void same_on_all_layouts(const std::string& what, Case run, const Options& o, const std::vector<std::vector<int>>& lines, bool small) {
+  Measured one;
+  const Results expected = results_on(kOne, Via::queues, run, o, &one);
+  CHECK(Failure, one.bytes == one.formula && one.crossed == 0, what, " on one host: ", one.bytes, " bytes, expected ", one.formula);
+  for (const Layout& hosts : kLayouts)
+    for (Via via : {Via::queues, Via::handed}) {
+      if (via == Via::handed && hosts.size() == kRanks) continue;
+      Measured here;
+      const bool same = results_on(hosts, via, run, o, &here) == expected;
+      const std::string where = concat(what, " on ", name_of(hosts), via == Via::handed ? ", handed: " : ": ");
+      CHECK(Failure, same, where, "other bits than on one host");
+      CHECK(Failure, here.bytes == one.bytes, where, here.bytes, " bytes received, on one host ", one.bytes);
+      const bool least = crosses(hosts, lines) && !small;
+      CHECK(Failure, here.crossed <= here.bytes && (least ? here.crossed > 0 : small || here.crossed == 0), where, here.crossed,
+            " bytes from other hosts of ", here.bytes);
+    }
+}
+
+// Ranks of a grid that share an axis of more than one.
+std::vector<std::vector<int>> lines_of(std::array<int, 3> grid) {
+  const auto [pm, pn, pk] = grid;
+  std::vector<std::vector<int>> lines;
+  const auto add = [&](int first, int stride, int count) {
+    std::vector<int>& line = lines.emplace_back();
+    for (int i = 0; i < count; i++) line.push_back(first + i * stride);
+  };
+  for (int rank = 0; rank < pm * pn * pk; rank++) {
+    if (rank % pm == 0) add(rank, 1, pm);
+    if (rank / pm % pn == 0) add(rank, pm, pn);
+    if (rank / (pm * pn) == 0) add(rank, pm * pn, pk);
+  }
+  return lines;
+}
+
+void steps_are_the_same_on(std::array<int, 3> grid) {
+  for (const char* name : {"matmul", "backward"})
+    for (bool swapped : {false, true})
+      for (int slices : {1, 3})
+        for (std::array<int64_t, 3> shape : {std::array<int64_t, 3>{37, 19, 53}, {3, 1, 2}}) {
+          Options o;
+          o.name = name;
+          o.grid = grid;
+          o.swapped = swapped;
+          o.slices = slices;
+          o.m = shape[0];
+          o.k = shape[1];
+          o.n = shape[2];
+          same_on_all_layouts(concat(name, " ", grid[0], "x", grid[1], "x", grid[2], " slices ", slices, " swapped ", swapped, " m ", o.m),
+                              run_matmul, o, lines_of(grid), o.m == 3);
+        }
+}
+
+void collectives_are_the_same() {
+  for (const char* name : {"all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"})
+    for (int64_t n : {1, 7, 1000, 200000}) {
+      Options o;
+      o.name = name;
+      o.ranks = kRanks;
+      o.n = n;
+      same_on_all_layouts(concat(name, " n ", n), run_collective, o, {everyone(kRanks)}, n == 1);
+    }
+}
+
+// Every rank's numbers to all, and a ragged all-to-all by messages: rank i sends 10 i + j numbers to rank j, itself left out.
+Row exchanges(Job& job, Program& program) {
+  const auto axis = job.axis(program, 0, everyone(kRanks));
+  const int me = job.rank();
+  Row row;
+  for (int round = 0; round < 3; round++) {
+    program.begin(named("sizes"));
+    for (const auto& numbers : exchange_sizes(*axis, std::vector<int64_t>(static_cast<size_t>(me % 3), me + round)))
+      for (int64_t number : numbers) row.push_back(static_cast<double>(number));
+    std::vector<Room> rooms;
+    Messages sends, receives;
+    rooms.reserve(2 * kRanks);
+    for (int peer = 0; peer < kRanks; peer++) {
+      if (peer == me) continue;
+      rooms.emplace_back(job, 1, 10 * me + peer, DType::f32);
+      for (int64_t i = 0; i < rooms.back().view().cols; i++)
+        static_cast<float*>(rooms.back().view().data)[i] = static_cast<float>(100 * me + peer + i);
+      sends.push_back({peer, rooms.back().view()});
+      rooms.emplace_back(job, 1, 10 * peer + me, DType::f32);
+      receives.push_back({peer, rooms.back().view()});
+    }
+    program.begin(named("exchange"));
+    exchange(*axis, sends, receives, -1, job.stream());
+    for (const auto& [peer, m] : receives)
+      for (int64_t i = 0; i < m.cols; i++) EXPECT(static_cast<const float*>(m.data)[i] == static_cast<float>(100 * peer + me + i));
+  }
+  const Traffic traffic = axis->traffic(true);
+  row.push_back(static_cast<double>(traffic.bytes_received));
+  row.push_back(static_cast<double>(traffic.messages));
+  return row;
+}
+
+void exchanges_are_the_same() {
+  const std::vector<Row> expected = rows_on_hosts(kOne, Via::queues, exchanges);
+  for (const Layout& hosts : kLayouts)
+    for (Via via : {Via::queues, Via::handed}) CHECK(Failure, rows_on_hosts(hosts, via, exchanges) == expected, "on ", name_of(hosts));
+}
+
+// What every rank does in the tests of errors: all_reduce of `count` ones over all ranks.
+void sum(Job& job, Program& program, Axis& axis, int64_t count, const char* name = "all_reduce") {
+  Room room(job, 1, count, DType::f32);
+  for (int64_t i = 0; i < count; i++) static_cast<float*>(room.view().data)[i] = 1;
+  program.begin(named(name, count));
+  all_reduce(axis, room.view(), job.stream());
+  for (int64_t i = 0; i < count; i++) EXPECT(static_cast<const float*>(room.view().data)[i] == kRanks);
+}
+
+// Calls body on every layout and both engines; how the ranks ended goes to `judge`.
+void on_all_layouts(const RankBody& body, const std::function<void(const Layout&, const std::vector<Ending>&)>& judge, double timeout = 20) {
+  for (const Layout& hosts : kLayouts)
+    for (Via via : {Via::queues, Via::handed}) judge(hosts, run_on_hosts(hosts, via, body, timeout));
+}
+
+void all_ended(const Layout& hosts, const std::vector<Ending>& endings, const char* kind, int odd, const char* part) {
+  for (size_t r = 0; r < endings.size(); r++) {
+    const Ending& e = endings[r];
+    const bool right = e.kind == kind && has(e.text, part) && (odd < 0 || e.rank == odd);
+    CHECK(Failure, right, "rank ", r, " on ", name_of(hosts), ": ", e.kind.empty() ? "no error" : e.kind, " of rank ", e.rank, ": ", e.text,
+          "; expected ", kind, " of rank ", odd, " with: ", part);
+  }
+}
+
+// The odd rank's call must move nothing, and what comes later must fail as it did.
+Row differs(Job& job, Program& program, const char* odd_name, int64_t odd_count) {
+  const auto axis = job.axis(program, 0, everyone(kRanks));
+  sum(job, program, *axis, 40000);
+  const uint64_t before = axis->traffic(true).bytes_received;
+  EXPECT(before > 0);
+  const bool odd = job.rank() == 3;
+  std::string first;
+  try {
+    sum(job, program, *axis, odd ? odd_count : 5, odd ? odd_name : "all_reduce");
+  } catch (const Error& error) {
+    first = error.what();
+  }
+  EXPECT(axis->traffic(true).bytes_received == 0);
+  try {
+    sum(job, program, *axis, 5);
+  } catch (const Error& error) {
+    EXPECT(first == error.what());
+    throw;
+  }
+  return {};
+}
+
+void other_shapes_are_told_before_a_byte_moves() {
+  on_all_layouts([](Job& job, Program& program) { return differs(job, program, "all_reduce", 7); },
+                 [](const Layout& hosts, const std::vector<Ending>& endings) {
+                   all_ended(hosts, endings, "ShapeError", -1, "rank 3 got all_reduce(dtype=float32, K=7");
+                 });
+}
+
+void another_call_is_told_before_a_byte_moves() {
+  on_all_layouts([](Job& job, Program& program) { return differs(job, program, "all_gather", 5); },
+                 [](const Layout& hosts, const std::vector<Ending>& endings) {
+                   all_ended(hosts, endings, "MeshError", -1, "rank 3 got all_gather(dtype=float32, K=5");
+                 });
+}
+
+// Ranks 0 and 1 sum over an axis of their own hosts' making while rank 3, elsewhere, has made another call: all hear of it.
+void a_rank_that_refuses_its_arguments_is_told() {
+  on_all_layouts(
+      [](Job& job, Program& program) -> Row {
+        const auto axis = job.axis(program, 0, everyone(kRanks));
+        sum(job, program, *axis, 100);
+        Call call = named("all_reduce", 100);
+        if (job.rank() == 3) {
+          call.invalid = 1;
+          strcpy(call.note, "input has 5 features, expected 4");
+          program.begin(call);
+          program.check();
+          throw Failure("nobody was told");
+        }
+        sum(job, program, *axis, 100);
+        return {};
+      },
+      [](const Layout& hosts, const std::vector<Ending>& endings) {
+        all_ended(hosts, endings, "ShapeError", -1, "rank 3 got all_reduce refused: input has 5 features");
+      });
+}
+
+void a_rank_that_dies_is_named_by_all(int who) {
+  on_all_layouts(
+      [who](Job& job, Program& program) -> Row {
+        const auto axis = job.axis(program, 0, everyone(kRanks));
+        for (int call = 0; call < 4; call++) {
+          if (call == 3 && job.rank() == who) throw Dies();
+          sum(job, program, *axis, 40000);
+        }
+        return {};
+      },
+      [who](const Layout& hosts, std::vector<Ending> endings) {
+        EXPECT(endings[static_cast<size_t>(who)].kind.empty());
+        endings.erase(endings.begin() + who);
+        all_ended(hosts, endings, "PeerDied", who, concat("rank ", who, " on h").c_str());
+      });
+}
+
+void a_rank_that_leaves_is_named_by_all() {
+  on_all_layouts(
+      [](Job& job, Program& program) -> Row {
+        const auto axis = job.axis(program, 0, everyone(kRanks));
+        for (int call = 0; call < 3; call++)
+          if (job.rank() != 1 || call < 2) sum(job, program, *axis, 1000);
+        return {};
+      },
+      [](const Layout& hosts, std::vector<Ending> endings) {
+        EXPECT(endings[1].kind.empty());
+        endings.erase(endings.begin() + 1);
+        all_ended(hosts, endings, "PeerDied", 1, "left the job (destroy or exit) while others wait for it");
+      });
+}
+
+void a_rank_that_stalls_is_named_by_all() {
+  for (const Layout& hosts : {kLayouts[0], kLayouts[3]}) {
+    std::vector<Ending> endings = run_on_hosts(
+        hosts, Via::queues,
+        [](Job& job, Program& program) -> Row {
+          const auto axis = job.axis(program, 0, everyone(kRanks));
+          sum(job, program, *axis, 1000);
+          if (job.rank() == 2) std::this_thread::sleep_for(std::chrono::milliseconds(1000));
+          sum(job, program, *axis, 1000);
+          return {};
+        },
+        0.4);
+    all_ended(hosts, endings, "PeerStalled", 2, "rank 2 did not answer for 0.4 s (in all_reduce)");
+  }
+}
+
+void memory_that_ran_out_is_told_to_all() {
+  on_all_layouts(
+      [](Job& job, Program& program) -> Row {
+        const auto axis = job.axis(program, 0, everyone(kRanks));
+        sum(job, program, *axis, 1000);
+        if (job.rank() == 2) job.heap().fail_after(1);  // of two allocations
+        try {
+          sum(job, program, *axis, 1000);
+        } catch (const OutOfMemory&) {
+          EXPECT(job.rank() == 2);
+        }
+        program.check();
+        sum(job, program, *axis, 1000);
+        return {};
+      },
+      [](const Layout& hosts, const std::vector<Ending>& endings) {
+        all_ended(hosts, endings, "PeerOutOfMemory", 2, "over several hosts the mesh must be made anew");
+      });
+}
+
+}  // namespace
+
+std::vector<Test> hosts_tests() {
+  std::vector<Test> tests{{"over hosts: collectives are the same", collectives_are_the_same},
+                          {"over hosts: exchanges are the same", exchanges_are_the_same},
+                          {"over hosts: other shapes are told before a byte moves", other_shapes_are_told_before_a_byte_moves},
+                          {"over hosts: another call is told before a byte moves", another_call_is_told_before_a_byte_moves},
+                          {"over hosts: a rank that refuses its arguments is told", a_rank_that_refuses_its_arguments_is_told},
+                          {"over hosts: a rank that leaves is named by all", a_rank_that_leaves_is_named_by_all},
+                          {"over hosts: a rank that stalls is named by all", a_rank_that_stalls_is_named_by_all},
+                          {"over hosts: memory that ran out is told to all", memory_that_ran_out_is_told_to_all}};
+  for (int who : {0, 3}) tests.push_back({"over hosts: a rank that dies is named by all", [who] { a_rank_that_dies_is_named_by_all(who); }});
+  for (std::array<int, 3> grid : {std::array<int, 3>{2, 2, 1}, {2, 1, 2}, {1, 2, 2}, {4, 1, 1}, {1, 4, 1}, {1, 1, 4}})
+    tests.push_back({"over hosts: steps are the same", [grid] { steps_are_the_same_on(grid); }});
+  return tests;
+}
+
+}  // namespace gingham
