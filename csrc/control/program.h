@@ -20,7 +20,7 @@ struct ProgramRecord {
   Word sequence;
   Word met;  // of the barriers of a recovery
   std::atomic<int32_t> closed{0};
-  Call calls[kHistory];
+  KeptCall calls[kHistory];
 };
 
 struct ProgramBlock {
@@ -53,7 +53,7 @@ class Program {
   void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
   // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
   uint64_t key() const { return key_; }
-  const Call& call() const { return records_[rank_].calls[records_[rank_].sequence.load() % kHistory]; }
+  const Call& call() const { return mine_; }
   void note(std::shared_ptr<const Label> label);     // a call that moves nothing
   void wait(Word& word, uint32_t target, int peer);  // as Control::wait; peer: a member's number
   void sleep_until(double time);
@@ -121,6 +121,7 @@ class Program {
   ProgramRecord* records_ = nullptr;
   char* room_ = nullptr;
   uint64_t key_ = 0, history_ = 0;
+  Call mine_;  // the call begun last
   std::atomic<bool> closed_{false};
   std::shared_ptr<const Label> label_;
   bool inside_ = false, told_ = false, recovering_ = false;

@@ -314,6 +314,57 @@ void memory_that_ran_out_is_told_to_all() {
       });
 }
 
+// A rank waits for a message of its first call; the sender has made as many calls since then as are kept of it, and more.
+void a_rank_far_ahead_is_not_the_odd_one() {
+  for (const Layout& hosts : {kOne, kLayouts[0]}) {
+    const auto pause = std::chrono::milliseconds(hosts.size() > 1 ? 600 : 200);  // until the one that waits looks, or asks
+    rows_on_hosts(hosts, Via::queues, [&](Job& job, Program& program) -> Row {
+      const auto axis = job.axis(program, 0, everyone(kRanks));
+      program.begin(named("first"));
+      Room room(job, 1, 8, DType::f32);
+      if (job.rank() == 0) {
+        for (uint32_t call = 0; call < kHistory; call++) program.begin(named("later", call));
+        std::this_thread::sleep_for(pause);
+        axis->ring().send(3, room.view().data, 32);
+        axis->ring().drain(3);
+      } else if (job.rank() == 3) {
+        axis->ring().recv(0, room.view().data, 32);
+      }
+      return {};
+    });
+  }
+}
+
+// Others ask what a rank's calls were while it makes them: each call that they are told of is whole.
+void what_is_told_of_calls_is_whole() {
+  run_ranks(1, As::threads, [](Job& job, Program& program) -> Row {
+    std::atomic<bool> over{false};
+    std::atomic<int> asked{0}, torn{0};
+    std::thread asks([&] {
+      while (!over) {
+        const std::string told = job.told(program.id());
+        Told mine;
+        memcpy(static_cast<void*>(&mine), told.data(), sizeof(mine));
+        for (uint32_t number = mine.log.sequence; number > 0 && mine.log.remembers(number); number--) {
+          const Call& call = mine.log.at(number);
+          torn += call.k != number || call.n != number || call.rows != number || call.name != concat("call ", number);
+        }
+        asked++;
+      }
+    });
+    for (uint32_t number = 1; number <= 20000 || asked < 100; number++) {
+      Call call = named(concat("call ", number).c_str(), number, number);
+      call.n = number;
+      program.begin(call);
+      if (number % 64 == 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    over = true;
+    asks.join();
+    EXPECT(torn == 0);
+    return {};
+  });
+}
+
 }  // namespace
 
 std::vector<Test> hosts_tests() {
@@ -324,7 +375,9 @@ std::vector<Test> hosts_tests() {
                           {"over hosts: a rank that refuses its arguments is told", a_rank_that_refuses_its_arguments_is_told},
                           {"over hosts: a rank that leaves is named by all", a_rank_that_leaves_is_named_by_all},
                           {"over hosts: a rank that stalls is named by all", a_rank_that_stalls_is_named_by_all},
-                          {"over hosts: memory that ran out is told to all", memory_that_ran_out_is_told_to_all}};
+                          {"over hosts: memory that ran out is told to all", memory_that_ran_out_is_told_to_all},
+                          {"over hosts: a rank far ahead is not the odd one", a_rank_far_ahead_is_not_the_odd_one},
+                          {"over hosts: what is told of calls is whole", what_is_told_of_calls_is_whole}};
   for (int who : {0, 3}) tests.push_back({"over hosts: a rank that dies is named by all", [who] { a_rank_that_dies_is_named_by_all(who); }});
   for (std::array<int, 3> grid : {std::array<int, 3>{2, 2, 1}, {2, 1, 2}, {1, 2, 2}, {4, 1, 1}, {1, 4, 1}, {1, 1, 4}})
     tests.push_back({"over hosts: steps are the same", [grid] { steps_are_the_same_on(grid); }});

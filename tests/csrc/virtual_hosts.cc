@@ -121,18 +121,20 @@ struct Machine {
 };
 
 // Runs the body and says how it ended. What it made is gone by then, as what a rank holds is when an error leaves its main function.
-void run_body(Machine& machine, Job& job, const std::shared_ptr<Engine>& engine, const RankBody& body, Ending& ending) {
+// The program of a rank that died is given back: it has not left it.
+std::shared_ptr<Program> run_body(Machine& machine, Job& job, const std::shared_ptr<Engine>& engine, const RankBody& body, Ending& ending) {
   const auto note = [&ending](const char* kind, const std::exception& error, int rank = -1) {
     ending.kind = kind;
     ending.text = error.what();
     ending.rank = rank;
   };
+  std::shared_ptr<Program> program;
   try {
-    const auto program = job.program(1, everyone(machine.size), std::vector<int>(kAxes, machine.size), machine.timeout);
+    program = job.program(1, everyone(machine.size), std::vector<int>(kAxes, machine.size), machine.timeout);
     ending.row = body(job, *program);
   } catch (const Dies&) {
     machine.network->lose(job.rank());
-    return;
+    return program;
   } catch (const PeerDied& error) {
     note("PeerDied", error, error.rank);
   } catch (const PeerStalled& error) {
@@ -146,8 +148,10 @@ void run_body(Machine& machine, Job& job, const std::shared_ptr<Engine>& engine,
   } catch (const std::exception& error) {
     note("Error", error);
   }
+  program.reset();
   job.close();
   engine->close(1);
+  return nullptr;
 }
 
 void run_rank(Machine& machine, int rank, const RankBody& body, Ending& ending) {
@@ -160,7 +164,7 @@ void run_rank(Machine& machine, int rank, const RankBody& body, Ending& ending) 
   if (machine.layout.size() > 1) machine.span(job, engine);
   std::thread hearing;
   if (rank == locals[0]) hearing = std::thread([&] { machine.news.hear(job, host); });
-  run_body(machine, job, engine, body, ending);
+  const std::shared_ptr<Program> kept = run_body(machine, job, engine, body, ending);
   machine.out->arrive_and_wait();
   machine.news.end();
   if (hearing.joinable()) hearing.join();
