@@ -88,6 +88,10 @@ class Control {
   void fail(const std::function<Verdict()>& verdict);
   void hear(const Verdict& verdict);  // of another host's error, which all know
   [[noreturn]] void raise();
+  bool failed() const { return block_->error.load() != 0; }
+  // Called when a wait ends in an error, or this rank tells of one, before anything is thrown: the call is left as it stands, and peers and
+  // messages on their way may still read and write what belongs to it.
+  std::function<void()> broken_off;
   // From here on the job has ranks on other hosts too.
   void span(Elsewhere* elsewhere) { elsewhere_ = elsewhere; }
   Elsewhere* elsewhere() const { return elsewhere_; }
@@ -114,6 +118,7 @@ class Control {
 
  private:
   void slow_wait(Condition& condition, int peer, Waiter& waiter);
+  void wait_in_slices(Condition& condition, int peer, Waiter& waiter);
   void set(const Verdict& verdict);
   int culprit(int peer, int thread) const;
   void watch(int rank, int pid);

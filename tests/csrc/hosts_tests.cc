@@ -335,6 +335,48 @@ void a_rank_far_ahead_is_not_the_odd_one() {
   }
 }
 
+// Rank 1 dies while rank 0 waits for a message of rank 3, which sends it after rank 0 has raised, and has new data where it would have gone.
+void what_comes_after_an_error_writes_into_nothing_new() {
+  for (const Layout& hosts : {kOne, kLayouts[0], kLayouts[3]})
+    for (Via via : {Via::queues, Via::handed}) {
+      constexpr int64_t kCount = 50000;
+      const std::vector<Ending> endings = run_on_hosts(hosts, via, [&](Job& job, Program& program) -> Row {
+        const auto axis = job.axis(program, 0, everyone(kRanks));
+        program.begin(named("late"));
+        if (job.rank() == 1) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(20));
+          job.control().fail(Control::Kind::died, 1, "rank 1 died");  // as one that shares its host would say
+          throw Dies();
+        }
+        Room sent(job, 1, kCount, DType::f32);
+        if (job.rank() == 3) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(200));
+          axis->ring().send(0, sent.view().data, sent.view().bytes());
+          axis->ring().drain(0);
+        }
+        if (job.rank() != 0) return {};
+        const auto wait = [&] {
+          Room room(job, 1, kCount, DType::f32);
+          axis->ring().recv(3, room.view().data, room.view().bytes());
+        };
+        std::string error;
+        try {
+          wait();
+        } catch (const PeerDied& died) {
+          error = died.what();
+        }
+        EXPECT(has(error, "rank 1 died"));
+        const Room room(job, 1, kCount, DType::f32);
+        float* const data = static_cast<float*>(room.view().data);
+        std::fill_n(data, kCount, 7.0f);
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        for (int64_t i = 0; i < kCount; i++) EXPECT(data[i] == 7.0f);
+        return {};
+      });
+      CHECK(Failure, endings[0].kind.empty(), endings[0].text, " on ", name_of(hosts));
+    }
+}
+
 // Others ask what a rank's calls were while it makes them: each call that they are told of is whole.
 void what_is_told_of_calls_is_whole() {
   run_ranks(1, As::threads, [](Job& job, Program& program) -> Row {
@@ -377,6 +419,7 @@ std::vector<Test> hosts_tests() {
                           {"over hosts: a rank that stalls is named by all", a_rank_that_stalls_is_named_by_all},
                           {"over hosts: memory that ran out is told to all", memory_that_ran_out_is_told_to_all},
                           {"over hosts: a rank far ahead is not the odd one", a_rank_far_ahead_is_not_the_odd_one},
+                          {"over hosts: what comes after an error writes into nothing new", what_comes_after_an_error_writes_into_nothing_new},
                           {"over hosts: what is told of calls is whole", what_is_told_of_calls_is_whole}};
   for (int who : {0, 3}) tests.push_back({"over hosts: a rank that dies is named by all", [who] { a_rank_that_dies_is_named_by_all(who); }});
   for (std::array<int, 3> grid : {std::array<int, 3>{2, 2, 1}, {2, 1, 2}, {1, 2, 2}, {4, 1, 1}, {1, 4, 1}, {1, 1, 4}})
