@@ -230,9 +230,11 @@ void Control::wait_in_slices(Condition& condition, int peer, Waiter& waiter) {
     if (time - polled < 0.9e-3 * kSliceMs) continue;
     polled = time;
     mine.heartbeat.store(time);
-    if (condition.met()) break;
-    waiter.compare(time - start);
-    look(peer);
+    const bool gone = peer >= 0 && (left(peer) || waiter.left());
+    if (condition.met()) break;  // asked after: the peer may have done this, and left since
+    waiter.compare(time - start, gone);
+    look();
+    if (gone) raise_left(peer);
     waiter.check();
     if (interrupt) interrupt();
     if (time - start > waiter.timeout()) {
@@ -284,10 +286,12 @@ void Control::look(int peer) {
   if (elsewhere_)
     if (const auto gone = elsewhere_->failure()) fail(gone->kind, gone->rank, gone->message);
   check();
-  if (peer >= 0 && here(peer) && block_->ranks[peer].closed.load()) {
-    fail(Kind::died, peer, concat("rank ", peer, " left the job (destroy or exit) while others wait for it"));
-    raise();
-  }
+  if (peer >= 0 && left(peer)) raise_left(peer);
+}
+
+void Control::raise_left(int rank) {
+  fail(Kind::died, rank, concat("rank ", rank, " left the job (destroy or exit) while others wait for it"));
+  raise();
 }
 
 std::vector<Waiting> Control::waits(int rank) const {

@@ -24,7 +24,7 @@ CallLog log_of(const ProgramRecord& record) {
 
 int Program::place_of(int rank) const { return static_cast<int>(std::find(members_.begin(), members_.end(), rank) - members_.begin()); }
 
-void Program::compare(int peer, double waited) {
+void Program::compare(int peer, double waited, bool left) {
   const uint32_t sequence = record(rank_).sequence.load();
   // A rank that is so far ahead that its log does not reach back to this call has made it, and was not told of a difference.
   const auto differs = [&](int r, const CallLog& log) {
@@ -34,10 +34,7 @@ void Program::compare(int peer, double waited) {
   };
   for (int r = 0; r < size(); r++)
     if (here(r) && reached(record(r).sequence.load(), sequence) && differs(r, log_of(record(r)))) mismatch({rank_, r});
-  if (peer >= 0 && (here(peer) ? record(peer).closed.load() != 0 : control_.elsewhere()->left(member(peer)))) {
-    fail(Kind::died, member(peer), concat("rank ", member(peer), " left the job (destroy or exit) while others wait for it"));
-    control_.raise();
-  }
+  if (left) control_.raise_left(member(peer));
   if (!spans_ || waited < std::max(kAskAfter, 2 * asked_)) return;
   asked_ = waited;  // ever more seldom
   for (const Told& told : control_.elsewhere()->ask(id_)) {

@@ -18,9 +18,10 @@ size_t record_bytes(size_t members) { return lines(sizeof(ProgramRecord) * membe
 struct Program::Mine : Waiter {
   Mine(Program& program, int peer) : program(program), peer(peer) {}
   void check() override { program.check(); }
-  void compare(double waited) override {
-    if (!program.recovering_) program.compare(peer, waited);
+  void compare(double waited, bool left) override {
+    if (!program.recovering_) program.compare(peer, waited, left);
   }
+  bool left() const override { return peer >= 0 && program.here(peer) && program.record(peer).closed.load() != 0; }
   std::string doing() const override {
     if (program.recovering_) return "the first call after memory ran out";
     return program.mine_.name;

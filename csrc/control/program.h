@@ -97,9 +97,10 @@ class Program {
   struct Mine;
   ProgramRecord& record(int rank) const { return records_[rank]; }
   void join(uint64_t id, size_t bytes);
-  void compare(int peer, double waited);  // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
-  int place_of(int rank) const;           // of a rank as the job counts, among the members; size(): it is none
-  std::vector<CallLog> logs();            // once the ranks have come to this rank's call, or have had time to
+  void compare(int peer, double waited,
+               bool left);       // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
+  int place_of(int rank) const;  // of a rank as the job counts, among the members; size(): it is none
+  std::vector<CallLog> logs();   // once the ranks have come to this rank's call, or have had time to
   void raise_refusal(bool in_any_call);
   void recover();
   void meet(uint32_t number);

@@ -1,4 +1,5 @@
 // HandedEngine of every rank, served by one thread: a message moves when both its send and its receive have been posted.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>

@@ -1,6 +1,7 @@
 // Messages between queues of one process, carried by threads of its own. A short send has ended when it is posted, as one that an engine
 // copies; a long one when it has been carried, and until then its memory may not change. Of one (peer, tag) messages are matched in order and
 // may end in any.
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -58,10 +59,12 @@ class QueueNetwork : public Network {
     std::atomic<uint64_t> changes{0};
     std::condition_variable changed;
     bool lost = false, left = false;
+    int carried = 0;  // messages of its that are on their way
   };
   Rank& at(int rank) { return *ranks_[static_cast<size_t>(rank)]; }
   Ticket post(const Key& key, bool receives, void* data, size_t bytes);
   void match(Channel& channel);
+  void put(const Pair& pair);
   void end(Ticket ticket, size_t got, const std::string& error);
   void carry();
   void end_all_with(int rank);
@@ -104,7 +107,8 @@ class QueueNetwork::End final : public Engine {
     return network_.at(peer).left;
   }
   void close(double) override {
-    const std::lock_guard lock(network_.mutex_);
+    std::unique_lock lock(network_.mutex_);
+    me_.changed.wait(lock, [&] { return me_.carried == 0; });  // that it left is not told before what it sent
     me_.left = true;
     network_.end_all_with(rank_);
   }
@@ -172,9 +176,23 @@ void QueueNetwork::match(Channel& channel) {
     channel.wanted.pop_front();
     operations_.at(pair.receive).matched = true;
     if (pair.message.ticket) operations_.at(pair.message.ticket).matched = true;
+    Rank& sender = at(operations_.at(pair.receive).peer());
+    if (sender.left) {
+      put(pair);
+      continue;
+    }
+    sender.carried++;
     pairs_.push_back(std::move(pair));
     paired_.notify_one();
   }
+}
+
+// At once, what a rank that has left had sent.
+void QueueNetwork::put(const Pair& pair) {
+  const std::vector<char>& copy = pair.message.copy;
+  const Operation& receive = operations_.at(pair.receive);
+  if (const size_t fits = std::min(copy.size(), receive.bytes); fits > 0) std::memcpy(receive.data, copy.data(), fits);
+  end(pair.receive, copy.size(), "");
 }
 
 void QueueNetwork::end(Ticket ticket, size_t got, const std::string& error) {
@@ -205,6 +223,9 @@ void QueueNetwork::carry() {
     if (state >> 28 == 0) std::this_thread::sleep_for(std::chrono::microseconds(200));
     if (fits > 0) std::memcpy(to, from, fits);
     lock.lock();
+    Rank& sender = at(receive.peer());
+    sender.carried--;
+    sender.changed.notify_all();
     end(pair.receive, bytes, "");
     if (send) end(pair.message.ticket, bytes, "");
   }

@@ -172,6 +172,12 @@ void run_rank(Machine& machine, int rank, const RankBody& body, Ending& ending) 
 
 }  // namespace
 
+std::string name_of(const Layout& hosts) {
+  std::string out;
+  for (const std::vector<int>& ranks : hosts) out += concat(out.empty() ? "" : " | ", list_of(ranks));
+  return out;
+}
+
 std::vector<Ending> run_on_hosts(const Layout& hosts, Via via, const RankBody& body, double timeout) {
   Machine machine(hosts, via, timeout);
   std::vector<Ending> endings(static_cast<size_t>(machine.size));

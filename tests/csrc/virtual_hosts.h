@@ -12,6 +12,12 @@ namespace gingham {
 
 using Layout = std::vector<std::vector<int>>;  // the ranks of each host
 
+// One, and the ways in which the tests deal its ranks out.
+constexpr int kRanks = 4;
+inline const Layout kOne{{0, 1, 2, 3}};
+inline const std::vector<Layout> kLayouts{{{0, 1}, {2, 3}}, {{0, 1, 2}, {3}}, {{0, 2}, {1, 3}}, {{0}, {1}, {2}, {3}}};
+std::string name_of(const Layout& hosts);
+
 // What joins the ranks' engines. Two are at hand: one that carries messages between queues on threads of its own, which delays some and ends
 // them out of order, and HandedEngine with a server for all ranks.
 enum class Via { queues, handed };
