@@ -24,8 +24,11 @@ struct Options {
   Carrier carrier = Carrier::nccl;  // between GPUs; copy wants threads
   DType dtype = DType::f32;
   bool tf32 = false;
-  std::string library = "gingham";  // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
-  std::function<void(Job&)> after;  // called when a round has been queued, before it is waited for
+  std::string library = "gingham";                         // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
+  std::function<void(Job&)> after;                         // called when a round has been queued, before it is waited for
+  std::function<std::vector<Row>(const RankBody&)> start;  // runs the ranks; none: run_ranks, as `as` says
+  bool fractions = false;  // data whose sums round, so that the bits of a result show their order; such a result is not checked
+  std::function<void(int rank, const Matrix& result)> see;  // is shown each result on the host, after the last round
   int size() const { return ranks > 0 ? ranks : grid[0] * grid[1] * grid[2]; }
 };
 
@@ -36,6 +39,7 @@ struct Measured {
   double bytes = 0;    // received, summed over ranks, one round
   double formula = 0;  // the same by docs/theory.md section 4
   double messages = 0;
+  double crossed = 0;                      // of bytes, what came from another host
   double wrong = 0;                        // elements that differ, summed; -1 not checked
   double algbw_bytes = 0, bus_factor = 0;  // nccl-tests' size and bus factor of a collective
   double workspace = 0;                    // largest high-water mark of a rank
@@ -48,8 +52,10 @@ void settle(Job& job);                         // waits for what the rank has qu
 double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,
                         const std::function<void()>& warm);
 
-// A case's rows (seconds, bytes, messages, wrong elements or -1, workspace) put together.
+// A case's rows (seconds, bytes, messages, wrong elements or -1, workspace, bytes from other hosts) put together.
 Measured over_ranks(const std::vector<Row>& rows);
+
+std::vector<Row> start(const Options& options, const RankBody& body);
 
 Measured run_matmul(const Options& options);      // name: matmul | dx | dw | backward
 Measured run_kernel(const Options& options);      // name: gemm (one rank's product) | kernels (each beside its CPU twin)

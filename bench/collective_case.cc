@@ -21,9 +21,9 @@ struct Vector {
   Room room;
   Matrix view;
   Vector(Job& job, int64_t n, DType dtype) : room(job, 1, n, dtype), view(room.view()) {}
-  void fill(int rank, int64_t from) {
+  void fill(int rank, int64_t from, bool fractions) {
     DISPATCH(view.dtype, T, {
-      for (int64_t i = 0; i < view.cols; i++) static_cast<T*>(room.host().data)[i] = static_cast<T>(value(rank, from + i));
+      for (int64_t i = 0; i < view.cols; i++) static_cast<T*>(room.host().data)[i] = static_cast<T>(value(rank, from + i) / (fractions ? 7 : 1));
     });
     room.upload();
   }
@@ -52,8 +52,8 @@ class Collective {
   }
   Axis& axis() { return *axis_; }
   void prepare() {
-    whole_.fill(job_.rank(), 0);
-    part_.fill(job_.rank(), begin());
+    whole_.fill(job_.rank(), 0, o_.fractions);
+    part_.fill(job_.rank(), begin(), o_.fractions);
   }
   void once() {
     if (o_.library == "nccl") return by_nccl();
@@ -66,6 +66,11 @@ class Collective {
     if (o_.name == "all_reduce") all_reduce(*axis_, whole_.view, job_.stream());
     if (o_.name == "broadcast") broadcast(*axis_, whole_.view, 0, job_.stream());
     if (o_.name == "reduce") reduce(*axis_, whole_.view, 0, job_.stream());
+  }
+  void show() const {
+    const Vector& result = o_.name == "reduce_scatter" ? part_ : whole_;
+    result.room.download();
+    o_.see(job_.rank(), result.room.host());
   }
   // Elements that differ from the exact result.
   int64_t wrong() const {
@@ -136,14 +141,19 @@ Row run_rank(Job& job, Program& program, const Options& o) {
       },
       [&] { traffic = collective.axis().traffic(true); });
   traffic = collective.axis().traffic(true);
-  return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds,
-          o.check ? static_cast<double>(collective.wrong()) : -1};
+  if (o.see) collective.show();
+  return {seconds,
+          static_cast<double>(traffic.bytes_received) / o.rounds,
+          static_cast<double>(traffic.messages) / o.rounds,
+          o.check ? static_cast<double>(collective.wrong()) : -1,
+          0,
+          static_cast<double>(traffic.bytes_crossed) / o.rounds};
 }
 
 }  // namespace
 
 Measured run_collective(const Options& o) {
-  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job, Program& program) { return run_rank(job, program, o); });
+  const std::vector<Row> rows = start(o, [&](Job& job, Program& program) { return run_rank(job, program, o); });
   Measured out = over_ranks(rows);
   const double g = o.size(), bytes = static_cast<double>(o.n) * static_cast<double>(size_of(o.dtype));
   out.algbw_bytes = bytes;

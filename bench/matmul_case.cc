@@ -11,13 +11,13 @@
 namespace gingham {
 namespace {
 
-double element(int64_t i, int64_t j, uint64_t seed) {
+double element(int64_t i, int64_t j, uint64_t seed, bool fractions) {
   uint64_t h =
       (static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15ull) ^ (static_cast<uint64_t>(j) * 0xC2B2AE3D27D4EB4Full) ^ (seed * 0x165667B19E3779F9ull);
   h ^= h >> 29;
   h *= 0xBF58476D1CE4E5B9ull;
   h ^= h >> 32;
-  return static_cast<double>(h % 7) - 3;
+  return fractions ? static_cast<double>(h % 10007) / 7 : static_cast<double>(h % 7) - 3;
 }
 
 struct Span {
@@ -33,9 +33,9 @@ Span part(Span whole, int parts, int index) {
 // A matrix of the shared heap holding rows x cols of the global matrix of that seed; stored column-major where `order` says so.
 class Block {
  public:
-  Block(Job& job, Span rows, Span cols, DType dtype, uint64_t seed, Storage storage = Storage::row_major)
-      : rows_(rows), cols_(cols), room_(job, rows.size(), cols.size(), dtype, storage == Storage::column_major) {
-    if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed)); });
+  Block(Job& job, Span rows, Span cols, const Options& o, uint64_t seed, Storage storage = Storage::row_major)
+      : rows_(rows), cols_(cols), room_(job, rows.size(), cols.size(), o.dtype, storage == Storage::column_major) {
+    if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed, o.fractions)); });
     room_.upload();
   }
   const Matrix& view() const { return room_.view(); }
@@ -115,6 +115,7 @@ struct Axes {
     for (Axis* t : {k.get(), n.get(), m.get()}) {
       const Traffic one = t->traffic(true);
       sum.bytes_received += one.bytes_received;
+      sum.bytes_crossed += one.bytes_crossed;
       sum.messages += one.messages;
     }
     return sum;
@@ -151,8 +152,8 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   Step step(program, job.stream(), config_of(o, p, axes));
 
   const Span w_rows = o.swapped ? p.k : p.w_cut, w_cols = o.swapped ? p.w_cut : p.n;
-  Block x(job, p.m, p.x_k, o.dtype, 1), w(job, w_rows, w_cols, o.dtype, 2, Storage::column_major), dy(job, p.m, p.y_n, o.dtype, 3);
-  Block y(job, p.m, p.y_n, o.dtype, 0), dx(job, p.m, p.x_k, o.dtype, 0), dw(job, w_rows, w_cols, o.dtype, 0, Storage::column_major);
+  Block x(job, p.m, p.x_k, o, 1), w(job, w_rows, w_cols, o, 2, Storage::column_major), dy(job, p.m, p.y_n, o, 3);
+  Block y(job, p.m, p.y_n, o, 0), dx(job, p.m, p.x_k, o, 0), dw(job, w_rows, w_cols, o, 0, Storage::column_major);
 
   const bool forward = o.name == "matmul", need_x = o.name != "dw", need_w = o.name != "dx";
   auto once = [&] {
@@ -176,15 +177,22 @@ Row run_rank(Job& job, Program& program, const Options& o) {
         job.reset_peak();
       });
   const Traffic traffic = axes.take();
+  const auto show = [&](const Block& result) {
+    result.fetch();
+    if (o.see) o.see(job.rank(), result.host());
+  };
+  if (forward) show(y);
+  if (!forward && need_x) show(dx);
+  if (!forward && need_w) show(dw);
   double wrong = -1;
   const double peak = static_cast<double>(job.usage().workspace_peak) - static_cast<double>(job.usage().workspace);
   if (o.check) {
     wrong = 0;
     const Span all_k{0, o.k}, all_n{0, o.n}, all_m{0, o.m};
     auto compare = [&](Block& got, Span rows, Span inner, Span cols, uint64_t a, uint64_t b, bool ta, bool tb) {
-      Block left = ta ? Block(job, inner, rows, o.dtype, a) : Block(job, rows, inner, o.dtype, a);
-      Block right = tb ? Block(job, cols, inner, o.dtype, b) : Block(job, inner, cols, o.dtype, b);
-      Block expected(job, rows, cols, o.dtype, 0);
+      Block left = ta ? Block(job, inner, rows, o, a) : Block(job, rows, inner, o, a);
+      Block right = tb ? Block(job, cols, inner, o, b) : Block(job, inner, cols, o, b);
+      Block expected(job, rows, cols, o, 0);
       gemm(ta ? left.host().t() : left.host(), tb ? right.host().t() : right.host(), expected.host(), false, job.host_stream());
       got.fetch();
       wrong += static_cast<double>(got.differing(expected));
@@ -193,13 +201,14 @@ Row run_rank(Job& job, Program& program, const Options& o) {
     if (!forward && need_x) compare(dx, p.m, all_n, p.x_k, 3, 2, false, true);
     if (!forward && need_w) compare(dw, w_rows, all_m, w_cols, 1, 3, true, false);
   }
-  return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds, wrong, peak};
+  return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds, wrong,
+          peak,    static_cast<double>(traffic.bytes_crossed) / o.rounds};
 }
 
 }  // namespace
 
 Measured run_matmul(const Options& o) {
-  const std::vector<Row> rows = run_ranks(o.size(), o.as, [&](Job& job, Program& program) { return run_rank(job, program, o); });
+  const std::vector<Row> rows = start(o, [&](Job& job, Program& program) { return run_rank(job, program, o); });
   Measured out = over_ranks(rows);
   out.flops = 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) * (o.name == "backward" ? 2 : 1);
   out.formula = words(o) * static_cast<double>(size_of(o.dtype));

@@ -125,6 +125,10 @@ double median_of_rounds(const Options& options, const std::function<void()>& pre
   return *middle;
 }
 
+std::vector<Row> start(const Options& options, const RankBody& body) {
+  return options.start ? options.start(body) : run_ranks(options.size(), options.as, body);
+}
+
 Measured over_ranks(const std::vector<Row>& rows) {
   Measured out;
   for (const Row& r : rows) {
@@ -133,6 +137,7 @@ Measured over_ranks(const std::vector<Row>& rows) {
     out.messages += r[2];
     out.wrong = r[3] < 0 ? -1 : out.wrong + r[3];
     out.workspace = std::max(out.workspace, r.size() > 4 ? r[4] : 0);
+    out.crossed += r.size() > 5 ? r[5] : 0;
   }
   return out;
 }

@@ -34,8 +34,8 @@ class Heap {
   std::function<void(const std::string&)> refused;
   // The allocation after the next `count` is refused, as though the host had no memory.
   void fail_after(int count) { fails_in_ = count; }
-  // While blocks are held, what is freed stays as it is: a peer may not know yet that the call it belongs to was given up. hold(false):
-  // blocks freed from now on are free at once; reuse(): and those that were held.
+  // While blocks are held, what is freed stays as it is: a peer may not know yet that the call it belongs to was given up, or a message to it
+  // is on its way. hold(false): blocks freed from now on are free at once; reuse(): and those that were held.
   void hold(bool on);
   void reuse();
   // Gives back what is free, but for `spare` bytes. Happens by itself where much has been free for long.

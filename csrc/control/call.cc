@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "base/check.h"
 
@@ -12,6 +13,22 @@ void copy_text(char* to, size_t room, const std::string& text) {
   const size_t n = std::min(room - 1, text.size());
   memcpy(to, text.data(), n);
   to[n] = 0;
+}
+
+static_assert(std::is_trivially_copyable_v<Call>);
+
+void KeptCall::store(const Call& call) {
+  uint64_t words[kWords] = {};
+  memcpy(words, &call, sizeof(call));
+  for (size_t i = 0; i < kWords; i++) words_[i].store(words[i], std::memory_order_release);
+}
+
+Call KeptCall::load() const {
+  uint64_t words[kWords];
+  for (size_t i = 0; i < kWords; i++) words[i] = words_[i].load(std::memory_order_acquire);
+  Call call;
+  memcpy(static_cast<void*>(&call), words, sizeof(call));
+  return call;
 }
 
 uint64_t mixed(uint64_t h, uint64_t v) {

@@ -1,5 +1,6 @@
 // What a rank says of the call it is in: a plain record that any control plane can carry, with the keys by which ranks compare theirs.
 #pragma once
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <string>
@@ -40,6 +41,18 @@ struct Call {
   uint64_t key() const;      // hash of all on which the ranks of the call's axis must agree
   uint64_t history() const;  // of what all ranks of the job must agree on: without the sizes of a collective, which may be uneven
   std::string text() const;
+};
+
+// A call in shared memory. Its rank stores the next one in its place while others may read it: in words, which a later look at the rank's
+// sequence tells to be of one call or not (a word of a newer call is seen only after the sequence that came before it).
+class KeptCall {
+ public:
+  void store(const Call& call);
+  Call load() const;
+
+ private:
+  static constexpr size_t kWords = (sizeof(Call) + sizeof(uint64_t) - 1) / sizeof(uint64_t);
+  std::atomic<uint64_t> words_[kWords] = {};
 };
 
 constexpr uint64_t kSeed = 1469598103934665603ull;

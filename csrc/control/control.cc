@@ -100,7 +100,7 @@ void Control::attach(const std::string& version, const std::vector<int>& pids) {
 }
 
 void Control::check() {
-  if (block_->error.load() != 0) raise();
+  if (failed()) raise();
 }
 
 ProgramEntry* Control::program(uint64_t id) {
@@ -131,6 +131,7 @@ void Control::sweep(Heap& heap) {
 }
 
 void Control::raise() {
+  if (broken_off) broken_off();
   const double start = now();
   const double patience = elsewhere_ ? kFarPatience : kVerdictPatience;
   while (block_->error.load() != 2 && now() - start < patience) nap(0.0005);
@@ -156,6 +157,7 @@ void Control::fail(Kind kind, int rank, const std::string& message) {
 }
 
 void Control::fail(const std::function<Verdict()>& verdict) {
+  if (broken_off) broken_off();
   uint32_t none = 0;
   if (orphaned_ || !block_->error.value.compare_exchange_strong(none, 1)) return;
   const Verdict mine = verdict();
@@ -207,6 +209,15 @@ void Control::wait(Condition& condition, int peer, Waiter& waiter) {
 }
 
 void Control::slow_wait(Condition& condition, int peer, Waiter& waiter) {
+  try {
+    wait_in_slices(condition, peer, waiter);
+  } catch (...) {  // a refusal, a signal, an engine's error
+    if (broken_off) broken_off();
+    throw;
+  }
+}
+
+void Control::wait_in_slices(Condition& condition, int peer, Waiter& waiter) {
   auto& mine = block_->ranks[rank_].waits[waiter.thread()];
   mine.on.store(peer);
   mine.heartbeat.store(now());
@@ -219,9 +230,11 @@ void Control::slow_wait(Condition& condition, int peer, Waiter& waiter) {
     if (time - polled < 0.9e-3 * kSliceMs) continue;
     polled = time;
     mine.heartbeat.store(time);
-    if (condition.met()) break;
-    waiter.compare(time - start);
-    look(peer);
+    const bool gone = peer >= 0 && (left(peer) || waiter.left());
+    if (condition.met()) break;  // asked after: the peer may have done this, and left since
+    waiter.compare(time - start, gone);
+    look();
+    if (gone) raise_left(peer);
     waiter.check();
     if (interrupt) interrupt();
     if (time - start > waiter.timeout()) {
@@ -273,10 +286,12 @@ void Control::look(int peer) {
   if (elsewhere_)
     if (const auto gone = elsewhere_->failure()) fail(gone->kind, gone->rank, gone->message);
   check();
-  if (peer >= 0 && here(peer) && block_->ranks[peer].closed.load()) {
-    fail(Kind::died, peer, concat("rank ", peer, " left the job (destroy or exit) while others wait for it"));
-    raise();
-  }
+  if (peer >= 0 && left(peer)) raise_left(peer);
+}
+
+void Control::raise_left(int rank) {
+  fail(Kind::died, rank, concat("rank ", rank, " left the job (destroy or exit) while others wait for it"));
+  raise();
 }
 
 std::vector<Waiting> Control::waits(int rank) const {

@@ -58,10 +58,11 @@ class Waiter {
  public:
   virtual ~Waiter() = default;
   virtual void check() = 0;  // throws what ends the wait
-  // Throws where the peer makes another call, and will never do what has been waited for so many seconds.
-  virtual void compare(double) {}
-  virtual std::string doing() const = 0;  // in words, for the message of a stall
-  virtual double timeout() const = 0;     // seconds
+  // Throws where the peer makes another call, or has left, and will never do what has been waited for so many seconds.
+  virtual void compare(double /*waited*/, bool /*left*/) {}
+  virtual bool left() const { return false; }  // the peer has left those that make the same calls
+  virtual std::string doing() const = 0;       // in words, for the message of a stall
+  virtual double timeout() const = 0;          // seconds
   virtual int thread() const { return 0; }
 };
 
@@ -88,6 +89,10 @@ class Control {
   void fail(const std::function<Verdict()>& verdict);
   void hear(const Verdict& verdict);  // of another host's error, which all know
   [[noreturn]] void raise();
+  bool failed() const { return block_->error.load() != 0; }
+  // Called when a wait ends in an error, or this rank tells of one, before anything is thrown: the call is left as it stands, and peers and
+  // messages on their way may still read and write what belongs to it.
+  std::function<void()> broken_off;
   // From here on the job has ranks on other hosts too.
   void span(Elsewhere* elsewhere) { elsewhere_ = elsewhere; }
   Elsewhere* elsewhere() const { return elsewhere_; }
@@ -104,7 +109,9 @@ class Control {
   void close();                                                                          // later waits for this rank raise PeerDied in the others
   void orphan() { orphaned_ = true; }                                                    // this process was forked from the rank and is none itself
   bool orphaned() const { return orphaned_; }
-  bool left(int rank) const { return block_->ranks[rank].closed.load() != 0; }
+  // It has ended the job in order: what it did before can be seen.
+  bool left(int rank) const { return here(rank) ? block_->ranks[rank].closed.load() != 0 : elsewhere_ && elsewhere_->left(rank); }
+  [[noreturn]] void raise_left(int rank);  // while it is waited for
 
   int rank() const { return rank_; }
   int size() const { return size_; }
@@ -114,6 +121,7 @@ class Control {
 
  private:
   void slow_wait(Condition& condition, int peer, Waiter& waiter);
+  void wait_in_slices(Condition& condition, int peer, Waiter& waiter);
   void set(const Verdict& verdict);
   int culprit(int peer, int thread) const;
   void watch(int rank, int pid);

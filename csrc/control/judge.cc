@@ -9,11 +9,14 @@ namespace {
 
 constexpr double kJudgePatience = 0.3, kAskAfter = 0.4;
 
+// The rank may make its next calls meanwhile: then all is read again, so that every call that the log remembers is whole.
 CallLog log_of(const ProgramRecord& record) {
   CallLog log;
   log.rank = record.rank;
-  log.sequence = record.sequence.load();
-  std::copy(std::begin(record.calls), std::end(record.calls), std::begin(log.calls));
+  do {
+    log.sequence = record.sequence.load();
+    std::transform(std::begin(record.calls), std::end(record.calls), std::begin(log.calls), [](const KeptCall& call) { return call.load(); });
+  } while (record.sequence.load() != log.sequence);
   return log;
 }
 
@@ -21,23 +24,22 @@ CallLog log_of(const ProgramRecord& record) {
 
 int Program::place_of(int rank) const { return static_cast<int>(std::find(members_.begin(), members_.end(), rank) - members_.begin()); }
 
-void Program::compare(int peer, double waited) {
-  const ProgramRecord& mine = record(rank_);
-  const uint32_t sequence = mine.sequence.load();
-  const auto differs = [&](int r, uint32_t theirs, const Call& call) {
-    return sequence > 0 && reached(theirs, sequence) && (call.invalid || (r == peer && call.key() != mine.calls[sequence % kHistory].key()));
+void Program::compare(int peer, double waited, bool left) {
+  const uint32_t sequence = record(rank_).sequence.load();
+  // A rank that is so far ahead that its log does not reach back to this call has made it, and was not told of a difference.
+  const auto differs = [&](int r, const CallLog& log) {
+    if (sequence == 0 || !log.remembers(sequence)) return false;
+    const Call& call = log.at(sequence);
+    return call.invalid || (r == peer && call.key() != mine_.key());
   };
   for (int r = 0; r < size(); r++)
-    if (here(r) && differs(r, record(r).sequence.load(), record(r).calls[sequence % kHistory])) mismatch({rank_, r});
-  if (peer >= 0 && (here(peer) ? record(peer).closed.load() != 0 : control_.elsewhere()->left(member(peer)))) {
-    fail(Kind::died, member(peer), concat("rank ", member(peer), " left the job (destroy or exit) while others wait for it"));
-    control_.raise();
-  }
+    if (here(r) && reached(record(r).sequence.load(), sequence) && differs(r, log_of(record(r)))) mismatch({rank_, r});
+  if (left) control_.raise_left(member(peer));
   if (!spans_ || waited < std::max(kAskAfter, 2 * asked_)) return;
   asked_ = waited;  // ever more seldom
   for (const Told& told : control_.elsewhere()->ask(id_)) {
     const int r = place_of(told.rank);
-    if (r < size() && differs(r, told.log.sequence, told.log.at(sequence))) mismatch({rank_, r});
+    if (r < size() && differs(r, told.log)) mismatch({rank_, r});
   }
 }
 

@@ -18,13 +18,13 @@ size_t record_bytes(size_t members) { return lines(sizeof(ProgramRecord) * membe
 struct Program::Mine : Waiter {
   Mine(Program& program, int peer) : program(program), peer(peer) {}
   void check() override { program.check(); }
-  void compare(double waited) override {
-    if (!program.recovering_) program.compare(peer, waited);
+  void compare(double waited, bool left) override {
+    if (!program.recovering_) program.compare(peer, waited, left);
   }
+  bool left() const override { return peer >= 0 && program.here(peer) && program.record(peer).closed.load() != 0; }
   std::string doing() const override {
     if (program.recovering_) return "the first call after memory ran out";
-    const ProgramRecord& mine = program.record(program.rank_);
-    return mine.calls[mine.sequence.load() % kHistory].name;
+    return program.mine_.name;
   }
   double timeout() const override { return program.timeout_; }
   int thread() const override { return program.beside_ ? 1 : 0; }
@@ -100,15 +100,15 @@ void Program::begin(const Call& call) {
   if (told_) recover();
   ProgramRecord& me = record(rank_);
   const uint32_t sequence = me.sequence.load() + 1;
-  Call& mine = me.calls[sequence % kHistory];
-  mine = call;
+  mine_ = call;
   if (label_) {
-    mine.options = label_->hash;
-    copy_text(mine.label, sizeof(mine.label), label_->text);
+    mine_.options = label_->hash;
+    copy_text(mine_.label, sizeof(mine_.label), label_->text);
     label_.reset();
   }
-  key_ = mixed(history_, mine.key());
-  history_ = mixed(history_, mine.history());
+  me.calls[sequence % kHistory].store(mine_);
+  key_ = mixed(history_, mine_.key());
+  history_ = mixed(history_, mine_.history());
   inside_ = true;
   me.sequence.store(sequence);
   check();

@@ -20,7 +20,7 @@ struct ProgramRecord {
   Word sequence;
   Word met;  // of the barriers of a recovery
   std::atomic<int32_t> closed{0};
-  Call calls[kHistory];
+  KeptCall calls[kHistory];
 };
 
 struct ProgramBlock {
@@ -53,7 +53,7 @@ class Program {
   void say(std::shared_ptr<const Label> label) { label_ = std::move(label); }  // whose call the next one is
   // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
   uint64_t key() const { return key_; }
-  const Call& call() const { return records_[rank_].calls[records_[rank_].sequence.load() % kHistory]; }
+  const Call& call() const { return mine_; }
   void note(std::shared_ptr<const Label> label);     // a call that moves nothing
   void wait(Word& word, uint32_t target, int peer);  // as Control::wait; peer: a member's number
   void sleep_until(double time);
@@ -97,9 +97,10 @@ class Program {
   struct Mine;
   ProgramRecord& record(int rank) const { return records_[rank]; }
   void join(uint64_t id, size_t bytes);
-  void compare(int peer, double waited);  // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
-  int place_of(int rank) const;           // of a rank as the job counts, among the members; size(): it is none
-  std::vector<CallLog> logs();            // once the ranks have come to this rank's call, or have had time to
+  void compare(int peer, double waited,
+               bool left);       // a rank that refused this call, or a peer that calls it another name, will never post what is waited for
+  int place_of(int rank) const;  // of a rank as the job counts, among the members; size(): it is none
+  std::vector<CallLog> logs();   // once the ranks have come to this rank's call, or have had time to
   void raise_refusal(bool in_any_call);
   void recover();
   void meet(uint32_t number);
@@ -121,6 +122,7 @@ class Program {
   ProgramRecord* records_ = nullptr;
   char* room_ = nullptr;
   uint64_t key_ = 0, history_ = 0;
+  Call mine_;  // the call begun last
   std::atomic<bool> closed_{false};
   std::shared_ptr<const Label> label_;
   bool inside_ = false, told_ = false, recovering_ = false;

@@ -87,7 +87,7 @@ void Program::recover() {
   const uint32_t last = last_call(), sums = background_ ? background_->last_call() : 0;
   for (Program* each : {this, background_.get()}) {
     if (!each) continue;
-    for (Call& call : each->record(each->rank_).calls) call = Call{};
+    for (KeptCall& call : each->record(each->rank_).calls) call.store(Call{});
     if (each->reset) each->reset();
   }
   if (rank_ == 0) block_->refused.store(3 * (epoch() + 1));

@@ -7,7 +7,6 @@
 #include <map>
 
 #include "base/check.h"
-#include "base/wait.h"
 
 namespace gingham {
 namespace {
@@ -35,16 +34,15 @@ std::string list_of(const std::vector<int>& ranks) {
 Verdict disagreement(const std::vector<CallLog>& ranks, const std::vector<int>& members, uint32_t sequence) {
   uint32_t newest = sequence;
   std::vector<int> all;
-  auto arrived = [&](int r, uint32_t at) { return reached(ranks[idx(r)].sequence, at); };
   for (int r = 0; r < static_cast<int>(ranks.size()); r++) {
-    if (arrived(r, newest)) newest = ranks[idx(r)].sequence;
+    if (reached(ranks[idx(r)].sequence, newest)) newest = ranks[idx(r)].sequence;
     all.push_back(r);
   }
   std::map<uint64_t, std::vector<int>> groups;
   auto group = [&](const std::vector<int>& among, uint32_t at, auto&& value_of) {
     groups.clear();
     for (int r : among)
-      if (arrived(r, at)) groups[value_of(ranks[idx(r)].at(at))].push_back(r);
+      if (ranks[idx(r)].remembers(at)) groups[value_of(ranks[idx(r)].at(at))].push_back(r);
   };
   // The oldest call on which the ranks differ: it may have moved nothing.
   for (uint32_t at = newest < kHistory ? 1 : newest - kHistory + 2; reached(sequence, at); at++) {

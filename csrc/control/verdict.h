@@ -3,11 +3,13 @@
 #include <string>
 #include <vector>
 
+#include "base/wait.h"
 #include "control/call.h"
 
 namespace gingham {
 
-constexpr uint32_t kHistory = 8;  // calls of each rank that are remembered
+// Calls of each rank that are kept; the newest kHistory - 1 are remembered, since the next may be on its way into the place of the oldest.
+constexpr uint32_t kHistory = 8;
 
 enum class ErrorKind : int32_t { died, stalled, shape, mesh, memory };
 const char* name_of(ErrorKind kind);
@@ -18,6 +20,7 @@ struct CallLog {
   int rank = 0;           // as errors name it
   uint32_t sequence = 0;  // the newest
   Call calls[kHistory];
+  bool remembers(uint32_t number) const { return reached(sequence, number) && sequence - number < kHistory - 1; }
   const Call& at(uint32_t number) const { return calls[number % kHistory]; }
 };
 

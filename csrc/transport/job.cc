@@ -70,6 +70,7 @@ Job::Job(int rank, int size, std::shared_ptr<Segment> segment, double timeout, s
   control_ = std::make_unique<Control>(static_cast<ControlBlock*>(segment_->at(0)), rank, size, std::move(locals), timeout);
   heap_ = std::make_unique<Heap>(*segment_, shared + heap_bytes_ * place, heap_bytes_, rank);
   stream_ = std::make_unique<CpuStream>(*heap_);
+  control_->broken_off = [this] { heap_->hold(true); };
   heap_->refused = [this](const std::string& message) { out_of_memory(message); };
   watch_forks(this);
 }
@@ -120,7 +121,7 @@ std::string Job::told(uint64_t program) {
 void Job::end_call(Program& program) {
   if (!program.inside()) return;
   program.end();
-  if (!program.beside()) heap_->hold(false);
+  if (!program.beside() && !control_->failed()) heap_->hold(false);  // of a job that is over nothing is used again
 }
 
 namespace {

@@ -25,6 +25,8 @@ std::vector<std::string> errors_of(int size, const RankBody& body, double timeou
 bool has(const std::string& text, const char* part);
 
 std::vector<Test> engine_tests();
+std::vector<Test> hosts_error_tests();
+std::vector<Test> hosts_tests();
 std::vector<Test> memory_tests();
 std::vector<Test> verdict_tests();
 

@@ -44,6 +44,13 @@ void only_what_is_remembered_is_compared() {
   EXPECT(v.rank == 1 && has(v.message, "K=2") && !has(v.message, "dropout"));
 }
 
+// Rank 2 has gone on so far that its log does not reach back to the call in which the others differ.
+void a_rank_far_ahead_is_in_no_group() {
+  std::vector<Call> ahead(kHistory, named("later"));
+  const Verdict v = disagreement(logs_of({{named("all_gather", 1)}, {named("all_gather", 2)}, ahead}), {0, 1, 2}, 1);
+  EXPECT(v.rank == 1 && has(v.message, "K=1") && has(v.message, "K=2") && !has(v.message, "later"));
+}
+
 void rows_differ_among_members_only() {
   const std::vector<CallLog> logs = logs_of({{named("all_gather", 1, 4)}, {named("all_gather", 1, 5)}, {named("all_gather", 1, 9)}});
   const Verdict v = disagreement(logs, {0, 1}, 1);
@@ -71,6 +78,7 @@ std::vector<Test> verdict_tests() {
           {"of equal groups both are got", of_equal_groups_both_are_got},
           {"the oldest difference counts", the_oldest_difference_counts},
           {"only what is remembered is compared", only_what_is_remembered_is_compared},
+          {"a rank far ahead is in no group", a_rank_far_ahead_is_in_no_group},
           {"rows differ among members only", rows_differ_among_members_only},
           {"ranks are named as the job counts them", ranks_are_named_as_the_job_counts_them},
           {"the culprit ends the chain", the_culprit_ends_the_chain}};

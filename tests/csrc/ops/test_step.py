@@ -82,19 +82,34 @@ def test_a_wrong_option_is_refused() -> None:
     assert told.returncode == 0 and "\n  --grid PM,PN,PK " in told.stdout and max(map(len, told.stdout.splitlines())) <= 130
 
 
-@pytest.mark.matrix
-def test_the_cores_own_tests(tmp_path: Path) -> None:
-    """As `make sanitize`, without sanitizers."""
+def build_core_tests(folder: Path, options: list[str]) -> Path:
     cmake = Path(sys.executable).with_name("cmake")
     tool = str(cmake) if cmake.exists() else shutil.which("cmake")
     if tool is None:
         pytest.skip("cmake is not installed")
-    ninja = cmake.with_name("ninja")
+    if options:
+        subprocess.run([tool, "-S", str(ROOT), "-B", str(folder), *options], check=True, capture_output=True, timeout=100)
+    subprocess.run([tool, "--build", str(folder), "--target", "core_tests"], check=True, capture_output=True, timeout=280)
+    return folder / "core_tests"
+
+
+def run_core_tests(tests: Path, *words: str) -> None:
+    done = subprocess.run([str(tests), *words], env={**os.environ, "GINGHAM_BLAS": "plain"}, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_cores_tests_over_hosts() -> None:
+    """Of the core's own tests those in which several hosts share one process, built beside what `make build` has built."""
+    folder = ROOT / "build" / f"pip-{sys.implementation.cache_tag}"
+    if not (folder / "CMakeCache.txt").exists():
+        pytest.skip("gingham was not built here by make build")
+    run_core_tests(build_core_tests(folder, []), "over hosts")
+
+
+@pytest.mark.matrix
+def test_the_cores_own_tests(tmp_path: Path) -> None:
+    """As `make sanitize`, without sanitizers."""
+    ninja = Path(sys.executable).with_name("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja.exists() else []
     options = ["-DGINGHAM_BINDING=OFF", f"-DGINGHAM_OUTPUT={tmp_path}"]
-    subprocess.run([tool, "-S", str(ROOT), "-B", str(tmp_path), *generator, *options], check=True, capture_output=True, timeout=100)
-    subprocess.run([tool, "--build", str(tmp_path), "--target", "core_tests"], check=True, capture_output=True, timeout=280)
-    done = subprocess.run(
-        [str(tmp_path / "core_tests")], env={**os.environ, "GINGHAM_BLAS": "plain"}, capture_output=True, text=True, timeout=280
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_core_tests(build_core_tests(tmp_path, [*generator, *options]))
