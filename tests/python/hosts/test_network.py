@@ -1,91 +1,17 @@
 """Jobs whose hosts have networks of their own (namespaces), right and wrong, and under two torchruns."""
 
-import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import gingham
-from virtual import ENGINES, in_network
+from networks import ENVIRONMENT, answers, port, started
+from virtual import ENGINES
 
-ENVIRONMENT = {"PYTHONPATH": str(Path(gingham.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 LIMIT = 5.0  # seconds until every rank has said what is wrong
 CUT = 6.0  # and until a link that is cut is noticed
-
-# started when told, since torch takes unequal times to load; says {kind, rank, text, took} of init, or of the steps after it
-JOB = """
-import json, os, sys, time
-import torch, gingham
-print("ready", flush=True)
-patience, steps = float(sys.argv[1]), int(sys.argv[2])
-sys.stdin.readline()
-begun = time.monotonic()
-said = {"kind": "", "rank": None, "text": ""}
-try:
-    mesh = gingham.init(mode="1d", size=int(os.environ["WORLD_SIZE"]), timeout=patience)
-    torch.manual_seed(0)
-    layer = gingham.nn.Linear(8, 8)
-    x = mesh.scatter(torch.ones(4, 8))
-    for step in range(steps):
-        y = layer(x)
-        y.sum().backward()
-        if step == 10:
-            print("running", flush=True)
-            begun = time.monotonic()
-    said["y"] = mesh.gather(y).sum().item()
-    said["crossed"] = mesh.traffic()["tp"]["bytes_crossed"]
-    gingham.destroy()
-except Exception as error:
-    said.update(kind=type(error).__name__, rank=getattr(error, "rank", None), text=str(error))
-print(json.dumps(said | {"took": time.monotonic() - begun}), flush=True)
-"""
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
-
-
-def started(hosts: Sequence[str], patience: float, steps: int, *environments: dict[str, str]) -> list[Any]:
-    """One rank on each host, that all have begun."""
-    ranks = []
-    where = str(port())
-    for rank, (host, environment) in enumerate(zip(hosts, environments, strict=True)):
-        given = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(hosts)),
-            "MASTER_ADDR": "10.77.0.1",
-            "MASTER_PORT": where,
-            "GINGHAM_HOST": host[-1],
-        }
-        ranks.append(in_network(host, [JOB, str(patience), str(steps)], {**os.environ, **ENVIRONMENT, **given, **environment}))
-    for process in ranks:
-        assert process.stdout.readline() == "ready\n", process.communicate(timeout=10)
-    for process in ranks:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return ranks
-
-
-def answers(ranks: Sequence[Any], timeout: float = 40.0) -> list[dict[str, Any]]:
-    found = []
-    for process in ranks:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            for each in ranks:
-                each.kill()
-            raise
-        assert out.strip(), err
-        found.append(json.loads(out.strip().splitlines()[-1]))
-    return found
 
 
 @pytest.mark.parametrize("engine", ["gloo", pytest.param("ucx", marks=pytest.mark.matrix)])
