@@ -4,11 +4,20 @@ ranks = started(("a1", "b1"), 20.0, 3, {}, {})      # 3 steps on a mesh of both,
 said = answers(ranks)                               # of each: kind, rank and text of an error, seconds it took, what it warned of
 """
 
+import contextlib
+import fcntl
+import heapq
+import itertools
 import json
 import os
+import random
+import select
 import socket
+import struct
 import subprocess
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +47,9 @@ try:
         if step == 10:
             print("running", flush=True)
             begun = time.monotonic()
+        end = time.monotonic() + (float(os.environ.get("BETWEEN", "0")) if step >= 10 else 0)
+        while time.monotonic() < end:
+            torch.ones(64, 64) @ torch.ones(64, 64)
     said["y"] = mesh.gather(y).sum().item()
     said["crossed"] = mesh.traffic()["tp"]["bytes_crossed"]
     gingham.destroy()
@@ -104,3 +116,48 @@ def wall(host: str, *opened: str, refuses: bool = False) -> None:
 def setting(host: str, name: str, value: str) -> None:
     """Of the namespace's IPv4."""
     subprocess.run(["ip", "netns", "exec", host, "sh", "-c", f"echo {value} > /proc/sys/net/ipv4/{name}"], check=True)
+
+
+@contextlib.contextmanager
+def slow_link(hosts: Sequence[str], delay: float, loss: float) -> Iterator[None]:
+    """Two namespaces with another eth0, at the same addresses, whose frames are late by `delay` seconds each way, and lost, drawn with that
+    chance: carried by this process, since a kernel may have no netem."""
+    ends = []
+    for at, host in enumerate(hosts, 1):
+        name = f"tap{os.getpid()}{host[-1]}"
+        ends.append(os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK))
+        fcntl.ioctl(ends[-1], 0x400454CA, struct.pack("16sH22x", name.encode(), 0x1002))  # TUNSETIFF: frames, without a header
+        for command in (
+            ["link", "set", name, "netns", host],
+            ["-n", host, "link", "set", "eth0", "down"],
+            ["-n", host, "link", "set", "eth0", "name", "cable"],
+            ["-n", host, "addr", "flush", "dev", "cable"],
+            ["-n", host, "link", "set", name, "name", "eth0"],
+            ["-n", host, "addr", "add", f"10.77.0.{at}/24", "dev", "eth0"],
+            ["-n", host, "link", "set", "eth0", "up"],
+        ):
+            subprocess.run(["ip", *command], check=True)
+    done = threading.Event()
+    carrier = threading.Thread(target=_carry, args=(ends, delay, loss, done))
+    carrier.start()
+    try:
+        yield
+    finally:
+        done.set()
+        carrier.join()
+        for end in ends:
+            os.close(end)
+
+
+def _carry(ends: Sequence[int], delay: float, loss: float, done: threading.Event) -> None:
+    drawn, late, count = random.Random(0), [], itertools.count()
+    while not done.is_set():
+        for end in select.select(ends, [], [], max(0.0, min(0.1, late[0][0] - time.monotonic())) if late else 0.1)[0]:
+            with contextlib.suppress(BlockingIOError):
+                while frame := os.read(end, 1 << 16):
+                    if drawn.random() >= loss:
+                        heapq.heappush(late, (time.monotonic() + delay, next(count), sum(ends) - end, frame))
+        while late and late[0][0] <= time.monotonic():
+            _, _, end, frame = heapq.heappop(late)
+            with contextlib.suppress(BlockingIOError):
+                os.write(end, frame)
