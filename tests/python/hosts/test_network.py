@@ -41,7 +41,7 @@ def test_a_wrong_network_is_told_to_all(two_hosts: tuple[str, str], case: str) -
     for each in said:
         assert each["took"] < LIMIT and each["kind"], said
         assert all(word in each["text"] for word in words), said
-    if not words:  # no store in common: each says what it lacks; torch tries twice as long as it is told to
+    if not words:  # no store in common: each says what it lacks
         assert "rank 1 did not come to gingham.init within 1.5 s" in said[0]["text"], said
         assert f"no answer within 1.5 s at {second['MASTER_ADDR']}" in said[1]["text"] and "MASTER_ADDR" in said[1]["text"], said
 
