@@ -131,6 +131,12 @@ def _wrong_size(size: int, world: int) -> str:
             f"gingham.init got no mesh, which is one of 1 rank, but the job has {world}: say which, for example"
             f" gingham.init(grid=(1, {world}, 1)), or mode= and size={world}; python -m gingham plan --ranks {world} lists them"
         )
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if world == 1 and "RANK" not in os.environ and tasks != "1":
+        return (
+            f"the mesh has {size} ranks but the job has 1: RANK and WORLD_SIZE are not set, and Slurm's {tasks} tasks are not read; start"
+            " torchrun on each host, or set RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS MASTER_ADDR=.. MASTER_PORT=.. (both: docs/hosts.md)"
+        )
     start = f"torchrun --nproc-per-node {size} {os.path.basename(sys.argv[0]) or 'train.py'}"
     fix = f"start {size} processes ({start}), choose a mesh of {world}, or name its ranks with ranks="
     return f"the mesh has {size} ranks but the job has {world}: {fix}"

@@ -12,7 +12,8 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,7 +88,7 @@ class Meeting:
             return [value]
         self._watch.set(f"{name}/{self.rank}", json.dumps(value))
         told: dict[int, Any] = {self.rank: value}
-        deadline, pause = time.monotonic() + self.timeout, 0.001
+        begun, pause, patient = time.monotonic(), 0.001, name == "arrived"
         while True:
             for rank in self.ranks:
                 if rank not in told and self._watch.check([f"{name}/{rank}"]):
@@ -99,8 +100,12 @@ class Meeting:
                 if (text := rendezvous.gone(rank)) is not None:
                     raise about(PeerDied, rank, f"{text} (told to rank {self.rank}, which waits for it in gingham.init)")
             self._look(name)
-            if time.monotonic() > deadline:
-                raise self._stalled([rank for rank in self.ranks if rank not in told], name)
+            waited, missing = time.monotonic() - begun, [rank for rank in self.ranks if rank not in told]
+            if waited > self.timeout:
+                raise self._stalled(missing, name)
+            if patient and waited > rendezvous.PATIENCE:
+                patient = False
+                self._warn_of_late(missing)
             time.sleep(pause)
             pause = min(2 * pause, PAUSE)
 
@@ -213,6 +218,17 @@ class Meeting:
             rank, text = told["rank"], told["text"]
             return about(PeerDied, rank, f"{text} (told to rank {self.rank})")
         return about(PeerDied, rank, f"rank {rank} (pid {pid}) died in gingham.init (told to rank {self.rank})")
+
+    def _warn_of_late(self, missing: Sequence[int]) -> None:
+        """By the rank that keeps the job's store: who cannot reach that cannot tell so to anyone else."""
+        if rendezvous.keeps_store() and not dist.is_initialized():
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+            warnings.warn(
+                f"gingham.init: {list_of(missing)} did not come within {rendezvous.PATIENCE:g} s; rank {self.rank} waits"
+                f" {self.timeout:g} s in all, init(timeout=). If they run, do they reach the job's store here, at {where}, as their"
+                " MASTER_ADDR and MASTER_PORT should say?",
+                stacklevel=7,
+            )
 
     def _not_through(self, name: str) -> list[int]:
         """Those that hold the others up: stopped ones, else those that have not come through the step."""

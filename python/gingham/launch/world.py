@@ -31,6 +31,7 @@ from .gpu import use_gpu
 from .hosts import VARIABLE, Host, host_numbers
 from .links import Links, agree_on_network
 from .meeting import Meeting, seen_by_all
+from .reach import try_all_ways
 
 WORSE = 1.5  # how many times as much must cross from host to host as in another order of the ranks for a warning
 
@@ -98,6 +99,7 @@ def add_mesh(plan: Plan) -> Mesh:
         several = joined is None and len(hosts) > 1
         if several:
             agree_on_network(meeting)
+            try_all_ways(meeting, hosts)
         if joined is None:
             meeting.exchange("before group", None)  # Gloo cannot be asked to stop: nobody enters it whose peers are not all alive
             made_group = meeting.during("group", partial(rendezvous.make_process_group, plan.device, meeting.store))

@@ -1,91 +1,20 @@
 """Jobs whose hosts have networks of their own (namespaces), right and wrong, and under two torchruns."""
 
-import json
 import os
-import socket
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import gingham
-from virtual import ENGINES, in_network
+from networks import ENVIRONMENT, answers, port, slow_link, started
+from virtual import ENGINES
 
-ENVIRONMENT = {"PYTHONPATH": str(Path(gingham.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 LIMIT = 5.0  # seconds until every rank has said what is wrong
 CUT = 6.0  # and until a link that is cut is noticed
-
-# started when told, since torch takes unequal times to load; says {kind, rank, text, took} of init, or of the steps after it
-JOB = """
-import json, os, sys, time
-import torch, gingham
-print("ready", flush=True)
-patience, steps = float(sys.argv[1]), int(sys.argv[2])
-sys.stdin.readline()
-begun = time.monotonic()
-said = {"kind": "", "rank": None, "text": ""}
-try:
-    mesh = gingham.init(mode="1d", size=int(os.environ["WORLD_SIZE"]), timeout=patience)
-    torch.manual_seed(0)
-    layer = gingham.nn.Linear(8, 8)
-    x = mesh.scatter(torch.ones(4, 8))
-    for step in range(steps):
-        y = layer(x)
-        y.sum().backward()
-        if step == 10:
-            print("running", flush=True)
-            begun = time.monotonic()
-    said["y"] = mesh.gather(y).sum().item()
-    said["crossed"] = mesh.traffic()["tp"]["bytes_crossed"]
-    gingham.destroy()
-except Exception as error:
-    said.update(kind=type(error).__name__, rank=getattr(error, "rank", None), text=str(error))
-print(json.dumps(said | {"took": time.monotonic() - begun}), flush=True)
-"""
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
-
-
-def started(hosts: Sequence[str], patience: float, steps: int, *environments: dict[str, str]) -> list[Any]:
-    """One rank on each host, that all have begun."""
-    ranks = []
-    where = str(port())
-    for rank, (host, environment) in enumerate(zip(hosts, environments, strict=True)):
-        given = {
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(hosts)),
-            "MASTER_ADDR": "10.77.0.1",
-            "MASTER_PORT": where,
-            "GINGHAM_HOST": host[-1],
-        }
-        ranks.append(in_network(host, [JOB, str(patience), str(steps)], {**os.environ, **ENVIRONMENT, **given, **environment}))
-    for process in ranks:
-        assert process.stdout.readline() == "ready\n", process.communicate(timeout=10)
-    for process in ranks:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    return ranks
-
-
-def answers(ranks: Sequence[Any], timeout: float = 40.0) -> list[dict[str, Any]]:
-    found = []
-    for process in ranks:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            for each in ranks:
-                each.kill()
-            raise
-        assert out.strip(), err
-        found.append(json.loads(out.strip().splitlines()[-1]))
-    return found
+STILL = 4.5  # seconds for which a host may stand still
 
 
 @pytest.mark.parametrize("engine", ["gloo", pytest.param("ucx", marks=pytest.mark.matrix)])
@@ -112,20 +41,69 @@ def test_a_wrong_network_is_told_to_all(two_hosts: tuple[str, str], case: str) -
     for each in said:
         assert each["took"] < LIMIT and each["kind"], said
         assert all(word in each["text"] for word in words), said
-    if not words:  # no store in common: each says what it lacks; torch tries twice as long as it is told to
+    if not words:  # no store in common: each says what it lacks
         assert "rank 1 did not come to gingham.init within 1.5 s" in said[0]["text"], said
         assert f"no answer within 1.5 s at {second['MASTER_ADDR']}" in said[1]["text"] and "MASTER_ADDR" in said[1]["text"], said
 
 
-@pytest.mark.parametrize("engine", [pytest.param(engine, marks=pytest.mark.matrix) for engine in ENGINES])
-def test_a_link_that_is_cut_is_named_by_both_hosts(two_hosts: tuple[str, str], engine: str) -> None:
-    ranks = started(two_hosts, 30.0, 10_000_000, *[{"GINGHAM_ENGINE": engine}] * 2)
+# seconds that the four ranks compute between two steps: all in the middle of products, three waiting for the last, all computing
+STATES = {"products": (0.0, 0.0, 0.0, 0.0), "wait": (0.0, 0.0, 0.0, 60.0), "compute": (0.3, 0.3, 0.3, 0.3)}
+
+
+@pytest.mark.parametrize(
+    ("engine", "state"),
+    [
+        pytest.param(engine, state, marks=[] if (engine, state) == ("gloo", "wait") else [pytest.mark.matrix])
+        for engine in ENGINES
+        for state in STATES
+    ],
+)
+def test_a_link_that_is_cut_is_named_by_both_hosts(two_hosts: tuple[str, str], engine: str, state: str) -> None:
+    """With its ranks, by every rank that does not sleep; the host that is cut off from the job's store too."""
+    each = [{"GINGHAM_ENGINE": engine, "BETWEEN": str(between)} for between in STATES[state]]
+    ranks = started([host for host in two_hosts for _ in range(2)], 30.0, 10_000_000, *each)
     for process in ranks:
         assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
     subprocess.run(["ip", "-n", two_hosts[0], "link", "set", "eth0", "down"], check=True)
-    for rank, each in enumerate(answers(ranks)):
-        assert each["kind"] == "PeerDied" and each["rank"] == 1 - rank and f"host {'ba'[rank]}" in each["text"], (rank, each)
-        assert each["took"] < CUT + 1.0, each
+    try:
+        for rank, said in enumerate(answers(ranks[:3] if state == "wait" else ranks)):
+            name, others = (("b", (2, 3)), ("a", (0, 1)))[rank // 2]
+            assert said["kind"] == "PeerDied" and said["rank"] in others, (rank, said)
+            assert f"host {name} (ranks {others[0]}, {others[1]})" in said["text"], (rank, said)
+            assert said["took"] < CUT, (rank, said)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.parametrize(
+    ("engine", "stopped"),
+    [("ucx", 1), *(pytest.param(engine, stopped, marks=pytest.mark.matrix) for engine, stopped in (("ucx", 0), ("gloo", 0), ("gloo", 1)))],
+)
+def test_a_host_that_stands_still_for_a_while_is_not_dead(two_hosts: tuple[str, str], engine: str, stopped: int) -> None:
+    """Its processes are stopped for longer than a link may be silent, its kernel lives: then the run goes on, and is right."""
+    ranks = started(two_hosts, 30.0, 1000, *[{"GINGHAM_ENGINE": engine}] * 2)
+    for process in ranks:
+        assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
+    os.kill(ranks[stopped].pid, signal.SIGSTOP)
+    time.sleep(STILL)
+    os.kill(ranks[stopped].pid, signal.SIGCONT)
+    said = answers(ranks)
+    assert [each["kind"] for each in said] == ["", ""] and said[0]["y"] == said[1]["y"], said
+    assert min(each["took"] for each in said) > STILL, said
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_slow_link_is_not_dead(two_hosts: tuple[str, str], engine: str) -> None:
+    """200 ms there and back, and one frame in a hundred lost."""
+    if not os.access("/dev/net/tun", os.W_OK):
+        pytest.skip("no /dev/net/tun here")
+    with slow_link(two_hosts, 0.1, 0.01):
+        said = answers(started(two_hosts, 60.0, 25, *[{"GINGHAM_ENGINE": engine}] * 2), 120.0)
+    assert [each["kind"] for each in said] == ["", ""] and said[0]["y"] == said[1]["y"], said
+    assert min(each["took"] for each in said) > 14 * 0.2, said
 
 
 # a child that ends as any program does must leave the rank's connections alone; what ranks print while they wait is seen too
