@@ -135,8 +135,9 @@ void Control::raise() {
   const double start = now();
   const double patience = elsewhere_ ? kFarPatience : kVerdictPatience;
   while (block_->error.load() != 2 && now() - start < patience) nap(0.0005);
-  const std::string message = block_->error.load() == 2 ? std::string(block_->message) : "a peer failed without leaving a message";
   const int odd = block_->error_rank;
+  if (block_->error.load() != 2) throw MeshError(concat("rank ", rank_, ": rank ", odd, " met an error, and ended before it could tell which"));
+  const std::string message(block_->message);
   switch (static_cast<Kind>(block_->error_kind)) {
     case Kind::died:
       throw PeerDied(odd, concat(message, " (told to rank ", rank_, ")"));
@@ -160,6 +161,7 @@ void Control::fail(const std::function<Verdict()>& verdict) {
   if (broken_off) broken_off();
   uint32_t none = 0;
   if (orphaned_ || !block_->error.value.compare_exchange_strong(none, 1)) return;
+  block_->error_rank = rank_;  // who finds out, until it is known whose error it is
   const Verdict mine = verdict();
   set(elsewhere_ ? elsewhere_->publish(mine) : mine);
 }

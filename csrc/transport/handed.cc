@@ -4,6 +4,7 @@
 #include <chrono>
 
 #include "base/check.h"
+#include "base/wait.h"
 
 namespace gingham {
 namespace {
@@ -115,7 +116,15 @@ std::string HandedEngine::failure(int rank) {
 
 bool HandedEngine::left(int rank) {
   const std::lock_guard lock(mutex_);
-  return peer(rank).left;
+  const Peer& p = peer(rank);
+  if (!p.left) return false;
+  // What the peer sent before its goodbye is here, but the thread that serves the lane may not have said so yet.
+  constexpr double kHandingOver = 1;
+  const bool under_way = std::any_of(operations_.begin(), operations_.end(), [rank](const auto& each) {
+    const Operation& o = each.second;
+    return o.lane.receives && o.lane.peer == rank && !o.ended && !o.orphaned;
+  });
+  return !under_way || now() - p.left_at > kHandingOver;
 }
 
 void HandedEngine::close(double) {
@@ -183,7 +192,9 @@ void HandedEngine::set_failure(int rank, const std::string& why) {
 
 void HandedEngine::set_left(int rank) {
   const std::lock_guard lock(mutex_);
-  peers_[rank].left = true;
+  Peer& p = peers_[rank];
+  p.left = true;
+  p.left_at = now();
   change();
 }
 

@@ -62,6 +62,7 @@ class HandedEngine final : public Engine {
   struct Peer {
     std::string failure;
     bool left = false;
+    double left_at = 0;
   };
   struct Operation {
     Lane lane;
