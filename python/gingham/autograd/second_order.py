@@ -49,10 +49,7 @@ def versions_of(parameters: Sequence[tuple[str, Any]]) -> Versions:
 
 def changed(versions: Versions) -> bool:
     """Whether one of the parameters was changed in place since."""
-    for _, parameter, version in versions:
-        if parameter._version != version:
-            return True
-    return False
+    return any(parameter._version != version for _, parameter, version in versions)
 
 
 def check_versions(what: str, mesh: Mesh, versions: Versions) -> None:
