@@ -356,5 +356,5 @@ def test_messages_of_a_layer_that_goes_in_slices(ranks, name: str, layout: str) 
     grid = GridShape(axes_of(**GRIDS[name]))
     counted, swapped = ranks(grid.size)(large_linear, name, layout)[0]
     slices = formulas.usual_slices(grid, 2048, (4096,))
-    assert slices == 4
+    assert slices == 4 and formulas.usual_slices(GridShape(axes_of("2d", 4)), 4096, (4096,)) == 2
     assert counted == formulas.linear_messages(grid, 1, swapped, False, slices)

@@ -53,7 +53,7 @@ def init(
     device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
     source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel (default: 1 slice,
-    4 of large weights on the CPU);
+    4 of large weights on the CPU, 2 of very large ones);
     link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled, here
     too: for each step of init, the others' coming first of all.
     heap: bytes of address space for each rank's tensors and workspace (default: rank 0's available memory, at most 16 TiB

@@ -50,14 +50,17 @@ def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool, slice
     return x + y + maps * (3 * (row - 1) * sw + 2 * (depth - 1) + (db if bias else 0))
 
 
-SLICED = 1 << 20, 4  # words of a rank's part of W from which on it pays to send a panel in so many pieces, and how many
+# (words of a rank's part of W, slices): from so many words on a panel goes in so many pieces. Larger products compute longer than they
+# wait, and pay for slices with products of shorter K.
+SLICED = ((1 << 22, 2), (1 << 20, 4))
 
 
 def usual_slices(grid: GridShape, k: int, n: Sequence[int]) -> int:
     """The slices of a step on CPUs where init was given none: of global sizes alone, so that sums have the same bits wherever the ranks
     are. The dim that is sliced lies cut over the axes k, K as it stands, swapped N."""
-    large = grid.size > 1 and k * max(n) // grid.size >= SLICED[0] and min(k, *n) // grid.parts(grid.axes.k) >= 64 * SLICED[1]
-    return SLICED[1] if large else 1
+    most, shortest = k * max(n) // grid.size, min(k, *n) // grid.parts(grid.axes.k)
+    fitting = (slices for words, slices in SLICED if most >= words and shortest >= 64 * slices)
+    return next(fitting, 1) if grid.size > 1 else 1
 
 
 def relayout_words(grid: GridShape, rows: int, features: int, source: Layout, target: Layout) -> int:
