@@ -221,8 +221,8 @@ class _Linear(Function):
         ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
         ctx.shapes = [y.shape for y in ys]
         # as torch.nn: a weight counts where the gradient of x is made of it; a cast one has been copied
-        read = range(count) if ctx.needs_input_grad[0] else ()
-        ctx.versions = versions_of([("weight", parameters[at]) for at in read if local[at] is weights[at]])
+        read = zip(parameters, local, weights, strict=False) if ctx.needs_input_grad[0] else ()
+        ctx.versions = versions_of([("weight", each) for each, own, used in read if own is used])
         ctx.save_for_backward(x, *weights, *before)
         return tuple(_with_inner_dims(y, x, axis) for y, axis in zip(ys, plan.n_local, strict=True))
 
@@ -246,8 +246,8 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     if before:
         dys = [native.gelu_backward(plan.mesh.program, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
     need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
-    used = [dy is not None for dy in cotangents]
-    need_w, need_b = ([need and use for need, use in zip(part, used, strict=True)] for part in (needs[:count], needs[count:]))
+    need_w = [need and dy is not None for need, dy in zip(needs[:count], cotangents, strict=True)]
+    need_b = [need and dy is not None for need, dy in zip(needs[count:], cotangents, strict=True)]
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
     put_off = deferring(parameters)
     here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if put_off else []
@@ -274,7 +274,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
         elif cast and dw is not None:
             dw.copy_(sum_over_depth(plan.mesh, dw))
     biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
-    return None if dx is None else dx.view(x.shape), None, None, None, *grads, *biases
+    return dx if dx is None or dx.shape == x.shape else dx.view(x.shape), None, None, None, *grads, *biases
 
 
 def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
