@@ -11,7 +11,7 @@ namespace gingham {
 namespace {
 
 struct ProjectionState {
-  Matrix dy, dw, dw_sum, db_sum;
+  Matrix dy, dw, dw_sum, dw_block, db_sum, w;  // dw_block, w: whole over the axis of W where that lacks the slice dim
   Pipeline::Slot w_slot, dy_slot, dw_slot;
   Input* dy_in = nullptr;
 };
@@ -103,10 +103,15 @@ class BackwardRun {
     const Storage storage = step_.config.storage;
     state.dy = in_y(step_.d) < 0 ? step_.pipeline.gathered(step_.config.maps[i].y, step_.y_cuts[i], call_.dy[i]) : call_.dy[i];
     state.dy_slot = step_.pipeline.declare(step_.y_place(i), call_.dy[i]);
-    if (call_.need_x) state.w_slot = step_.pipeline.declare(step_.w_place(i), w);
+    const Operand& place = step_.config.maps[i].w;
+    if (call_.need_x) {
+      state.w = in_w(step_.d) < 0 ? step_.pipeline.gathered(place, place.offsets, w, storage) : w;
+      state.w_slot = step_.pipeline.declare(step_.w_place(i), w);
+    }
     if (call_.need_w) {
       state.dw = storage == Storage::column_major ? call_.allocate(w.cols, w.rows).t() : call_.allocate(w.rows, w.cols);
       state.dw_sum = step_.accumulator(state.dw, storage);
+      state.dw_block = in_w(step_.d) < 0 ? step_.pipeline.block_for(place, place.offsets, state.dw_sum, storage) : state.dw_sum;
       state.dw_slot = step_.pipeline.declare(step_.w_place(i), state.dw_sum, Pipeline::Role::output);
     }
     if (call_.need_bias[i]) {
@@ -122,7 +127,7 @@ class BackwardRun {
     state.dy_in = pipeline.input(step_.y_place(i), state.dy, state.dy_slot, group.slices);
     group.inputs.push_back(state.dy_in);
     if (call_.need_x) {
-      Input* w = pipeline.input(step_.w_place(i), call_.w[i], state.w_slot, group.slices);
+      Input* w = pipeline.input(step_.w_place(i), state.w, state.w_slot, group.slices);
       group.inputs.push_back(w);
       if (!dx_) dx_ = pipeline.output(step_.x_place(), dx_block_, dx_slot_, group.slices);
       // Maps of one group add into one product, so that a panel of dX makes its round once; groups of their own share the whole block.
@@ -131,7 +136,7 @@ class BackwardRun {
     }
     if (call_.need_w) {
       if (!group.shared) group.inputs.push_back(group.shared = pipeline.input(step_.x_place(), x_, x_slot_, group.slices));
-      Output* dw = pipeline.output(step_.w_place(i), state.dw_sum, state.dw_slot, group.slices);
+      Output* dw = pipeline.output(step_.w_place(i), state.dw_block, state.dw_slot, group.slices);
       group.products.push_back({dw, {{group.shared, state.dy_in, true, false}}});
     }
     if (call_.need_bias[i]) group.visits.push_back([this, &state, &group](int s, int t) { add_bias(state, group.slices, s, t); });
@@ -149,7 +154,7 @@ class BackwardRun {
     if (call_.need_x && g == 0) fill_zero(dx_block_, step_.stream);
     for (size_t i = 0; i < states_.size(); i++) {
       if (&step_.group(i) != &step_.groups[g]) continue;
-      if (call_.need_w) fill_zero(states_[i].dw_sum, step_.stream);
+      if (call_.need_w) fill_zero(states_[i].dw_block, step_.stream);
       if (in_y(step_.d) < 0 && call_.need_bias[i]) column_sums(states_[i].dy, states_[i].db_sum, true, step_.stream);
     }
   }
@@ -163,6 +168,8 @@ class BackwardRun {
     for (size_t i = 0; i < states_.size(); i++) {
       ProjectionState& state = states_[i];
       if (call_.need_w) {
+        const Operand& w = c.maps[i].w;
+        if (in_w(step_.d) < 0) step_.pipeline.settle(w, w.offsets, state.dw_block, state.dw_sum, c.storage);
         const Matrix stored = c.storage == Storage::column_major ? state.dw_sum.t() : state.dw_sum;
         if (c.depth && call_.reduce_depth) all_reduce(*c.depth, stored, step_.stream);
         if (state.dw_sum.data != state.dw.data) cast(state.dw_sum, state.dw, step_.stream);

@@ -9,7 +9,7 @@ namespace {
 
 // One map's results: sum is this rank's Y before bias, block what the products add to (sum itself, or workspace to be scattered).
 struct ProjectionState {
-  Matrix y, z, sum, block, bias;
+  Matrix y, z, sum, block, bias, w;  // w: gathered where it lacks the slice dim
   bool fused = false;  // the last product stores z and y
   Pipeline::Slot w_slot, y_slot;
 };
@@ -73,6 +73,7 @@ class ForwardRun {
         const size_t r = static_cast<size_t>(map.y.axis->rank());
         state.bias = state.bias.slice(1, step_.y_cuts[i][r], step_.y_cuts[i][r + 1]);
       }
+      state.w = in_w(step_.d) < 0 ? step_.pipeline.gathered(map.w, map.w.offsets, call_.w[i], c.storage) : call_.w[i];
       state.w_slot = step_.pipeline.declare(step_.w_place(i), call_.w[i]);
       state.y_slot = step_.pipeline.declare(step_.y_place(i), state.sum, Pipeline::Role::output);
     }
@@ -84,7 +85,7 @@ class ForwardRun {
       const Projection& map = step_.config.maps[i];
       Group& group = step_.group(i);
       if (group.inputs.empty()) group.inputs.push_back(step_.pipeline.input(step_.x_place(), x_, x_slot_, group.slices));
-      Input* w = step_.pipeline.input(step_.w_place(i), call_.w[i], state.w_slot, group.slices);
+      Input* w = step_.pipeline.input(step_.w_place(i), state.w, state.w_slot, group.slices);
       group.inputs.push_back(w);
       Output* y = step_.pipeline.output(step_.y_place(i), state.block, state.y_slot, group.slices);
       group.products.push_back({y, {{group.inputs[0], w, false, false}}});

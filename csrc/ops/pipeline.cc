@@ -150,23 +150,26 @@ void Pipeline::close() {
   residents_.clear();
 }
 
-Matrix Pipeline::gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local) {
+Matrix Pipeline::gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local, Storage storage) {
   if (!operand.cut()) return local;
-  const bool by_rows = operand.dim == 0;
-  const Matrix block = workspace(by_rows ? offsets.back() : local.rows, by_rows ? local.cols : offsets.back(), local.dtype);
-  all_gather(*operand.axis, local, Shares{block, operand.dim, offsets}.all(), stream_);
+  const Matrix block = block_for(operand, offsets, local, storage);
+  const bool turn = storage == Storage::column_major;  // what is dense is moved as it stands
+  const Shares shares{turn ? block.t() : block, turn ? 1 - operand.dim : operand.dim, offsets};
+  all_gather(*operand.axis, turn ? local.t() : local, shares.all(), stream_);
   return block;
 }
 
-Matrix Pipeline::block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own) {
+Matrix Pipeline::block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own, Storage storage) {
   if (!operand.cut()) return own;
   const bool by_rows = operand.dim == 0;
-  return workspace(by_rows ? offsets.back() : own.rows, by_rows ? own.cols : offsets.back(), own.dtype);
+  return workspace(by_rows ? offsets.back() : own.rows, by_rows ? own.cols : offsets.back(), own.dtype, storage);
 }
 
-void Pipeline::settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own) {
+void Pipeline::settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own, Storage storage) {
+  const bool turn = storage == Storage::column_major;
   if (operand.cut()) {
-    reduce_scatter(*operand.axis, {block, operand.dim, offsets}, own, stream_);
+    const Shares shares{turn ? block.t() : block, turn ? 1 - operand.dim : operand.dim, offsets};
+    reduce_scatter(*operand.axis, shares, turn ? own.t() : own, stream_);
   } else if (operand.shared()) {
     all_reduce(*operand.axis, own, stream_);
   }

@@ -61,10 +61,11 @@ class Pipeline {
   void close();  // finishes and retires every axis posted on, and gives back the workspace of inputs and outputs
 
   // The whole block of an operand that lacks the slice dim: itself, or gathered over its axis.
-  Matrix gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local);
+  Matrix gathered(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local, Storage storage = Storage::row_major);
   // Where such an operand's products are summed: `own` itself, or a block of workspace that settle() reduce-scatters into own.
-  Matrix block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own);
-  void settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own);
+  Matrix block_for(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& own, Storage storage = Storage::row_major);
+  void settle(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& block, const Matrix& own,
+              Storage storage = Storage::row_major);
   Matrix workspace(int64_t rows, int64_t cols, DType dtype, Storage storage = Storage::row_major);
 
  private:

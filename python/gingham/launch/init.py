@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import checks, mesh, native
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
-from ..mesh import Axes, Mesh, axes_of, axes_of_device_mesh, random
+from ..mesh import Axes, Mesh, axes_of, axes_of_device_mesh, neighbours, random
 from ..plan import choose
 from ..plan.workload import Linears, Workload
 from . import rendezvous, world
@@ -106,7 +106,7 @@ def _ranks(axes: Axes, ranks: Sequence[int] | None, device_mesh: DeviceMesh | No
     else:
         if axes.size != size:
             raise MeshError(_wrong_size(axes.size, size))
-        found = tuple(range(size))
+        found = neighbours(axes)
     wrong = [each for each in found if not 0 <= each < size]
     if wrong or len(set(found)) < len(found):
         raise MeshError(f"ranks={list(found)}: expected different ranks of the job, 0 to {size - 1}")

@@ -31,8 +31,10 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
         raise MeshError(f"parallel={dict(parallel)}: unknown {sorted(unknown)}, expected tensor, pipeline, data")
     tensor = _tensor(parallel.get("tensor", 1))
     sizes = {"tensor": _tensor_size(tensor), "pipeline": _size("pipeline", parallel.get("pipeline", 1))}
-    if "data" in parallel:
-        sizes["data"] = _size("data", parallel["data"])
+    data = parallel.get("data")
+    shard = _shard(data)
+    if data is not None and (not isinstance(data, Mapping) or data.get("size") is not None):
+        sizes["data"] = _size("data", {name: data[name] for name in data if name != "shard"} if isinstance(data, Mapping) else data)
     # what is not built is said before a number of ranks is asked for that would not help
     _refuse_unbuilt(sizes)
     if world is not None:
@@ -40,14 +42,25 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
         _refuse_unbuilt(sizes)
     if tensor.get("mode") == "sequence":
         axes_of(tensor["mode"], sizes["tensor"])  # says what is built instead
+    if sizes.get("data", 1) > 1:
+        tensor |= {"data": sizes["data"], "shard": shard}
     return tensor
 
 
 def _refuse_unbuilt(sizes: Mapping[str, int]) -> None:
-    for name in ("pipeline", "data"):
-        if sizes.get(name, 1) > 1:
-            rest = " x ".join(f"{other} {size}" for other, size in sizes.items())
-            raise NotImplementedError(f"parallel: {name}={sizes[name]} is not built yet, only tensor parallelism is; got {rest}")
+    if sizes["pipeline"] > 1:
+        rest = " x ".join(f"{other} {size}" for other, size in sizes.items())
+        raise NotImplementedError(f"parallel: pipeline={sizes['pipeline']} is not built yet, data and tensor parallelism are; got {rest}")
+
+
+def _shard(data: Any) -> str | None:
+    """Of data=dict(size=, shard=): None (weights stand whole on each data rank) or "all" (they are cut over data: ZeRO-3)."""
+    shard = data.get("shard") if isinstance(data, Mapping) else None
+    if shard == "state":
+        raise NotImplementedError("parallel data shard='state' (ZeRO-1 and 2) is not built yet; shard='all' cuts weights, gradients and states")
+    if shard not in (None, "all"):
+        raise MeshError(f"parallel data shard={shard!r}: expected None (weights replicated over data) or 'all' (cut over data too)")
+    return shard
 
 
 def _size(name: str, given: Any) -> int:

@@ -5,6 +5,7 @@ from .mesh import Mesh as Mesh
 from .mesh import any_mesh as any_mesh
 from .mesh import axes_of as axes_of
 from .mesh import axes_of_device_mesh as axes_of_device_mesh
+from .mesh import neighbours as neighbours
 from .mesh import check_local as check_local
 from .mesh import current as current
 from .mesh import cuts_of as cuts_of

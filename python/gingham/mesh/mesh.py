@@ -22,6 +22,7 @@ from .live import Live
 from .modes import Axes as Axes
 from .modes import GridShape, axes_named
 from .modes import axes_of as axes_of
+from .modes import neighbours as neighbours
 from .scatter import Gather, Scatter
 
 LABELS = 4096  # kept at a time
@@ -54,9 +55,7 @@ class Mesh(GridShape, Live):
         self.source, self.slices = source, slices
         self.coordinates = coordinates_of(self.index, self.sizes)
         every = tuple(self.sizes)
-        groups: dict[str, Names] = {name: (name,) for name in every if self.sizes[name] > 1}
-        groups |= {key: names for key, names in {"m": axes.m, "features": axes.outer.features}.items() if len(names) > 1}
-        groups["world"] = every
+        groups = groups_of(axes)
         lines = [self.parts(names) for names in groups.values()]
         self.program = native.Program(job, id, self.ranks, lines, timeout)
         self._sums: native.Program | None = None
@@ -74,6 +73,7 @@ class Mesh(GridShape, Live):
                 self._keys[key] = made
             if key != "world":
                 self._axes[frozenset(names)] = made
+        self._depth_key = next((key for key, names in groups.items() if names == axes.depth), "")
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
         keep(self)
@@ -213,7 +213,7 @@ class Mesh(GridShape, Live):
         counts = {key: axis.traffic(reset) for key, axis in self._keys.items()}
         if self._background is not None:
             for name, count in self._background.traffic(reset).items():
-                counts[self.axes.depth[0]][name] += count
+                counts[self._depth_key][name] += count
         return counts
 
     def close(self) -> None:
@@ -246,6 +246,20 @@ class Mesh(GridShape, Live):
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's part of the shared heap: tensors, workspace, workspace_peak; and its allocations."""
         return self.job.memory()
+
+
+def groups_of(axes: Axes) -> dict[str, Names]:
+    """The sets of axes that have a communicator, by the name under which `traffic` counts it: each axis, those that cut rows (m), those that
+    cut features, those over which weights are replicated, those that cut them again; "world" last."""
+    every = tuple(axes.sizes)
+    groups: dict[str, Names] = {name: (name,) for name in every if axes.sizes[name] > 1}
+    again = tuple(name for name in axes.m if name not in axes.depth)
+    rows = "rows" if "m" in every else "m"  # a grid has an axis m
+    for key, names in ((rows, axes.m), ("features", axes.outer.features), ("replicas", axes.depth), ("again", again)):
+        if len(names) > 1 and names not in groups.values():
+            groups[key] = names
+    groups["world"] = every
+    return groups
 
 
 def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:

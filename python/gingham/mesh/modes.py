@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import isqrt, prod
 
 from ..errors import MeshError
-from .layout import Layout, Names
+from .layout import Layout, Names, coordinates_of, position
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,17 @@ def axes_of(
     grid: Sequence[int] | None = None,
     sequence: bool = False,
     shard_depth: bool = False,
+    data: int = 1,
+    shard: str | None = None,
 ) -> Axes:
-    """The axes of a mode. Raises MeshError, naming the nearest valid choices, where the numbers do not fit it."""
+    """The axes of a mode of `size` ranks, and of `data` replicas of it (with_data). Raises MeshError, naming the nearest valid choices, where
+    the numbers do not fit it."""
+    return with_data(_tensor_axes(mode, size, depth, grid, sequence, shard_depth), data, shard)
+
+
+def _tensor_axes(
+    mode: str | None, size: int | None, depth: int | None, grid: Sequence[int] | None, sequence: bool, shard_depth: bool
+) -> Axes:
     if grid is not None:
         mode, size = "grid", _grid_size(mode, size, grid)
     if mode is None:
@@ -99,6 +108,32 @@ def axes_of(
     pm, pn, pk = grid  # type: ignore[misc]
     outer, inner = Layout(("m",), ("k", "n")), Layout(("m",), ("n", "k"))
     return _without_size_one(Axes({"k": pk, "n": pn, "m": pm}, ("m",), ("n",), ("k",), outer, inner))
+
+
+def with_data(axes: Axes, size: int, shard: str | None = None) -> Axes:
+    """The axes with one more of rows, "data": activations' rows are cut over it before all others; weights stand whole on each of its
+    ranks (shard=None), as over depth, or are cut over it too ("all": ZeRO-3). Where axes cut one dim they stand in mesh order: on grids
+    data comes after k and n. Example: 2d x data 2 is 2.5d of depth 2 under another name."""
+    if shard not in (None, "all"):
+        raise MeshError(f"data shard={shard!r}: expected None (weights replicated) or 'all' (weights, gradients and states cut)")
+    if "data" in axes.sizes:
+        raise MeshError(f"the mesh has an axis data already: {dict(axes.sizes)}")
+    if size == 1:
+        return axes
+    names = [name for name in axes.sizes if name != "m"]
+    before = len(names) if "m" in axes.sizes else 0
+    order = [*names[:before], "data", *(name for name in axes.sizes if name not in names[:before])]
+    outer, inner = (Layout(("data", *layout.rows), layout.features) for layout in (axes.outer, axes.inner))
+    sizes = {name: size if name == "data" else axes.sizes[name] for name in order}
+    depth = axes.depth if shard == "all" else ("data", *axes.depth)
+    return replace(axes, sizes=sizes, m=("data", *axes.m), outer=outer, inner=inner, depth=depth)
+
+
+def neighbours(axes: Axes) -> tuple[int, ...]:
+    """The job's ranks in mesh order where init is given none: the ranks of one data rank are neighbours, as torchrun numbers them."""
+    names = sorted(axes.sizes, key=lambda name: name != "data")
+    sizes = {name: axes.sizes[name] for name in names}
+    return tuple(position(names, sizes, coordinates_of(index, axes.sizes)) for index in range(axes.size))
 
 
 def _grid_size(mode: str | None, size: int | None, grid: Sequence[int]) -> int:
