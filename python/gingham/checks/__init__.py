@@ -29,7 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..errors import LayoutError
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
-from ..mesh.layout import Cuts, Layout, Names, odd_ranks, words
+from ..mesh.layout import Cuts, Layout, Names, coordinates_of, odd_ranks, words
 from .notes import Notes
 from .rules import After, Unknown, Wrong
 from .table import rule_of
@@ -160,13 +160,15 @@ class Checks:
         self.places[place] = self.uses, visits + 1
         return self.marked(block, cuts) if self.on else block
 
-    def alike(self, x: torch.Tensor) -> None:
-        """With GINGHAM_CHECK=1: whether every rank scatters the same values."""
+    def alike(self, x: torch.Tensor, own: bool = False) -> None:
+        """With GINGHAM_CHECK=1: whether every rank (own: of this data rank) scatters the same values."""
         if not self.always or torch.compiler.is_compiling():
             return
         words = f"{tuple(x.shape)} {x.dtype}".encode()
         sums = [each for (each,) in self.mesh.world.sizes([checksum(x, crc32(words))])]
-        odd, _ = odd_ranks(sums, self.mesh.ranks)
+        every = list(zip(sums, self.mesh.ranks, range(self.mesh.size), strict=True))
+        near = [each[:2] for each in every if not own or self._data_rank(each[2]) == self.mesh.data.rank]
+        odd, _ = odd_ranks([each for each, _ in near], [rank for _, rank in near])
         if odd:
             raise self.error(
                 Wrong(
@@ -174,6 +176,9 @@ class Checks:
                     "give every rank the same full tensor: seed generators and samplers alike",
                 )
             )
+
+    def _data_rank(self, index: int) -> int:
+        return coordinates_of(index, self.mesh.sizes).get("data", 0)
 
     def again(self, what: Any, x: torch.Tensor) -> bool:
         """Whether the very same call was made before: a loop over one forward pass, which ends the check. what: the layer, or the

@@ -67,6 +67,11 @@ def parallelize(
     parameters, and in a call with io "full" where a rank is given other inputs than the rest; warns of rules of a plan that fit
     nothing.
     """
+    if current(mesh).data.size > 1:
+        raise NotImplementedError(
+            f"parallelize on a mesh with data={current(mesh).data.size} is not built yet; models of gingham.nn's layers run on it, each data"
+            " rank's batch through mesh.scatter(batch, own=True)"
+        )
     made = _parallelize(model, current(mesh), io, plan, whole)
     if verbose:
         show(made, tokens)

@@ -1,5 +1,7 @@
 """The published configuration, parallel=dict(pipeline=.., tensor=dict(size=, mode=, depth=)), read and checked.
 
+    dict(data=2, tensor=dict(size=4, mode="2d"))       on 8 ranks; data may be left out
+    dict(data=dict(size=2, shard="all"), tensor=..)    the same with weights cut over data too (ZeRO-3)
     dict(pipeline=2, tensor=dict(size=4, mode="2d"))   on 16 ranks: 2 data x 2 pipeline x 4 tensor
     dict(pipeline=dict(size=2))                           the same as pipeline=2; no tensor: size 1, mode None
     dict(tensor=4)                                        an error: it does not say how the 4 ranks are arranged
@@ -22,7 +24,7 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
     """axes_of's arguments from the configuration; world: the number of ranks, None where it is not known yet.
 
     Raises MeshError for what is wrong, naming got, expected and the fix; then NotImplementedError for what is right but
-    not built: pipeline or data above 1, mode "sequence".
+    not built: pipeline above 1, mode "sequence", data's shard "state".
     """
     if not isinstance(parallel, Mapping):
         raise MeshError(f"parallel={parallel!r}: expected dict(pipeline=.., tensor=dict(size=.., mode=..))")
@@ -57,7 +59,7 @@ def _shard(data: Any) -> str | None:
     """Of data=dict(size=, shard=): None (weights stand whole on each data rank) or "all" (they are cut over data: ZeRO-3)."""
     shard = data.get("shard") if isinstance(data, Mapping) else None
     if shard == "state":
-        raise NotImplementedError("parallel data shard='state' (ZeRO-1 and 2) is not built yet; shard='all' cuts weights, gradients and states")
+        raise NotImplementedError("parallel data shard='state' (ZeRO-1 and 2) is not built yet; 'all' cuts weights, gradients and states")
     if shard not in (None, "all"):
         raise MeshError(f"parallel data shard={shard!r}: expected None (weights replicated over data) or 'all' (cut over data too)")
     return shard

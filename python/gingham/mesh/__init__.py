@@ -5,7 +5,6 @@ from .mesh import Mesh as Mesh
 from .mesh import any_mesh as any_mesh
 from .mesh import axes_of as axes_of
 from .mesh import axes_of_device_mesh as axes_of_device_mesh
-from .mesh import neighbours as neighbours
 from .mesh import check_local as check_local
 from .mesh import current as current
 from .mesh import cuts_of as cuts_of
@@ -13,4 +12,5 @@ from .mesh import has_mesh as has_mesh
 from .mesh import mesh_among as mesh_among
 from .mesh import mesh_of as mesh_of
 from .mesh import mesh_on as mesh_on
+from .mesh import neighbours as neighbours
 from .mesh import set_current as set_current

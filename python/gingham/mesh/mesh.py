@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.compiler import is_exporting
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DistributedSampler
 
 from .. import native
 from ..errors import MeshError, ShapeError
@@ -26,6 +28,14 @@ from .modes import neighbours as neighbours
 from .scatter import Gather, Scatter
 
 LABELS = 4096  # kept at a time
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of this rank on an axis of the job: its number there, and how many there are."""
+
+    rank: int
+    size: int
 
 
 class Mesh(GridShape, Live):
@@ -54,7 +64,6 @@ class Mesh(GridShape, Live):
         self.device = device
         self.source, self.slices = source, slices
         self.coordinates = coordinates_of(self.index, self.sizes)
-        every = tuple(self.sizes)
         groups = groups_of(axes)
         lines = [self.parts(names) for names in groups.values()]
         self.program = native.Program(job, id, self.ranks, lines, timeout)
@@ -127,20 +136,37 @@ class Mesh(GridShape, Live):
         layout = self.inner if operand == "inner" else self.outer
         return (Layout(layout.rows, ()) if operand == "rows" else layout).cuts(ndim, dim % ndim)
 
-    def scatter(self, x: torch.Tensor, operand: str | None = None, dim: int = 0) -> torch.Tensor:
+    @property
+    def data(self) -> Place:
+        """Which of the replicas of data parallelism this rank belongs to: the ranks of one load the same batch."""
+        return Place(self.coordinates.get("data", 0), self.sizes.get("data", 1))
+
+    def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> DistributedSampler[Any]:
+        """For a DataLoader of each data rank's own batches: torch's DistributedSampler over `data`, alike on the ranks of one data rank.
+        set_epoch(epoch) before each epoch, as with torch. Its batches go through scatter(own=True)."""
+        return DistributedSampler(dataset, self.data.size, self.data.rank, shuffle, seed, drop_last)
+
+    def scatter(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, own: bool = False) -> torch.Tensor:
         """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
-        dim: where the rows lie. Differentiable; not counted as traffic. Its gradient is gathered, never summed."""
+        dim: where the rows lie. own=True: x is the batch of this data rank alone, the same on its ranks; the job's batch is that of data
+        rank 0, then 1, and so on, of as many rows as each has. Differentiable (not with own, which raises NotImplementedError for an x
+        with a gradient); not counted as traffic. Its gradient is gathered, never summed."""
         if self.checks is not None and isinstance(x, torch.Tensor):
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
         if self.checks is not None:
-            self.checks.alike(x)
+            self.checks.alike(x, own)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         cuts = self.cuts(operand, x.dim(), dim)
+        if own and operand in ("a", "b", "c"):
+            raise MeshError(f"scatter(operand={operand!r}, own=True): matrices of matmul belong to the whole job; leave own out")
+        if own and x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("scatter(own=True) of a tensor with a gradient: call requires_grad_() on the block that it gives")
         if torch.compiler.is_compiling():
-            return traced("scatter", [self.handle, operand, str(dim)], [x])[0]
-        mine = Scatter.apply(x, self, cuts, block(x.shape, cuts, self.sizes, self.coordinates))
+            return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
+        held = tuple(tuple(name for name in names if name != "data") for names in cuts) if own else cuts
+        mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates))
         return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 
     def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
@@ -249,8 +275,8 @@ class Mesh(GridShape, Live):
 
 
 def groups_of(axes: Axes) -> dict[str, Names]:
-    """The sets of axes that have a communicator, by the name under which `traffic` counts it: each axis, those that cut rows (m), those that
-    cut features, those over which weights are replicated, those that cut them again; "world" last."""
+    """The sets of axes that have a communicator, by the name under which `traffic` counts it: each axis, those that cut rows (m, on grids
+    rows), those that cut features, those over which weights are replicated, those that cut them again; "world" last."""
     every = tuple(axes.sizes)
     groups: dict[str, Names] = {name: (name,) for name in every if axes.sizes[name] > 1}
     again = tuple(name for name in axes.m if name not in axes.depth)

@@ -70,8 +70,8 @@ def axes_of(
     data: int = 1,
     shard: str | None = None,
 ) -> Axes:
-    """The axes of a mode of `size` ranks, and of `data` replicas of it (with_data). Raises MeshError, naming the nearest valid choices, where
-    the numbers do not fit it."""
+    """The axes of a mode of `size` ranks, and of `data` replicas of it (with_data). Raises MeshError, naming the nearest valid choices,
+    where the numbers do not fit it."""
     return with_data(_tensor_axes(mode, size, depth, grid, sequence, shard_depth), data, shard)
 
 
@@ -131,7 +131,7 @@ def with_data(axes: Axes, size: int, shard: str | None = None) -> Axes:
 
 def neighbours(axes: Axes) -> tuple[int, ...]:
     """The job's ranks in mesh order where init is given none: the ranks of one data rank are neighbours, as torchrun numbers them."""
-    names = sorted(axes.sizes, key=lambda name: name != "data")
+    names = tuple(sorted(axes.sizes, key=lambda name: name != "data"))
     sizes = {name: axes.sizes[name] for name in names}
     return tuple(position(names, sizes, coordinates_of(index, axes.sizes)) for index in range(axes.size))
 

@@ -53,6 +53,8 @@ def _gather_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any
 
 def _scatter_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
     x, mesh, cuts = _gather_arguments(words, tensors)
+    if len(words) > 3 and words[3] == "1":  # this data rank's own
+        cuts = tuple(tuple(name for name in names if name != "data") for names in cuts)
     return [x, mesh, cuts, block(x.shape, cuts, mesh.sizes, mesh.coordinates)]
 
 

@@ -142,10 +142,12 @@ def table_axes(grid: GridShape) -> tuple[Names, Names]:
 
 
 def embedding_words(grid: GridShape, count: int, width: int) -> int:
-    """The table gathered forward and its gradient scattered backward over the row ranks; then summed over depth."""
+    """The table gathered forward and its gradient scattered backward over the row ranks; then summed over depth. Ranks that hold the same
+    rows of activations, as in 1d with data, each do it for themselves."""
     table, depth = count * width, grid.parts(grid.axes.depth)
     cut, summed = table_axes(grid)
-    return (2 if summed else 1) * table * depth * (grid.parts(cut) - 1) + 2 * table * (depth - 1)
+    alike = grid.size // (grid.parts(cut) * depth * grid.parts(grid.outer.features))
+    return ((2 if summed else 1) * table * depth * (grid.parts(cut) - 1) + 2 * table * (depth - 1)) * alike
 
 
 def embedding_messages(grid: GridShape) -> int:
@@ -160,9 +162,11 @@ def norm_axes(grid: GridShape, layout: Layout) -> Names:
 
 
 def feature_words(grid: GridShape, features: int, layout: Layout) -> int:
-    """The gradient of a per-feature parameter, summed over the row ranks and over those that hold a copy of its piece."""
+    """The gradient of a per-feature parameter, summed over the row ranks and over those that hold a copy of its piece; ranks that hold the
+    same block of the activation each do it for themselves."""
     over_rows, copies = grid.parts(layout.rows), grid.parts(layout.features) // grid.parts(norm_axes(grid, layout))
-    return 2 * features * ((over_rows - 1) * copies + (copies - 1) * over_rows)
+    alike = grid.size // (over_rows * grid.parts(layout.features))
+    return 2 * features * ((over_rows - 1) * copies + (copies - 1) * over_rows) * alike
 
 
 def norm_bytes(grid: GridShape, rows: int, features: int, item: int, layout: Layout, sums: int = 2, tensors: int = 2) -> int:
