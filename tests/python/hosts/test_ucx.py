@@ -138,7 +138,7 @@ def test_many_lives_leak_nothing(lives: int) -> None:
     before = held()
     for _ in range(lives):
         life(native.ucx_engine(0), native.ucx_engine(1))
-    assert held() == before
+    assert all(now <= then for now, then in zip(held(), before, strict=True))  # a thread of an earlier test may have ended since
 
 
 def test_an_engine_that_is_dropped_frees_everything() -> None:
@@ -246,7 +246,8 @@ opened.close(0.1)
 
 
 @pytest.mark.parametrize("name", ["ucx", "gloo"])
-@pytest.mark.parametrize("mode", ["recv", *(pytest.param(mode, marks=pytest.mark.matrix) for mode in ("send", "idle"))])
+@pytest.mark.matrix  # test_network cuts the link of a whole job
+@pytest.mark.parametrize("mode", ["recv", "send", "idle"])
 def test_a_cut_link_is_noticed(two_hosts: tuple[str, str], tmp_path: Path, name: str, mode: str) -> None:
     path = str(tmp_path / "store")
     ranks = []
