@@ -69,8 +69,8 @@ def parallelize(
     """
     if current(mesh).data.size > 1:
         raise NotImplementedError(
-            f"parallelize on a mesh with data={current(mesh).data.size} is not built yet; models of gingham.nn's layers run on it, each data"
-            " rank's batch through mesh.scatter(batch, own=True)"
+            f"parallelize on a mesh with data={current(mesh).data.size} is not built yet; models of gingham.nn's layers run on it, with"
+            " mesh.scatter(batch, own=True) of each data rank's batch"
         )
     made = _parallelize(model, current(mesh), io, plan, whole)
     if verbose:
