@@ -10,7 +10,7 @@ namespace {
 // One map's results: sum is this rank's Y before bias, block what the products add to (sum itself, or workspace to be scattered).
 struct ProjectionState {
   Matrix y, z, sum, block, bias, w;  // w: gathered where it lacks the slice dim
-  bool fused = false;  // the last product stores z and y
+  bool fused = false;                // the last product stores z and y
   Pipeline::Slot w_slot, y_slot;
 };
 
