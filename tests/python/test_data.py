@@ -231,6 +231,25 @@ def test_a_death_in_one_replica_is_named_in_all(ranks) -> None:
     assert max(at for _, at in others) - min(at for _, at in others) < 1.0
 
 
+def compared(rank: int, config: dict[str, Any]) -> Any:
+    os.environ["GINGHAM_CHECK"] = "1"
+    try:
+        mesh = gingham.init(parallel=config, timeout=30.0)
+        x = torch.full((3 + mesh.data.rank, 8), float(mesh.data.rank))
+        mesh.scatter(x, own=True)
+        x[0, 0] += rank == 3
+        with pytest.raises(gingham.LayoutError) as error:
+            mesh.scatter(x, own=True)
+        return str(error.value)
+    finally:
+        del os.environ["GINGHAM_CHECK"]
+
+
+def test_ranks_of_one_data_rank_that_load_other_rows_are_told_to_all(ranks) -> None:
+    for told in ranks(4)(compared, parallel("1d", None, 2)):
+        assert "on ranks [3] are not those of the others of their data rank" in told
+
+
 def loaded(rank: int, config: dict[str, Any]) -> Any:
     mesh = gingham.init(parallel=config, timeout=30.0)
     sampler = mesh.sampler(range(10), seed=3)

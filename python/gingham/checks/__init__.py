@@ -166,19 +166,19 @@ class Checks:
             return
         words = f"{tuple(x.shape)} {x.dtype}".encode()
         sums = [each for (each,) in self.mesh.world.sizes([checksum(x, crc32(words))])]
-        every = list(zip(sums, self.mesh.ranks, range(self.mesh.size), strict=True))
-        near = [each[:2] for each in every if not own or self._data_rank(each[2]) == self.mesh.data.rank]
-        odd, _ = odd_ranks([each for each, _ in near], [rank for _, rank in near])
+        places = [coordinates_of(index, self.mesh.sizes).get("data", 0) * own for index in range(self.mesh.size)]
+        odd = []
+        for data in sorted(set(places)):
+            near = [at for at, place in enumerate(places) if place == data]
+            odd += odd_ranks([sums[at] for at in near], [self.mesh.ranks[at] for at in near])[0]
         if odd:
+            others = "the others of their data rank" if own else "the others"
             raise self.error(
                 Wrong(
-                    f"scatter got a tensor {tuple(x.shape)} whose values on ranks {odd} are not those of the others",
+                    f"scatter got a tensor {tuple(x.shape)} whose values on ranks {odd} are not those of {others}",
                     "give every rank the same full tensor: seed generators and samplers alike",
                 )
             )
-
-    def _data_rank(self, index: int) -> int:
-        return coordinates_of(index, self.mesh.sizes).get("data", 0)
 
     def again(self, what: Any, x: torch.Tensor) -> bool:
         """Whether the very same call was made before: a loop over one forward pass, which ends the check. what: the layer, or the
