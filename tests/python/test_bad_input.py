@@ -56,7 +56,7 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]
     (dict(pipeline=0), gingham.MeshError, ("pipeline=0", "at least 1")),
     (dict(data="two"), gingham.MeshError, ("data='two'", "at least 1")),
     (dict(pipeline=2, tensor=dict(size=4, mode="1d")), NotImplementedError, ("pipeline=2", "not built yet")),
-    (dict(data=dict(size=2)), NotImplementedError, ("data=2", "not built yet")),
+    (dict(data=dict(size=2, shard="state")), NotImplementedError, ("shard='state'", "not built yet")),
 ]
 
 

@@ -44,8 +44,7 @@ def init(
 
     mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
     depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)),
-    with data=2 or data=dict(size=, shard=None | "all") for replicas of it, whose weights stand whole on each or are cut over them
-    too (ZeRO-3): each then takes rows of its own, mesh.scatter(batch, own=True), mesh.sampler, mesh.data, or a part of the full batch.
+    with data=2 or data=dict(size=, shard=None | "all") for replicas with whole weights or cut ones (ZeRO-3); see Mesh.scatter(own=True).
     ranks: the job's ranks that the mesh is made of, in mesh order (default: all; those of the DeviceMesh, which may be a slice
     of a larger one). Where they are not all, the first init is still one of all ranks of the job, each with its own mesh.
     default=False: a mesh beside the first, on ranks that have one already; name it by mesh=.
