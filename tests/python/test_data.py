@@ -120,7 +120,7 @@ def test_losses_gradients_and_norms_are_one_processs(ranks, name: str, shard: st
         assert max(held for _, held, *_ in answers) <= (0.7 if name == "1d" else 1.15) / data
 
 
-OWN = {("none", "all"), ("1d", None), ("2d", "all"), ("1x2x2", None)}
+OWN = {("none", "all"), ("1d", None), ("2d", "all")}
 ALL = [(name, shard) for name in ("none", "1d", "2d", "1x2x2") for shard in (None, "all")]
 
 
