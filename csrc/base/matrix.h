@@ -17,6 +17,8 @@ struct Matrix {
   int64_t count() const { return rows * cols; }
   size_t bytes() const { return static_cast<size_t>(count()) * size_of(dtype); }
   bool empty() const { return rows == 0 || cols == 0; }
+  // Row by row without gaps.
+  bool flat() const { return col_stride == 1 && (row_stride == cols || rows == 1); }
   Matrix t() const { return {data, cols, rows, col_stride, row_stride, dtype}; }
   // Rows (dim 0) or columns (dim 1) [begin, end).
   Matrix slice(int dim, int64_t begin, int64_t end) const {

@@ -76,9 +76,9 @@ class Blocks {
   // The block itself where it is dense and peers can have it from there, if they shall; this rank's own is packed into what it is not.
   Matrix landing(int place) {
     const Matrix& m = block(place);
-    const bool own = place == axis_.rank();
-    if (m.empty() || (Outbox::is_flat(m) && (axis_.holds(m.data) || !(own || (!route_.is_here(place) && hands_on(place)))))) return m;
-    return own ? outbox_.packed(m) : outbox_.room_like(m);
+    if (place == axis_.rank()) return outbox_.packed(m);
+    const bool sent_on = !route_.is_here(place) && hands_on(place);
+    return m.empty() || (m.flat() && (axis_.holds(m.data) || !sent_on)) ? m : outbox_.room_like(m);
   }
 
   Axis& axis_;

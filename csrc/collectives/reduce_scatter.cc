@@ -25,8 +25,6 @@ void through_window(Axis& axis, const Shares& x, const Matrix& out, const Stream
       share = x.of(theirs, axis.rank());
       const Request request = window.begin_get(rank, share.bytes());
       last.due = std::max(last.due, request.due);
-    } else {
-      share = x[rank];
     }
     terms.push_back({rank, rank + 1, share, false});
   }

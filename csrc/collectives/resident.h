@@ -55,10 +55,9 @@ class Relay {
 class Outbox {
  public:
   Outbox(Axis& axis, const Stream& stream, int lane = 0) : axis_(axis), stream_(stream), lane_(lane) {}
-  static bool is_flat(const Matrix& m) { return m.col_stride == 1 && (m.row_stride == m.cols || m.rows == 1); }
   // m itself where it is dense and peers can have it from where it stands, else a copy.
   Matrix packed(const Matrix& m) {
-    if (m.empty() || (is_flat(m) && axis_.holds(m.data))) return m;
+    if (m.empty() || (m.flat() && axis_.holds(m.data))) return m;
     const Matrix copy = room_like(m);
     cast(m, copy, stream_);
     return copy;

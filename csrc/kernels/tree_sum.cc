@@ -71,14 +71,12 @@ void sum_row(const Plan& plan, const std::vector<const T*>& rows, T* out, int64_
   }
 }
 
-bool is_flat(const Matrix& m) { return m.col_stride == 1 && (m.row_stride == m.cols || m.rows == 1); }
-
 void sum_in_tiles(const Plan& plan, std::span<const Term> terms, const Matrix& out) {
   const bool turn = out.col_stride != 1 && out.row_stride == 1;
   std::vector<Matrix> from;
   for (const Term& term : terms) from.push_back(turn ? term.sum.t() : term.sum);
   Matrix to = turn ? out.t() : out;
-  if (is_flat(to) && std::all_of(from.begin(), from.end(), is_flat)) {
+  if (to.flat() && std::all_of(from.begin(), from.end(), [](const Matrix& m) { return m.flat(); })) {
     for (Matrix& m : from) m = dense(m.data, 1, m.count(), m.dtype);
     to = dense(to.data, 1, to.count(), to.dtype);
   }

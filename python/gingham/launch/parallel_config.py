@@ -11,7 +11,7 @@ The number of ranks is data x pipeline x tensor, so data's size follows from the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from ..errors import MeshError
@@ -36,7 +36,7 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
     data = parallel.get("data")
     shard = _shard(data)
     if data is not None and (not isinstance(data, Mapping) or data.get("size") is not None):
-        sizes["data"] = _size("data", {name: data[name] for name in data if name != "shard"} if isinstance(data, Mapping) else data)
+        sizes["data"] = _size("data", data, {"shard"})
     # what is not built is said before a number of ranks is asked for that would not help
     _refuse_unbuilt(sizes)
     if world is not None:
@@ -65,10 +65,12 @@ def _shard(data: Any) -> str | None:
     return shard
 
 
-def _size(name: str, given: Any) -> int:
+def _size(name: str, given: Any, others: Set[str] = frozenset()) -> int:
+    """others: what a dict may have beside its size."""
     if isinstance(given, Mapping):
-        if set(given) - {"size"}:
-            raise MeshError(f"parallel {name}={dict(given)}: unknown {sorted(set(given) - {'size'})}, expected size")
+        known = {"size"} | others
+        if set(given) - known:
+            raise MeshError(f"parallel {name}={dict(given)}: unknown {sorted(set(given) - known)}, expected {', '.join(sorted(known))}")
         given = given.get("size", 1)
     if given is None:
         return 1

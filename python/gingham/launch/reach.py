@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import MeshError
-from .hosts import Host, interface_to
+from .hosts import Host, host_numbers, interface_to
 from .links import own_address
 from .meeting import Meeting, seen_by_all
 
@@ -28,7 +28,7 @@ def try_all_ways(meeting: Meeting, hosts: Sequence[Host]) -> None:
     """Collective over the ranks of the job. Raises MeshError, on every rank alike and within LIMIT, naming who cannot reach whom, from and
     to which address, and what to open."""
     _, address = own_address()
-    own = next(host for host in hosts if meeting.rank in host.ranks)
+    own = hosts[host_numbers(hosts)[meeting.rank]]
     first = meeting.rank == own.ranks[0]
     with socket.socket(family_of(address)) as listening:
         place, ports = None, _system_ports()

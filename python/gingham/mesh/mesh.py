@@ -25,7 +25,7 @@ from .modes import Axes as Axes
 from .modes import GridShape, axes_named
 from .modes import axes_of as axes_of
 from .modes import neighbours as neighbours
-from .scatter import Gather, Scatter
+from .scatter import Gather, Scatter, own_cuts
 
 LABELS = 4096  # kept at a time
 
@@ -165,7 +165,7 @@ class Mesh(GridShape, Live):
             raise NotImplementedError("scatter(own=True) of a tensor with a gradient: call requires_grad_() on the block that it gives")
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
-        held = tuple(tuple(name for name in names if name != "data") for names in cuts) if own else cuts
+        held = own_cuts(cuts) if own else cuts
         mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates))
         return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 

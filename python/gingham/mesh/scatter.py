@@ -46,6 +46,11 @@ class Gather(Function):
         return Scatter.apply(grad, ctx.mesh, ctx.cuts, ctx.mine), None, None
 
 
+def own_cuts(cuts: Cuts) -> Cuts:
+    """Of a batch that is one data rank's alone."""
+    return tuple(tuple(name for name in names if name != "data") for names in cuts)
+
+
 def _gather_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
     x, mesh = tensors[0], find(words[0])
     return [x, mesh, mesh.cuts(words[1], x.dim(), int(words[2]))]
@@ -54,7 +59,7 @@ def _gather_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any
 def _scatter_arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
     x, mesh, cuts = _gather_arguments(words, tensors)
     if len(words) > 3 and words[3] == "1":  # this data rank's own
-        cuts = tuple(tuple(name for name in names if name != "data") for names in cuts)
+        cuts = own_cuts(cuts)
     return [x, mesh, cuts, block(x.shape, cuts, mesh.sizes, mesh.coordinates)]
 
 
