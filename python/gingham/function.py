@@ -8,7 +8,7 @@ differentiated runs forward alone, without autograd's node around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -31,6 +31,28 @@ class Context:
 
     def set_materialize_grads(self, value: bool) -> None:
         pass
+
+
+def asked(ctx: Any) -> Sequence[bool]:
+    """Which inputs' gradients this backward pass is asked for, one bool an argument of forward. ctx.needs_input_grad knows what forward
+    knew; torch.autograd.grad(y, x) and a pass of inputs alone ask for less, and what nobody asked for is neither computed nor sent."""
+    needs: Sequence[bool] = ctx.needs_input_grad
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    if _will_execute is None or len(nodes) != sum(needs):  # an op of a compiled graph, which has no nodes
+        return needs
+    found = iter(nodes)
+    return [need and _is_asked(next(found)) for need in needs]
+
+
+def _is_asked(node: Any) -> bool:
+    try:
+        return bool(_will_execute(node))
+    except RuntimeError:  # a leaf under torch.autograd.grad that was asked for
+        return True
+
+
+# private to torch: without it all that forward knew of is computed
+_will_execute: Any = getattr(torch._C, "_will_engine_execute_node", None)
 
 
 class Function(torch.autograd.Function):

@@ -185,3 +185,38 @@ def summed_gradients(rank: int, kind: str) -> bool:
 @pytest.mark.parametrize("kind", ["module", "outer module", "module on one rank", "tensor on one rank", "accumulated on one rank"])
 def test_a15_b10_hooks_read_whole_sums_and_may_differ_by_rank(ranks, kind: str) -> None:
     assert all(ranks(8)(summed_gradients, kind))
+
+
+def apart(rank: int, recomputed: bool) -> dict[str, Any]:
+    """Bytes received, by axis, of the gradients of x and of the parameters: asked for in one pass, and in one pass each."""
+    mesh = gingham.init(mode="2d", size=4)
+    torch.manual_seed(0)
+    found: dict[str, Any] = {"errors": []}
+    for layer in (gingham.nn.Linear(16, 24, dtype=torch.float64), gingham.nn.LayerNorm(16, dtype=torch.float64)):
+        x = mesh.scatter(torch.randn(8, 16, dtype=torch.float64)).requires_grad_()
+        parameters, kind = list(layer.parameters()), type(layer).__name__
+
+        def bytes_of(wanted: list[torch.Tensor], kind: str = kind, layer: Any = layer, x: torch.Tensor = x) -> list[torch.Tensor]:
+            y = checkpoint(layer, x, use_reentrant=False) if recomputed else layer(x)
+            mesh.traffic(reset=True)
+            got = torch.autograd.grad(y.sin().sum(), wanted)
+            part = "both" if len(wanted) == 3 else "x" if len(wanted) == 1 else "parameters"
+            found[f"{kind} {part}"] = {axis: counts["bytes_received"] for axis, counts in mesh.traffic().items()}
+            return [whole(each) for each in got]
+
+        together, alone = bytes_of([x, *parameters]), bytes_of([x]) + bytes_of(parameters)
+        found["errors"] += [relative(one, other) for one, other in zip(alone, together, strict=True)]
+    gingham.destroy()
+    return found
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_what_a_backward_pass_is_not_asked_for_is_neither_made_nor_sent(ranks, recomputed: bool) -> None:
+    for found in ranks(4)(apart, recomputed):
+        assert max(found["errors"]) <= 1e-12
+        if recomputed:
+            continue
+        for kind in ("Linear", "LayerNorm"):
+            x, parameters, both = (found[f"{kind} {part}"] for part in ("x", "parameters", "both"))
+            assert all(x[axis] + parameters[axis] == both[axis] for axis in both), found
+        assert found["Linear x"]["row"] < found["Linear both"]["row"] and found["LayerNorm parameters"]["col"] == 0

@@ -17,7 +17,7 @@ import torch
 
 from .. import graph_ops, native
 from ..errors import MeshError, ShapeError
-from ..function import Function
+from ..function import Function, asked
 from ..graph_ops import traced
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Layout, Names, offsets
@@ -245,7 +245,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     dys = [x.new_zeros(shape) if dy is None else dy.contiguous() for dy, shape in zip(cotangents, ctx.shapes, strict=True)]
     if before:
         dys = [native.gelu_backward(plan.mesh.program, dy, z.view(dy.shape)) for dy, z in zip(dys, before, strict=True)]
-    need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+    need_x, _, _, _, *needs = asked(ctx)
     need_w = [need and dy is not None for need, dy in zip(needs[:count], cotangents, strict=True)]
     need_b = [need and dy is not None for need, dy in zip(needs[count:], cotangents, strict=True)]
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
@@ -290,8 +290,8 @@ def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
         return [torch.nn.functional.gelu(y) if epilogue == "gelu" else y for y in ys]
 
     x, *_ = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-    dx, *found = second_order.replay(compose, (x, *ctx.parameters), needs, cotangents)
+    need_x, _, _, _, *needs = asked(ctx)
+    dx, *found = second_order.replay(compose, (x, *ctx.parameters), (need_x, *needs), cotangents)
     return dx, None, None, None, *found
 
 

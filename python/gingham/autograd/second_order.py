@@ -23,7 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..errors import MeshError
-from ..function import Function
+from ..function import Function, asked
 from ..mesh import Mesh
 from ..mesh.layout import Names
 
@@ -238,7 +238,8 @@ class Product(Function):
         step, count = ctx.step, ctx.count
         x, *weights = ctx.saved_tensors
         dys = tuple(dy.to(x.dtype) for dy in dys)
-        need_x, need_w = ctx.needs_input_grad[3], any(ctx.needs_input_grad[4:])
+        needs = asked(ctx)
+        need_x, need_w = needs[3], any(needs[4:])
         if torch.is_grad_enabled():
             dx = _InputGradient.apply(step, count, x.detach(), *weights, *dys) if need_x else None
             dws = _WeightGradient.apply(step, count, x, *(w.detach() for w in weights), *dys) if need_w else [None] * count
@@ -261,7 +262,8 @@ class _InputGradient(Function):
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         step, count = ctx.step, ctx.count
         weights, dys = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        need_w, need_dy = any(ctx.needs_input_grad[3 : 3 + count]), any(ctx.needs_input_grad[3 + count :])
+        needs = asked(ctx)
+        need_w, need_dy = any(needs[3 : 3 + count]), any(needs[3 + count :])
         dws = _WeightGradient.apply(step, count, g, *(w.detach() for w in weights), *dys) if need_w else [None] * count
         return None, None, None, *dws, *(Product.apply(step, count, None, g, *weights) if need_dy else [None] * count)
 
@@ -280,8 +282,9 @@ class _WeightGradient(Function):
     def backward(ctx: Any, *gs: torch.Tensor) -> Any:
         step, count = ctx.step, ctx.count
         x, *dys = ctx.saved_tensors
-        dx = _InputGradient.apply(step, count, x.detach(), *gs, *dys) if ctx.needs_input_grad[2] else None
-        need_dy = any(ctx.needs_input_grad[3 + count :])
+        needs = asked(ctx)
+        dx = _InputGradient.apply(step, count, x.detach(), *gs, *dys) if needs[2] else None
+        need_dy = any(needs[3 + count :])
         ddys = Product.apply(step, count, None, x, *gs) if need_dy else [None] * count
         return None, None, dx, *[None] * count, *ddys
 

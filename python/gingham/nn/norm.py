@@ -14,7 +14,7 @@ from ..autograd.gradients import deferring
 from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
 from ..checks import cuts_of_block
 from ..errors import MeshError, ShapeError
-from ..function import Function
+from ..function import Function, asked
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Names, coordinates_of, interval, members
@@ -231,17 +231,18 @@ class _Normalise(Function):
         if torch.is_grad_enabled():
             return _again(ctx, dy)
         x, mean, scale, gamma = ctx.saved_tensors
+        need_x, *needs = asked(ctx)[:3]
         layout = layer.mesh.layout(layer.layout)
         normal, wide = (x.double() - mean.unsqueeze(-1)) * scale, dy.double()
         dx = None
-        if ctx.needs_input_grad[0]:
+        if need_x:
             slope = wide if gamma is None else wide * gamma
             sums = [slope.sum(-1)] * ctx.centred + [(slope * normal).sum(-1)]
             sums = gather_parts(layer.mesh, layout.features, torch.stack(sums, -1)).sum(0) / layer.features
             dx = slope - normal * sums[..., -1:]
             dx = ((dx - sums[..., :1] if ctx.centred else dx) * scale).to(ctx.dtype)
         wanted = [each for each in (weight, bias) if each is not None]
-        if not any(ctx.needs_input_grad[1:3]):
+        if not any(needs):
             return dx, *[None] * 5
         rows = tuple(range(dy.dim() - 1))
         both = wide.new_zeros(len(wanted), len(local_of(wanted[0])))
@@ -275,7 +276,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> Any:
         return [(y if bias is None else y + shared(bias, mesh, users)[place]).to(x.dtype)]
 
     x, *_ = ctx.saved_tensors
-    return *replay(compose, (x, *ctx.parameters), ctx.needs_input_grad[:3], [dy]), None, None, None
+    return *replay(compose, (x, *ctx.parameters), asked(ctx)[:3], [dy]), None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
