@@ -209,20 +209,24 @@ class _Normalise(Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: Any, centred: bool, eps: float
     ) -> torch.Tensor:
         mesh, names = layer.mesh, layer.mesh.layout(layer.layout).features
-        wide = x.double()
-        mesh.say(layer.label, moves=mesh.axis(names) is not None)
-        mean, variance = _moments(wide, mesh, names, layer.features, centred)
-        scale = (variance + eps).rsqrt().unsqueeze(-1)
-        normal = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
         ctx.layer, ctx.parameters, ctx.centred, ctx.dtype = layer, (weight, bias), centred, x.dtype
         # as torch.nn: its layer norm reads them always, its RMS norm for the gradient of x
         read = [("weight", weight), ("bias", bias)] if centred or ctx.needs_input_grad[0] else []
         ctx.eps, ctx.versions = eps, versions_of(read)
         ctx.place = layer.block
         gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
-        ctx.save_for_backward(x, mean, scale, gamma)
-        y = normal if gamma is None else normal * gamma
-        return (y if beta is None else y + beta).to(x.dtype)
+        mesh.say(layer.label, moves=mesh.axis(names) is not None)
+        if mesh.axis(names) is None:
+            y, mean, scale, *shift = _normalise_whole(x, gamma, beta, centred, eps)
+        else:
+            wide = x.double()
+            mean, variance = _moments(wide, mesh, names, layer.features, centred)
+            scale, shift = (variance + eps).rsqrt().unsqueeze(-1), []
+            y = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
+            y = y if gamma is None else y * gamma
+            y = y if beta is None else y + beta
+        ctx.save_for_backward(x, mean, scale, gamma, *shift)
+        return y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -230,25 +234,16 @@ class _Normalise(Function):
         check_versions(layer.label, layer.mesh, ctx.versions)
         if torch.is_grad_enabled():
             return _again(ctx, dy)
-        x, mean, scale, gamma = ctx.saved_tensors
-        need_x, *needs = asked(ctx)[:3]
         layout = layer.mesh.layout(layer.layout)
-        normal, wide = (x.double() - mean.unsqueeze(-1)) * scale, dy.double()
-        dx = None
-        if need_x:
-            slope = wide if gamma is None else wide * gamma
-            sums = [slope.sum(-1)] * ctx.centred + [(slope * normal).sum(-1)]
-            sums = gather_parts(layer.mesh, layout.features, torch.stack(sums, -1)).sum(0) / layer.features
-            dx = slope - normal * sums[..., -1:]
-            dx = ((dx - sums[..., :1] if ctx.centred else dx) * scale).to(ctx.dtype)
         wanted = [each for each in (weight, bias) if each is not None]
-        if not any(needs):
+        apart = _apart_whole if layer.mesh.axis(layout.features) is None else _apart
+        need_x, *needs = asked(ctx)[:3]
+        dx, parts = apart(ctx, dy, need_x, bool(wanted) and any(needs))
+        if not parts:
             return dx, *[None] * 5
-        rows = tuple(range(dy.dim() - 1))
-        both = wide.new_zeros(len(wanted), len(local_of(wanted[0])))
-        parts = [wide * normal] * (weight is not None) + [wide] * (bias is not None)
+        both = parts[0].new_zeros(len(wanted), len(local_of(wanted[0])))
         for row, part in zip(both, parts, strict=True):
-            row[ctx.place] = part.sum(rows)
+            row[ctx.place] = part
         both = both.to(_wide(ctx.dtype))
         if deferring((weight, bias)):
             both = torch.stack([sum_parts(layer.mesh, layout, layer.stored, p, row) for p, row in zip(wanted, both, strict=True)])
@@ -256,6 +251,61 @@ class _Normalise(Function):
             both = sum_over_rows(layer.mesh, layout, layer.stored, both)
         grads = [None if each is None else both[index if weight is not None else 0] for index, each in enumerate((weight, bias))]
         return dx, *(like(None if g is None else g.to(p.dtype), p) for g, p in zip(grads, (weight, bias), strict=True)), None, None, None
+
+
+def _apart(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """dx, and where asked for this rank's sums of dgamma and dbeta, for features that lie on several ranks, in float64."""
+    layer, (weight, bias) = ctx.layer, ctx.parameters
+    x, mean, scale, gamma = ctx.saved_tensors
+    normal, wide, dx = (x.double() - mean.unsqueeze(-1)) * scale, dy.double(), None
+    if need_x:
+        slope = wide if gamma is None else wide * gamma
+        sums = [slope.sum(-1)] * ctx.centred + [(slope * normal).sum(-1)]
+        names = layer.mesh.layout(layer.layout).features
+        sums = gather_parts(layer.mesh, names, torch.stack(sums, -1)).sum(0) / layer.features
+        dx = slope - normal * sums[..., -1:]
+        dx = ((dx - sums[..., :1] if ctx.centred else dx) * scale).to(ctx.dtype)
+    rows = tuple(range(dy.dim() - 1))
+    parts = [wide * normal] * (weight is not None) + [wide] * (bias is not None) if parameters else []
+    return dx, [part.sum(rows) for part in parts]
+
+
+def _normalise_whole(
+    x: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None, centred: bool, eps: float
+) -> tuple[torch.Tensor, ...]:
+    """Where all features are here: y, mean, 1 / sqrt(mean square + eps) and, where centred, what x was shifted by before. Torch's own
+    kernel, which loses digits to an offset, sees each row about its rounded mean."""
+    wide = x.to(_wide(x.dtype))
+    gamma, beta = (None if each is None else each.to(wide.dtype) for each in (gamma, beta))
+    if centred:
+        shift = wide.mean(-1, keepdim=True)
+        return *torch.native_layer_norm(wide - shift, [wide.shape[-1]], gamma, beta, eps), shift
+    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normal = wide * scale
+    return normal if gamma is None else normal.mul_(gamma), scale.new_zeros(scale.shape), scale
+
+
+def _apart_whole(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """What _apart gives, where all features are here."""
+    weight, bias = ctx.parameters
+    x, mean, scale, gamma, *shift = ctx.saved_tensors
+    wide, slope = x.to(_wide(x.dtype)), dy.to(_wide(x.dtype))
+    gamma = None if gamma is None else gamma.to(wide.dtype)
+    if ctx.centred:
+        wide = wide - shift[0]
+        wanted = (need_x, parameters, parameters)
+        ones = torch.ones(wide.shape[-1], dtype=wide.dtype, device=x.device) if gamma is None else gamma
+        dx, *parts = torch.ops.aten.native_layer_norm_backward(slope.contiguous(), wide, [wide.shape[-1]], mean, scale, ones, ones, wanted)
+        found = [part for part, each in zip(parts, (weight, bias), strict=True) if parameters and each is not None]
+        return None if dx is None else dx.to(ctx.dtype), found
+    normal = wide * scale
+    part = slope * normal
+    found = [part.sum(tuple(range(dy.dim() - 1)))] if parameters else []
+    if not need_x:
+        return None, found
+    if gamma is not None:
+        slope, part = slope * gamma, part.mul_(gamma)
+    return normal.mul_(part.mean(-1, keepdim=True)).neg_().add_(slope).mul_(scale).to(ctx.dtype), found
 
 
 def _again(ctx: Any, dy: torch.Tensor) -> Any:
@@ -289,11 +339,13 @@ def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
 
 
 def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
-    x, weight, _, layer, _, _ = _arguments(words, tensors)
-    rows = x.shape[:-1]
-    found: list[Meta] = [(x.shape, x.dtype), (rows, torch.float64), ((*rows, 1), torch.float64)]
+    x, weight, _, layer, centred, _ = _arguments(words, tensors)
+    rows, whole = x.shape[:-1], layer.mesh.axis(layer.mesh.layout(layer.layout).features) is None
+    wide = _wide(x.dtype) if whole else torch.float64
+    found: list[Meta] = [(x.shape, x.dtype), ((*rows, 1) if whole else rows, wide), ((*rows, 1), wide)]
     # a part of gamma is copied for backward; the whole is the input itself
-    return found if weight is None or weight.shape[0] == x.shape[-1] else [*found, ([x.shape[-1]], weight.dtype)]
+    found += [] if weight is None or weight.shape[0] == x.shape[-1] else [([x.shape[-1]], weight.dtype)]
+    return [*found, ((*rows, 1), wide)] if whole and centred else found
 
 
 def _read(words: list[str], needs: Sequence[bool]) -> Sequence[int]:
