@@ -4,6 +4,7 @@
 
 #include "base/crc32c.h"
 #include "base/memory.h"
+#include "binding_attention.h"
 #include "binding_engine.h"
 #include "binding_step.h"
 #include "kernels/blas.h"
@@ -265,5 +266,6 @@ PYBIND11_MODULE(_C, m) {
   define_program(m);
   define_step(m);
   define_functions(m);
+  define_attention(m);
   define_engine(m);
 }

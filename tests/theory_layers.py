@@ -108,3 +108,36 @@ def accuracy(grid: Grid, rows: int) -> Cost:
     axis, size = row_ranks(grid)
     cost.add(axis, 16 * (size - 1) * grid.size, size - 1)
     return cost
+
+
+def runs(lengths: list[int], place: int, zigzag: bool) -> list[tuple[int, int]]:
+    """(first position, count) of a rank's piece of a sequence: in order, or its first half from the front and the rest from the back."""
+    if not zigzag:
+        return [(sum(lengths[:place]), lengths[place])]
+    fronts = [length - length // 2 for length in lengths]
+    back = sum(fronts) + sum(length // 2 for length in lengths[place + 1 :])
+    return [(sum(fronts[:place]), fronts[place]), (back, lengths[place] // 2)]
+
+
+def ring_words(lengths: list[int], words: int, window: bool, causal: bool, zigzag: bool) -> list[tuple[int, int]]:
+    """What each rank receives of attention over a sequence of these pieces, forward and backward; words: of keys and values a place.
+
+    Through windows only what some query of the rank may see: of the keys, and of the sums of their gradients it adds to, all but those
+    that it is the first to add to. At last each rank gets the sums of its own.
+    """
+    size = len(lengths)
+
+    def seen(reader: int, owner: int) -> int:
+        last = max((start + count for start, count in runs(lengths, reader, zigzag) if count), default=0)
+        if not window:
+            return lengths[owner]
+        if not lengths[reader]:
+            return 0
+        return sum(count for start, count in runs(lengths, owner, zigzag) if not causal or start < last)
+
+    found = []
+    for rank in range(size):
+        forward = sum(seen(rank, owner) for owner in range(size) if owner != rank)
+        sums = sum(seen(rank, (rank - hop) % size) for hop in range(2, size)) + lengths[rank]
+        found.append((words * forward, words * (forward + sums)))
+    return found

@@ -128,4 +128,18 @@ void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& lo
   }
 }
 
+namespace {
+
+template <class T>
+void keep(T* factors, uint64_t index, int64_t n, const DropoutKey& key) {
+  const DropoutDraw draw = draw_of(key);
+  std::fill_n(factors, n, static_cast<T>(draw.keep));
+  run(factors, factors, index, n, key, draw.k0, draw.k1, draw.threshold, [](T factor) { return factor; });
+}
+
+}  // namespace
+
+void keep_run(float* factors, uint64_t index, int64_t n, const DropoutKey& key) { keep(factors, index, n, key); }
+void keep_run(double* factors, uint64_t index, int64_t n, const DropoutKey& key) { keep(factors, index, n, key); }
+
 }  // namespace gingham

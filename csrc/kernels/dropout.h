@@ -48,6 +48,10 @@ DropoutRuns runs_of(const std::vector<int64_t>& local, const std::vector<int64_t
 void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
              const std::vector<int64_t>& offset, const DropoutKey& key, const Stream& stream);
 
+// The factors of elements [index, index + n) of the global tensor: 1 / (1 - p) where they are kept, 0 where not. On the CPU.
+void keep_run(float* factors, uint64_t index, int64_t n, const DropoutKey& key);
+void keep_run(double* factors, uint64_t index, int64_t n, const DropoutKey& key);
+
 namespace cuda {
 void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
              const std::vector<int64_t>& offset, const DropoutKey& key, const Stream& stream);

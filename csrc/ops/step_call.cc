@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ops/refusal.h"
+
 namespace gingham {
 
 int64_t block_size(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local, int dim) {
@@ -26,18 +28,7 @@ StepCall::StepCall(Program& program, const Stream& used, const Step::Config& ste
   groups.resize(d == Dim::N ? step.maps.size() : 1);
 }
 
-void StepCall::begin(const std::function<void()>& validate) {
-  std::string refusal;
-  try {
-    validate();
-  } catch (const ShapeError& error) {
-    refusal = error.what();
-    call_.invalid = 1;
-    std::copy_n(refusal.begin(), std::min(refusal.size(), sizeof(call_.note) - 1), call_.note);
-  }
-  program_.begin(call_);
-  if (!refusal.empty()) throw ShapeError(concat("rank ", program_.control().rank(), ": ", config.name, ": ", refusal));
-}
+void StepCall::begin(const std::function<void()>& validate) { begin_or_refuse(program_, call_, config.name, validate); }
 
 std::vector<int64_t> StepCall::learn(Axis& axis, int64_t rows) const {
   Session session(axis, {}, rows, true);

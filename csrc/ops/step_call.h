@@ -23,7 +23,6 @@ class StepCall {
   StepCall(Program& program, const Stream& stream, const Step::Config& config, const char* product, DType dtype, int64_t rows);
 
   void flag(int bit, bool on) { call_.flags |= static_cast<uint64_t>(on) << (32 + bit); }
-  // Publishes the call. A refusal (ShapeError) of this rank's own arguments is published too, so that peers name this rank and do not wait.
   void begin(const std::function<void()>& validate);
   // Cut points along M from the rows that every rank of the axis says it holds.
   std::vector<int64_t> learn(Axis& axis, int64_t rows) const;

@@ -106,6 +106,28 @@ class Engine:
     def set_failure(self, peer: int, why: str) -> None: ...
     def set_left(self, peer: int) -> None: ...
 
+class Attention:
+    """One call of attention over a sequence of pieces; axis None: k and v are whole here. Tensors [time, batch, heads, width]."""
+
+    def __init__(
+        self,
+        program: Program,
+        axis: Axis | None,
+        lengths: Sequence[int],
+        place: int,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float = 1.0,
+        zigzag: bool = False,
+        past: int = 0,
+        p: float = 0.0,
+        dropout: Sequence[int] = (),
+    ) -> None: ...
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+
+def runs_of(lengths: Sequence[int], place: int, zigzag: bool = False) -> list[tuple[int, int]]: ...
+
 class Operand:
     def __init__(self, axis: Axis | None, dim: int, offsets: Sequence[int], replicated: bool = False) -> None: ...
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -13,6 +14,18 @@ from ..mesh import Mesh, check_local
 from ..mesh.layout import Layout, odd_ranks
 
 Key = tuple[int, int, int]  # seed, name, call number
+
+
+class Masks(Protocol):
+    """What a dropout module is to functions that draw its masks themselves."""
+
+    p: float
+    handle: str
+
+    def key(self) -> Key: ...
+
+
+masks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # the modules by their handle, for compiled graphs
 
 
 def dropout(x: torch.Tensor, p: float, key: Key, mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1)) -> torch.Tensor:

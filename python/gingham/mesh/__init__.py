@@ -14,3 +14,4 @@ from .mesh import mesh_of as mesh_of
 from .mesh import mesh_on as mesh_on
 from .mesh import neighbours as neighbours
 from .mesh import set_current as set_current
+from .zigzag import is_zigzag as is_zigzag

@@ -26,6 +26,7 @@ from .modes import GridShape, axes_named
 from .modes import axes_of as axes_of
 from .modes import neighbours as neighbours
 from .scatter import Gather, Scatter, own_cuts
+from .zigzag import back_of, is_zigzag, places_of
 
 LABELS = 4096  # kept at a time
 
@@ -146,12 +147,15 @@ class Mesh(GridShape, Live):
         set_epoch(epoch) before each epoch, as with torch. Its batches go through scatter(own=True)."""
         return DistributedSampler(dataset, self.data.size, self.data.rank, shuffle, seed, drop_last)
 
-    def scatter(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, own: bool = False) -> torch.Tensor:
+    def scatter(
+        self, x: torch.Tensor, operand: str | None = None, dim: int = 0, own: bool = False, order: str | None = None
+    ) -> torch.Tensor:
         """This rank's block of a full tensor that is the same on every rank. operand: "x" (default: rows over the row
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
         dim: where the rows lie. own=True: x is the batch of this data rank alone, the same on its ranks; the job's batch is that of data
-        rank 0, then 1, and so on, of as many rows as each has. Differentiable (not with own, which raises NotImplementedError for an x
-        with a gradient); not counted as traffic. Its gradient is gathered, never summed."""
+        rank 0, then 1, and so on, of as many rows as each has. order="zigzag": each rank's rows are one piece from the front and one from
+        the back (mesh/zigzag.py), for SelfAttention(dim=1, order="zigzag"). Differentiable (not with own, which raises
+        NotImplementedError for an x with a gradient); not counted as traffic. Its gradient is gathered, never summed."""
         if self.checks is not None and isinstance(x, torch.Tensor):
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
@@ -163,14 +167,23 @@ class Mesh(GridShape, Live):
             raise MeshError(f"scatter(operand={operand!r}, own=True): matrices of matmul belong to the whole job; leave own out")
         if own and x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("scatter(own=True) of a tensor with a gradient: call requires_grad_() on the block that it gives")
+        if is_zigzag(order, "scatter", self):
+            x = x.index_select(dim, self._zigzag(x.shape[dim], cuts, x.dim(), dim, "scatter"))
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
         held = own_cuts(cuts) if own else cuts
         mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates))
         return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 
-    def gather(self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None) -> torch.Tensor:
-        """The full tensor, on every rank, of blocks as `scatter` makes them; sizes are learned from the ranks' own, only a
+    def _zigzag(self, time: int, cuts: Cuts, ndim: int, dim: int, what: str) -> torch.Tensor:
+        if dim % ndim == 0 and ndim > 1:
+            raise ShapeError(f"{what}: rank {self.rank} got order='zigzag' with dim={dim}; it orders a sequence: dim=1")
+        return places_of(time, [self.sizes[name] for name in cuts[dim]])
+
+    def gather(
+        self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None, order: str | None = None
+    ) -> torch.Tensor:
+        """The full tensor, on every rank, of blocks as `scatter` makes them (order as there); sizes are learned from the ranks' own, only a
         compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
         is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit together, or features."""
         check_local(x, "gather's x", self)
@@ -178,9 +191,15 @@ class Mesh(GridShape, Live):
         if self.checks is not None:
             fix = "name the layout it has: mesh.gather(y, operand='inner'), 'rows', 'x' or 'c'"
             x = self.checks.take(x, self.cuts(operand, x.dim(), dim), f"gather(operand={operand!r})", fix)
+        cuts = self.cuts(operand, x.dim(), dim)
         if torch.compiler.is_compiling():
-            return traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
-        full: torch.Tensor = Gather.apply(x, self, self.cuts(operand, x.dim(), dim))
+            full = traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
+        else:
+            full = Gather.apply(x, self, cuts)
+        if is_zigzag(order, "gather", self):
+            full = full.index_select(dim, back_of(self._zigzag(full.shape[dim], cuts, x.dim(), dim, "gather")))
+        if torch.compiler.is_compiling():
+            return full
         if features not in (None, full.shape[-1]):
             raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
         return full

@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 from ..autograd.casts import autocast_dtype
 from ..autograd.linear import linear, linear_plan
+from ..autograd.ring import CutSequence, Way, attend_cut
 from ..errors import ShapeError
-from ..mesh import Mesh, check_local
+from ..mesh import Mesh, check_local, is_zigzag
 from ..mesh.layout import Cuts
 from .dropout import Dropout
 from .layer import Layer
 from .linear import Linear
 from .parameter import Given, part_of
-from .sequence import causal_mask, gather_time, mask_here, rotate
+from .sequence import causal_mask, gather_time, mask_here, rotate, time_axes, turn
 
 
 class SelfAttention(Layer):
@@ -48,6 +49,8 @@ class SelfAttention(Layer):
         dtype: torch.dtype | None = None,
         dim: int = 0,
         *,
+        ring: bool | str = False,
+        order: str | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
         rotary: float | None = None,
@@ -61,8 +64,11 @@ class SelfAttention(Layer):
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(mesh, width, heads, kv_heads, head_dim)
         self.heads, self.kv_heads, self.causal, self.dim = heads, kv_heads, causal, _row_dim(dim, mesh)
-        pieces = mesh.parts(mesh.inner.rows)
-        self.pieces = pieces, mesh.interval(pieces, mesh.inner.rows)[0]  # of a sequence that dim=1 cuts, and which is here
+        self.time_axes = time_axes(mesh)
+        pieces = mesh.parts(self.time_axes)
+        self.pieces = pieces, mesh.interval(pieces, self.time_axes)[0]  # of a sequence that dim=1 cuts, and which is here
+        self.ring = _ring(ring, self.dim, mesh)
+        self.zigzag = is_zigzag(order, "SelfAttention", mesh)
         self.head_dim = width // heads if head_dim is None else head_dim
         self.rotary, self.scale = rotary, self.head_dim**-0.5 if scale is None else scale
         if rotary is not None and self.head_dim % 2:
@@ -89,38 +95,72 @@ class SelfAttention(Layer):
         weights, biases = [w for (w,), _ in operands], [b for _, (b,) in operands]
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in linear(self._rows_first(x), weights, biases, self.plan))
         past = 0 if cache is None else cache.length
-        lengths, first = self._pieces(len(q))
+        lengths = self._lengths(len(q))
+        if mask is not None:
+            check_local(mask, "SelfAttention's mask", self.mesh)
+            mask = mask_here(mask, self.mesh, self.heads, self.dim, len(q))
+        if lengths and cache is None and self._has_kernel(mask):
+            y = self._along(q, k, v, mask, lengths)
+        else:
+            y = self._whole(q, k, v, mask, past, lengths, cache)
+        return self._rows_first(self.o(y.flatten(2)))
+
+    def _has_kernel(self, mask: torch.Tensor | None) -> bool:
+        """Whether attention over a cut sequence runs in the core: on the CPU, and without a gradient for the mask."""
+        learned = mask is not None and mask.requires_grad
+        if learned and self.ring:
+            raise self.named(
+                NotImplementedError(
+                    "ring: the mask needs a gradient, which only gathered keys and values give: ring=False, or mask.detach()"
+                )
+            )
+        return not learned and self.mesh.device.type == "cpu"
+
+    def _along(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
+        """Attention over a sequence of these pieces; all [time, batch, heads here, head_dim]."""
+        place = self.pieces[1]
+        cut = CutSequence(self.mesh, self.time_axes, tuple(lengths), place, self.zigzag)
+        if self.rotary is not None:
+            q, k = (turn(part, cut.runs(), self.rotary) for part in (q, k))
+        way = Way(cut, bool(self.ring), self.causal, self.scale, self.dropout if self.training else None, self.label())
+        if mask is not None and self.zigzag and mask.shape[-1] > 1:
+            mask = mask.index_select(-1, torch.tensor(cut.positions()))
+        if not self.ring:
+            both = gather_time(torch.cat([k, v], -1), self.mesh, lengths, self.time_axes)
+            k, v = both.split(self.head_dim, -1)
+        return attend_cut(q, k, v, mask, way)
+
+    def _whole(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, past: int, lengths: list[int], cache: Any
+    ) -> torch.Tensor:
+        """Attention where k and v are whole, or are gathered and kept in a cache."""
+        if self.zigzag and lengths:
+            raise self.named(NotImplementedError("order='zigzag' with a cache, or a mask that needs a gradient: scatter in order"))
         # to [batch, heads here, time, head_dim]
         order = (0, 2, 1, 3) if self.dim == 0 else (1, 2, 0, 3)
-        rows, start = len(q), past + first
+        start = past + sum(lengths[: self.pieces[1]])
         q, k, v = (part.permute(order) for part in (q, k, v))
         if self.rotary is not None:
             q, k = rotate(q, start, self.rotary), rotate(k, start, self.rotary)
         if lengths:
-            both = gather_time(torch.cat([k, v], -1).permute(2, 0, 1, 3), self.mesh, lengths).permute(1, 2, 0, 3)
+            both = gather_time(torch.cat([k, v], -1).permute(2, 0, 1, 3), self.mesh, lengths, self.time_axes).permute(1, 2, 0, 3)
             k, v = both.split(self.head_dim, -1)
         if cache is not None:
             k, v = cache.update(k, v)
-        if mask is not None:
-            check_local(mask, "SelfAttention's mask", self.mesh)
-            mask = mask_here(mask, self.mesh, self.heads, self.dim, rows)
-        y = self._attend(q, k, v, mask, start)
-        y = y.permute((0, 2, 1, 3) if self.dim == 0 else (2, 0, 1, 3)).flatten(2)
-        return self._rows_first(self.o(y))
+        return self._attend(q, k, v, mask, start).permute((0, 2, 1, 3) if self.dim == 0 else (2, 0, 1, 3))
 
     def _rows_first(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, time, ..] with dim=1 as [time, batch, ..], and back."""
         return x.transpose(0, 1) if self.dim else x
 
-    def _pieces(self, time: int) -> tuple[list[int], int]:
-        """With dim=1 the lengths of all pieces of the sequence that inner's row axes cut, and where this one begins."""
-        axis = None if self.dim == 0 else self.mesh.axis(self.mesh.inner.rows)
+    def _lengths(self, time: int) -> list[int]:
+        """With dim=1 the lengths of all pieces of the sequence that inner's row axes cut."""
+        axis = None if self.dim == 0 else self.mesh.axis(self.time_axes)
         if axis is None:
-            return [], 0
+            return []
         if torch.compiler.is_compiling():  # an even cut, which the gather checks
-            return [time] * self.pieces[0], time * self.pieces[1]
-        lengths = [length for (length,) in axis.sizes([time])]
-        return lengths, sum(lengths[: axis.rank])
+            return [time] * self.pieces[0]
+        return [length for (length,) in axis.sizes([time])]
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, start: int) -> torch.Tensor:
         """softmax(q k^T scale + mask) v; all [batch, heads here, time, head_dim]."""
@@ -153,7 +193,9 @@ class SelfAttention(Layer):
 
     def extra_repr(self) -> str:
         shape = f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
-        return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}"
+        way = f", ring={self.ring}" if self.ring else ""
+        way += ", order='zigzag'" if self.zigzag else ""
+        return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}{way}"
 
     def received(self, rows: int, inner: int = 1) -> int:
         """q, k and v share x; that ranks gather each other's keys and values with dim=1 is not in it."""
@@ -184,6 +226,21 @@ def _row_dim(dim: int, mesh: Mesh) -> int:
     if dim not in (0, 1, -2):
         raise ShapeError(f"SelfAttention: rank {mesh.rank} got dim={dim}, expected 0 (batch) or 1 (sequence)")
     return dim % 3 if dim >= 0 else 1
+
+
+def _ring(ring: bool | str, dim: int, mesh: Mesh) -> bool:
+    if ring not in (True, False):
+        raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring={ring!r}, expected True or False")
+    if ring and dim != 1:
+        raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring=True with dim={dim}; a ring goes over a cut sequence: dim=1")
+    if ring and mesh.size > 1 and not time_axes(mesh):
+        raise ShapeError(
+            f"SelfAttention: rank {mesh.rank} got ring=True on {mesh}, which cuts no rows inside attention, so that no sequence is cut"
+            " there; expected a mesh with row axes, for example grid=(m, n, k) with m > 1"
+        )
+    if ring and mesh.device.type != "cpu":
+        raise NotImplementedError(f"SelfAttention: ring=True on {mesh.device} is not built yet; ring=False gathers keys and values")
+    return bool(ring)
 
 
 def _check_heads(mesh: Mesh, width: int, heads: int, kv_heads: int, head_dim: int | None) -> None:

@@ -7,11 +7,10 @@ from collections import OrderedDict
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 
-from ..autograd.dropout import dropout, dropout_again, dropout_place
+from ..autograd.dropout import dropout, dropout_again, dropout_place, masks
 from ..checks import cuts_of_block, layer_forward
 from ..graph_ops import define
 from ..mesh import Mesh, current, has_mesh
@@ -21,7 +20,6 @@ KEPT_CALLS = 4096  # calls whose number a recomputation can still find
 
 _numbers = iter(range(1 << 62))
 _handles = iter(range(1 << 62))
-_modules: WeakValueDictionary[str, Any] = WeakValueDictionary()
 
 
 def _restarting_numbers(seed: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,7 +67,7 @@ class Dropout(torch.nn.Dropout):
 
     def _find_by_handle(self) -> None:
         self.handle = str(next(_handles))
-        _modules[self.handle] = self
+        masks[self.handle] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -117,14 +115,14 @@ class Dropout(torch.nn.Dropout):
 
 def _draw(x: torch.Tensor, p: float, handle: str) -> tuple[torch.Tensor, torch.Tensor]:
     """In a compiled graph: the result, and the numbers that make the same mask for the gradient."""
-    module = _modules[handle]
+    module = masks[handle]
     key, shape, start = dropout_place(x, module.mesh, module.layout, module.dims, p, module.key())
     numbers = torch.tensor([*key, *shape, *start])
     return dropout_again(x, p, numbers, module.mesh), numbers
 
 
 def _draw_again(gradient: torch.Tensor, numbers: torch.Tensor, p: float, handle: str) -> torch.Tensor:
-    return dropout_again(gradient, p, numbers, _modules[handle].mesh)
+    return dropout_again(gradient, p, numbers, masks[handle].mesh)
 
 
 def _save_numbers(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from ..autograd.relayout import relayout
 from ..autograd.second_order import scattered
 from ..errors import ShapeError
 from ..function import Function
-from ..graph_ops import KNOWN, Meta, Traced, find, traced
+from ..graph_ops import KNOWN, Meta, Traced, find, names_of, traced
 from ..mesh import Mesh
-from ..mesh.layout import Layout
+from ..mesh.layout import Layout, Names
 
 
 def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
@@ -26,30 +27,42 @@ def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
     return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(x.dtype)
 
 
-def gather_time(x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
-    """x [time here, ...] -> [time, ...], the members' pieces of `lengths` over inner's row axes one after the other.
+def time_axes(mesh: Mesh) -> Names:
+    """The axes over which attention with dim=1 has its sequence cut."""
+    return mesh.inner.rows
+
+
+def turn(x: torch.Tensor, runs: Sequence[tuple[int, int]], theta: float) -> torch.Tensor:
+    """`rotate` of x [time, batch, heads, d] whose places are runs of (position, count)."""
+    parts = x.permute(1, 2, 0, 3).split([count for _, count in runs], 2)
+    turned = [rotate(part, position, theta) for part, (position, _) in zip(parts, runs, strict=True)]
+    return (turned[0] if len(turned) == 1 else torch.cat(turned, 2)).permute(2, 0, 1, 3)
+
+
+def gather_time(x: torch.Tensor, mesh: Mesh, lengths: list[int], names: Names) -> torch.Tensor:
+    """x [time here, ...] -> [time, ...], the members' pieces of `lengths` over the axes `names` one after the other.
 
     Backward reduce-scatters: each rank's queries give gradients to every key. Bytes received a rank: x of the others
     forward, and backward its own piece once from each, 16-bit gradients in float32.
     """
     if torch.compiler.is_compiling():
-        return traced("gather_time", [mesh.handle], [x])[0]
-    return _GatherTime.apply(x, mesh, lengths)
+        return traced("gather_time", [mesh.handle, ",".join(names)], [x])[0]
+    return _GatherTime.apply(x, mesh, lengths, names)
 
 
 class _GatherTime(Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, lengths: list[int]) -> torch.Tensor:
-        ctx.mesh, ctx.lengths, ctx.dtype = mesh, lengths, x.dtype
-        return torch.cat(mesh.joint(mesh.inner.rows).all_gather(x.contiguous()))
+    def forward(ctx: Any, x: torch.Tensor, mesh: Mesh, lengths: list[int], names: Names) -> torch.Tensor:
+        ctx.mesh, ctx.lengths, ctx.dtype, ctx.names = mesh, tuple(lengths), x.dtype, names
+        return torch.cat(mesh.joint(names).all_gather(x.contiguous()))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         if torch.is_grad_enabled():
-            return scattered(grad, ctx.mesh, ctx.mesh.inner.rows, ctx.lengths), None, None
+            return scattered(grad, ctx.mesh, ctx.names, ctx.lengths), None, None, None
         wide = (grad if grad.dtype == torch.float64 else grad.float()).contiguous()
-        mine = ctx.mesh.axis(ctx.mesh.inner.rows).reduce_scatter(wide, ctx.lengths)
-        return mine.to(ctx.dtype), None, None
+        mine = ctx.mesh.joint(ctx.names).reduce_scatter(wide, ctx.lengths)
+        return mine.to(ctx.dtype), None, None, None
 
 
 def mask_here(mask: torch.Tensor, mesh: Mesh, heads: int, dim: int, rows: int) -> torch.Tensor:
@@ -79,12 +92,12 @@ def causal_mask(start: int, time: int, keys: int, device: torch.device) -> torch
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    mesh = find(words[0])
-    return [tensors[0], mesh, [len(tensors[0])] * mesh.parts(mesh.inner.rows)]
+    mesh, names = find(words[0]), names_of(words[1])
+    return [tensors[0], mesh, [len(tensors[0])] * mesh.parts(names), names]
 
 
 def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
-    x, mesh, lengths = _arguments(words, tensors)
+    x, _, lengths, _ = _arguments(words, tensors)
     return [((len(x) * len(lengths), *x.shape[1:]), x.dtype)]
 
 
