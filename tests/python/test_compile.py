@@ -11,6 +11,7 @@ import torch
 import families
 import gingham
 from gingham import nn
+from gingham.mesh import current
 from gingham.commands import gpt
 from grids import GRIDS, ranks_of, relative
 
@@ -134,7 +135,12 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], str, int
     "rms norm": (lambda: nn.RMSNorm(24), (24, 24), "x", 0),
     "gated": (lambda: nn.MLP(24, 48, dropout=0.2, activation="silu", gated=True), (24, 3, 24), "x", 0),
     "attention": (lambda: nn.SelfAttention(24, 12, dropout=0.2, kv_heads=12, rotary=1e4), (24, 4, 24), "x", 0),
-    "attention by a ring": (lambda: nn.SelfAttention(24, 12, dim=1, ring=True, dropout=0.2, rotary=1e4), (1, 24, 24), "x", 1),
+    "attention by a ring": (
+        lambda: nn.SelfAttention(24, 12, dim=1, ring=bool(current().inner.rows), dropout=0.2, rotary=1e4),
+        (1, 24, 24),
+        "x",
+        1,
+    ),
     "attention over sequences": (lambda: nn.SelfAttention(24, 12, dim=1), (1, 24, 24), "x", 1),
     "patches": (lambda: nn.PatchEmbedding(8, 4, 3, 24), (24, 3, 8, 8), "rows", 0),
     "tied": (Tied, (24, 4), "ids", 0),
