@@ -13,14 +13,6 @@ void define_attention(py::module_& m) {
            py::arg("scale") = 1.0, py::arg("zigzag") = false, py::arg("past") = 0, py::arg("p") = 0.0, py::arg("dropout") = std::vector<int64_t>())
       .def("forward", &BoundAttention::forward, py::arg("q"), py::arg("k"), py::arg("v"))
       .def("backward", &BoundAttention::backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"));
-  m.def(
-      "runs_of",
-      [](const std::vector<int64_t>& lengths, int place, bool zigzag) {
-        std::vector<std::pair<int64_t, int64_t>> out;  // position, count
-        for (const Run& run : runs_of(lengths, place, zigzag)) out.emplace_back(run.position, run.count);
-        return out;
-      },
-      py::arg("lengths"), py::arg("place"), py::arg("zigzag") = false);
 }
 
 }  // namespace gingham

@@ -11,8 +11,8 @@ import torch
 import families
 import gingham
 from gingham import nn
-from gingham.mesh import current
 from gingham.commands import gpt
+from gingham.mesh import current
 from grids import GRIDS, ranks_of, relative
 
 Model = Callable[..., torch.Tensor]

@@ -12,7 +12,7 @@ from .. import native
 from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, find, names_of, traced
 from ..mesh import Mesh
-from ..mesh.layout import Names
+from ..mesh.layout import Names, runs
 from .dropout import Masks, dropout_place, masks
 from .second_order import gathered, replay
 
@@ -31,13 +31,13 @@ class CutSequence:
 
     def runs(self, place: int | None = None) -> list[tuple[int, int]]:
         """(position, count) of the contiguous parts of a piece, by default this rank's."""
-        found = native.runs_of(self.lengths, self.place if place is None else place, self.zigzag)
+        found = runs(self.lengths, self.place if place is None else place, self.zigzag)
         return [(self.past + position, count) for position, count in found]
 
     def positions(self) -> list[int]:
         """Of all keys in the order in which they lie: those of a cache, then piece by piece."""
-        runs = [run for place in range(len(self.lengths)) for run in self.runs(place)]
-        return [*range(self.past), *(position for start, count in runs for position in range(start, start + count))]
+        every = [run for place in range(len(self.lengths)) for run in self.runs(place)]
+        return [*range(self.past), *(position for start, count in every for position in range(start, start + count))]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,15 @@ def offsets(size: int, parts: Sequence[int]) -> list[int]:
     return [0, *accumulate(chunks(size, parts))]
 
 
+def runs(lengths: Sequence[int], place: int, zigzag: bool = False) -> list[Interval]:
+    """(first position, count) of the contiguous parts of a sequence's piece: one, or in zigzag order (mesh/zigzag.py) two."""
+    if not zigzag:
+        return [(sum(lengths[:place]), lengths[place])]
+    fronts = [length - length // 2 for length in lengths]
+    back = sum(fronts) + sum(length // 2 for length in lengths[place + 1 :])
+    return [(sum(fronts[:place]), fronts[place]), (back, lengths[place] // 2)]
+
+
 def position(names: Names, sizes: Sizes, coordinates: Mapping[str, int]) -> int:
     """Index of a coordinate among the pieces that the axes `names` cut, the first axis varying slowest."""
     index = 0

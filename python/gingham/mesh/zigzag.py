@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from .. import native
 from ..errors import ShapeError
-from .layout import chunks
+from .layout import chunks, runs
 
 
 def is_zigzag(order: str | None, what: str, mesh: Any) -> bool:
@@ -26,8 +25,8 @@ def is_zigzag(order: str | None, what: str, mesh: Any) -> bool:
 def places_of(time: int, pieces: list[int]) -> torch.Tensor:
     """Where the places of a sequence come from that axes of so many ranks cut: x.index_select(dim, places) lies in the order."""
     lengths = chunks(time, pieces)
-    runs = [run for place in range(len(lengths)) for run in native.runs_of(lengths, place, True)]
-    return torch.cat([torch.arange(start, start + count) for start, count in runs])
+    every = [run for place in range(len(lengths)) for run in runs(lengths, place, True)]
+    return torch.cat([torch.arange(start, start + count) for start, count in every])
 
 
 def back_of(places: torch.Tensor) -> torch.Tensor:

@@ -31,10 +31,14 @@ class SelfAttention(Layer):
 
     forward(x, mask, cache): mask, of bool (True: look) or added to the scores, broadcasts to [batch, heads, time, keys]
     with this rank's rows and either 1 head or all; cache: a KVCache, whose tokens come before x's.
-    With dim=1 each rank keeps its own queries and gathers the keys and values of its heads over the row axes (batch 1
-    is fine, pieces may be uneven or empty). Scores exist for this rank's heads and rows only.
-    Bytes: those of the projections, and with dim=1 over r row ranks kv (r-1)/P words each way, kv = 2 batch time
-    kv_heads head_dim; otherwise attention moves nothing.
+    With dim=1 each rank keeps its own queries (batch 1 is fine, pieces may be uneven or empty), and the keys and values of its heads
+    are gathered over the row axes, or with ring=True come by piece by piece: a rank then keeps 1/r of them for backward, and memory does
+    not grow with the number of ranks' pieces. order="zigzag": the sequence was cut by mesh.scatter(x, dim=1, order="zigzag"), so that
+    under a causal mask all ranks have the same work; masks stay in the order of the sequence, but for this rank's rows. Scores exist for
+    tiles only; a cache, a mask with a gradient and GPUs take the gathered way, with scores of this rank's heads and rows.
+    Bytes: those of the projections, and with dim=1 over r row ranks, kv = 2 batch time kv_heads head_dim words, kv (r-1)/P words each
+    way, by a ring 2 kv (r-1)/P backward; a causal ring through windows reads only what it looks at, zigzag 3/4 of it forward. Otherwise
+    attention moves nothing. Raises NotImplementedError where a ring has no form: a mask with a gradient, GPUs.
     """
 
     def __init__(
@@ -122,7 +126,8 @@ class SelfAttention(Layer):
         cut = CutSequence(self.mesh, self.time_axes, tuple(lengths), place, self.zigzag)
         if self.rotary is not None:
             q, k = (turn(part, cut.runs(), self.rotary) for part in (q, k))
-        way = Way(cut, bool(self.ring), self.causal, self.scale, self.dropout if self.training else None, self.label())
+        owner = f"SelfAttention #{self.number}" if torch.compiler.is_compiling() else self.label()
+        way = Way(cut, self.ring, self.causal, self.scale, self.dropout if self.training else None, owner)
         if mask is not None and self.zigzag and mask.shape[-1] > 1:
             mask = mask.index_select(-1, torch.tensor(cut.positions()))
         if not self.ring:

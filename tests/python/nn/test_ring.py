@@ -10,6 +10,7 @@ import gingham
 import serial
 import theory_layers
 from gingham import native, nn
+from gingham.mesh.layout import runs
 from grids import relative, whole
 
 RING = dict(ring=True)
@@ -62,7 +63,7 @@ def run_core(mesh: Any, found: Any, name: str, sizes: Any, dtype: Any, causal: b
         mask[:, :, time // 2] = False  # sees nothing
     places = torch.arange(time)
     if zigzag:
-        places = torch.tensor([p + i for r in range(mesh.size) for p, n in native.runs_of(lengths, r, True) for i in range(n)])
+        places = torch.tensor([p + i for r in range(mesh.size) for p, n in runs(lengths, r, True) for i in range(n)])
     assert sorted(places.tolist()) == list(range(time))
 
     def mine(x: torch.Tensor, dim: int = 0) -> torch.Tensor:
