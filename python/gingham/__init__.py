@@ -27,6 +27,7 @@ from .mesh import parts as _parts  # noqa: E402
 from .mesh import writes as writes  # noqa: E402
 from .native import version  # noqa: E402
 from .nn import GradScaler, accuracy, clip_grad_norm_, cross_entropy  # noqa: E402
+from .pipeline import pipeline  # noqa: E402
 from .plan import Machine, Workload  # noqa: E402
 from .plan import choose as planner  # noqa: E402, F401
 from .plan import workload as workload  # noqa: E402
@@ -61,6 +62,7 @@ __all__ = [
     "nn",
     "no_sync",
     "parallelize",
+    "pipeline",
     "register_forward_method",
     "save",
     "spawn",

@@ -55,7 +55,7 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]
     (dict(pipelines=2), gingham.MeshError, ("unknown ['pipelines']", "tensor, pipeline, data")),
     (dict(pipeline=0), gingham.MeshError, ("pipeline=0", "at least 1")),
     (dict(data="two"), gingham.MeshError, ("data='two'", "at least 1")),
-    (dict(pipeline=2, tensor=dict(size=4, mode="1d")), NotImplementedError, ("pipeline=2", "not built yet")),
+    (dict(pipeline=dict(size=2, schedule="fast")), gingham.MeshError, ("schedule='fast'", "'1f1b'")),
     (dict(data=dict(size=2, shard="state")), NotImplementedError, ("shard='state'", "not built yet")),
 ]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import gingham
-from gingham.launch.parallel_config import parse_parallel
+from gingham.launch.parallel_config import parse_parallel, parse_pipeline
 from gingham.mesh import axes_of
 
 # configuration, number of ranks -> (pm, pn, pk), or what is not built yet
@@ -25,11 +25,11 @@ LEGAL: list[tuple[dict[str, Any], int, tuple[int, int, int] | str]] = [
     (dict(tensor=dict(size=6, grid=(1, 3, 2))), 6, (1, 3, 2)),
     (dict(tensor=dict(size=4, mode="1d", sequence=True)), 4, (1, 4, 1)),
     (dict(tensor=dict(size=4, mode="sequence")), 4, "mode='sequence'"),
-    (dict(pipeline=2), 2, "pipeline=2"),
-    (dict(pipeline=dict(size=2)), 2, "pipeline=2"),
-    (dict(pipeline=2, tensor=dict(size=4, mode="2d")), 16, "pipeline=2"),
-    (dict(pipeline=dict(size=2), tensor=dict(size=4, mode="2d")), 16, "pipeline=2"),
-    (dict(pipeline=4), 4, "pipeline=4"),
+    (dict(pipeline=2), 2, (1, 1, 1)),
+    (dict(pipeline=dict(size=2)), 2, (1, 1, 1)),
+    (dict(pipeline=2, tensor=dict(size=4, mode="2d")), 16, (4, 2, 1)),
+    (dict(pipeline=dict(size=2, schedule="zbv", microbatches=8), tensor=dict(size=4, mode="2d")), 8, (2, 2, 1)),
+    (dict(pipeline=4, data=2), 8, (2, 1, 1)),
     ({}, 2, (2, 1, 1)),
     (dict(tensor=dict(size=4, mode="2d")), 8, (4, 2, 1)),
     (dict(data=2, tensor=dict(size=4, mode="2d")), 8, (4, 2, 1)),
@@ -56,6 +56,9 @@ ILLEGAL: list[tuple[Any, int, str]] = [
     (dict(pipeline=0), 1, "expected a number of at least 1"),
     (dict(pipeline="2"), 2, "expected a number"),
     (dict(pipeline=dict(size=2, stages=3)), 2, r"unknown \['stages'\]"),
+    (dict(pipeline=dict(size=2, schedule="1F1B")), 2, "schedule='1F1B': expected 'gpipe', '1f1b'"),
+    (dict(pipeline=dict(size=2, microbatches=0)), 2, "microbatches=0: expected a number of at least 1"),
+    (dict(pipeline=3), 4, "4 ranks do not divide by pipeline 3 x tensor 1"),
     (dict(pipelines=2), 2, r"unknown \['pipelines'\]"),
     (dict(data=1, tensor=dict(size=4, mode="2d")), 8, "data=1 x pipeline 1 x tensor 4: the job has 8 ranks"),
     (dict(tensor=dict(size=8, mode="1d")), 12, "12 ranks do not divide by pipeline 1 x tensor 8 = 8: start a multiple of 8"),
@@ -74,7 +77,8 @@ def test_legal_examples(parallel: dict[str, Any], world: int, meaning: Any) -> N
             parse_parallel(parallel, world)
         return
     axes = axes_of(**{"mode": None, **parse_parallel(parallel, world)})
-    assert tuple(_parts(axes, names) for names in (axes.m, axes.n, axes.k)) == meaning and axes.size == world
+    assert tuple(_parts(axes, names) for names in (axes.m, axes.n, axes.k)) == meaning
+    assert axes.size * parse_pipeline(parallel)["size"] == world
     assert parse_parallel(parallel).items() <= parse_parallel(parallel, world).items()  # without a world data's size is not known
 
 
@@ -92,12 +96,8 @@ def test_illegal_examples(parallel: Any, world: int, message: str) -> None:
 
 
 def test_pipeline_2_equals_pipeline_of_size_2() -> None:
-    messages = []
-    for pipeline in (2, dict(size=2)):
-        with pytest.raises(NotImplementedError) as caught:
-            parse_parallel(dict(pipeline=pipeline, tensor=dict(size=4, mode="1d")), 8)
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
+    forms = [dict(pipeline=pipeline, tensor=dict(size=4, mode="1d")) for pipeline in (2, dict(size=2))]
+    assert parse_parallel(forms[0], 8) == parse_parallel(forms[1], 8) and parse_pipeline(forms[0]) == parse_pipeline(forms[1])
 
 
 def test_init_reads_it_and_refuses_before_it_starts_anything(ranks: Any) -> None:
@@ -106,7 +106,7 @@ def test_init_reads_it_and_refuses_before_it_starts_anything(ranks: Any) -> None
 
         for parallel, error in (
             (dict(tensor=4), gingham.MeshError),
-            (dict(pipeline=2, tensor=dict(size=4, mode="1d")), NotImplementedError),
+            (dict(pipeline=2, tensor=dict(size=3, mode="1d")), gingham.MeshError),
         ):
             with pytest.raises(error):
                 gingham.init(parallel=parallel)

@@ -31,3 +31,8 @@ def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     """What torch.autocast does to an operand of a product: in a region its dtype, unless x is float64 or of integers."""
     dtype = autocast_dtype(x)
     return x if dtype in (None, x.dtype) or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
+
+
+def as_parameter(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """In its parameter's dtype, which autocast may have left."""
+    return gradient if gradient is None or parameter is None or gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)

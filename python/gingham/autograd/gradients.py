@@ -186,7 +186,7 @@ def _accumulates_alone(weight: torch.Tensor, node: Any) -> bool:
 
 
 _inside = WeakIdKeyDictionary()  # parameters in a no_sync block
-_owed = WeakIdKeyDictionary()  # parameters whose .grad holds this rank's part of a sum
+_owed = WeakIdKeyDictionary()  # parameters whose .grad holds this rank's part of a sum, with the function that makes it
 
 
 @contextmanager
@@ -226,6 +226,42 @@ def owing(parameters: Iterable[torch.Tensor]) -> bool:
     return bool(_owed) and any(each in _owed and each.grad is not None for each in parameters)
 
 
+@torch.no_grad()
+def make_sums(parameters: Iterable[torch.Tensor]) -> None:
+    """The sums that no_sync left out of these parameters' gradients, now and not in a next backward pass; in their order, which is the
+    same on all ranks."""
+    for parameter in parameters:
+        total = _owed.pop(parameter, None)
+        if total is not None and parameter.grad is not None:
+            held = getattr(parameter.grad, "_local_tensor", parameter.grad)
+            held.copy_(total(held.float() if held.dtype.itemsize == 2 else held.clone(memory_format=torch.contiguous_format)))
+
+
+def sum_over_depth(mesh: Mesh, gradient: torch.Tensor) -> torch.Tensor:
+    """Where weights are replicated over depth; 16-bit parts travel and are added in float32."""
+    axis = mesh.axis(mesh.axes.depth)
+    if axis is None:
+        return gradient
+    wide = gradient.float() if gradient.dtype.itemsize == 2 else gradient
+    axis.all_reduce_(wide)
+    return wide.to(gradient.dtype)
+
+
+put_off: list[Callable[[], None]] | None = None  # products of weights' gradients of this backward pass, where it is split
+
+
+@contextmanager
+def weights_later() -> Iterator[list[Callable[[], None]]]:
+    """Backward passes inside make the gradients of inputs, biases, norms and tables; those of linears' weights are made, and added to
+    .grad, by calling the functions of the list."""
+    global put_off
+    before, put_off = put_off, []
+    try:
+        yield put_off
+    finally:
+        put_off = before
+
+
 def sum_or_defer(
     mesh: Mesh, names: Names, parameter: torch.Tensor, part: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
@@ -237,7 +273,7 @@ def sum_or_defer(
         # a gradient that is complete already: one of those who will be summed keeps it
         if parameter not in _owed and held is not None and any(mesh.coordinates[name] for name in names):
             held.zero_()
-        _owed[parameter] = True
+        _owed[parameter] = total
         return part
     del _owed[parameter]
     if held is not None:

@@ -23,9 +23,9 @@ from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Layout, Names, offsets
 from ..mesh.live import Live
 from ..plan import formulas
-from . import gradients, second_order
-from .casts import autocast_dtype, cast_for_autocast, like, local_of
-from .gradients import deferring
+from . import gradients, later, second_order
+from .casts import as_parameter, autocast_dtype, cast_for_autocast, like, local_of
+from .gradients import deferring, sum_over_depth
 from .ranges import in_range, profiling
 from .relayout import relayout
 from .second_order import changed, check_versions, shaped, versions_of
@@ -248,6 +248,8 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     need_x, _, _, _, *needs = asked(ctx)
     need_w = [need and dy is not None for need, dy in zip(needs[:count], cotangents, strict=True)]
     need_b = [need and dy is not None for need, dy in zip(needs[count:], cotangents, strict=True)]
+    if need_x and later.split(plan, parameters, x, weights, dys, need_w):
+        need_w = [False] * count
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
     put_off = deferring(parameters)
     here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if put_off else []
@@ -257,15 +259,15 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     plan.mesh.say(plan.label)
     threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
     nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need and threaded]
-    later = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
+    delayed = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
     dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
     for index, mine in enumerate(here):
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
-    dws = [_as(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
+    dws = [as_parameter(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
     grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
     for weight, dw in zip(parameters, dws, strict=False) if threaded or put_off or cast else ():
-        if later and dw is not None:
+        if delayed and dw is not None:
             gradients.sums_of(plan.mesh).add(weight, dw)
         elif threaded and dw is not None:
             gradients.sums_of(plan.mesh).sum_now(dw)
@@ -273,7 +275,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
             dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
         elif cast and dw is not None:
             dw.copy_(sum_over_depth(plan.mesh, dw))
-    biases = [like(_as(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
+    biases = [like(as_parameter(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
     return dx if dx is None or dx.shape == x.shape else dx.view(x.shape), None, None, None, *grads, *biases
 
 
@@ -341,16 +343,6 @@ graph_ops.KNOWN["linear"] = graph_ops.Traced(_Linear, _linear_arguments, _linear
 graph_ops.OUTPUTS["linear"] = lambda words: len(graph_ops.find(words[0]).n)
 
 
-def sum_over_depth(mesh: Mesh, gradient: torch.Tensor) -> torch.Tensor:
-    """Where weights are replicated over depth; 16-bit parts travel and are added in float32."""
-    axis = mesh.axis(mesh.axes.depth)
-    if axis is None:
-        return gradient
-    wide = gradient.float() if gradient.dtype.itemsize == 2 else gradient
-    axis.all_reduce_(wide)
-    return wide.to(gradient.dtype)
-
-
 def _bias_fits(dy: torch.Tensor, bias: torch.Tensor | None) -> bool:
     """Whether dy has the bias's features, neither more nor fewer."""
     return bias is not None and dy.shape[-1] == local_of(bias).shape[0]
@@ -378,11 +370,6 @@ def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.T
 
 def _casts(block: torch.Tensor, dtype: torch.dtype | None) -> bool:
     return dtype is not None and block.dtype not in (dtype, torch.float64)
-
-
-def _as(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
-    """In its parameter's dtype, which autocast may have left."""
-    return gradient if gradient is None or parameter is None or gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)
 
 
 def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.Tensor:

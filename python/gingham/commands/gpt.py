@@ -69,11 +69,19 @@ class GPT(torch.nn.Module):
         self.loss = kit.loss
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = ids
+        for run, _ in self.in_a_row():
+            x = run(x)
+        return x
+
+    def in_a_row(self) -> list[tuple[Callable[[torch.Tensor], torch.Tensor], list[torch.nn.Module]]]:
+        """The forward pass as functions that gingham.pipeline may put in stages, each with the modules that it uses."""
+        first = (self._embed, [self.token, self.position, self.dropout])
+        return [first, *((block, [block]) for block in self.blocks), (self.norm, [self.norm]), (self.head, [self.head])]
+
+    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        x = self.dropout(self.token(ids) + self.position(positions))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+        return self.dropout(self.token(ids) + self.position(positions))
 
 
 class SerialAttention(torch.nn.Module):

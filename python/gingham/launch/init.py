@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from .. import checks, mesh, native
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled
 from ..mesh import Axes, Mesh, axes_of, axes_of_device_mesh, neighbours, random
+from ..mesh.layout import Layout
 from ..plan import choose
 from ..plan.workload import Linears, Workload
 from . import rendezvous, world
 from .describe import describe
-from .parallel_config import parse_parallel
+from .parallel_config import parse_parallel, parse_pipeline
 
 
 def init(
@@ -44,7 +46,9 @@ def init(
 
     mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
     depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)),
-    with data=2 or data=dict(size=, shard=None | "all") for replicas with whole weights or cut ones (ZeRO-3); see Mesh.scatter(own=True).
+    with data=2 or data=dict(size=, shard=None | "all") for replicas with whole weights or cut ones (ZeRO-3); see Mesh.scatter(own=True),
+    and pipeline=2 or pipeline=dict(size=, schedule=, microbatches=): the mesh is that of this rank's stage, the job's ranks are numbered
+    by pipeline, data and tensor, outermost first; see gingham.pipeline.
     ranks: the job's ranks that the mesh is made of, in mesh order (default: all; those of the DeviceMesh, which may be a slice
     of a larger one). Where they are not all, the first init is still one of all ranks of the job, each with its own mesh.
     default=False: a mesh beside the first, on ranks that have one already; name it by mesh=.
@@ -55,8 +59,7 @@ def init(
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
     source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel (default: 1 slice,
     4 of large weights on the CPU, 2 of very large ones);
-    link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled, here
-    too: for each step of init, the others' coming first of all.
+    link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled, here too.
     heap: bytes of address space for each rank's tensors and workspace (default: rank 0's available memory, at most 16 TiB
     over the number of ranks; rank 0's number is everyone's). Memory is taken as it is needed; a rank that finds too little
     raises MemoryError, and all others PeerOutOfMemory naming it, after which the mesh can be used again.
@@ -65,17 +68,16 @@ def init(
     where the numbers do not fit; PeerStalled naming ranks that do not come; PeerDied naming one that dies or raises here;
     MemoryError where the address space is limited (`ulimit -v`); ValueError for a wrong GINGHAM_FAULT (launch/faults.py).
     """
-    if mesh.has_mesh() and default:
-        raise MeshError("gingham.init was called twice: call gingham.destroy() first, or pass default=False for a mesh beside the first")
-    device_mesh = mode if isinstance(mode, DeviceMesh) else None
+    _refuse_twice(default)
     others: dict[str, Any] = {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth}
     if mode == "auto" and parallel is None:
         axes = _planned(size or (None if ranks is None else len(ranks)), others, model, tokens, machine)
     else:
         axes = _named(mode, size, parallel, others)
     device, source = _device_and_source(device, source, slices, link)
-    mine, sizes = _ranks(axes, ranks, device_mesh), _operands(model, tokens) if mode == "auto" and ranks is None else None
-    made = _made(world.Plan(axes, mine, device_mesh, timeout, heap, source, slices, link, device, sizes))
+    sizes = _operands(model, tokens) if mode == "auto" and ranks is None else None
+    plan = world.Plan(axes, (), mode if isinstance(mode, DeviceMesh) else None, timeout, heap, source, slices, link, device, sizes)
+    made = _made_of(plan, parse_pipeline(parallel or {}), ranks, default)
     if default:
         mesh.set_current(made)
     checks.install(made)
@@ -93,6 +95,37 @@ def _made(plan: world.Plan) -> Mesh:
         raise MeshError(f"device={plan.device!r}: the job's first mesh is on the {found}, and so are all others")
     _watch()
     return world.add_mesh(plan)
+
+
+def _refuse_twice(default: bool) -> None:
+    if mesh.has_mesh() and default:
+        raise MeshError("gingham.init was called twice: call gingham.destroy() first, or pass default=False for a mesh beside the first")
+
+
+def _made_of(plan: world.Plan, pipeline: Mapping[str, Any], ranks: Sequence[int] | None, default: bool) -> Mesh:
+    """The mesh of a plan that has no ranks yet."""
+    if pipeline["size"] > 1:
+        made = _made_stage(plan, pipeline["size"], ranks, default)
+    else:
+        made = _made(replace(plan, ranks=_ranks(plan.axes, ranks, plan.device_mesh)))
+    made.schedule = dict(pipeline)
+    return made
+
+
+def _made_stage(plan: world.Plan, count: int, ranks: Sequence[int] | None, default: bool) -> Mesh:
+    """The mesh of this rank's stage, of a pipeline of `count`, which knows the mesh of all the job's ranks around it."""
+    if ranks is not None or not default:
+        raise MeshError("parallel= with pipeline above 1 is a mesh of all ranks, the default one: leave ranks= and default= out")
+    rank, size = rendezvous.world()
+    each = plan.axes.size
+    if each * count != size:
+        raise MeshError(_wrong_size(each * count, size))
+    stages = [tuple(each * stage + place for place in neighbours(plan.axes)) for stage in range(count)]
+    around = Axes({"pipeline": count, **plan.axes.sizes}, (), (), (), Layout((), ()), Layout((), ()))
+    whole = _made(replace(plan, axes=around, ranks=tuple(place for stage in stages for place in stage)))
+    made = _made(replace(plan, ranks=stages[rank // each], heap=None))
+    made.whole = whole
+    return made
 
 
 def _ranks(axes: Axes, ranks: Sequence[int] | None, device_mesh: DeviceMesh | None) -> tuple[int, ...]:
@@ -199,7 +232,7 @@ def destroy(of: Mesh | None = None) -> None:
     """Ends all meshes of this process, or the one given, and with the last one the job, and the process group if init made it. Does
     nothing where there is none; init may follow. Every rank of a mesh ends it."""
     joined = world.current()
-    ended = ([] if joined is None else list(joined.meshes)) if of is None else [of]
+    ended = ([] if joined is None else list(joined.meshes)) if of is None else [of] if of.whole is None else [of, of.whole]
     if of is not None and of.ended:
         return
     if mesh.has_mesh() and mesh.current() in ended:

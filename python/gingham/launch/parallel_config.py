@@ -2,8 +2,9 @@
 
     dict(data=2, tensor=dict(size=4, mode="2d"))       on 8 ranks; data may be left out
     dict(data=dict(size=2, shard="all"), tensor=..)    the same with weights cut over data too (ZeRO-3)
-    dict(pipeline=2, tensor=dict(size=4, mode="2d"))   on 16 ranks: 2 data x 2 pipeline x 4 tensor
-    dict(pipeline=dict(size=2))                           the same as pipeline=2; no tensor: size 1, mode None
+    dict(pipeline=2, tensor=dict(size=4, mode="2d"))   on 16 ranks: 2 pipeline x 2 data x 4 tensor, outermost first
+    dict(pipeline=dict(size=2, schedule="1f1b", microbatches=8))   what gingham.pipeline takes where it is told nothing else
+    dict(pipeline=dict(size=2))                        the same as pipeline=2; no tensor: size 1, mode None
     dict(tensor=4)                                        an error: it does not say how the 4 ranks are arranged
 
 The number of ranks is data x pipeline x tensor, so data's size follows from the other two.
@@ -16,15 +17,16 @@ from typing import Any
 
 from ..errors import MeshError
 from ..mesh import axes_of
+from ..plan.pipeline import SCHEDULES
 
 TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth"}
 
 
 def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dict[str, Any]:
-    """axes_of's arguments from the configuration; world: the number of ranks, None where it is not known yet.
+    """axes_of's arguments for one stage from the configuration; world: the number of ranks, None where it is not known yet.
 
     Raises MeshError for what is wrong, naming got, expected and the fix; then NotImplementedError for what is right but
-    not built: pipeline above 1, mode "sequence", data's shard "state".
+    not built: mode "sequence", data's shard "state".
     """
     if not isinstance(parallel, Mapping):
         raise MeshError(f"parallel={parallel!r}: expected dict(pipeline=.., tensor=dict(size=.., mode=..))")
@@ -32,16 +34,13 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
     if unknown:
         raise MeshError(f"parallel={dict(parallel)}: unknown {sorted(unknown)}, expected tensor, pipeline, data")
     tensor = _tensor(parallel.get("tensor", 1))
-    sizes = {"tensor": _tensor_size(tensor), "pipeline": _size("pipeline", parallel.get("pipeline", 1))}
+    sizes = {"tensor": _tensor_size(tensor), "pipeline": parse_pipeline(parallel)["size"]}
     data = parallel.get("data")
     shard = _shard(data)
     if data is not None and (not isinstance(data, Mapping) or data.get("size") is not None):
         sizes["data"] = _size("data", data, {"shard"})
-    # what is not built is said before a number of ranks is asked for that would not help
-    _refuse_unbuilt(sizes)
     if world is not None:
         sizes["data"] = _data_size(world, sizes)
-        _refuse_unbuilt(sizes)
     if tensor.get("mode") == "sequence":
         axes_of(tensor["mode"], sizes["tensor"])  # says what is built instead
     if sizes.get("data", 1) > 1:
@@ -49,10 +48,19 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
     return tensor
 
 
-def _refuse_unbuilt(sizes: Mapping[str, int]) -> None:
-    if sizes["pipeline"] > 1:
-        rest = " x ".join(f"{other} {size}" for other, size in sizes.items())
-        raise NotImplementedError(f"parallel: pipeline={sizes['pipeline']} is not built yet, data and tensor parallelism are; got {rest}")
+def parse_pipeline(parallel: Mapping[str, Any]) -> dict[str, Any]:
+    """size, schedule and microbatches of pipeline=2 or dict(size=2, schedule="1f1b", microbatches=8); the last two None where not said.
+    Raises MeshError for what is wrong."""
+    given = parallel.get("pipeline", 1)
+    found: dict[str, Any] = {"size": _size("pipeline", given, {"schedule", "microbatches"}), "schedule": None, "microbatches": None}
+    if isinstance(given, Mapping):
+        found |= {name: given.get(name) for name in ("schedule", "microbatches")}
+    schedule, count = found["schedule"], found["microbatches"]
+    if schedule not in (None, *SCHEDULES):
+        raise MeshError(f"parallel pipeline schedule={schedule!r}: expected {', '.join(map(repr, SCHEDULES))}")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        raise MeshError(f"parallel pipeline microbatches={count!r}: expected a number of at least 1")
+    return found
 
 
 def _shard(data: Any) -> str | None:

@@ -24,6 +24,7 @@ from .live import Live
 from .modes import Axes as Axes
 from .modes import GridShape, axes_named
 from .modes import axes_of as axes_of
+from .modes import groups_of as groups_of
 from .modes import neighbours as neighbours
 from .scatter import Gather, Scatter, own_cuts
 from .zigzag import back_of, is_zigzag, places_of
@@ -84,6 +85,10 @@ class Mesh(GridShape, Live):
             if key != "world":
                 self._axes[frozenset(names)] = made
         self._depth_key = next((key for key, names in groups.items() if names == axes.depth), "")
+        self.timeout = timeout
+        self.whole: Mesh | None = None  # of a stage of a pipeline: the mesh of all the job's ranks, whose first axis is "pipeline"
+        self.schedule: dict[str, Any] = {}  # of its pipeline, as init was told
+        self.borders = {"bytes_sent": 0, "bytes_received": 0, "messages": 0}  # of activations and gradients between stages
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
         keep(self)
@@ -142,8 +147,22 @@ class Mesh(GridShape, Live):
         """Which of the replicas of data parallelism this rank belongs to: the ranks of one load the same batch."""
         return Place(self.coordinates.get("data", 0), self.sizes.get("data", 1))
 
+    @property
+    def pipeline(self) -> Place:
+        """Which stage of the pipeline this rank's mesh is; Place(0, 1) without one."""
+        return Place(0, 1) if self.whole is None else Place(self.whole.coordinates["pipeline"], self.whole.sizes["pipeline"])
+
+    def over_stages(self, x: torch.Tensor, label: str) -> list[torch.Tensor]:
+        """x of the ranks of all stages at this rank's place, in the stages' order; [x] without a pipeline. Collective over the job's
+        ranks; not counted as traffic."""
+        if self.whole is None:
+            return [x]
+        self.whole.say(label)
+        return self.whole.joint(("pipeline",)).all_gather(x.contiguous(), counted=False)
+
     def sampler(self, dataset: Any, shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> DistributedSampler[Any]:
-        """For a DataLoader of each data rank's own batches: torch's DistributedSampler over `data`, alike on the ranks of one data rank.
+        """For a DataLoader of each data rank's own batches: torch's DistributedSampler over `data`, alike on the ranks of one data rank, in
+        all stages of a pipeline.
         set_epoch(epoch) before each epoch, as with torch. Its batches go through scatter(own=True)."""
         return DistributedSampler(dataset, self.data.size, self.data.rank, shuffle, seed, drop_last)
 
@@ -254,8 +273,11 @@ class Mesh(GridShape, Live):
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
-        last reset; scatter, gather and control messages are not in it."""
+        last reset; scatter, gather and control messages are not in it. "pipeline": what crossed the borders of stages."""
         counts = {key: axis.traffic(reset) for key, axis in self._keys.items()}
+        if self.whole is not None:
+            counts["pipeline"] = dict(self.borders)
+            self.borders = dict.fromkeys(self.borders, 0) if reset else self.borders
         if self._background is not None:
             for name, count in self._background.traffic(reset).items():
                 counts[self._depth_key][name] += count
@@ -291,20 +313,6 @@ class Mesh(GridShape, Live):
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's part of the shared heap: tensors, workspace, workspace_peak; and its allocations."""
         return self.job.memory()
-
-
-def groups_of(axes: Axes) -> dict[str, Names]:
-    """The sets of axes that have a communicator, by the name under which `traffic` counts it: each axis, those that cut rows (m, on grids
-    rows), those that cut features, those over which weights are replicated, those that cut them again; "world" last."""
-    every = tuple(axes.sizes)
-    groups: dict[str, Names] = {name: (name,) for name in every if axes.sizes[name] > 1}
-    again = tuple(name for name in axes.m if name not in axes.depth)
-    rows = "rows" if "m" in every else "m"  # a grid has an axis m
-    for key, names in ((rows, axes.m), ("features", axes.outer.features), ("replicas", axes.depth), ("again", again)):
-        if len(names) > 1 and names not in groups.values():
-            groups[key] = names
-    groups["world"] = every
-    return groups
 
 
 def check_local(x: Any, what: str, mesh: Mesh | None = None) -> None:

@@ -200,3 +200,17 @@ def axes_named(names: Sequence[str], shape: Sequence[int]) -> Axes:
     if names[-1] == "col" and shape[-1] != shape[-2]:
         raise MeshError(f"DeviceMesh of shape {shape}: row and col must have the same size")
     return axes_of(modes[names], prod(shape), shape[0] if len(shape) == 3 else None)
+
+
+def groups_of(axes: Axes) -> dict[str, Names]:
+    """The sets of axes that have a communicator, by the name under which `traffic` counts it: each axis, those that cut rows (m, on grids
+    rows), those that cut features, those over which weights are replicated, those that cut them again; "world" last."""
+    every = tuple(axes.sizes)
+    groups: dict[str, Names] = {name: (name,) for name in every if axes.sizes[name] > 1}
+    again = tuple(name for name in axes.m if name not in axes.depth)
+    rows = "rows" if "m" in every else "m"  # a grid has an axis m
+    for key, names in ((rows, axes.m), ("features", axes.outer.features), ("replicas", axes.depth), ("again", again)):
+        if len(names) > 1 and names not in groups.values():
+            groups[key] = names
+    groups["world"] = every
+    return groups

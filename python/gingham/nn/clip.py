@@ -25,10 +25,10 @@ def clip_grad_norm_(
     """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, the
     same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
-    One gather of 8 bytes a rank over the world, not counted as traffic. norm_type: a power > 0 or torch.inf.
-    error_if_nonfinite: a norm that is nan or infinite is a RuntimeError, on every rank. foreach is torch's and changes
-    nothing here. Raises MeshError where gradients are parts of sums that no_sync left out, or the ranks ask for other
-    norms or gradients, ValueError for a norm_type <= 0.
+    One gather of 8 bytes a rank over the world, not counted as traffic, and one over the stages of a pipeline, whose joint norm it
+    is. norm_type: a power > 0 or torch.inf. error_if_nonfinite: a norm that is nan or infinite is a RuntimeError, on every rank.
+    foreach is torch's and changes nothing here. Raises MeshError where gradients are parts of sums that no_sync left out, or the
+    ranks ask for other norms or gradients, ValueError for a norm_type <= 0.
     """
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     mesh = current(mesh_among("clip_grad_norm_", parameters))
@@ -43,15 +43,19 @@ def clip_grad_norm_(
         )
     infinite = norm_type == torch.inf
     mine = torch.zeros(1, dtype=torch.float64, device=mesh.device)
-    for grad in grads:
+    for parameter in parameters:
+        if (grad := parameter.grad) is None:
+            continue
         local = local_of(grad).double().abs()
         if infinite:
             mine = torch.maximum(mine, local.max().view(1) if local.numel() else mine)
-        elif _counts_here(grad, mesh.coordinates):
+        elif _counts_here(grad, mesh.coordinates) and not getattr(parameter, "tied_to_earlier_stage", False):
             mine += local.pow(norm_type).sum()
     shapes = crc32(repr([tuple(grad.shape) for grad in grads]).encode())
     mesh.say(f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=}) of {len(grads)} gradients, shapes {shapes:08x}")
     parts = torch.cat(mesh.world.all_gather(mine, counted=False))
+    stage = parts.amax(0, keepdim=True) if infinite else parts.sum(0, keepdim=True)
+    parts = torch.cat(mesh.over_stages(stage, f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})"))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
     if error_if_nonfinite and not torch.isfinite(norm):
         raise RuntimeError(

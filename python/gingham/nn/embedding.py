@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional as F
 
 from ..autograd.casts import like, local_of
-from ..autograd.gradients import deferring, sum_or_defer
-from ..autograd.linear import settle, sum_over_depth
+from ..autograd.gradients import deferring, sum_or_defer, sum_over_depth
+from ..autograd.linear import settle
 from ..autograd.second_order import gathered, refuse_deferred, replay, shared
 from ..errors import MeshError, ShapeError
 from ..function import Function

@@ -40,4 +40,5 @@ class GradScaler(torch.amp.GradScaler):
         for gradients in by_dtype.values():
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inverse)
         parts = self.mesh.world.all_gather(found.view(1), counted=False)
+        parts = self.mesh.over_stages(torch.cat(parts).amax().view(1), "GradScaler.unscale_")
         return {device: torch.cat(parts).amax()}

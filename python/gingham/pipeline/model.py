@@ -1,0 +1,266 @@
+"""gingham.pipeline: what a user calls, and the methods that a model gets by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..autograd.gradients import make_sums, no_sync
+from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError
+from ..mesh import Mesh, current
+from ..mesh.layout import members
+from ..nn import cross_entropy
+from ..plan.pipeline import rank_of
+from .cut import Part, cut, drop, parts_of, tied
+from .orders import order, stages_of
+from .run import Runner
+from .wire import Wire
+
+IGNORED = -100
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def pipeline(
+    model: torch.nn.Module,
+    mesh: Mesh | None = None,
+    microbatches: int | None = None,
+    schedule: str | None = None,
+    stages: int | None = None,
+    loss: Loss | None = None,
+    layout: str | None = None,
+) -> Any:
+    """Cuts a model of layers in a row into stages, keeps this rank's, and gives the model `step`, which trains on a batch. In place; every
+    rank calls it alike, on the same whole model (the same seed).
+
+        mesh = gingham.init(parallel=dict(pipeline=2, data=2, tensor=dict(size=2, mode="1d")))     # 8 ranks
+        model = gingham.pipeline(model, mesh, microbatches=4, schedule="1f1b")
+        loss = model.step(ids, labels)     # forward and backward of all micro-batches; the same number on every rank
+
+    model: a torch.nn.Sequential of gingham's and elementwise layers, or one with a method in_a_row() (pipeline/cut.py); one tensor
+    passes from each layer to the next. Stages are balanced by the flops of their linears. Without a pipeline in the mesh the same
+    `step` accumulates over the micro-batches.
+    microbatches: default those of init, else twice the number of ranks; they need not divide the batch. schedule: "gpipe", "1f1b" (the
+    default), "interleaved", "zero_bubble", "zbv" or "dual", torch.distributed.pipelining's; stages: of each rank, for the middle two.
+    loss(y, labels): the mean over a micro-batch from this rank's blocks of both, weighed by rows; default: cross-entropy, the mean over
+    all labels of the step that are not -100. layout: of the outputs, "outer" | "inner" | "rows"; default what the last linear says.
+    Raises MeshError where numbers do not fit, NotImplementedError for a model that is not known to be layers in a row.
+    Bytes: 2 x activations of the batch at each border between ranks (plan/pipeline.py); sums over replicas once a step.
+    """
+    mesh = current(mesh)
+    schedule = schedule or mesh.schedule.get("schedule") or "1f1b"
+    count = stages_of(schedule, stages)
+    microbatches = microbatches or mesh.schedule.get("microbatches") or (2 * mesh.pipeline.size if mesh.whole else 1)
+    if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
+        raise MeshError(f"gingham.pipeline: microbatches={microbatches!r}, expected a number of at least 1")
+    if hasattr(model, "step") or hasattr(model, "_pipeline"):
+        raise MeshError(f"gingham.pipeline: {type(model).__name__} has a method step already; call gingham.pipeline once, on a plain model")
+    made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, layout)
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (_Methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    object.__setattr__(model, "_pipeline", made)
+    return model
+
+
+class _Methods:
+    """What a pipelined model has beside its own class's."""
+
+    _pipeline: Pipelined
+
+    def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool = False, scaler: Any = None) -> torch.Tensor:
+        """Forward and backward passes of all micro-batches; gradients are added to .grad. Returns the loss of the batch, [], the same on
+        every rank. x, labels: full, alike on all ranks, or with own=True this data rank's. scaler: a gingham.GradScaler that scales it."""
+        return self._pipeline.step(x, labels, own, scaler)
+
+    def eval_step(self, x: torch.Tensor, labels: torch.Tensor, own: bool = False) -> torch.Tensor:
+        """`step`'s loss without gradients."""
+        with torch.no_grad():
+            return self._pipeline.step(x, labels, own, None, train=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Full x, alike on all ranks, to full outputs, on every rank; without gradients, which `step` makes."""
+        with torch.no_grad():
+            return self._pipeline.outputs(x)
+
+
+class Pipelined:
+    """One rank's part of a pipelined model."""
+
+    def __init__(
+        self, model: torch.nn.Module, mesh: Mesh, microbatches: int, schedule: str, count: int, loss: Loss | None, layout: str | None
+    ) -> None:
+        self.model, self.mesh, self.parts, self.loss = model, mesh, microbatches, loss
+        self.size, self.place = mesh.pipeline.size, mesh.pipeline.rank
+        self.schedule, total = schedule, self.size * count
+        stages = cut(model, parts_of(model), total)
+        place_of = [rank_of(stage, self.size, schedule) for stage in range(total)]
+        mine = [stage for stage in range(total) if place_of[stage] == self.place]
+        self.layout = layout or _layout_of([module for part in stages[-1] for module in part.modules])
+        self.ties = _ties(stages, place_of, self.place)
+        self.last = place_of[-1]
+        self.absent = _absent(model, stages, mine)
+        self.order = order(schedule, self.place, self.size, microbatches, count)
+        wire = None if mesh.whole is None else Wire(mesh, _line(mesh), microbatches)
+        self.runner = Runner({stage: stages[stage] for stage in mine}, total, place_of, self.place, microbatches, wire)
+
+    def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
+        xs, targets = self._split(x, "x"), self._split(labels, "labels")
+        weights = self._weights(targets, own)
+
+        def lose(y: torch.Tensor, part: int) -> torch.Tensor:
+            target = self.mesh.scatter(targets[part], own=own)
+            if self.loss is not None:
+                value = self.loss(y, target)
+            else:
+                value = cross_entropy(y, target, mesh=self.mesh, layout=self.layout, reduction="sum")
+            shares[part], kinds[0] = value.detach().double() * weights[part], _DTYPES.index(value.dtype)
+            value = value * weights[part]
+            return value if scaler is None else scaler.scale(value)
+
+        if scaler is not None:  # it begins with the first scale() on each rank
+            scaler.scale(torch.zeros((), device=self.mesh.device))
+        shares: dict[int, torch.Tensor] = {}
+        kinds = [0]
+        self._told(lambda: self._run(xs, own, lose, train))
+        total = sum((shares[part] for part in sorted(shares)), torch.zeros((), dtype=torch.float64, device=self.mesh.device))
+        told = self.mesh.over_stages(torch.stack([total, total.new_tensor(kinds[0])]), "the loss of a pipeline's step")
+        value, kind = told[self.last]
+        return value.to(_DTYPES[int(kind)])
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        xs = self._split(x, "x")
+        found = self._told(lambda: self._run(xs, False, lambda y, part: self.mesh.gather(y, self.layout), False))
+        full = torch.cat(found) if found else None
+        if self.mesh.whole is None:
+            assert full is not None
+            return full
+        words = ([full.dim(), *full.shape] if full is not None else []) + [0] * 9
+        sizes = self.mesh.over_stages(torch.tensor(words[:9]), "the outputs of a pipeline")[self.last].tolist()
+        kinds = self.mesh.over_stages(torch.tensor([0 if full is None else _DTYPES.index(full.dtype)]), "the outputs of a pipeline")
+        if full is None:
+            full = torch.empty(sizes[1 : 1 + sizes[0]], dtype=_DTYPES[int(kinds[self.last])], device=self.mesh.device)
+        self.mesh.whole.say("the outputs of a pipeline")
+        self.mesh.whole.joint(("pipeline",)).broadcast_(full, self.last, counted=False)
+        return full
+
+    def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool) -> list[torch.Tensor]:
+        inputs: Any = _Scattered(self.mesh, xs, own)
+        keys = [(tuple(each.shape), each.dtype, torch.is_autocast_enabled(self.mesh.device.type)) for each in xs]
+        with no_sync(self.model):
+            found = self.runner.run(self.order, inputs, keys, lose, train)
+        if train:
+            make_sums(self.model.parameters())
+            self._tie()
+        return found
+
+    def _told(self, work: Callable[[], Any]) -> Any:
+        """work(), whose error is told to the ranks of the other stages."""
+        try:
+            return work()
+        except (PeerDied, PeerStalled, PeerOutOfMemory):
+            raise
+        except BaseException as error:
+            if self.mesh.whole is not None:
+                rank, stage = self.mesh.rank, self.place
+                self.mesh.job.fail(rank, f"rank {rank} raised {type(error).__name__} in stage {stage} of a pipeline: {error}")
+            raise
+
+    def _split(self, x: torch.Tensor, name: str) -> list[torch.Tensor]:
+        if not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) < self.parts:
+            got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+            raise ShapeError(f"step: rank {self.mesh.rank} got {name} {got}, expected a batch of at least microbatches={self.parts} rows")
+        return list(x.tensor_split(self.parts))
+
+    def _weights(self, targets: Sequence[torch.Tensor], own: bool) -> list[float]:
+        """By which each micro-batch's loss, a sum of valid labels or a mean of rows, counts in the step's."""
+        counts = [len(each) if self.loss is not None else int((each != IGNORED).sum()) for each in targets]
+        if own and self.mesh.data.size > 1:
+            self.mesh.say("the labels of a pipeline's step")
+            told, tensor = self.mesh.world.sizes([sum(counts)]), self.mesh.size // self.mesh.data.size
+            total = sum(each for (each,) in told) // tensor
+            if self.loss is not None:
+                raise NotImplementedError("gingham.pipeline: loss= with own=True over several data ranks; give the whole batch (own=False)")
+        else:
+            total = sum(counts)
+        scale = 1 / total if total else float("nan")
+        return [count * scale for count in counts] if self.loss is not None else [scale] * len(counts)
+
+    def _tie(self) -> None:
+        """Adds up the gradients of parameters that stages of several ranks have, on each of them."""
+        assert self.mesh.whole is not None or not self.ties
+        line = _line(self.mesh) if self.ties else []
+        for parameter, places in self.ties:
+            if self.place not in places:
+                continue
+            held = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+            local = getattr(held, "_local_tensor", held)
+            mine, others = local.clone(), [place for place in places if place != self.place]
+            found = {place: torch.empty_like(mine) for place in others}
+            works = [dist.isend(mine, line[place], tag=_TIES) for place in others]
+            works += [dist.irecv(found[place], line[place], tag=_TIES) for place in others]
+            wire = self.runner.wire
+            assert wire is not None
+            for work, place in zip(works, others * 2, strict=True):
+                wire._wait(work, place)
+            found[self.place] = mine
+            local.copy_(sum(found[place] for place in sorted(found)))  # type: ignore[arg-type]
+            parameter.grad = held
+            for name, count in (("bytes_sent", len(others)), ("bytes_received", len(others))):
+                self.mesh.borders[name] += count * mine.numel() * mine.element_size()
+            self.mesh.borders["messages"] += len(others)
+
+
+_TIES = (1 << 30) + 1
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
+
+
+class _Scattered:
+    """This rank's blocks of the micro-batches, each cut when it is asked for."""
+
+    def __init__(self, mesh: Mesh, xs: Sequence[torch.Tensor], own: bool) -> None:
+        self.mesh, self.xs, self.own = mesh, xs, own
+
+    def __getitem__(self, part: int) -> torch.Tensor:
+        return self.mesh.scatter(self.xs[part], own=self.own)
+
+
+def _line(mesh: Mesh) -> list[int]:
+    """The job's ranks at this one's place in each stage mesh."""
+    whole = mesh.whole
+    assert whole is not None
+    return [whole.ranks[each] for each in members(("pipeline",), whole.sizes, whole.coordinates)]
+
+
+def _layout_of(modules: Sequence[torch.nn.Module]) -> str:
+    """Of the outputs of the last layer that says one."""
+    found = "outer"
+    for module in modules:
+        for each in module.modules():
+            said = getattr(each, "layout", None)
+            found = said.rpartition("->")[2] if isinstance(said, str) else found
+    return found
+
+
+def _ties(stages: Sequence[Sequence[Part]], place_of: Sequence[int], place: int) -> list[tuple[torch.nn.Parameter, list[int]]]:
+    """Parameters that stages of several pipeline ranks use, and those ranks; all but the first mark theirs as a copy."""
+    found = []
+    for parameter, users in tied(stages):
+        places = list(dict.fromkeys(place_of[stage] for stage in users))
+        if len(places) > 1:
+            found.append((parameter, places))
+            if place != places[0]:
+                parameter.tied_to_earlier_stage = True  # type: ignore[attr-defined]
+    return found
+
+
+def _absent(model: torch.nn.Module, stages: Sequence[Sequence[Part]], mine: Sequence[int]) -> set[str]:
+    """Drops what other stages alone use; the names of that."""
+    before = set(_names(model))
+    drop(stages, mine)
+    return before - set(_names(model))
+
+
+def _names(model: torch.nn.Module) -> Iterator[str]:
+    return iter(model.state_dict())

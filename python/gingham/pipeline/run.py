@@ -1,0 +1,130 @@
+"""The forward and backward passes of one rank's stages over the micro-batches of a batch, in the order of a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..autograd.gradients import weights_later
+from ..checks import plain
+from ..errors import MeshError
+from .cut import Part
+from .orders import BACKWARD, FORWARD, INPUTS, Action
+from .wire import Wire
+
+AHEAD = 2  # passes whose messages are asked for before they are needed
+
+
+@dataclass
+class Held:
+    """Of one micro-batch in one stage, from its forward pass to its backward pass."""
+
+    x: Any
+    y: Any
+    later: list[Callable[[], None]] = field(default_factory=list)
+
+
+class Runner:
+    """stages: of this rank, by number; total: of all ranks; place_of: the pipeline rank of each; parts: the number of micro-batches."""
+
+    def __init__(self, stages: dict[int, Sequence[Part]], total: int, place_of: Sequence[int], place: int, parts: int, wire: Wire | None):
+        self.stages, self.total, self.place_of, self.place, self.parts, self.wire = stages, total, place_of, place, parts, wire
+
+    def run(
+        self,
+        order: Sequence[Action],
+        inputs: Sequence[Any],
+        keys: Sequence[Hashable],
+        lose: Callable[[Any, int], torch.Tensor],
+        train: bool,
+    ) -> list[torch.Tensor]:
+        """inputs: of the first stage, by micro-batch; keys: what shapes follow from; lose(y, part): the share of the loss that is
+        differentiated, or, train=False, whatever is kept of the outputs. Returns what it gave, on the rank of the last stage, else []."""
+        self.inputs, self.keys, self.lose, self.train = inputs, keys, lose, train
+        self.held: dict[tuple[int, int], Held] = {}
+        self.arriving: dict[tuple[str, int, int], Any] = {}
+        self.results: dict[int, torch.Tensor] = {}
+        order = order if train else [each for each in order if each.kind == FORWARD]
+        for at, action in enumerate(order):
+            for near in order[at : at + 1 + AHEAD]:
+                self._ask(near)
+            if action.kind == FORWARD:
+                self._forward(action)
+            elif action.kind in (BACKWARD, INPUTS):
+                self._backward(action)
+            else:
+                for make in self.held.pop((action.stage, action.part)).later:
+                    make()
+        if self.wire is not None:
+            self.wire.finish()
+        return [self.results[part] for part in range(self.parts)] if self.results else []
+
+    def _ask(self, action: Action) -> None:
+        """Begins to receive what a pass needs from another rank."""
+        forward = action.kind == FORWARD
+        if action.kind not in (FORWARD, BACKWARD, INPUTS) or (action.kind, action.stage, action.part) in self.arriving:
+            return
+        other = action.stage + (-1 if forward else 1)
+        if self.wire is None or not 0 <= other < self.total or self.place_of[other] == self.place:
+            return
+        tag, key = self._tag(forward, action.stage, action.part)
+        self.arriving[action.kind, action.stage, action.part] = self.wire.receive(self.place_of[other], tag, key)
+
+    def _tag(self, forward: bool, stage: int, part: int) -> tuple[int, Hashable]:
+        """Of what comes to a stage."""
+        return (2 * stage + forward) * self.parts + part, (forward, stage, self.keys[part], self.train)
+
+    def _arrived(self, action: Action) -> Any:
+        begun = self.arriving.pop((action.kind, action.stage, action.part), None)
+        assert self.wire is not None or begun is None
+        if begun is None:
+            return self.arriving.pop(("here", action.stage, action.part, action.kind == FORWARD))  # type: ignore[arg-type]
+        return self.wire.wait(begun)  # type: ignore[union-attr]
+
+    def _hand(self, x: Any, forward: bool, stage: int, part: int) -> None:
+        """To `stage`, which takes it as its input or as the gradient of its output."""
+        place = self.place_of[stage]
+        if place == self.place:
+            self.arriving["here", stage, part, forward] = x.detach()  # type: ignore[index]
+            return
+        assert self.wire is not None
+        self.wire.send(x, place, *self._tag(forward, stage, part))
+
+    def _forward(self, action: Action) -> None:
+        stage, part = action.stage, action.part
+        x = self.inputs[part] if stage == 0 else self._arrived(action)
+        if stage and self.train and x.is_floating_point():
+            x.requires_grad_()
+        y = x
+        for each in self.stages[stage]:
+            y = each.run(y)
+        y = plain(y)
+        last = stage == self.total - 1
+        if not last and not isinstance(y, torch.Tensor):
+            raise MeshError(f"gingham.pipeline: stage {stage} gives a {type(y).__name__} to the next, expected one tensor")
+        if last:
+            y = self.lose(y, part)
+            self.results[part] = y.detach()
+        else:
+            self._hand(y, True, stage + 1, part)
+        if self.train:
+            self.held[stage, part] = Held(x, y)
+
+    def _backward(self, action: Action) -> None:
+        stage, part = action.stage, action.part
+        held = self.held[stage, part] if action.kind == INPUTS else self.held.pop((stage, part))
+        gradient = None if stage == self.total - 1 else self._arrived(action)
+        x = held.x if stage else None
+        if held.y.requires_grad:
+            if action.kind == INPUTS:
+                with weights_later() as held.later:
+                    torch.autograd.backward(held.y, gradient)
+            else:
+                torch.autograd.backward(held.y, gradient)
+        held.y = held.x = None
+        if x is not None and x.is_floating_point():
+            self._hand(torch.zeros_like(x) if x.grad is None else plain(x.grad), False, stage - 1, part)
+            x.grad = None

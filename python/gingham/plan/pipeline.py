@@ -1,0 +1,64 @@
+"""Arithmetic of pipelines: which rank has which stage, where a model is cut, what crosses the borders, how long ranks are idle.
+
+Example: 2 ranks, 2 stages each: in a loop rank 0 has stages 0 and 2, rank 1 stages 1 and 3; in a V (zbv, dual) rank 0 has 0 and 3, and
+rank 1 has 1 and 2, between which nothing travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+V_SHAPED = ("zbv", "dual")
+LOOPED = ("interleaved", "zero_bubble")
+SCHEDULES = ("gpipe", "1f1b", *LOOPED, *V_SHAPED)
+
+
+def rank_of(stage: int, size: int, schedule: str) -> int:
+    """The pipeline rank, of `size`, that has a stage."""
+    turn, place = divmod(stage, size)
+    return size - 1 - place if schedule in V_SHAPED and turn % 2 else place
+
+
+def balance(costs: Sequence[float], stages: int) -> list[int]:
+    """Where each stage begins, and len(costs) at the end: stages of at least one part, in order, whose dearest is as cheap as can be, and
+    among those the earliest cuts. Example: balance([0, 4, 4, 4, 4, 1], 2) is [0, 3, 6]. Raises ValueError for fewer parts than stages."""
+    count = len(costs)
+    if not 1 <= stages <= count:
+        raise ValueError(f"{count} parts cannot make {stages} stages")
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    # best[k][i]: (the dearest, where the last begins) of parts 0..i in k stages
+    best: list[list[tuple[float, int]]] = [[(sums[end], 0) for end in range(count + 1)]]
+    for made in range(1, stages):
+        row = [(float("inf"), 0)] * (count + 1)
+        for end in range(made + 1, count + 1):
+            row[end] = min((max(best[-1][cut][0], sums[end] - sums[cut]), cut) for cut in range(made, end))
+        best.append(row)
+    cuts = [count]
+    for row in reversed(best):
+        cuts.append(row[cuts[-1]][1])
+    return cuts[::-1]
+
+
+def border_words(words: int, rank: int, size: int, schedule: str, stages: int = 1) -> int:
+    """That a rank receives in a step: `words` activations of the whole batch cross each border between stages of two ranks and as many
+    gradients come back. words: of this rank's block; stages: of each rank."""
+    total = size * stages
+    places = [rank_of(stage, size, schedule) for stage in range(total)]
+    borders = [pair for pair in zip(places, places[1:], strict=False) if pair[0] != pair[1]]
+    return words * sum((first == rank) + (second == rank) for first, second in borders)
+
+
+def bubble(schedule: str, size: int, microbatches: int, stages: int = 1) -> float:
+    """The share of a step in which a rank is idle, where a forward, its gradient of inputs and its gradient of weights take the same time
+    and messages none. P ranks, n micro-batches, v stages a rank, in units of one of the three:
+
+    gpipe, 1f1b     3 (P-1) of 3 (n + P - 1)
+    interleaved     3 (P-1) of 3 (v n + P - 1)
+    zero_bubble     P - 1 of 3 v n + P - 1: gradients of weights fill all but the way of the first forward
+    zbv, dual       P - 1 of 6 n + P - 1
+    """
+    work = 3 * stages * microbatches
+    idle = 3 * (size - 1) if schedule in ("gpipe", "1f1b", "interleaved") else size - 1
+    return idle / (work + idle)
