@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -22,22 +21,15 @@ from ..graph_ops import keep, traced
 from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
 from .live import Live
 from .modes import Axes as Axes
-from .modes import GridShape, axes_named
+from .modes import GridShape, Place
 from .modes import axes_of as axes_of
+from .modes import axes_of_device_mesh as axes_of_device_mesh
 from .modes import groups_of as groups_of
 from .modes import neighbours as neighbours
 from .scatter import Gather, Scatter, own_cuts
 from .zigzag import back_of, is_zigzag, places_of
 
 LABELS = 4096  # kept at a time
-
-
-@dataclass(frozen=True)
-class Place:
-    """Of this rank on an axis of the job: its number there, and how many there are."""
-
-    rank: int
-    size: int
 
 
 class Mesh(GridShape, Live):
@@ -350,11 +342,6 @@ def has_mesh() -> bool:
 
 
 _alive: list[weakref.ref[Mesh]] = []  # in the order in which they were made, which is the same on all their ranks
-
-
-def axes_of_device_mesh(device_mesh: DeviceMesh) -> Axes:
-    """The axes of a torch DeviceMesh. Raises MeshError where its dims' names are those of no mode."""
-    return axes_named(device_mesh.mesh_dim_names or (), device_mesh.shape)
 
 
 def mesh_on(device_mesh: DeviceMesh) -> Mesh | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isqrt, prod
+from typing import Any
 
 from ..errors import MeshError
 from .layout import Layout, Names, coordinates_of, position
@@ -32,6 +33,14 @@ class Axes:
     @property
     def size(self) -> int:
         return prod(self.sizes.values())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Of this rank on an axis of the job: its number there, and how many there are."""
+
+    rank: int
+    size: int
 
 
 class GridShape:
@@ -214,3 +223,8 @@ def groups_of(axes: Axes) -> dict[str, Names]:
             groups[key] = names
     groups["world"] = every
     return groups
+
+
+def axes_of_device_mesh(device_mesh: Any) -> Axes:
+    """The axes of a torch DeviceMesh. Raises MeshError where its dims' names are those of no mode."""
+    return axes_named(device_mesh.mesh_dim_names or (), device_mesh.shape)
