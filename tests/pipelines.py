@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
+from gingham import nn
+from gingham.commands.gpt import GPT, Block, Shape, parallel_kit, serial_kit
 
 SHAPE = dict(layers=4, width=32, heads=4, context=8, dropout=0.1)
 
@@ -24,3 +26,33 @@ def gpt(mesh: Any, dtype: torch.dtype) -> Any:
 def sequential(linear: Any) -> Any:
     torch.manual_seed(1)
     return torch.nn.Sequential(linear(8, 16, dtype=torch.float64), torch.nn.GELU(), linear(16, 4, dtype=torch.float64))
+
+
+class Tied(torch.nn.Module):
+    """Ids -> logits by the table that read them; blocks are recomputed."""
+
+    def __init__(self, mesh: Any) -> None:
+        super().__init__()
+        kit = serial_kit() if mesh is None else parallel_kit(mesh)
+        self.table = kit.embedding(64, 32)
+        self.blocks = torch.nn.ModuleList([Block(kit, Shape(**SHAPE)) for _ in range(4)])
+        self.head: Any = (
+            torch.nn.Linear(32, 64, bias=False) if mesh is None else nn.Classifier(32, 64, mesh=mesh, tied=self.table, bias=False)
+        )
+        self.head.weight = self.table.weight
+
+    def in_a_row(self) -> Any:
+        def recomputed(block: Any) -> Any:
+            return lambda x: checkpoint(block, x, use_reentrant=False) if self.training else block(x)
+
+        return [(self.table, [self.table]), *((recomputed(block), [block]) for block in self.blocks), (self.head, [self.head])]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for run, _ in self.in_a_row():
+            x = run(x)
+        return x
+
+
+def tied(mesh: Any, dtype: torch.dtype) -> Any:
+    torch.manual_seed(3)
+    return Tied(mesh).to(dtype)

@@ -48,6 +48,13 @@ def test_as_the_serial_model(ranks, name: str, grid: str) -> None:
     assert got[1] == serial[1]
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", *(pytest.param(each, marks=pytest.mark.matrix) for each in ("zero_bubble", "dual"))])
+def test_hybrid_as_the_serial_model(ranks, schedule: str) -> None:
+    options = dict(steps=6, lr=1e-3, text=TEXT, schedule=schedule)
+    got, serial = ranks(8)(run, "hybrid", options, dict(pipeline=2, data=2, tensor=dict(size=2, mode="1d")))[0]
+    assert got == pytest.approx(serial, rel=2e-5) and got[-1] < got[0]
+
+
 def test_command_line() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(EXAMPLES / "gpt.py"), "--ranks", "2", "--mode", "1d", "--steps", "2", "--text", TEXT]

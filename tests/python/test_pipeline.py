@@ -5,15 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 import gingham
 from gingham import native, nn
 from gingham.autograd import later
-from gingham.commands.gpt import Block, Shape, parallel_kit, serial_kit
 from gingham.pipeline.orders import order, stages_of
 from gingham.plan.pipeline import SCHEDULES, balance, border_words, bubble
-from pipelines import SHAPE, gpt, sample, sequential
+from pipelines import SHAPE, gpt, sample, sequential, tied
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "none": (1, dict(size=1)),
@@ -36,36 +34,6 @@ CASES = [
 
 def full(gradient: Any) -> torch.Tensor:
     return (gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient).clone()
-
-
-class Tied(torch.nn.Module):
-    """Ids -> logits by the table that read them; blocks are recomputed."""
-
-    def __init__(self, mesh: Any) -> None:
-        super().__init__()
-        kit = serial_kit() if mesh is None else parallel_kit(mesh)
-        self.table = kit.embedding(64, 32)
-        self.blocks = torch.nn.ModuleList([Block(kit, Shape(**SHAPE)) for _ in range(4)])
-        self.head: Any = (
-            torch.nn.Linear(32, 64, bias=False) if mesh is None else nn.Classifier(32, 64, mesh=mesh, tied=self.table, bias=False)
-        )
-        self.head.weight = self.table.weight
-
-    def in_a_row(self) -> Any:
-        def recomputed(block: Any) -> Any:
-            return lambda x: checkpoint(block, x, use_reentrant=False) if self.training else block(x)
-
-        return [(self.table, [self.table]), *((recomputed(block), [block]) for block in self.blocks), (self.head, [self.head])]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for run, _ in self.in_a_row():
-            x = run(x)
-        return x
-
-
-def tied(mesh: Any, dtype: torch.dtype) -> Any:
-    torch.manual_seed(3)
-    return Tied(mesh).to(dtype)
 
 
 def accumulated(model: Any, ids: torch.Tensor, targets: torch.Tensor, parts: list[tuple[int, int]] | int) -> torch.Tensor:

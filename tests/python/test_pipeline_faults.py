@@ -26,6 +26,7 @@ def refused(rank: int) -> Any:
         (lambda: gingham.pipeline(narrow, mesh, 4, "1f1b", stages=2), gingham.MeshError),
         (lambda: gingham.pipeline(narrow, mesh, 0.5), gingham.MeshError),  # type: ignore[arg-type]
         (lambda: gingham.pipeline(nn.MLP(8, 8), mesh, 4), NotImplementedError),
+        (lambda: gingham.pipeline(gingham.parallelize(torch.nn.Sequential(torch.nn.Linear(4, 4)), mesh), mesh), NotImplementedError),
         (lambda: gingham.pipeline(narrow, mesh, 5, "zero_bubble"), gingham.MeshError),
         (lambda: gingham.init(default=False, parallel=dict(pipeline=2, tensor=dict(size=2, mode="1d"))), gingham.MeshError),
     ):
@@ -36,7 +37,17 @@ def refused(rank: int) -> Any:
 
 
 def test_what_cannot_be_is_refused_by_name(ranks) -> None:
-    words = ("step already", "4 layers in a row", "'1F1B'", "expected 1", "microbatches=0.5", "in_a_row", "microbatches=5", "default one")
+    words = (
+        "step already",
+        "4 layers in a row",
+        "'1F1B'",
+        "expected 1",
+        "microbatches=0.5",
+        "in_a_row",
+        "parallelize has converted",
+        "microbatches=5",
+        "default one",
+    )
     for told in ranks(4)(refused):
         assert all(word in text for word, text in zip(words, told, strict=True)), told
 

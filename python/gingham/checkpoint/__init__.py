@@ -18,7 +18,8 @@ from torch.distributed.checkpoint.filesystem import _StoragePrefix
 
 from . import blocks, folders, state_dicts  # noqa: F401 (state_dicts lets load_state_dict take full tensors)
 from .reading import fill
-from .state import EXTRA, MODEL, RNG, Target, extra_of, gathered
+from .stages import is_staged
+from .state import EXTRA, MODEL, RNG, Target, extra_of, extra_state, gathered
 from .tensors import SavePlanner, Whole, check, missing_blocks
 from .together import CheckpointError, Ranks
 from .weights import export_safetensors, import_safetensors
@@ -52,7 +53,14 @@ def save(
         raise ValueError(f"keep={keep}: expected the number of checkpoints to keep, at least 1")
     what = f"gingham.save to {path}"
     ranks = Ranks(what, writes=True, of=model.parameters())
-    planner, merged, metadata = _plan(ranks, lambda: gathered(ranks, model, optimizer, {"scheduler": scheduler, "scaler": scaler}, step))
+    held = ranks.together(what, lambda: gathered(ranks, model, optimizer)[1]) if is_staged(model) else None
+
+    def state() -> dict[str, Any]:
+        tensors, part = gathered(ranks, model, optimizer)
+        extra = {EXTRA: extra_state(ranks, held or [part], {"scheduler": scheduler, "scaler": scaler}, step)} if ranks.rank == 0 else {}
+        return {**tensors, **extra}
+
+    planner, merged, metadata = _plan(ranks, state)
     begun: list[folders.Writing] = []
 
     def begin() -> Path:
@@ -164,5 +172,6 @@ def _prepare(ranks: Ranks, folder: Path, model: torch.nn.Module, optimizer: Any,
     if wrong:
         more = f" (and {len(wrong) - 8} more)" if len(wrong) > 8 else ""
         raise CheckpointError("; ".join(wrong[:8]) + more)
-    opened.verify(ranks.rank, ranks.size, lambda key: key == EXTRA or key != RNG and key in target.state)
+    alike = not is_staged(model)  # ranks look at other keys, so that each must see to its share of all
+    opened.verify(ranks.rank, ranks.size, lambda key: key == EXTRA or alike and key != RNG and key in target.state)
     return opened, target, fill(opened, target.state, lambda key: not key.startswith(MODEL))

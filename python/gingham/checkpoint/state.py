@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from . import stages
 from .blocks import FORMAT, Opened, check_format, unpacked
 from .folders import LOCK
 from .reading import fill
@@ -27,32 +28,33 @@ MODEL, STATE, RNG, EXTRA = "model.", "optimizer.state.", "rng", "extra"
 NOT_CUT = "step"  # the name under which torch's optimizers count steps: never shaped like the parameter
 
 
-def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """The dict that this rank's part of a save writes; `beside`: scheduler and scaler by name, or None for each.
-    Raises CheckpointError where something cannot be saved."""
-    keys = plain_keys(model)
+def gathered(ranks: Ranks, model: torch.nn.Module, optimizer: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tensors that this rank's part of a save writes, and what is here of that which is no tensor. Raises CheckpointError where
+    something cannot be saved."""
+    keys, firsts = plain_keys(model), stages.first_keys(model)
     state: dict[str, Any] = {MODEL + key: whole_of(key, parts) for key, parts in keys.items()}
     scalars: dict[str, Any] = {}
     if optimizer is not None:
-        for key, parts in _optimized(optimizer, keys).items():
+        for key, parts in _optimized(optimizer, keys, firsts).items():
             _gather_optimizer_state(state, scalars, optimizer, key, parts)
     generator = torch.get_rng_state()
     state[RNG] = Whole(
         torch.Size((ranks.size, len(generator))), generator.dtype, {(ranks.rank, 0): (torch.Size((1, len(generator))), generator[None])}
     )
-    if ranks.rank == 0:
-        extra = {
-            "format": FORMAT,
-            "step": step,
-            "grid": None if ranks.mesh is None else dict(ranks.mesh.sizes),
-            "dropout": {path: (module.name, module.calls) for path, module in dropouts(model)},
-            "modules": dict(_module_state(model)),
-            "groups": None if optimizer is None else _groups(optimizer, keys),
-            "scalars": scalars,
-            **{name: None if each is None else each.state_dict() for name, each in beside.items()},
-        }
-        state[EXTRA] = packed(extra)
-    return state
+    part = {
+        "dropout": {path: (module.name, module.calls) for path, module in dropouts(model) if stages.holds(model, path)},
+        "modules": {path: value for path, value in _module_state(model) if stages.holds(model, path)},
+        "groups": None if optimizer is None else _groups(optimizer, keys, firsts),
+        "scalars": scalars,
+    }
+    return state, part
+
+
+def extra_state(ranks: Ranks, parts: list[dict[str, Any]], beside: dict[str, Any], step: int | None) -> io.BytesIO:
+    """Everything that is not a tensor, of all ranks' parts; `beside`: scheduler and scaler by name, or None for each."""
+    grid = None if ranks.mesh is None else dict(ranks.mesh.sizes)
+    states = {name: None if each is None else each.state_dict() for name, each in beside.items()}
+    return packed({"format": FORMAT, "step": step, "grid": grid, **stages.merged(parts), **states})
 
 
 def packed(extra: dict[str, Any]) -> io.BytesIO:
@@ -99,8 +101,9 @@ def _module_state(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield path, module.get_extra_state()
 
 
-def _optimized(optimizer: Any, keys: dict[str, list[Part]]) -> dict[str, list[Part]]:
-    """The plain keys that the optimizer changes, each with its parts; tied ones under their first key."""
+def _optimized(optimizer: Any, keys: dict[str, list[Part]], firsts: dict[str, str]) -> dict[str, list[Part]]:
+    """The plain keys that the optimizer changes, each with its parts; tied ones under their first key, which `firsts` has where only
+    another rank has it."""
     mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     found: dict[str, list[Part]] = {}
     seen: set[int] = set()
@@ -110,16 +113,16 @@ def _optimized(optimizer: Any, keys: dict[str, list[Part]]) -> dict[str, list[Pa
             lacking = [part.name for part, has in zip(parts, held, strict=True) if not has]
             raise CheckpointError(f"{key}: the optimizer has only some of its parts, {lacking} are missing; give it all or none")
         if all(held) and not {id(part.tensor) for part in parts} & seen:
-            found[key] = parts
+            found[firsts.get(key, key)] = parts
             seen |= {id(part.tensor) for part in parts}
     if mine - seen:
         raise CheckpointError(f"the optimizer has {len(mine - seen)} parameters that are not the model's; pass the model it trains")
     return found
 
 
-def _groups(optimizer: Any, keys: dict[str, list[Part]]) -> list[dict[str, Any]]:
+def _groups(optimizer: Any, keys: dict[str, list[Part]], firsts: dict[str, str]) -> list[dict[str, Any]]:
     """Per group its settings and, under "params", the plain keys, in the model's order."""
-    key_of = {id(part.tensor): key for key, parts in _optimized(optimizer, keys).items() for part in parts}
+    key_of = {id(part.tensor): key for key, parts in _optimized(optimizer, keys, firsts).items() for part in parts}
     groups = []
     for group in optimizer.param_groups:
         settings = {name: value for name, value in group.items() if name != "params"}
@@ -167,7 +170,7 @@ class Target:
         self, ranks: Ranks, model: torch.nn.Module, optimizer: Any, beside: dict[str, Any], saved: Any, extra: dict[str, Any], strict: bool
     ) -> None:
         self.model, self.optimizer, self.beside, self.extra = model, optimizer, beside, extra
-        self.keys = plain_keys(model)
+        self.keys, self.firsts = plain_keys(model), stages.first_keys(model)
         self.state: dict[str, Any] = {MODEL + key: whole_of(key, parts) for key, parts in self.keys.items()}
         self.optimizer_state: dict[Any, dict[str, Any]] = defaultdict(dict)
         self.generator: torch.Tensor | None = None
@@ -182,24 +185,32 @@ class Target:
                     holds, fix = ("no", f"leave {name}= out") if beside[name] is not None else ("a", f"pass {name}=")
                     self.wrong.append(f"{name}: the checkpoint holds {holds} {name}'s state; {fix}, or strict=False")
         self.wrong += [f"{name}: got nothing, expected in the checkpoint" for name in self.state if name not in saved]
-        self.wrong += [f"{name}: is in the checkpoint, expected nothing of that name" for name in sorted(wanted - self.state.keys())]
+        self.wrong += [
+            f"{name}: is in the checkpoint, expected nothing of that name"
+            for name in sorted(wanted - self.state.keys())
+            if not self._elsewhere(name)
+        ]
         modules = dict(_module_state(model)).keys() ^ extra.get("modules", {}).keys()
         self.wrong += [f"{path}: has extra state in the model or the checkpoint, not in both" for path in sorted(modules)]
         if not strict:
             self.wrong = []
             self.state = {name: whole for name, whole in self.state.items() if name in saved}
 
+    def _elsewhere(self, name: str) -> bool:
+        """Whether a saved name is that of other stages of a pipeline."""
+        return stages.is_absent(self.model, name.removeprefix(MODEL).removeprefix(STATE))
+
     def _prepare_optimizer(self, saved: Any, extra: dict[str, Any]) -> None:
-        groups, found = extra.get("groups"), _groups(self.optimizer, self.keys)
+        groups, found = extra.get("groups"), _groups(self.optimizer, self.keys, self.firsts)
         if groups is None:
             self.wrong.append("optimizer: got nothing, expected an optimizer's state in the checkpoint; pass optimizer=None")
             return
         for index in range(max(len(groups), len(found))):
             theirs, ours = (set(of[index]["params"]) if index < len(of) else set() for of in (groups, found))
-            for key in sorted(theirs ^ ours):
+            for key in sorted(key for key in theirs ^ ours if not self._elsewhere(key)):
                 who = "checkpoint" if key in theirs else "optimizer given"
                 self.wrong.append(f"{key}: is in group {index} of the {who} only")
-        for key, parts in _optimized(self.optimizer, self.keys).items():
+        for key, parts in _optimized(self.optimizer, self.keys, self.firsts).items():
             prefix = f"{STATE}{key}."
             for name in [name for name in saved if name.startswith(prefix) and "." not in name[len(prefix) :]]:
                 self._prepare_optimizer_tensor(name, name[len(prefix) :], parts, saved[name])

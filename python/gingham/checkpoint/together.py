@@ -31,6 +31,8 @@ class Ranks:
     def __init__(self, what: str, writes: bool = False, of: Iterable[Any] = ()) -> None:
         self.what, self._point = what, "save" if writes else "load"
         self.mesh = mesh_among(what, of)
+        if self.mesh is not None and self.mesh.whole is not None:  # all stages of a pipeline save and load together
+            self.mesh = self.mesh.whole
         self.rank, self.size = (self.mesh.index, self.mesh.size) if self.mesh is not None else (0, 1)
         if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise MeshError(f"{what}: {dist.get_world_size()} ranks without a mesh: call gingham.init(...) before saving or loading")

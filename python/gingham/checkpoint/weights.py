@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorPr
 from . import folders, hub
 from .blocks import Summed
 from .metadata import uncovered
+from .stages import is_staged
 from .stored import DTYPES, INDEX, NAMES, SINGLE, Line, Stored
 from .tensors import Offsets, Part, Whole, check_dtype, plain_keys, whole_of
 from .together import CheckpointError, Ranks
@@ -148,6 +149,7 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
     every rank where one fails.
     """
     what = f"gingham.export_safetensors to {path}"
+    _refuse_stages(what, model)
     ranks = Ranks(what, writes=True, of=model.parameters())
     limit = size_of(shard_size)
     wholes, tables = _described(ranks, model)
@@ -167,6 +169,14 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
         for files in made:
             files.give_up()
         raise
+
+
+def _refuse_stages(what: str, model: torch.nn.Module) -> None:
+    if is_staged(model):
+        raise NotImplementedError(
+            f"{what}: a rank of a pipeline holds its stages only; import before gingham.pipeline, and export by gingham.save and then"
+            " `python -m gingham ckpt convert`, or gingham.load into a model without a pipeline"
+        )
 
 
 def full_tensors(ranks: Ranks, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -247,6 +257,7 @@ def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], str
     what is there, and casts. Names in an index with folders in them and links that leave the folder are refused.
     """
     what = f"gingham.import_safetensors from {path}"
+    _refuse_stages(what, model)
     ranks = Ranks(what, of=model.parameters())
     found: list[tuple[Stored, list[tuple[str, Whole]]]] = []
 

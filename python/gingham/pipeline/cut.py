@@ -26,7 +26,12 @@ class Part:
 
 
 def parts_of(model: torch.nn.Module) -> list[Part]:
-    """Raises NotImplementedError for a model that is not known to be layers in a row."""
+    """Raises NotImplementedError for a model that is not known to be layers in a row, and for one of gingham.parallelize."""
+    if hasattr(model, "_gingham_border"):
+        raise NotImplementedError(
+            f"gingham.pipeline of a {type(model).__name__} that gingham.parallelize has converted: its inputs are cut, and its outputs"
+            " gathered, at the border of the whole model; build it of gingham.nn's layers"
+        )
     row: Any = getattr(model, "in_a_row", None)
     if row is not None:
         return [Part(run, tuple(modules)) for run, modules in row()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,10 +100,16 @@ class Pipelined:
         self.layout = layout or _layout_of([module for part in stages[-1] for module in part.modules])
         self.ties = _ties(stages, place_of, self.place)
         self.last = place_of[-1]
-        self.absent = _absent(model, stages, mine)
+        self.absent, self.first_keys = _absent(model, stages, mine)
+        used = [{id(each) for part in stage for outer in part.modules for each in outer.modules()} for stage in stages]
+        self.others = set[int]().union(*used) - set[int]().union(*(used[stage] for stage in mine))
         self.order = order(schedule, self.place, self.size, microbatches, count)
         wire = None if mesh.whole is None else Wire(mesh, _line(mesh), microbatches)
         self.runner = Runner({stage: stages[stage] for stage in mine}, total, place_of, self.place, microbatches, wire)
+
+    def holds(self, path: str) -> bool:
+        """Whether this rank's stages use the module of that path; one that no stage uses is everyone's."""
+        return id(self.model.get_submodule(path)) not in self.others
 
     def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
         xs, targets = self._split(x, "x"), self._split(labels, "labels")
@@ -255,12 +261,12 @@ def _ties(stages: Sequence[Sequence[Part]], place_of: Sequence[int], place: int)
     return found
 
 
-def _absent(model: torch.nn.Module, stages: Sequence[Sequence[Part]], mine: Sequence[int]) -> set[str]:
-    """Drops what other stages alone use; the names of that."""
-    before = set(_names(model))
+def _absent(model: torch.nn.Module, stages: Sequence[Sequence[Part]], mine: Sequence[int]) -> tuple[set[str], dict[str, str]]:
+    """Drops what other stages alone use. The keys of that; and of tied parameters, by a later key that is here, the first, which is not."""
+    keys, firsts = set(model.state_dict()), dict[int, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        firsts.setdefault(id(parameter), name)
     drop(stages, mine)
-    return before - set(_names(model))
-
-
-def _names(model: torch.nn.Module) -> Iterator[str]:
-    return iter(model.state_dict())
+    absent = keys - set(model.state_dict())
+    left = {name: firsts[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
+    return absent, {name: first for name, first in left.items() if first in absent}
