@@ -17,6 +17,7 @@ from ..errors import MeshError
 from ..launch.describe import describe
 from ..plan.pipeline import balance
 from ..plan.workload import Linears
+from .families import BORDER, row_of
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,16 @@ class Part:
 
 
 def parts_of(model: torch.nn.Module) -> list[Part]:
-    """Raises NotImplementedError for a model that is not known to be layers in a row, and for one of gingham.parallelize."""
-    if hasattr(model, "_gingham_border"):
-        raise NotImplementedError(
-            f"gingham.pipeline of a {type(model).__name__} that gingham.parallelize has converted: its inputs are cut, and its outputs"
-            " gathered, at the border of the whole model; build it of gingham.nn's layers"
-        )
+    """Raises NotImplementedError for a model that is not known to be layers in a row, and for one that gingham.parallelize
+    has converted and families.py does not know."""
+    if hasattr(model, BORDER):
+        known = row_of(model)
+        if known is None:
+            raise NotImplementedError(
+                f"gingham.pipeline of a {type(model).__name__} that gingham.parallelize has converted: of these GPT2LMHeadModel and"
+                " LlamaForCausalLM are known as layers in a row; build others of gingham.nn's layers"
+            )
+        return [Part(run, tuple(modules)) for run, modules in known]
     row: Any = getattr(model, "in_a_row", None)
     if row is not None:
         return [Part(run, tuple(modules)) for run, modules in row()]

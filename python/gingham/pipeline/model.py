@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 
 from ..autograd.gradients import make_sums, no_sync
+from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError
 from ..mesh import Mesh, current
 from ..mesh.layout import members
 from ..nn import cross_entropy
 from ..plan.pipeline import rank_of
 from .cut import Part, cut, drop, parts_of, tied
+from .families import BORDER, shifted
 from .orders import order, stages_of
 from .run import Runner
 from .wire import Wire
@@ -39,9 +41,9 @@ def pipeline(
         model = gingham.pipeline(model, mesh, microbatches=4, schedule="1f1b")
         loss = model.step(ids, labels)     # forward and backward of all micro-batches; the same number on every rank
 
-    model: a torch.nn.Sequential of gingham's and elementwise layers, or one with a method in_a_row() (pipeline/cut.py); one tensor
-    passes from each layer to the next. Stages are balanced by the flops of their linears. Without a pipeline in the mesh the same
-    `step` accumulates over the micro-batches.
+    model: a torch.nn.Sequential of gingham's and elementwise layers, one with a method in_a_row() (pipeline/cut.py), or GPT-2's or Llama's
+    causal language model after gingham.parallelize (labels are shifted, as by the original); one tensor passes from each layer to the
+    next. Stages are balanced by the flops of their linears. Without a pipeline in the mesh the same `step` accumulates.
     microbatches: default those of init, else twice the number of ranks; they need not divide the batch. schedule: "gpipe", "1f1b" (the
     default), "interleaved", "zero_bubble", "zbv" or "dual", torch.distributed.pipelining's; stages: of each rank, for the middle two.
     loss(y, labels): the mean over a micro-batch from this rank's blocks of both, weighed by rows; default: cross-entropy, the mean over
@@ -59,7 +61,8 @@ def pipeline(
         raise MeshError(f"gingham.pipeline: {type(model).__name__} has a method step already; call gingham.pipeline once, on a plain model")
     made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, layout)
     kind = type(model)
-    model.__class__ = type(kind.__name__, (_Methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+    methods = _ConvertedMethods if made.shifts else _Methods
+    model.__class__ = type(kind.__name__, (methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     object.__setattr__(model, "_pipeline", made)
     return model
 
@@ -85,6 +88,16 @@ class _Methods:
             return self._pipeline.outputs(x)
 
 
+class _ConvertedMethods(_Methods):
+    """Of a model of transformers, what needs all its layers is refused."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("generate on a pipeline: gingham.save it, and load it into a model of gingham.parallelize")
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("save_pretrained on a pipeline: gingham.save it, and load it into a model of gingham.parallelize")
+
+
 class Pipelined:
     """One rank's part of a pipelined model."""
 
@@ -93,7 +106,7 @@ class Pipelined:
     ) -> None:
         self.model, self.mesh, self.parts, self.loss = model, mesh, microbatches, loss
         self.size, self.place = mesh.pipeline.size, mesh.pipeline.rank
-        self.schedule, total = schedule, self.size * count
+        self.schedule, total, self.shifts = schedule, self.size * count, hasattr(model, BORDER)
         stages = cut(model, parts_of(model), total)
         place_of = [rank_of(stage, self.size, schedule) for stage in range(total)]
         mine = [stage for stage in range(total) if place_of[stage] == self.place]
@@ -112,6 +125,7 @@ class Pipelined:
         return id(self.model.get_submodule(path)) not in self.others
 
     def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
+        labels = shifted(labels, IGNORED) if self.shifts else labels
         xs, targets = self._split(x, "x"), self._split(labels, "labels")
         weights = self._weights(targets, own)
 
@@ -153,7 +167,9 @@ class Pipelined:
 
     def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool) -> list[torch.Tensor]:
         inputs: Any = _Scattered(self.mesh, xs, own)
-        keys = [(tuple(each.shape), each.dtype, torch.is_autocast_enabled(self.mesh.device.type)) for each in xs]
+        kind = self.mesh.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        keys = [(tuple(each.shape), each.dtype, cast) for each in xs]
         with no_sync(self.model):
             found = self.runner.run(self.order, inputs, keys, lose, train)
         if train:
@@ -177,6 +193,12 @@ class Pipelined:
         if not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) < self.parts:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ShapeError(f"step: rank {self.mesh.rank} got {name} {got}, expected a batch of at least microbatches={self.parts} rows")
+        rows = self.mesh.parts(self.mesh.outer.rows)
+        if self.shifts and len(x) // self.parts < rows:  # models' own code cannot view an empty tensor as heads
+            raise ShapeError(
+                f"step: rank {self.mesh.rank} got {len(x)} rows of {name} for {self.parts} micro-batches; a converted model on this"
+                f" mesh needs at least {rows} rows in each: a larger batch, fewer micro-batches or a mesh that cuts fewer rows"
+            )
         return list(x.tensor_split(self.parts))
 
     def _weights(self, targets: Sequence[torch.Tensor], own: bool) -> list[float]:
@@ -263,10 +285,10 @@ def _ties(stages: Sequence[Sequence[Part]], place_of: Sequence[int], place: int)
 
 def _absent(model: torch.nn.Module, stages: Sequence[Sequence[Part]], mine: Sequence[int]) -> tuple[set[str], dict[str, str]]:
     """Drops what other stages alone use. The keys of that; and of tied parameters, by a later key that is here, the first, which is not."""
-    keys, firsts = set(model.state_dict()), dict[int, str]()
+    keys, firsts = set(plain_keys(model)), dict[int, str]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         firsts.setdefault(id(parameter), name)
     drop(stages, mine)
-    absent = keys - set(model.state_dict())
+    absent = keys - set(plain_keys(model))
     left = {name: firsts[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     return absent, {name: first for name, first in left.items() if first in absent}

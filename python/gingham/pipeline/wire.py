@@ -34,7 +34,7 @@ class Wire:
         self.known: dict[Hashable, tuple[tuple[int, ...], torch.dtype]] = {}
         self.told: set[Hashable] = set()  # keys whose header was sent
         self.asked: set[Hashable] = set()  # or asked for
-        self.sent: list[tuple[Any, torch.Tensor, int]] = []
+        self.sent: dict[int, tuple[Any, torch.Tensor, int]] = {}  # by tag: what must live until it has gone
         self._queue: SimpleQueue[tuple[Any, threading.Event, list[BaseException]]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -72,9 +72,17 @@ class Wire:
 
     def finish(self) -> None:
         """Waits until all that was sent has gone."""
-        for work, _, place in self.sent:
+        for tag in list(self.sent):
+            self._release(tag)
+
+    def answered(self, tag: int) -> None:
+        """What was sent under a tag has come, as something that came back tells."""
+        self._release(2 * tag)
+
+    def _release(self, tag: int) -> None:
+        if tag in self.sent:
+            work, _, place = self.sent.pop(tag)
             self._wait(work, place)
-        self.sent.clear()
 
     def _begin(self, place: int, tag: int, key: Hashable) -> Any:
         shape, dtype = self.known[key]
@@ -82,7 +90,7 @@ class Wire:
         return place, tag, key, self._work(dist.irecv, x, place, 2 * tag), x
 
     def _post(self, post: Any, x: torch.Tensor, place: int, tag: int) -> None:
-        self.sent.append((self._work(post, x, place, tag), x, place))
+        self.sent[tag] = self._work(post, x, place, tag), x, place
 
     def _work(self, post: Any, x: torch.Tensor, place: int, tag: int) -> Any:
         try:

@@ -1,0 +1,102 @@
+"""Pipelines of converted models: the loss and gradients that the original gives on the whole batch, and its checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import gingham
+from grids import whole
+
+BATCH = (16, 12)
+
+
+def original(name: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    common = dict(vocab_size=64, bos_token_id=0, eos_token_id=0)
+    if name == "gpt2":
+        dropout = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
+        return transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=16, **common, **dropout)
+        ).double()
+    if name == "bert":
+        return transformers.BertForMaskedLM(
+            transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, **common)
+        )
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, max_position_embeddings=16, **common)).double()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(64, BATCH, generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:3, :7] = -100
+    return ids, labels
+
+
+def run(rank: int, name: str, tensor: dict[str, Any], schedule: str, folder: str) -> Any:
+    mesh = gingham.init(parallel=dict(pipeline=2, tensor=tensor), timeout=60.0)
+    model = gingham.pipeline(gingham.parallelize(original(name), mesh), mesh, 4, schedule)
+    ids, labels = batch()
+    loss = model.step(ids, labels)
+    grads = {key: whole(weight.grad).clone() for key, weight in model.named_parameters() if weight.grad is not None}
+    norm = gingham.clip_grad_norm_(model.parameters(), 1.0)
+    logits = model(ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer.step()
+    gingham.save(model, optimizer, folder)
+    with pytest.raises(NotImplementedError, match="pipeline"):
+        model.generate(ids)
+    if mesh.outer.rows:
+        with pytest.raises(gingham.ShapeError, match="needs at least [24] rows in each"):
+            model.step(ids[:4], labels[:4])
+    return loss.item(), grads, norm.item(), logits
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "schedule"),
+    [
+        ("gpt2", dict(size=2, mode="1d"), "zero_bubble"),
+        ("llama", dict(size=2, mode="1d"), "1f1b"),
+        pytest.param("gpt2", dict(size=4, mode="2d"), "dual", marks=pytest.mark.matrix),
+        pytest.param("llama", dict(size=4, mode="2d"), "zbv", marks=pytest.mark.matrix),
+        pytest.param("gpt2", dict(size=4, mode="2.5d", depth=4), "interleaved", marks=pytest.mark.matrix),
+        pytest.param("llama", dict(size=1), "gpipe", marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
+def test_as_the_original(ranks, tmp_path: Path, name: str, tensor: dict[str, Any], schedule: str) -> None:
+    answers = ranks(2 * tensor["size"])(run, name, tensor, schedule, str(tmp_path / "run"))
+    model = original(name)
+    ids, labels = batch()
+    loss = model(input_ids=ids, labels=labels).loss
+    loss.backward()
+    truth = {key: weight.grad.clone() for key, weight in model.named_parameters()}
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    logits = model(ids).logits.detach()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer.step()
+    for found, grads, clipped, outputs in answers:
+        assert found == pytest.approx(loss.item(), rel=1e-6) and clipped == pytest.approx(norm.item(), rel=1e-6)
+        assert float((outputs - logits).abs().max()) <= 1e-5
+        for key in grads.keys() & truth.keys():
+            assert float((grads[key] - truth[key]).norm()) <= 1e-5 * float(truth[key].norm().clamp_min(1e-6)), key
+    assert sum(len(grads.keys() & truth.keys()) for _, grads, *_ in answers[:: tensor["size"]]) >= len(truth) * 2 // 3
+    fresh = original(name)
+    gingham.load(fresh, torch.optim.AdamW(fresh.parameters(), lr=1e-2), str(tmp_path / "run"))
+    for (key, got), expected in zip(fresh.named_parameters(), model.parameters(), strict=True):
+        if "c_attn.bias" not in key:  # the key's part has no gradient but noise, of which AdamW makes whole steps
+            assert float((got - expected).detach().abs().max()) <= 1e-4, key
+
+
+def unknown(rank: int) -> None:
+    mesh = gingham.init(parallel=dict(pipeline=2), timeout=60.0)
+    with pytest.raises(NotImplementedError, match="GPT2LMHeadModel and LlamaForCausalLM"):
+        gingham.pipeline(gingham.parallelize(original("bert"), mesh), mesh)
+
+
+def test_other_families_are_refused_by_name(ranks) -> None:
+    ranks(2)(unknown)
