@@ -199,7 +199,9 @@ def test_every_schedule_makes_the_products_and_bytes_of_1f1b_also_in_its_first_s
         expected = expected or summed(answers, 0)
         assert summed(answers, 0) == summed(answers, 1) == expected, schedule
         halves = [answer[1][2] for answer in answers]
-        assert (sum(halves) > 0) == (schedule in ("zero_bubble", "zbv", "dual")), (schedule, halves)
+        # where k and n are both cut every linear gathers dY, once for both gradients
+        splits = schedule in ("zero_bubble", "zbv", "dual") and name != "1x2x2"
+        assert (sum(halves) > 0) == splits, (schedule, halves)
         block = 8 * SHAPE["context"] * SHAPE["width"]  # activations of the batch
         borders = [answer[1][1]["pipeline"] for answer in answers]
         for direction in ("bytes_received", "bytes_sent"):

@@ -88,7 +88,7 @@ def test_a_death_is_named_by_its_rank_on_all_within_a_second(ranks, victim: int)
 
 @pytest.mark.parametrize("victim", [0, pytest.param(2, marks=pytest.mark.matrix)])
 def test_a_slow_loader_is_a_stall_that_names_its_rank(ranks, victim: int) -> None:
-    answers = ranks(3)(faulty, dict(pipeline=3), "slow", victim, 1.0, outcomes=True)
+    answers = ranks(3)(faulty, dict(pipeline=3), "slow", victim, 1.5, outcomes=True)
     others = [answer for rank, answer in enumerate(answers) if rank != victim]
     assert [answer[:2] for answer in others] == [("PeerStalled", victim)] * 2, others
 

@@ -48,7 +48,7 @@ def pipeline(
     default), "interleaved", "zero_bubble", "zbv" or "dual", torch.distributed.pipelining's; stages: of each rank, for the middle two.
     loss(y, labels): the mean over a micro-batch from this rank's blocks of both, weighed by rows; default: cross-entropy, the mean over
     all labels of the step that are not -100. layout: of the outputs, "outer" | "inner" | "rows"; default what the last linear says.
-    Raises MeshError where numbers do not fit, NotImplementedError for a model that is not known to be layers in a row.
+    Raises MeshError where numbers do not fit, NotImplementedError for a model that is not known to be layers in a row, and on GPUs.
     Bytes: 2 x activations of the batch at each border between ranks (plan/pipeline.py); sums over replicas once a step.
     """
     mesh = current(mesh)
@@ -59,6 +59,10 @@ def pipeline(
         raise MeshError(f"gingham.pipeline: microbatches={microbatches!r}, expected a number of at least 1")
     if hasattr(model, "step") or hasattr(model, "_pipeline"):
         raise MeshError(f"gingham.pipeline: {type(model).__name__} has a method step already; call gingham.pipeline once, on a plain model")
+    if mesh.whole is not None and mesh.device.type != "cpu":
+        raise NotImplementedError(
+            f"gingham.pipeline on {mesh.device}: messages between stages have tags, which NCCL ignores; on GPUs use data and tensor ranks"
+        )
     made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, layout)
     kind = type(model)
     methods = _ConvertedMethods if made.shifts else _Methods
