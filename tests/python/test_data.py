@@ -31,9 +31,11 @@ TENSOR: dict[str, tuple[int, dict[str, Any]]] = {
     "1x2x2": (4, dict(grid=(1, 2, 2))),
     "2x2x1": (4, dict(grid=(2, 2, 1))),
     "2x1x1": (2, dict(grid=(2, 1, 1))),
+    "sequence": (2, dict(size=2, mode="sequence")),
+    "sequence of 3": (3, dict(size=3, mode="sequence")),
 }
 QUICK = {("none", None, 2), ("1d", "all", 2), ("1d sequence", "all", 2), ("2d", "all", 2), ("2.5d", None, 2), ("1x2x2", "all", 2)}
-QUICK |= {("2x1x1", None, 3)}
+QUICK |= {("2x1x1", None, 3), ("sequence", None, 2)}
 CASES = [
     pytest.param(name, shard, data, marks=[] if (name, shard, data) in QUICK else [pytest.mark.matrix], id=f"{data} x {name}, {shard}")
     for name, (size, _) in TENSOR.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -11,7 +12,7 @@ from .. import native
 from ..errors import MeshError
 from ..function import Function
 from ..mesh import Mesh, check_local
-from ..mesh.layout import Layout, odd_ranks
+from ..mesh.layout import Layout, blocks_from_shapes, odd_ranks
 
 Key = tuple[int, int, int]  # seed, name, call number
 
@@ -51,21 +52,41 @@ def dropout_place(
         if row == feature:
             named = Layout(named.rows, ())
         label = f"Dropout(p={p}, layout={layout!r}, dims={dims}, name {key[1]:x})"
+        if named.time and x.dim() > 2:
+            return _place_in_sequence(shape, mesh, named, row or 1, label, key)
         sizes = x.shape[row], x.shape[feature] if row != feature else 0
         rows, total, columns, width, keys = mesh.extents_and(named, *sizes, label, *key)
-        calls = [call for _, _, call in keys]
-        odd, usual = odd_ranks(calls, mesh.ranks)
-        if odd:
-            theirs = [calls[mesh.ranks.index(rank)] for rank in odd]
-            raise MeshError(
-                f"dropout on rank {mesh.rank}: ranks {odd} make call {theirs} of it, the others call {usual};"
-                " every rank must make the same calls in training mode"
-            )
-        key = keys[0]
+        key = _agreed(keys, mesh)
         start[row], shape[row] = rows[0], total
         if row != feature:
             start[feature], shape[feature] = columns[0], width
     return key, shape, start
+
+
+def _agreed(keys: Sequence[Key], mesh: Mesh) -> Key:
+    """Rank 0's. Raises MeshError where the ranks make other calls."""
+    calls = [call for _, _, call in keys]
+    odd, usual = odd_ranks(calls, mesh.ranks)
+    if odd:
+        theirs = [calls[mesh.ranks.index(rank)] for rank in odd]
+        raise MeshError(
+            f"dropout on rank {mesh.rank}: ranks {odd} make call {theirs} of it, the others call {usual};"
+            " every rank must make the same calls in training mode"
+        )
+    return keys[0]
+
+
+def _place_in_sequence(shape: list[int], mesh: Mesh, layout: Layout, time: int, label: str, key: Key) -> tuple[Key, list[int], list[int]]:
+    """`dropout_place` where axes cut samples, dim 0, and others the sequence."""
+    mesh.say(label)
+    told = mesh.world.sizes([shape[0], shape[time], *key])
+    samples = tuple(name for name in layout.rows if name not in layout.time)
+    total, blocks = blocks_from_shapes([each[:2] for each in told], (samples, layout.time), mesh.sizes)
+    full, start = list(shape), [0] * len(shape)
+    for dim, size, (first, _) in zip((0, time), total, blocks[mesh.index], strict=True):
+        full[dim], start[dim] = size, first
+    keys = [(seed, name, call) for seed, name, call in (each[2:] for each in told)]
+    return _agreed(keys, mesh), full, start
 
 
 def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:

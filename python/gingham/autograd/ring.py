@@ -82,9 +82,7 @@ class Way:
         total = at.past + sum(at.lengths)
         shape = torch.empty(batch, heads, time, total, device="meta")
         key, full, start = dropout_place(shape, at.mesh, "inner", (2, 1), self.p, self.dropout.key())
-        data = at.mesh.axis(tuple(name for name in ("data",) if name in at.mesh.sizes and name not in at.names))
-        first = 0 if data is None else sum(count for (count,) in data.sizes([batch])[: data.rank])
-        return torch.tensor([*key, first, start[1], full[1], total])
+        return torch.tensor([*key, start[0], start[1], full[1], total])
 
 
 def attend_cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, way: Way) -> torch.Tensor:

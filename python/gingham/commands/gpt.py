@@ -7,6 +7,7 @@ The two kits build the same modules in the same order under the same names: `par
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..nn.sequence import first_of_piece
 
 VOCABULARY = 256  # a token is a byte
 
@@ -38,6 +40,7 @@ class Kit:
     head: Callable[[int, int], torch.nn.Module]
     dropout: Callable[[float], torch.nn.Module]
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    first: Callable[[int], int] = lambda time: 0  # the position of the first of so many tokens
 
 
 class Block(torch.nn.Module):
@@ -66,7 +69,7 @@ class GPT(torch.nn.Module):
         self.blocks = torch.nn.ModuleList([Block(kit, shape) for _ in range(shape.layers)])
         self.norm = kit.norm(shape.width)
         self.head = kit.head(shape.width, VOCABULARY)
-        self.loss = kit.loss
+        self.loss, self.first = kit.loss, kit.first
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = ids
@@ -80,7 +83,8 @@ class GPT(torch.nn.Module):
         return [first, *((block, [block]) for block in self.blocks), (self.norm, [self.norm]), (self.head, [self.head])]
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        first = self.first(ids.shape[1])
+        positions = torch.arange(first, first + ids.shape[1], device=ids.device).expand_as(ids)
         return self.dropout(self.token(ids) + self.position(positions))
 
 
@@ -126,6 +130,7 @@ def parallel_kit(mesh: Any) -> Kit:
         head=lambda width, count: nn.Linear(width, count, layout="outer->inner", swapped="auto", mesh=mesh),
         dropout=lambda p: nn.Dropout(p, mesh=mesh),
         loss=lambda logits, target: nn.cross_entropy(logits, target, mesh=mesh, layout="inner"),
+        first=partial(first_of_piece, mesh),
     )
 
 

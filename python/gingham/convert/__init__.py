@@ -11,7 +11,7 @@ import torch
 from .. import nn
 from ..checkpoint import pretrained
 from ..mesh import Mesh, current
-from . import adapters, attention, identity, inputs, layers, meta
+from . import adapters, attention, identity, inputs, layers, meta, sequence
 from .agree import agree, agreed_seed
 from .entry import enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
@@ -143,6 +143,7 @@ def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str)
     if rules.body == "outer":
         check_known(inner, core(base or inner), path_of(model, core(base or inner)))
     loss = known_loss(inner) if is_transformers(inner) else None
+    sequence.check_model(inner, mesh, rules.family, loss, base)
     if base is not None and loss is None and io == "local" and rules.body == "outer":
         raise NotImplementedError(f"{type(inner).__name__}: nothing vouches for its head on cut features; use io='full'")
     if rules.cut_heads:

@@ -18,6 +18,7 @@ from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import Layout
 from ..nn.attention import softmax
+from . import sequence
 from .loose import shared_gradient
 
 # under which transformers finds the attention functions: torch's fused one, and for models made with "eager" plain operations,
@@ -207,6 +208,7 @@ def register() -> None:
     for name, function in ((NAME, attention_function), (PLAIN, partial(attention_function, plain=True))):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)
+    sequence.register()
 
 
 DROPOUTS = ("probability_dropout", "attn_dropout", "dropout")  # children of an attention module, on its probabilities
@@ -238,6 +240,10 @@ def prepare(module: Any, mesh: Mesh, cut: bool) -> None:
         module.probability_dropout = torch.nn.Dropout(p)  # holds no tensor: the state dict stays as it was
     if cut and hasattr(module, "split_size"):
         module.split_size = mesh.interval(module.split_size, mesh.inner.features)[1]
+    if mesh.outer.time:
+        module.sequence_mesh = mesh
+        config._attn_implementation = sequence.NAME
+        return
     config._attn_implementation = PLAIN if config._attn_implementation in ("eager", PLAIN) else NAME
 
 

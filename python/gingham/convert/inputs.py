@@ -20,7 +20,7 @@ from ..checks import plain
 from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import chunks
-from . import late, probe
+from . import late, probe, sequence
 from .agree import check_alike
 from .bytecode import chains
 from .entry import Inside, enclose
@@ -166,9 +166,10 @@ class Border:
         if self.full:
             self._check_dims(model, given)
             self._check_alike({**given, **self.labels})
-            for value in given.values():  # a cache that the caller made is filled in place, whatever is returned
-                if is_cache(value):
-                    self._keep_rows(value)
+            if self.mesh.outer.time:
+                kwargs, named = sequence.prepared(self.mesh, type(model).__name__, given, self.names), {}
+            for value in filter(is_cache, given.values()):  # one that the caller made is filled in place, whatever is returned
+                self._keep_rows(value)
             named = {name: self._cut(name, x) for name, x in named.items()}
             kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
         return tuple(named.values()), kwargs
@@ -201,8 +202,7 @@ class Border:
 
     def _missing(self, size: int) -> int:
         """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
-        rows = self.mesh.outer.rows
-        held = chunks(size, [self.mesh.sizes[name] for name in rows])
+        held = chunks(size, [self.mesh.sizes[name] for name in self.mesh.outer.rows if name not in self.mesh.outer.time])
         return -size % len(held) if self.full and size and min(held) == 0 else 0
 
     def _batched(self, name: str, x: Any) -> bool:
@@ -216,7 +216,7 @@ class Border:
             if self.missing and self.stack and name in WHOLE and isinstance(x, torch.Tensor) and x.dim() == 3:  # a mask a head
                 return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
             dim = self._dim(name, x) if isinstance(x, torch.Tensor) else 0
-            if not self._batched(name, x) or x.shape[dim] != self.size:
+            if not self._batched(name, x) or x.shape[dim] != self.size or sequence.is_prepared(self.mesh, name):
                 return self._uncut(name, x)
             self._tell(name, x)
             if self.missing:

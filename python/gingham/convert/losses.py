@@ -44,10 +44,11 @@ class Labelled:
     layout: str
     widths: dict[str, Any]
 
-    def cut(self, name: str) -> torch.Tensor:
+    def cut(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda labels: labels) -> torch.Tensor:
+        """This rank's part, changed along the sequence before it is cut."""
+        labels = change(self.labels[name])
         if not self.full:
-            return self.labels[name]
-        labels = self.labels[name]
+            return labels
         added = labels.new_full((self.missing, *labels.shape[1:]), -100)
         return plain(self.mesh.scatter(torch.cat([labels, added]) if self.missing else labels, "rows"))
 
@@ -66,7 +67,11 @@ class Labelled:
     def causal(self) -> torch.Tensor:
         shifted = self.kwargs.get("shift_labels")
         if shifted is None:
-            shifted = F.pad(self.cut("labels"), (0, 1), value=-100)[..., 1:].contiguous()
+            if self.mesh.outer.time and not self.full:
+                raise NotImplementedError("labels of a piece of the sequence: the next token may be another rank's; give shift_labels")
+            shifted = self.cut("labels", lambda labels: F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous())
+        elif self.mesh.outer.time and self.full:
+            shifted = plain(self.mesh.scatter(shifted, "rows"))
         return self._vocabulary("logits", shifted, self.kwargs.get("num_items_in_batch"))
 
     def masked(self) -> torch.Tensor:

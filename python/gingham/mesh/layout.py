@@ -21,14 +21,22 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """How an activation [rows, ..., features] is cut: the axes that cut its rows and its features, in cutting order."""
+    """How an activation [rows, ..., features] is cut: the axes that cut its rows and its features, in cutting order. time: those of
+    `rows` that cut the sequence of an activation [batch, time, ..], the others cutting its samples."""
 
     rows: Names
     features: Names
+    time: Names = ()
 
-    def cuts(self, ndim: int, dim: int = 0) -> Cuts:
-        """Cuts of a tensor of `ndim` dims whose rows lie along `dim` and whose features, if it has more dims, along the last."""
+    def cuts(self, ndim: int, dim: int = 0, ids: bool = False) -> Cuts:
+        """Cuts of a tensor of `ndim` dims whose rows lie along `dim` and whose features, if it has more dims, along the last. Where axes
+        cut time, it lies along `dim`, by default 1, of [batch, time, ..], of ids also [batch, time]; else all rows lie along `dim`."""
         named: list[Names] = [()] * ndim
+        if self.time and (ndim > 2 or ids):
+            named[0] = tuple(name for name in self.rows if name not in self.time)
+            if ndim > 1:
+                named[dim or 1] = self.time
+            return tuple(named)
         if ndim > 1:
             named[-1] = self.features
         named[dim] = self.rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -132,7 +133,8 @@ class Mesh(GridShape, Live):
         if not -ndim <= dim < ndim:
             raise ShapeError(f"dim={dim} of a tensor of {ndim} dims")
         layout = self.inner if operand == "inner" else self.outer
-        return (Layout(layout.rows, ()) if operand == "rows" else layout).cuts(ndim, dim % ndim)
+        ids = operand == "rows"
+        return (replace(layout, features=()) if ids else layout).cuts(ndim, dim % ndim, ids)
 
     @property
     def data(self) -> Place:

@@ -5,6 +5,7 @@ mode   axes (mesh order)     m            n      k     outer rows / features   i
 2d     row, col              row          col    -     row / col               col
 2.5d   depth, row, col       depth, row   col    -     depth, row / col        col
 3d     k, n, m               m            n      k     m / k, n                n, k
+sequence  m                  m            -      -     m, the sequence / -     -
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class GridShape:
         self.axes, self.size = axes, axes.size
         self.sizes, self.outer, self.inner = dict(axes.sizes), axes.outer, axes.inner
         self.grid = tuple(self.parts(names) for names in (axes.m, axes.n, axes.k))
-        self._layouts = {"outer": self.outer, "inner": self.inner, "rows": Layout(self.outer.rows, ())}
+        self._layouts = {"outer": self.outer, "inner": self.inner, "rows": replace(self.outer, features=())}
 
     def parts(self, names: Names) -> int:
         """The number of pieces that the axes `names` cut a dim into."""
@@ -93,10 +94,8 @@ def _tensor_axes(
         if size not in (None, 1):
             raise MeshError(f"size={size} without a mode: say mode='1d', '2d', '2.5d' or '3d', or grid=(pm, pn, pk)")
         mode, size = "1d", 1
-    if mode == "sequence":
-        raise NotImplementedError("mode='sequence' is not built yet; mode='1d' with sequence=True shards the rows between layers")
-    if mode not in ("1d", "2d", "2.5d", "3d", "grid"):
-        raise MeshError(f"unknown mode {mode!r}: expected '1d', '2d', '2.5d', '3d' or grid=(pm, pn, pk)")
+    if mode not in ("1d", "2d", "2.5d", "3d", "sequence", "grid"):
+        raise MeshError(f"unknown mode {mode!r}: expected '1d', '2d', '2.5d', '3d', 'sequence' or grid=(pm, pn, pk)")
     if not isinstance(size, int) or size < 1:
         raise MeshError(f"mode {mode!r} needs size=, the number of ranks; got {size!r}")
     if depth not in (None, 1) and mode != "2.5d":
@@ -108,6 +107,9 @@ def _tensor_axes(
     if mode == "1d":
         outer = Layout(("tp",) if sequence else (), ())
         return _without_size_one(Axes({"tp": size}, (), ("tp",), (), outer, Layout((), ("tp",))))
+    if mode == "sequence":
+        both = Layout(("m",), (), ("m",))
+        return _without_size_one(Axes({"m": size}, ("m",), (), (), both, both))
     if mode in ("2d", "2.5d"):
         return _square_axes(mode, size, depth or 1, shard_depth)
     if mode == "3d":
@@ -132,7 +134,7 @@ def with_data(axes: Axes, size: int, shard: str | None = None) -> Axes:
     names = [name for name in axes.sizes if name != "m"]
     before = len(names) if "m" in axes.sizes else 0
     order = [*names[:before], "data", *(name for name in axes.sizes if name not in names[:before])]
-    outer, inner = (Layout(("data", *layout.rows), layout.features) for layout in (axes.outer, axes.inner))
+    outer, inner = (replace(layout, rows=("data", *layout.rows)) for layout in (axes.outer, axes.inner))
     sizes = {name: size if name == "data" else axes.sizes[name] for name in order}
     depth = axes.depth if shard == "all" else ("data", *axes.depth)
     return replace(axes, sizes=sizes, m=("data", *axes.m), outer=outer, inner=inner, depth=depth)
@@ -194,7 +196,7 @@ def _without_size_one(axes: Axes) -> Axes:
     def kept(names: Names) -> Names:
         return tuple(name for name in names if axes.sizes[name] > 1)
 
-    outer, inner = (Layout(kept(layout.rows), kept(layout.features)) for layout in (axes.outer, axes.inner))
+    outer, inner = (Layout(kept(layout.rows), kept(layout.features), kept(layout.time)) for layout in (axes.outer, axes.inner))
     return replace(axes, m=kept(axes.m), n=kept(axes.n), k=kept(axes.k), depth=kept(axes.depth), outer=outer, inner=inner)
 
 

@@ -12,7 +12,8 @@ from ..autograd.linear import linear, linear_plan
 from ..autograd.ring import CutSequence, Way, attend_cut
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local, is_zigzag
-from ..mesh.layout import Cuts
+from ..mesh.layout import Cuts, chunks
+from ..plan.formulas import ring_words
 from .dropout import Dropout
 from .layer import Layer
 from .linear import Linear
@@ -21,7 +22,8 @@ from .sequence import causal_mask, gather_time, mask_here, rotate, time_axes, tu
 
 
 class SelfAttention(Layer):
-    """x [batch, time, width] (outer, batch cut over the row axes; dim=1: time cut instead) -> the same.
+    """x [batch, time, width] (outer, batch cut over the row axes; dim=1: time cut instead) -> the same. In mode "sequence" dim is 1 and
+    ring True where they are left out.
 
     q, k, v and o are Linears; the three projections run as one step that gathers x once, outer -> inner, and o leads
     back. Heads lie on inner's feature ranks; numbers of heads that they do not divide are a ShapeError.
@@ -51,9 +53,9 @@ class SelfAttention(Layer):
         mesh: Mesh | None = None,
         swapped: bool | str | None = None,
         dtype: torch.dtype | None = None,
-        dim: int = 0,
+        dim: int | None = None,
         *,
-        ring: bool | str = False,
+        ring: bool | None = None,
         order: str | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -67,11 +69,12 @@ class SelfAttention(Layer):
         self.width = width
         kv_heads = heads if kv_heads is None else kv_heads
         _check_heads(mesh, width, heads, kv_heads, head_dim)
-        self.heads, self.kv_heads, self.causal, self.dim = heads, kv_heads, causal, _row_dim(dim, mesh)
+        sequence = bool(mesh.outer.time)
+        self.heads, self.kv_heads, self.causal, self.dim = heads, kv_heads, causal, _row_dim(int(sequence) if dim is None else dim, mesh)
         self.time_axes = time_axes(mesh)
         pieces = mesh.parts(self.time_axes)
         self.pieces = pieces, mesh.interval(pieces, self.time_axes)[0]  # of a sequence that dim=1 cuts, and which is here
-        self.ring = _ring(ring, self.dim, mesh)
+        self.ring = _ring(sequence if ring is None else ring, self.dim, mesh)
         self.zigzag = is_zigzag(order, "SelfAttention", mesh)
         self.head_dim = width // heads if head_dim is None else head_dim
         self.rotary, self.scale = rotary, self.head_dim**-0.5 if scale is None else scale
@@ -203,8 +206,15 @@ class SelfAttention(Layer):
         return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}{way}"
 
     def received(self, rows: int, inner: int = 1) -> int:
-        """q, k and v share x; that ranks gather each other's keys and values with dim=1 is not in it."""
-        return self.projected(rows, inner) + self.o.received(rows, inner)
+        """q, k and v share x. In mode "sequence", of `rows` samples and `inner` places, with the ring; that ranks otherwise read each
+        other's keys and values with dim=1 is not in it."""
+        passed = 0
+        if self.ring and self.mesh.outer.time:
+            lengths = chunks(inner, [self.pieces[0]])
+            words = 2 * rows * self.kv_heads * self.head_dim
+            item = self.q.weight.itemsize
+            passed = item * ring_words(lengths, words, self.mesh.source == "window", self.causal, self.zigzag)
+        return self.projected(rows, inner) + self.o.received(rows, inner) + passed
 
     def projected(self, rows: int, inner: int = 1) -> int:
         """`received` of q, k and v."""
@@ -230,10 +240,12 @@ def softmax(scores: torch.Tensor) -> torch.Tensor:
 def _row_dim(dim: int, mesh: Mesh) -> int:
     if dim not in (0, 1, -2):
         raise ShapeError(f"SelfAttention: rank {mesh.rank} got dim={dim}, expected 0 (batch) or 1 (sequence)")
+    if mesh.outer.time and dim == 0:
+        raise ShapeError(f"SelfAttention: rank {mesh.rank} got dim=0 on {mesh}, whose ranks cut the sequence; leave dim out")
     return dim % 3 if dim >= 0 else 1
 
 
-def _ring(ring: bool | str, dim: int, mesh: Mesh) -> bool:
+def _ring(ring: bool, dim: int, mesh: Mesh) -> bool:
     if ring not in (True, False):
         raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring={ring!r}, expected True or False")
     if ring and dim != 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from ..errors import MeshError, ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
-from ..mesh.layout import Cuts, Layout, chunks
+from ..mesh.layout import Cuts, chunks
 from ..plan.formulas import embedding_words
 from .layer import Layer, size_of
 from .parameter import Given, make_parameter
@@ -96,7 +97,7 @@ class Embedding(Layer, torch.nn.Embedding):
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         outer = self.mesh.outer
-        return Layout(outer.rows, ()).cuts(x.dim()), outer.cuts(x.dim() + 1)
+        return replace(outer, features=()).cuts(x.dim(), ids=True), outer.cuts(x.dim() + 1)
 
     def received(self, rows: int, inner: int = 1) -> int:
         return embedding_words(self.mesh, self.count, self.width) * self.weight.element_size()

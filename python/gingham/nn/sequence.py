@@ -29,7 +29,20 @@ def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
 
 def time_axes(mesh: Mesh) -> Names:
     """The axes over which attention with dim=1 has its sequence cut."""
-    return mesh.inner.rows
+    return mesh.inner.time or mesh.inner.rows
+
+
+def lengths_of(mesh: Mesh, time: int) -> list[int]:
+    """In mode "sequence" the lengths of all pieces of a sequence, of which this rank's has `time` places; else none. Its ranks call it."""
+    axis = mesh.axis(mesh.outer.time)
+    if axis is None:
+        return []
+    return [time] * axis.size if torch.compiler.is_compiling() else [count for (count,) in axis.sizes([time])]
+
+
+def first_of_piece(mesh: Mesh, time: int) -> int:
+    """Where this rank's piece of a sequence begins in mode "sequence"; else 0."""
+    return sum(lengths_of(mesh, time)[: mesh.interval(mesh.parts(mesh.outer.time), mesh.outer.time)[0]])
 
 
 def turn(x: torch.Tensor, runs: Sequence[tuple[int, int]], theta: float) -> torch.Tensor:

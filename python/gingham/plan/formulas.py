@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import MeshError
-from ..mesh.layout import Cuts, Layout, Names, block, chunks, coordinates_of, intersection, interval, volume
+from ..mesh.layout import Cuts, Layout, Names, block, chunks, coordinates_of, intersection, interval, runs, volume
 from ..mesh.modes import GridShape
 
 
@@ -188,6 +188,22 @@ def cross_entropy_bytes(grid: GridShape, rows: int, layout: Layout) -> int:
 
 def cross_entropy_messages(grid: GridShape, layout: Layout) -> int:
     return grid.parts(layout.features) - 1 + grid.parts(layout.rows) - 1
+
+
+def ring_words(lengths: Sequence[int], words: int, window: bool, causal: bool, zigzag: bool = False) -> int:
+    """Attention over a sequence of these pieces, a rank each, forward and backward; words: of keys and values a place. kv (r-1) forward,
+    2 kv (r-1) backward for all r ranks together; through windows only what some query of the reader may see, of keys and values, and of
+    the sums of their gradients but for those that it begins."""
+    size, total = len(lengths), 0
+    for rank in range(size):
+        last = max((start + count for start, count in runs(lengths, rank, zigzag) if count), default=0)
+        for hop in range(1, size):
+            owner = (rank - hop) % size
+            seen = lengths[owner]
+            if window:
+                seen = sum(count for start, count in runs(lengths, owner, zigzag) if last and (not causal or start < last))
+            total += seen * (2 if hop == 1 else 3)
+    return words * (total + sum(lengths))
 
 
 def largest(grid: GridShape, size: int, names: Names) -> int:
