@@ -31,9 +31,11 @@ def test_bad_numbers_are_refused_with_the_fix(arguments: dict[str, Any], message
         axes_of(**arguments)
 
 
-def test_sequence_is_not_built() -> None:
-    with pytest.raises(NotImplementedError):
-        axes_of("sequence", 4)
+def test_sequence_cuts_time_and_data_samples() -> None:
+    axes = axes_of("sequence", 4, data=2)
+    assert axes.sizes == {"data": 2, "m": 4} and axes.m == ("data", "m") and not axes.n and not axes.k
+    assert axes.outer.cuts(3) == axes.outer.cuts(2, ids=True) + ((),) == (("data",), ("m",), ())
+    assert axes.outer.cuts(2) == (("data", "m"), ()) and axes.outer.cuts(4, 2) == (("data",), (), ("m",), ())
 
 
 def test_a_wrong_world_size_starts_nothing() -> None:
