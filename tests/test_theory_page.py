@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import theory
+import theory_layers
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "theory.md").read_text()
@@ -42,6 +43,13 @@ def test_a_worked_example_is_what_theory_counts(row: list[str]) -> None:
     cost = theory.linear(grid, 48, 24, 96, layout=layout, bias=False)
     assert dict(cost.words) == {axis: int(count) for axis, count in (each.split() for each in words.split(", "))}
     assert sum(cost.words.values()) == int(mean) * grid.size and sum(cost.messages.values()) == int(messages)
+
+
+@pytest.mark.parametrize("row", [row for row in TABLES if len(row) == 3 and re.fullmatch(r"(ring|window)(, causal)?(, zigzag)?", row[0])])
+def test_a_worked_example_of_attention_is_what_theory_counts(row: list[str]) -> None:
+    way, forward, backward = row
+    counted = theory_layers.ring_words([8, 8, 8], 1, way.startswith("window"), "causal" in way, "zigzag" in way)
+    assert counted == list(zip(map(int, forward.split(", ")), map(int, backward.split(", ")), strict=True))
 
 
 def test_every_mode_has_an_example() -> None:

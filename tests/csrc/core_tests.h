@@ -24,6 +24,7 @@ Call named(const char* name, int64_t k = 0, int64_t rows = -1);
 std::vector<std::string> errors_of(int size, const RankBody& body, double timeout = 5);
 bool has(const std::string& text, const char* part);
 
+std::vector<Test> attention_tests();
 std::vector<Test> engine_tests();
 std::vector<Test> hosts_error_tests();
 std::vector<Test> hosts_tests();
