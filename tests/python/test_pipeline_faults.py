@@ -65,7 +65,7 @@ def faulty(rank: int, config: Any, kind: str, victim: int, timeout: float) -> An
             if kind == "slow":
                 time.sleep(timeout + 2.5)
         try:
-            model.step(*sample(8))
+            model.step(*sample(8, int(kind == "other batch" and rank == victim)))
         except (gingham.PeerDied, gingham.PeerStalled) as error:
             return type(error).__name__, error.rank, str(error), time.monotonic()
     return None
@@ -98,3 +98,11 @@ def test_an_exception_in_one_stage_is_told_to_all(ranks) -> None:
     assert isinstance(answers[3], RankError) and "a layer of my own" in str(answers[3])
     for kind, rank, text, _ in answers[:3]:
         assert (kind, rank) == ("PeerDied", 3) and "ValueError in stage 3 of a pipeline: a layer of my own" in text
+
+
+def test_stages_that_got_other_batches_are_told(ranks) -> None:
+    answers = ranks(4)(faulty, dict(pipeline=2, tensor=dict(size=2, mode="1d")), "other batch", 3, 20.0, outcomes=True)
+    for rank in (1, 3):
+        assert isinstance(answers[rank], RankError) and "ranks [1, 3], the stages of one batch, got different ones" in str(answers[rank])
+    for rank in (0, 2):
+        assert answers[rank][0] == "PeerDied" and "got different ones" in answers[rank][2]

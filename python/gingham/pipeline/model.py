@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from ..autograd.gradients import make_sums, no_sync
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError
 from ..mesh import Mesh, current
+from ..mesh.checksums import checksum
 from ..mesh.layout import members
 from ..nn import cross_entropy
 from ..plan.pipeline import rank_of
@@ -129,6 +131,7 @@ class Pipelined:
         return id(self.model.get_submodule(path)) not in self.others
 
     def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
+        self._told(lambda: self._compare(x, labels, (own, train)))
         labels = shifted(labels, IGNORED) if self.shifts else labels
         xs, targets = self._split(x, "x"), self._split(labels, "labels")
         weights = self._weights(targets, own)
@@ -154,6 +157,7 @@ class Pipelined:
         return value.to(_DTYPES[int(kind)])
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        self._told(lambda: self._compare(x, None, "outputs"))
         xs = self._split(x, "x")
         found = self._told(lambda: self._run(xs, False, lambda y, part: self.mesh.gather(y, self.layout), False))
         full = torch.cat(found) if found else None
@@ -192,6 +196,21 @@ class Pipelined:
                 rank, stage = self.mesh.rank, self.place
                 self.mesh.job.fail(rank, f"rank {rank} raised {type(error).__name__} in stage {stage} of a pipeline: {error}")
             raise
+
+    def _compare(self, x: Any, labels: Any, how: Any) -> None:
+        """Raises MeshError where the stages were given different batches: labels of the last would belong to other inputs."""
+        if self.mesh.whole is None:
+            return
+        found = crc32(repr((how, self.model.training)).encode())
+        for each in (x, labels):
+            if isinstance(each, torch.Tensor):
+                found = checksum(each, crc32(f"{tuple(each.shape)} {each.dtype}".encode(), found))
+        told = self.mesh.over_stages(torch.tensor([found], device=self.mesh.device), "the batch of a pipeline's step")
+        if len({int(each) for each in told}) > 1:
+            raise MeshError(
+                f"gingham.pipeline: ranks {_line(self.mesh)}, the stages of one batch, got different ones (or other options of step); give"
+                " every stage the same x and labels: seed loaders alike, or use mesh.sampler"
+            )
 
     def _split(self, x: torch.Tensor, name: str) -> list[torch.Tensor]:
         if not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) < self.parts:
