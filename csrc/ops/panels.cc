@@ -30,10 +30,12 @@ class WindowPanels : public Panels {
   void begin() override {
     const Pair own = theirs(0);
     for (int hop = 1; hop < call_.axis.size(); hop++) call_.axis.count_sent(bytes_of(call_.looked_at(call_.axis.next(hop), call_.axis.rank()), own));
-    ask(1);
+    // what is read in place needs no room: all of it may be on its way at once
+    for (int hop = 1; hop < call_.axis.size(); hop++)
+      if (const size_t bytes = bytes_of(call_.of(hop), theirs(hop)))
+        requests_[static_cast<size_t>(hop)] = window_.begin_get(call_.axis.next(-hop), bytes);
   }
   Pair at(int hop) override {
-    ask(hop + 1);
     window_.wait_get(requests_[static_cast<size_t>(hop)]);
     return theirs(hop);
   }
@@ -42,11 +44,6 @@ class WindowPanels : public Panels {
   Pair theirs(int hop) {
     const int peer = call_.axis.next(-hop);
     return {window_.panel(peer, panel_), window_.panel(peer, panel_ + 1)};
-  }
-  void ask(int hop) {
-    if (hop >= call_.axis.size()) return;
-    if (const size_t bytes = bytes_of(call_.of(hop), theirs(hop)))
-      requests_[static_cast<size_t>(hop)] = window_.begin_get(call_.axis.next(-hop), bytes);
   }
 
   const PanelCall& call_;
