@@ -50,9 +50,11 @@ def parallelize(
 
     io "full": the model's forward, and each public method that runs its layers, takes full inputs, the same on every rank, and gives
     full outputs, so that the calling code stays as it was (register_forward_method: other methods); labels= gives the one loss of the
-    whole batch. Tensors whose first dim is that of the first are cut like it; whole=("positions",) names those that are none of a
-    batch. io "local": inputs and outputs are this rank's blocks (ids and masks as mesh.scatter cuts them, features in outer, logits
-    in inner).
+    whole batch. On a mesh with data, inputs and outputs are those of this data rank's own batch, the same on its ranks: labels= gives the
+    mean over the job's valid tokens; a loss that the caller takes of outputs, a mean over samples, counts with the part that these are
+    of the job's. generate() there: synced_gpus=True, so that no data rank ends before the others. Tensors whose first dim is that of the
+    first are cut like it; whole=("positions",) names those that are none of a batch. io "local": inputs and outputs are this rank's
+    blocks (ids and masks as mesh.scatter cuts them, features in outer, logits in inner).
     Ranks that hold other values than rank 0 get rank 0's, with a warning. Optimizers that hold the parameters hold the new ones;
     those of a weight that becomes several raise at their step. A model on the `meta` device gets its blocks only, drawn by Philox from
     (rank 0's torch.initial_seed(), name, global element index) with the distributions of its own initialisation: the same bits on
@@ -67,11 +69,6 @@ def parallelize(
     parameters, and in a call with io "full" where a rank is given other inputs than the rest; warns of rules of a plan that fit
     nothing.
     """
-    if current(mesh).data.size > 1:
-        raise NotImplementedError(
-            f"parallelize on a mesh with data={current(mesh).data.size} is not built yet; models of gingham.nn's layers run on it, with"
-            " mesh.scatter(batch, own=True) of each data rank's batch"
-        )
     made = _parallelize(model, current(mesh), io, plan, whole)
     if verbose:
         show(made, tokens)
@@ -144,6 +141,11 @@ def _look(model: torch.nn.Module, inner: Any, mesh: Mesh, rules: Rules, io: str)
         check_known(inner, core(base or inner), path_of(model, core(base or inner)))
     loss = known_loss(inner) if is_transformers(inner) else None
     sequence.check_model(inner, mesh, rules.family, loss, base)
+    if base is not None and loss is None and io == "full" and mesh.data.size > 1:
+        raise NotImplementedError(
+            f"{type(inner).__name__} on a mesh with data={mesh.data.size}: nothing vouches for its head, which would run whole on each"
+            " data rank, its gradients unsummed; convert its base, and give the head layers of gingham.nn, or leave data out"
+        )
     if base is not None and loss is None and io == "local" and rules.body == "outer":
         raise NotImplementedError(f"{type(inner).__name__}: nothing vouches for its head on cut features; use io='full'")
     if rules.cut_heads:

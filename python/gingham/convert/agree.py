@@ -21,7 +21,7 @@ from ..errors import MeshError
 from ..graph_ops import define, find
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
-from ..mesh.layout import list_of, odd_ranks
+from ..mesh.layout import coordinates_of, list_of, odd_ranks
 
 PIECE = 1 << 26  # bytes of a broadcast at a time
 
@@ -108,25 +108,32 @@ def _broadcast(mesh: Mesh, x: Any) -> None:
     x.copy_(data.view(x.dtype).view(x.shape))
 
 
-def check_alike(leaves: list[torch.Tensor], handle: str, names: str) -> torch.Tensor:
-    """Raises MeshError, on every rank, where one was given other inputs `names`, whose tensors are `leaves`."""
+def check_alike(leaves: list[torch.Tensor], handle: str, names: str, own: bool = False) -> torch.Tensor:
+    """Raises MeshError, on every rank, where one was given other inputs `names`, whose tensors are `leaves`; own: than the other ranks of
+    its data rank."""
     mesh, sum_of = find(handle), 0
     for x in leaves:
         if x.device.type == "cpu":
             sum_of = checksum(x, crc32(repr(tuple(x.shape)).encode(), sum_of))
     sums = [each for (each,) in mesh.world.sizes([sum_of])]
-    odd, _ = odd_ranks(sums, mesh.ranks)
+    places = [coordinates_of(index, mesh.sizes).get("data", 0) if own else 0 for index in range(mesh.size)]
+    odd: list[int] = []
+    for place in dict.fromkeys(places):
+        found = [(each, rank) for each, rank, other in zip(sums, mesh.ranks, places, strict=True) if other == place]
+        odd += odd_ranks([each for each, _ in found], [rank for _, rank in found])[0]
     if odd:
+        others = "the others of their data rank" if own else "the others"
+        fix = "each data rank its own batch, the same on its ranks (mesh.sampler)" if own else "every rank the same full tensors"
         raise MeshError(
-            f"parallelize: rank {', '.join(map(str, odd))} got other inputs than the others in {names}; io='full': every rank must be"
-            " given the same full tensors: seed samplers and generation alike, or pass io='local'"
+            f"parallelize: rank {', '.join(map(str, odd))} got other inputs than {others} in {names}; io='full': give {fix}: seed samplers"
+            " and generation alike, or pass io='local'"
         )
     return torch.zeros(())
 
 
 define(
     "alike",
-    "(Tensor[] leaves, str handle, str names) -> Tensor",
+    "(Tensor[] leaves, str handle, str names, bool own) -> Tensor",
     check_alike,
-    lambda leaves, handle, names: torch.empty(()),
+    lambda leaves, handle, names, own: torch.empty(()),
 )

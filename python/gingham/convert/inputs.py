@@ -19,14 +19,15 @@ from .. import nn
 from ..checks import plain
 from ..errors import ShapeError
 from ..mesh import Mesh
-from ..mesh.layout import chunks
+from ..mesh.layout import Names, chunks
 from . import late, probe, sequence
 from .agree import check_alike
 from .bytecode import chains
+from .caches import is_cache, keep_rows
 from .entry import Inside, enclose
 from .generators import own_numbers
 from .loose import shared_gradient
-from .losses import Labelled, gather, is_transformers, known_or_refused, loss_of
+from .losses import Labelled, gather, is_transformers, known_or_refused, loss_of, share_of_mean
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -133,7 +134,7 @@ class Border:
         self.probed.add(kind)
         if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
             return None
-        rows = self.mesh.interval(self.size + self.missing, self.mesh.outer.rows)[1]
+        rows = self.mesh.interval(self.size + self.missing, self._rows())[1]
         other = probe.run(function, model, args, kwargs, rows, self.rows)
         self.open.clear()
         return other, rows
@@ -167,9 +168,9 @@ class Border:
             self._check_dims(model, given)
             self._check_alike({**given, **self.labels})
             if self.mesh.outer.time:
-                kwargs, named = sequence.prepared(self.mesh, type(model).__name__, given, self.names), {}
+                kwargs, named = sequence.prepared(self.mesh, type(model).__name__, given, self.names, self.own), {}
             for value in filter(is_cache, given.values()):  # one that the caller made is filled in place, whatever is returned
-                self._keep_rows(value)
+                keep_rows(value, self.mesh)
             named = {name: self._cut(name, x) for name, x in named.items()}
             kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
         return tuple(named.values()), kwargs
@@ -196,14 +197,24 @@ class Border:
         leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
         names = ", ".join(sorted(given))
         if not torch.compiler.is_compiling():
-            check_alike(leaves, self.mesh.handle, names)  # also where this rank was given none: the others wait for its word
+            check_alike(leaves, self.mesh.handle, names, self.own)  # also where this rank was given none: the others wait for its word
         elif leaves:
-            torch.ops.gingham.alike(leaves, self.mesh.handle, names)
+            torch.ops.gingham.alike(leaves, self.mesh.handle, names, self.own)
 
     def _missing(self, size: int) -> int:
         """Rows to add, copies of the first, where a rank would have none: models' own code cannot view nothing as heads."""
-        held = chunks(size, [self.mesh.sizes[name] for name in self.mesh.outer.rows if name not in self.mesh.outer.time])
+        held = chunks(size, [self.mesh.sizes[name] for name in self._rows()])
         return -size % len(held) if self.full and size and min(held) == 0 else 0
+
+    @property
+    def own(self) -> bool:
+        """Whether full inputs and outputs are those of this data rank, and not the job's."""
+        return self.full and self.mesh.data.size > 1 and not self.mesh.one_batch
+
+    def _rows(self) -> Names:
+        """The axes that cut the samples of what a call is given."""
+        outer = self.mesh.outer
+        return tuple(name for name in outer.rows if name not in outer.time and not (self.own and name == "data"))
 
     def _batched(self, name: str, x: Any) -> bool:
         return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in self.whole
@@ -222,9 +233,9 @@ class Border:
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
-                return self._noted(plain(self.mesh.scatter(x.to(torch.uint8), "rows")).bool())
+                return self._noted(plain(self.mesh.scatter(x.to(torch.uint8), "rows", own=self.own)).bool())
             features = self.body == "outer" and x.is_floating_point() and (self.stack or name in STREAMS) and not name.endswith("_mask")
-            y = plain(self.mesh.scatter(x, "x" if features else "rows", dim))
+            y = plain(self.mesh.scatter(x, "x" if features else "rows", dim, self.own))
             return self._noted(y.transpose(0, 1).contiguous() if dim == 1 else y)
 
         return pytree.tree_map(cut, value)
@@ -247,7 +258,7 @@ class Border:
     def _tell(self, name: str, x: torch.Tensor) -> None:
         """Warns once of an argument that is cut for no other reason than its length."""
         first = self.first is x
-        if name in self.told or first or not self.mesh.outer.rows or not (x.dim() == 1 or name.startswith("*")):
+        if name in self.told or first or not self._rows() or not (x.dim() == 1 or name.startswith("*")):
             return
         self.told.add(name)
         warnings.warn(
@@ -260,7 +271,8 @@ class Border:
         labels, self.labels, self.rows = self.labels, {}, []
         if self.hugging and isinstance(output, dict):
             layout = "inner" if self._cut_logits() else "rows"
-            call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, layout, self.widths)
+            samples = (self.size or 0) + self.missing
+            call = Labelled(model, output, labels, kwargs, self.mesh, self.full, self.missing, layout, self.widths, self.own, samples)
             loss = loss_of(call, self.loss) if labels else None
             output = self._fields(model, output, loss)
             return output.to_tuple() if self.tuples else output
@@ -301,15 +313,15 @@ class Border:
             opened = isinstance(y, torch.Tensor) and operand == "rows" and self._open(what, y)
             if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows" and not opened:
                 return y
-            full = (
-                gather(self.mesh, y, "inner" if opened else operand, self.open[-1][1].out_features if opened else width) if y.dim() else y
-            )
+            features = self.open[-1][1].out_features if opened else width
+            full = gather(self.mesh, y, "inner" if opened else operand, features, self.own) if y.dim() else y
             if not y.dim() or samples and len(full) % samples:
                 raise NotImplementedError(
                     f"{what}: an output of shape {tuple(y.shape)} is of this rank's part of {self.size} samples, and nothing says how"
                     " the ranks' make one; return a value for each sample and reduce them outside of the model"
                 )
             full = full[: len(full) // samples * (self.size or 0)] if self.missing else full
+            full = share_of_mean(full, self.mesh, self.size or 0) if self.own and samples else full
             return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
 
         return pytree.tree_map(whole, value)
@@ -317,7 +329,7 @@ class Border:
     def _fields(self, model: Any, output: Any, loss: torch.Tensor | None) -> Any:
         for name, value in list(output.items()):
             if is_cache(value):
-                self._keep_rows(value)
+                keep_rows(value, self.mesh)
             elif self.full and not (name == "loss" and loss is not None):
                 known = self.body == "rows" or name in INNER | ROWS | OUTER
                 inner = name in INNER and self._cut_logits()
@@ -327,18 +339,6 @@ class Border:
                 output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand, self.widths.get(name))
         # made anew: as a tuple it has its fields in the order of its class, the loss first
         return output if loss is None else type(output)(**{**output, "loss": loss})
-
-    def _keep_rows(self, cache: Any) -> None:
-        """A cache holds this rank's rows: what moves rows by their number in the whole batch (beams) is refused."""
-
-        def refuse(*args: Any, **kwargs: Any) -> None:
-            raise NotImplementedError(
-                "generation that reorders rows (beams, contrastive search) on a mesh that cuts rows; use greedy or sampling"
-            )
-
-        for name in REORDERING:
-            if self.mesh.outer.rows and hasattr(cache, name):
-                setattr(cache, name, refuse)
 
 
 class Above:
@@ -358,15 +358,6 @@ class Above:
                 " batch and gradients would be counted several times; call the base, or use io='local'"
             )
         return output
-
-
-REORDERING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices")
-
-
-def is_cache(value: Any) -> bool:
-    """Whether a value is a cache of keys and values, known by what it can do: transformers has called the argument and the field
-    both past_key_values and cache."""
-    return not isinstance(value, torch.Tensor) and any(callable(getattr(value, name, None)) for name in REORDERING)
 
 
 def _first(*values: Any) -> Any:

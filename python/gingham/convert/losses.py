@@ -14,7 +14,10 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
+from ..autograd.second_order import alias
 from ..checks import plain
+from ..function import Function
+from ..graph_ops import KNOWN, Traced, find, traced
 from ..mesh import Mesh
 
 
@@ -23,16 +26,49 @@ def is_transformers(model: Any) -> bool:
     return hasattr(model, "config") and hasattr(model, "base_model_prefix")
 
 
-def gather(mesh: Mesh, y: torch.Tensor, operand: str, width: int | None) -> torch.Tensor:
+def gather(mesh: Mesh, y: torch.Tensor, operand: str, width: int | None, own: bool = False) -> torch.Tensor:
     """mesh.gather of a model's output; its configuration's `width` counts only where ranks cannot be asked, in a compiled graph."""
-    return mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None)
+    return mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None, own=own)
+
+
+def share_of_mean(y: torch.Tensor, mesh: Mesh, samples: int) -> torch.Tensor:
+    """y as it is, of this data rank's `samples`. A loss that the caller takes of it, a mean over them, is this rank's part of the job's:
+    its gradient is weighed by samples / samples of all data ranks, so that the sum over data is the gradient of the mean over all of the
+    job's samples. A control message over data of 8 bytes, backward."""
+    if not y.is_floating_point():
+        return y
+    if torch.compiler.is_compiling():
+        return traced("share_of_mean", [mesh.handle, str(samples)], [y])[0]
+    return _ShareOfMean.apply(y, mesh, samples)
+
+
+class _ShareOfMean(Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, mesh: Mesh, samples: int) -> torch.Tensor:
+        ctx.mesh, ctx.samples = mesh, samples
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        ctx.mesh.say("parallelize: samples of all data ranks")
+        total = sum(count for (count,) in ctx.mesh.joint(("data",)).sizes([ctx.samples]))
+        return grad * (ctx.samples / total), None, None
+
+
+KNOWN["share_of_mean"] = Traced(
+    _ShareOfMean,
+    lambda words, tensors: [tensors[0], find(words[0]), int(words[1])],
+    lambda words, tensors: [(tensors[0].shape, tensors[0].dtype)],
+    saves=False,
+)
 
 
 @dataclass
 class Labelled:
     """One call's output and labels. Labels are full where the model's inputs are; `cut` and `whole` give both forms.
     missing: rows that were added to the inputs, to be ignored. layout: of the logits.
-    widths: global features by field, for a compiled graph."""
+    widths: global features by field, for a compiled graph. own: labels are those of this data rank; a loss is the job's all the same.
+    samples: of this call, with those that were added."""
 
     model: Any
     output: Any
@@ -43,6 +79,8 @@ class Labelled:
     missing: int
     layout: str
     widths: dict[str, Any]
+    own: bool = False
+    samples: int = 0
 
     def cut(self, name: str, change: Callable[[torch.Tensor], torch.Tensor] = lambda labels: labels) -> torch.Tensor:
         """This rank's part, changed along the sequence before it is cut."""
@@ -50,14 +88,25 @@ class Labelled:
         if not self.full:
             return labels
         added = labels.new_full((self.missing, *labels.shape[1:]), -100)
-        return plain(self.mesh.scatter(torch.cat([labels, added]) if self.missing else labels, "rows"))
+        return plain(self.mesh.scatter(torch.cat([labels, added]) if self.missing else labels, "rows", own=self.own))
 
     def whole(self, name: str) -> torch.Tensor:
-        return self.labels[name] if self.full else self.mesh.gather(self.labels[name], "rows")
+        if self.full and not self.own:
+            return self.labels[name]
+        return self._all_of(self.mesh.gather(self.cut(name), "rows"))
 
     def gathered(self, field: str, layout: str | None = None) -> torch.Tensor:
-        full = gather(self.mesh, self.output[field], layout or self.layout, self.widths.get(field))
-        return full[: len(full) - self.missing]
+        return self._all_of(gather(self.mesh, self.output[field], layout or self.layout, self.widths.get(field)))
+
+    def _all_of(self, full: torch.Tensor) -> torch.Tensor:
+        """Of the rows of the job, those that were not added."""
+        if not self.own:
+            return full[: len(full) - self.missing]
+        mine = [self.samples, self.missing]
+        told = [mine] * self.mesh.data.size if torch.compiler.is_compiling() else self.mesh.joint(("data",)).sizes(mine)
+        times = len(full) // max(1, sum(samples for samples, _ in told))  # rows a sample
+        parts = full.split([samples * times for samples, _ in told])
+        return torch.cat([part[: len(part) - added * times] for part, (_, added) in zip(parts, told, strict=True)])
 
     def _vocabulary(self, field: str, labels: torch.Tensor, items: Any = None) -> torch.Tensor:
         logits, reduction = self.output[field].float(), "mean" if items is None else "sum"
@@ -71,7 +120,7 @@ class Labelled:
                 raise NotImplementedError("labels of a piece of the sequence: the next token may be another rank's; give shift_labels")
             shifted = self.cut("labels", lambda labels: F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous())
         elif self.mesh.outer.time and self.full:
-            shifted = plain(self.mesh.scatter(shifted, "rows"))
+            shifted = plain(self.mesh.scatter(shifted, "rows", own=self.own))
         return self._vocabulary("logits", shifted, self.kwargs.get("num_items_in_batch"))
 
     def masked(self) -> torch.Tensor:

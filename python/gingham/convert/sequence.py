@@ -38,8 +38,9 @@ def is_prepared(mesh: Mesh, name: str) -> bool:
     return bool(mesh.outer.time) and name in (KEYS, "position_ids")
 
 
-def prepared(mesh: Mesh, what: str, given: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Arguments by name, with the mask of keys as attention here takes it, and positions where none are given.
+def prepared(mesh: Mesh, what: str, given: dict[str, Any], names: Sequence[str], own: bool = False) -> dict[str, Any]:
+    """Arguments by name, with the mask of keys as attention here takes it, and positions where none are given. own: they are those of
+    this data rank.
 
     Raises ShapeError for a sequence of fewer places than ranks, NotImplementedError for a cache.
     """
@@ -59,9 +60,8 @@ def prepared(mesh: Mesh, what: str, given: dict[str, Any], names: Sequence[str])
         if mask.dim() == 2 and mask.shape[1] == time:
             found[KEYS] = mask.bool()[:, None, None, :]
         elif mask.dim() == 4 and mask.shape[2] == time:
-            found[KEYS] = (
-                mesh.scatter(mask.to(torch.uint8), "rows", 2).bool() if mask.dtype == torch.bool else mesh.scatter(mask, "rows", 2)
-            )
+            mine = mesh.scatter(mask.to(torch.uint8) if mask.dtype == torch.bool else mask, "rows", 2, own)
+            found[KEYS] = mine.to(mask.dtype)
         else:
             raise ShapeError(
                 f"{what}: rank {mesh.rank} got {KEYS} {tuple(mask.shape)}, expected [batch, {time}] or [batch, 1, {time}, {time}]"
@@ -70,7 +70,7 @@ def prepared(mesh: Mesh, what: str, given: dict[str, Any], names: Sequence[str])
         first, count = mesh.interval(time, mesh.outer.time)
         found["position_ids"] = torch.arange(first, first + count, device=stream.device).unsqueeze(0)
     elif found.get("position_ids") is not None:
-        found["position_ids"] = mesh.scatter(found["position_ids"], "rows")
+        found["position_ids"] = mesh.scatter(found["position_ids"], "rows", own=own)
     return found
 
 

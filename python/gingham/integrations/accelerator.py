@@ -32,6 +32,7 @@ def install(module: Any) -> None:
 
 def _prepare(mesh: Mesh, original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     refresh()  # the mesh may be younger than the Accelerator
+    mesh.one_batch = True
     return original(self, *args, **kwargs)
 
 

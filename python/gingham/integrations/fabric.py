@@ -29,6 +29,7 @@ class OneBatch(SingleDeviceStrategy):
 
     def __init__(self, **options: Any) -> None:
         mesh = current()
+        mesh.one_batch = True
         super().__init__(device=mesh.device, **options)
         self.global_rank = self.local_rank = mesh.index
         self.cluster_environment = TorchElasticEnvironment()

@@ -91,6 +91,7 @@ class Mesh(GridShape, Live):
         self.checks: Any = None  # while the first step is checked: see checks/
         self.depth_sums: Any = None
         self.ended = False
+        self.one_batch = False  # whether a tool that takes the ranks for one process gives all of them the same batch, with data too
         self._background: native.Axis | None = None
 
     def __repr__(self) -> str:
@@ -167,8 +168,8 @@ class Mesh(GridShape, Live):
         axes, last dim over outer's feature axes), "inner", "rows" (default for integers), "a", "b", "c" (matmul's);
         dim: where the rows lie. own=True: x is the batch of this data rank alone, the same on its ranks; the job's batch is that of data
         rank 0, then 1, and so on, of as many rows as each has. order="zigzag": each rank's rows are one piece from the front and one from
-        the back (mesh/zigzag.py), for SelfAttention(dim=1, order="zigzag"). Differentiable (not with own, which raises
-        NotImplementedError for an x with a gradient); not counted as traffic. Its gradient is gathered, never summed."""
+        the back (mesh/zigzag.py), for SelfAttention(dim=1, order="zigzag"). Differentiable; not counted as traffic. Its gradient
+        is gathered, never summed."""
         if self.checks is not None and isinstance(x, torch.Tensor):
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
@@ -178,14 +179,12 @@ class Mesh(GridShape, Live):
         cuts = self.cuts(operand, x.dim(), dim)
         if own and operand in ("a", "b", "c"):
             raise MeshError(f"scatter(operand={operand!r}, own=True): matrices of matmul belong to the whole job; leave own out")
-        if own and x.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError("scatter(own=True) of a tensor with a gradient: call requires_grad_() on the block that it gives")
+        held = own_cuts(cuts) if own else cuts
         if is_zigzag(order, "scatter", self):
-            x = x.index_select(dim, self._zigzag(x.shape[dim], cuts, x.dim(), dim, "scatter"))
+            x = x.index_select(dim, self._zigzag(x.shape[dim], held, x.dim(), dim, "scatter"))
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
-        held = own_cuts(cuts) if own else cuts
-        mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates))
+        mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates), own)
         return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 
     def _zigzag(self, time: int, cuts: Cuts, ndim: int, dim: int, what: str) -> torch.Tensor:
@@ -194,21 +193,29 @@ class Mesh(GridShape, Live):
         return places_of(time, [self.sizes[name] for name in cuts[dim]])
 
     def gather(
-        self, x: torch.Tensor, operand: str | None = None, dim: int = 0, features: int | None = None, order: str | None = None
+        self,
+        x: torch.Tensor,
+        operand: str | None = None,
+        dim: int = 0,
+        features: int | None = None,
+        order: str | None = None,
+        own: bool = False,
     ) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them (order as there); sizes are learned from the ranks' own, only a
-        compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. Differentiable (the gradient
-        is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit together, or features."""
+        compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. own=True: the rows of this data rank
+        alone, on its ranks. Differentiable (the gradient is this rank's block of it); not counted as traffic. Raises ShapeError where
+        blocks do not fit together, or features."""
         check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
         if self.checks is not None:
             fix = "name the layout it has: mesh.gather(y, operand='inner'), 'rows', 'x' or 'c'"
             x = self.checks.take(x, self.cuts(operand, x.dim(), dim), f"gather(operand={operand!r})", fix)
         cuts = self.cuts(operand, x.dim(), dim)
+        cuts = own_cuts(cuts) if own else cuts
         if torch.compiler.is_compiling():
-            full = traced("gather", [self.handle, operand, str(dim), str(features or 0)], [x])[0]
+            full = traced("gather", [self.handle, operand, str(dim), str(int(own)), str(features or 0)], [x])[0]
         else:
-            full = Gather.apply(x, self, cuts)
+            full = Gather.apply(x, self, cuts, own)
         if is_zigzag(order, "gather", self):
             full = full.index_select(dim, back_of(self._zigzag(full.shape[dim], cuts, x.dim(), dim, "gather")))
         if torch.compiler.is_compiling():

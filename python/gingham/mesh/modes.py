@@ -215,12 +215,20 @@ def axes_named(names: Sequence[str], shape: Sequence[int]) -> Axes:
 
 def groups_of(axes: Axes) -> dict[str, Names]:
     """The sets of axes that have a communicator, by the name under which `traffic` counts it: each axis, those that cut rows (m, on grids
-    rows), those that cut features, those over which weights are replicated, those that cut them again; "world" last."""
+    rows), those that cut features, those over which weights are replicated, those that cut them again, those of one data rank
+    (tensor); "world" last."""
     every = tuple(axes.sizes)
     groups: dict[str, Names] = {name: (name,) for name in every if axes.sizes[name] > 1}
     again = tuple(name for name in axes.m if name not in axes.depth)
+    tensor = tuple(name for name in every if name != "data")
     rows = "rows" if "m" in every else "m"  # a grid has an axis m
-    for key, names in ((rows, axes.m), ("features", axes.outer.features), ("replicas", axes.depth), ("again", again)):
+    for key, names in (
+        (rows, axes.m),
+        ("features", axes.outer.features),
+        ("replicas", axes.depth),
+        ("again", again),
+        ("tensor", tensor if len(tensor) < len(every) else ()),
+    ):
         if len(names) > 1 and names not in groups.values():
             groups[key] = names
     groups["world"] = every
