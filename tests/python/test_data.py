@@ -1,5 +1,6 @@
 """The data axis: rows of activations cut over replicas in every mode, with weights whole or cut over it too, and one process's numbers."""
 
+import contextlib
 import os
 import signal
 import time
@@ -35,11 +36,11 @@ TENSOR: dict[str, tuple[int, dict[str, Any]]] = {
     "sequence of 3": (3, dict(size=3, mode="sequence")),
 }
 QUICK = {("none", None, 2), ("1d", "all", 2), ("1d sequence", "all", 2), ("2d", "all", 2), ("2.5d", None, 2), ("1x2x2", "all", 2)}
-QUICK |= {("2x1x1", None, 3), ("sequence", None, 2)}
+QUICK |= {("2x1x1", None, 3), ("none", "state", 2), ("2d", "state", 2), ("sequence", None, 2)}
 CASES = [
     pytest.param(name, shard, data, marks=[] if (name, shard, data) in QUICK else [pytest.mark.matrix], id=f"{data} x {name}, {shard}")
     for name, (size, _) in TENSOR.items()
-    for shard in (None, "all")
+    for shard in (None, "all", "state")
     for data in (2, 3)
     if size * data <= 16
 ]
@@ -117,13 +118,13 @@ def test_losses_gradients_and_norms_are_one_processs(ranks, name: str, shard: st
     check(answers, 7)
     places = [place.rank for *_, place, _ in answers]
     assert places == [rank * data // size for rank in range(size)]  # the ranks of one data rank are neighbours
-    if shard == "all":
+    if shard:
         # biases, norms and what a mode replicates are small beside the rest; classic 1d holds its embeddings whole on tp
         assert max(held for _, held, *_ in answers) <= (0.7 if name == "1d" else 1.15) / data
 
 
 OWN = {("none", "all"), ("1d", None), ("2d", "all")}
-ALL = [(name, shard) for name in ("none", "1d", "2d", "1x2x2") for shard in (None, "all")]
+ALL = [(name, shard) for name in ("none", "1d", "2d", "1x2x2") for shard in (None, "all", "state")]
 
 
 @pytest.mark.parametrize(("name", "shard"), [pytest.param(*each, marks=[] if each in OWN else [pytest.mark.matrix]) for each in ALL])
@@ -164,14 +165,101 @@ def test_bytes_of_each_layer_are_its_formulas(ranks, name: str, shard: str | Non
         assert sum(received for _, received, _ in each) == each[0][2], each[0][0]
 
 
-@pytest.mark.parametrize("shard", [None, "all"])
+def accumulated(rank: int, shard: str | None, micro: int) -> tuple[list[int], int, float]:
+    """Bytes of three steps of so many micro-batches, after each of which weights change; what one pass should move; the largest error."""
+    mesh = gingham.init(parallel=dict(data=dict(size=2, shard=shard)), timeout=30.0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(nn.Embedding(21, 16), nn.LayerNorm(16), nn.Linear(16, 24), nn.MLP(24, 32))
+    torch.manual_seed(0)
+    serial = torch.nn.Sequential(torch.nn.Embedding(21, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 24))
+    serial.extend([torch.nn.Linear(24, 32), torch.nn.GELU(), torch.nn.Linear(32, 24)])
+    pairs = list(zip(model.parameters(), serial.parameters(), strict=True))
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.01, foreach=True) for each in (model, serial)]
+    ids = torch.randint(21, (4 * micro, 5), generator=torch.Generator().manual_seed(1))
+    received, worst = [], 0.0
+    for step in range(3):
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=step != 1)
+        mesh.traffic(reset=True)
+        for at, part in enumerate(ids.split(4)):
+            with gingham.no_sync(model) if at < micro - 1 else contextlib.nullcontext():
+                model(mesh.scatter(part)).square().sum().backward()
+            serial(part).square().sum().backward()
+        received.append(sum(count["bytes_received"] for count in mesh.traffic().values()))
+        worst = max(worst, *(float((ours.grad.full_tensor() - one.grad).norm() / one.grad.norm()) for ours, one in pairs))
+        with torch.no_grad():  # neither counts up a version of the DTensor
+            for each in model[2].weight, serial[2].weight:
+                each.data.mul_(1.5)
+            for each in model[0].weight, serial[0].weight:
+                torch._foreach_mul_([each.data], 0.5)
+        if step == 1:
+            for optimizer in optimizers:
+                optimizer.step()
+        worst = max(worst, float((mesh.gather(model(mesh.scatter(part))) - serial(part)).norm() / serial(part).norm()))
+    return received, sum(layer.received(4, 5) for layer in model), worst
+
+
+@pytest.mark.parametrize("shard", [None, "all", "state"])
+def test_micro_batches_pay_for_their_sums_once(ranks, shard: str | None) -> None:
+    answers = ranks(2)(accumulated, shard, 3)
+    assert max(worst for *_, worst in answers) <= 2e-6
+    received = [sum(each) for each in zip(*(received for received, *_ in answers), strict=True)]  # of both ranks, step by step
+    once = answers[0][1]
+    vectors, weights = 4 * (2 * 16 + 24 + 32 + 24), 4 * (21 * 16 + 16 * 24 + 2 * 24 * 32)
+    assert once == 2 * vectors + (3 * weights - 4 * 21 * 16 if shard == "all" else 2 * weights)  # a table has no gradient of X
+    if shard == "all":
+        assert received == [2 * vectors + 3 * (once - 2 * vectors)] * 3
+    elif shard == "state":  # the check after a step has gathered the weights for the next one
+        assert received == [once, once - weights, once - weights]
+    else:
+        assert received == [once] * 3
+
+
+def misused(rank: int) -> list[str]:
+    mesh = gingham.init(parallel=dict(data=dict(size=2, shard="state")), timeout=30.0)
+    layer, x, told = nn.Linear(8, 6), mesh.scatter(torch.ones(4, 8)), []
+    y = layer(x)
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError) as changed:
+        y.sum().backward()
+    told.append(str(changed.value))
+    with gingham.no_sync(layer):
+        layer(x).sum().backward()
+    with pytest.raises(gingham.MeshError) as clipped:
+        gingham.clip_grad_norm_(layer.parameters(), 1.0)
+    told.append(str(clipped.value))
+    layer.weight.grad.mul_(2)
+    with pytest.raises(gingham.MeshError) as scaled:
+        layer(x).sum().backward()
+    told.append(str(scaled.value))
+    return told
+
+
+def test_state_what_is_changed_at_the_wrong_time_is_named(ranks) -> None:
+    for changed, clipped, scaled in ranks(2)(misused):
+        assert "modified by an inplace operation" in changed and "no_sync left out" in clipped
+        assert "was changed while no_sync held parts of it back" in scaled
+
+
+@pytest.mark.parametrize("shard", [None, "all", "state"])
 @pytest.mark.parametrize("name", TENSOR)
 def test_every_group_of_every_mesh(name: str, shard: str | None) -> None:
     """What the layers ask for has a communicator, whose members differ in those axes and no others; ranks of a data rank are neighbours."""
     axes = axes_of(**{"mode": None, **TENSOR[name][1]}, data=2, shard=shard)
     groups = groups_of(axes)
-    again = tuple(axis for axis in axes.m if axis not in axes.depth)
-    for wanted in (axes.m, axes.depth, again, axes.outer.rows, axes.inner.rows, axes.outer.features, axes.inner.features, axes.n, axes.k):
+    for wanted in (
+        axes.m,
+        axes.depth,
+        axes.kept,
+        axes.gathered,
+        axes.outer.rows,
+        axes.inner.rows,
+        axes.outer.features,
+        axes.inner.features,
+        axes.n,
+        axes.k,
+    ):
         kept = {axis for axis in wanted if axes.sizes[axis] > 1}
         assert not kept or any(kept == {axis for axis in names if axes.sizes[axis] > 1} for names in groups.values()), (wanted, groups)
     assert ("data" in axes.depth) == (shard is None) and axes.m[0] == axes.outer.rows[0] == axes.inner.rows[0] == "data"
@@ -181,7 +269,7 @@ def test_every_group_of_every_mesh(name: str, shard: str | None) -> None:
             line = members(names, axes.sizes, place)
             same = [axis for axis in axes.sizes if axis not in names]
             others = [coordinates_of(other, axes.sizes) for other in range(axes.size)]
-            assert line == [other for other in range(axes.size) if all(others[other][axis] == place[axis] for axis in same)]
+            assert sorted(line) == [other for other in range(axes.size) if all(others[other][axis] == place[axis] for axis in same)]
 
 
 def saved(rank: int, config: dict[str, Any], folder: str, load: bool) -> dict[str, torch.Tensor]:
@@ -206,6 +294,7 @@ def saved(rank: int, config: dict[str, Any], folder: str, load: bool) -> dict[st
         (("none", "all", 2), ("1d sequence", "all", 2)),
         (("1x2x2", None, 2), ("2x1x1", "all", 3)),
         (("1d", "all", 2), ("2.5d", None, 2)),
+        (("2d", "state", 2), ("1d", "state", 3)),
     ],
 )
 def test_checkpoints_go_from_any_mesh_to_any_other(ranks, tmp_path: Path, source: Any, target: Any) -> None:

@@ -262,6 +262,19 @@ def weights_later() -> Iterator[list[Callable[[], None]]]:
         put_off = before
 
 
+def inside_no_sync(parameter: torch.Tensor) -> bool:
+    return parameter in _inside
+
+
+def owe(parameter: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """A part of a sum is held back, which total(.grad's own block) makes; settle_owed: it has been made."""
+    _owed[parameter] = total
+
+
+def settle_owed(parameter: torch.Tensor) -> None:
+    _owed.pop(parameter, None)
+
+
 def sum_or_defer(
     mesh: Mesh, names: Names, parameter: torch.Tensor, part: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:

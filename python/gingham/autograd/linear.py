@@ -82,7 +82,7 @@ def linear_plan(
     swapped = formulas.is_swapped(mesh, k, n, layout, swapped)
     given = [mesh.layout(end) for end in ends]
     first, second = (mesh.axes.n, mesh.axes.k) if swapped else (mesh.axes.k, mesh.axes.n)
-    cut_again = tuple(name for name in mesh.axes.m if name not in mesh.axes.depth)
+    cut_again = mesh.axes.again
     x, y = (mesh.inner, mesh.outer) if swapped else (mesh.outer, mesh.inner)
     out, into = (second + cut_again, first) if swapped else (second, first + cut_again)
     plan = LinearPlan(
@@ -111,7 +111,7 @@ def make_step(
     axes = mesh.axes
     first, second = (axes.n, axes.k) if swapped else (axes.k, axes.n)
     plain = layouts is None
-    again = axes.m if plain else tuple(axis for axis in axes.m if axis not in axes.depth)
+    again = axes.m if plain else axes.gathered
 
     def activation(index: int, size: int, first: Names, second: Names) -> Any:
         block = mesh.interval(size, first)[1]
@@ -251,16 +251,23 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     if need_x and later.split(plan, parameters, x, weights, dys, need_w):
         need_w = [False] * count
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
-    put_off = deferring(parameters)
-    here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if put_off else []
-    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if put_off else need_b
+    keeps = bool(plan.mesh.axes.kept)  # gradients of weights are summed where pieces of the whole are
+    put_off = deferring(parameters) and not keeps
+    apart = keeps or put_off
+    # the step sums biases' over the rows that it knows of; where that is none of what is kept, the rest is one sum more
+    alone = deferring(parameters) or keeps and plan.mesh.parts((*plan.mesh.axes.gathered, *plan.mesh.axes.depth)) > 1
+    here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if alone else []
+    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if alone else need_b
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
     plan.mesh.say(plan.label)
-    threaded = not (put_off or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
+    threaded = not (apart or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
     nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need and threaded]
     delayed = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
-    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast))
+    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or apart or cast))
+    for db, need in zip(dbs, need_b, strict=True) if keeps else ():
+        if need:
+            plan.mesh.joint(plan.mesh.axes.kept).all_reduce_(db)
     for index, mine in enumerate(here):
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
@@ -273,7 +280,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
             gradients.sums_of(plan.mesh).sum_now(dw)
         elif put_off and dw is not None:
             dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
-        elif cast and dw is not None:
+        elif cast and dw is not None and not keeps:
             dw.copy_(sum_over_depth(plan.mesh, dw))
     biases = [like(as_parameter(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
     return dx if dx is None or dx.shape == x.shape else dx.view(x.shape), None, None, None, *grads, *biases

@@ -2,6 +2,7 @@
 
     dict(data=2, tensor=dict(size=4, mode="2d"))       on 8 ranks; data may be left out
     dict(data=dict(size=2, shard="all"), tensor=..)    the same with weights cut over data too (ZeRO-3)
+    dict(data=dict(size=2, shard="state"), tensor=..)  cut at rest, and whole from one optimizer step to the next (ZeRO-1 and 2)
     dict(pipeline=2, tensor=dict(size=4, mode="2d"))   on 16 ranks: 2 pipeline x 2 data x 4 tensor, outermost first
     dict(pipeline=dict(size=2, schedule="1f1b", microbatches=8))   what gingham.pipeline takes where it is told nothing else
     dict(pipeline=dict(size=2))                        the same as pipeline=2; no tensor: size 1, mode None
@@ -17,6 +18,7 @@ from typing import Any
 
 from ..errors import MeshError
 from ..mesh import axes_of
+from ..mesh.modes import SHARDS
 from ..plan.pipeline import SCHEDULES
 
 TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth"}
@@ -26,7 +28,7 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
     """axes_of's arguments for one stage from the configuration; world: the number of ranks, None where it is not known yet.
 
     Raises MeshError for what is wrong, naming got, expected and the fix; then NotImplementedError for what is right but
-    not built: data's shard "state", a pipeline beside mode "sequence".
+    not built: a pipeline beside mode "sequence".
     """
     if not isinstance(parallel, Mapping):
         raise MeshError(f"parallel={parallel!r}: expected dict(pipeline=.., tensor=dict(size=.., mode=..))")
@@ -64,12 +66,10 @@ def parse_pipeline(parallel: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shard(data: Any) -> str | None:
-    """Of data=dict(size=, shard=): None (weights stand whole on each data rank) or "all" (they are cut over data: ZeRO-3)."""
+    """Of data=dict(size=, shard=): see with_data."""
     shard = data.get("shard") if isinstance(data, Mapping) else None
-    if shard == "state":
-        raise NotImplementedError("parallel data shard='state' (ZeRO-1 and 2) is not built yet; 'all' cuts weights, gradients and states")
-    if shard not in (None, "all"):
-        raise MeshError(f"parallel data shard={shard!r}: expected None (weights replicated over data) or 'all' (cut over data too)")
+    if shard not in (None, "all", "state"):
+        raise MeshError(f"parallel data shard={shard!r}: expected {SHARDS}")
     return shard
 
 

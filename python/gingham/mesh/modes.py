@@ -18,10 +18,13 @@ from typing import Any
 from ..errors import MeshError
 from .layout import Layout, Names, coordinates_of, position
 
+SHARDS = "None (weights replicated over data), 'state' (cut at rest, whole while used) or 'all' (cut, and gathered as they are used)"
+
 
 @dataclass(frozen=True)
 class Axes:
-    """The grid of a job. `depth`: axes of m over which weights are replicated; sizes: in mesh order."""
+    """The grid of a job. `depth`: axes of m over which weights are replicated; `kept`: those over which they are cut at rest and stand
+    whole while they are used; sizes: in mesh order."""
 
     sizes: Mapping[str, int]
     m: Names
@@ -30,10 +33,21 @@ class Axes:
     outer: Layout
     inner: Layout
     depth: Names = ()
+    kept: Names = ()
 
     @property
     def size(self) -> int:
         return prod(self.sizes.values())
+
+    @property
+    def again(self) -> Names:
+        """The axes of m that cut weights at rest, in mesh order."""
+        return tuple(name for name in self.sizes if name in self.m and name not in self.depth)
+
+    @property
+    def gathered(self) -> Names:
+        """Those of `again` over which a step gathers weights."""
+        return tuple(name for name in self.again if name not in self.kept)
 
 
 @dataclass(frozen=True)
@@ -123,21 +137,26 @@ def _tensor_axes(
 
 def with_data(axes: Axes, size: int, shard: str | None = None) -> Axes:
     """The axes with one more of rows, "data": activations' rows are cut over it before all others; weights stand whole on each of its
-    ranks (shard=None), as over depth, or are cut over it too ("all": ZeRO-3). Where axes cut one dim they stand in mesh order: on grids
-    data comes after k and n. Example: 2d x data 2 is 2.5d of depth 2 under another name."""
-    if shard not in (None, "all"):
-        raise MeshError(f"data shard={shard!r}: expected None (weights replicated) or 'all' (weights, gradients and states cut)")
+    ranks (shard=None), as over depth, or are cut over it too ("all": ZeRO-3), or are cut over it at rest, with gradients and states, and
+    kept whole from one step of the optimizer to the next ("state": ZeRO-1 and 2). Where axes cut one dim they stand in mesh order: on grids
+    data comes after k and n, and with "state" last, so that the pieces of a whole lie side by side. Example: 2d x data 2 is 2.5d of
+    depth 2 under another name."""
+    if shard not in (None, "all", "state"):
+        raise MeshError(f"data shard={shard!r}: expected {SHARDS}")
     if "data" in axes.sizes:
         raise MeshError(f"the mesh has an axis data already: {dict(axes.sizes)}")
     if size == 1:
         return axes
     names = [name for name in axes.sizes if name != "m"]
     before = len(names) if "m" in axes.sizes else 0
+    if shard == "state":
+        names, before = list(axes.sizes), len(axes.sizes)
     order = [*names[:before], "data", *(name for name in axes.sizes if name not in names[:before])]
     outer, inner = (replace(layout, rows=("data", *layout.rows)) for layout in (axes.outer, axes.inner))
     sizes = {name: size if name == "data" else axes.sizes[name] for name in order}
-    depth = axes.depth if shard == "all" else ("data", *axes.depth)
-    return replace(axes, sizes=sizes, m=("data", *axes.m), outer=outer, inner=inner, depth=depth)
+    depth = ("data", *axes.depth) if shard is None else axes.depth
+    kept = ("data",) if shard == "state" else ()
+    return replace(axes, sizes=sizes, m=("data", *axes.m), outer=outer, inner=inner, depth=depth, kept=kept)
 
 
 def neighbours(axes: Axes) -> tuple[int, ...]:
@@ -219,14 +238,13 @@ def groups_of(axes: Axes) -> dict[str, Names]:
     (tensor); "world" last."""
     every = tuple(axes.sizes)
     groups: dict[str, Names] = {name: (name,) for name in every if axes.sizes[name] > 1}
-    again = tuple(name for name in axes.m if name not in axes.depth)
     tensor = tuple(name for name in every if name != "data")
     rows = "rows" if "m" in every else "m"  # a grid has an axis m
     for key, names in (
         (rows, axes.m),
         ("features", axes.outer.features),
         ("replicas", axes.depth),
-        ("again", again),
+        ("again", axes.gathered),
         ("tensor", tensor if len(tensor) < len(every) else ()),
     ):
         if len(names) > 1 and names not in groups.values():

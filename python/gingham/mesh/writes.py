@@ -15,7 +15,7 @@ meshes are left as they are.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any
 
@@ -56,6 +56,30 @@ def install() -> None:
     DTensor.grad = property(_grad.__get__, _set_grad, _grad.__delete__)  # type: ignore[assignment]
     DTensor.__deepcopy__ = _copied  # type: ignore[assignment,method-assign]
     DTensor.share_memory_ = _refuse_sharing  # type: ignore[assignment,method-assign]
+
+
+NOTED = 1 << 16  # memories whose last write is known by itself
+
+_writes = 0
+_last: dict[int, int] = {}  # number of the last write to a block's memory
+_before = 0  # of those that are not known any more
+
+
+def _note_writes(tensors: Iterable[Any]) -> None:
+    global _writes, _before
+    for each in tensors:
+        if isinstance(each, DTensor):
+            if len(_last) >= NOTED:
+                _last.clear()
+                _before = _writes
+            _writes += 1
+            _last[each._local_tensor.untyped_storage()._cdata] = _writes
+
+
+def last_write(parameter: DTensor) -> int:
+    """A number that changes where a DTensor on the parameter's memory was written to in place: parameter.data.mul_(2) counts up no
+    version."""
+    return _last.get(parameter._local_tensor.untyped_storage()._cdata, _before)
 
 
 def owner_of(tensor: DTensor) -> Mesh | None:
@@ -104,6 +128,8 @@ def _writing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(method)
     def write(self: DTensor, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _note_writes((self,))
         # torch says what is wrong with a leaf that is changed where its gradient would be lost
         if torch.compiler.is_compiling() or torch.is_grad_enabled() and self.requires_grad:
             return method(self, *args, **kwargs)
@@ -136,6 +162,7 @@ def _counting(foreach: Callable[..., Any]) -> Callable[..., Any]:
     def change(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         result = foreach(tensors, *args, **kwargs)
         if not torch.compiler.is_compiling():
+            _note_writes(tensors)
             changed = [each for each in tensors if isinstance(each, DTensor) and not each.is_inference()]
             if changed:
                 torch.autograd.graph.increment_version(changed)

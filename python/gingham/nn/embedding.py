@@ -19,7 +19,7 @@ from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, chunks
-from ..plan.formulas import embedding_words
+from ..plan.formulas import embedding_words, table_axes
 from .layer import Layer, size_of
 from .parameter import Given, make_parameter
 
@@ -69,9 +69,8 @@ class Embedding(Layer, torch.nn.Embedding):
             raise ShapeError(f"Embedding({count}): rank {self.mesh.rank} got padding_idx={padding_idx}, expected {-count}..{count - 1}")
         self.padding_idx = None if padding_idx is None else padding_idx % count
         axes, outer = self.mesh.axes, self.mesh.outer
-        self.summed = tuple(name for name in outer.rows if name not in axes.depth)
-        self.cut = self.summed or tuple(name for name in axes.n + axes.k if name not in outer.features)
-        self.cuts = (self.cut, outer.features)
+        self.cut, self.summed = table_axes(self.mesh)
+        self.cuts = (self.cut + axes.kept, outer.features)
         self.weight = make_parameter(self.mesh, self.cuts, "weight", (count, width), partial(self.draw, "weight"), dtype, given)
         self.place = SimpleNamespace(
             mesh=self.mesh, cut=self.cut, summed=self.summed, count=count, width=width, padding_idx=self.padding_idx, label="Embedding"
@@ -157,7 +156,8 @@ class _Embedding(Function):
             table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()
         # a table tied to a classifier may have a gradient on its way over depth: it arrives before autograd adds this one
         settle(mesh, ctx.weight)
-        table = sum_or_defer(mesh, mesh.axes.depth, ctx.weight, table, partial(sum_over_depth, mesh))
+        if not mesh.axes.kept:  # else where the pieces of the whole are summed
+            table = sum_or_defer(mesh, mesh.axes.depth, ctx.weight, table, partial(sum_over_depth, mesh))
         return like(table.to(dy.dtype), ctx.weight), None, None
 
 
@@ -165,7 +165,8 @@ def _look_up(layer: Any, block: torch.Tensor, ids: torch.Tensor) -> torch.Tensor
     """The forward pass in functions whose gradients have gradients."""
     mesh = layer.mesh
     lengths = chunks(layer.count, [mesh.sizes[name] for name in layer.cut])
-    table = gathered(shared(block, mesh, mesh.axes.depth), mesh, layer.cut, lengths, bool(layer.summed))
+    block = block if mesh.axes.kept else shared(block, mesh, mesh.axes.depth)
+    table = gathered(block, mesh, layer.cut, lengths, bool(layer.summed))
     rows = table[ids]
     if layer.padding_idx is None:
         return rows

@@ -17,6 +17,7 @@ from zlib import crc32
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from ..autograd.kept import kept
 from ..autograd.linear import LinearPlan
 from ..autograd.ranges import in_range
 from ..autograd.relayout import reshard
@@ -163,7 +164,15 @@ class Layer(torch.nn.Module):
         return known
 
     def operand(self, name: str) -> Any:
-        """The parameter as this layer's calls take it: cut again where it is another layer's, or made by a parametrization, and cut
+        """The parameter as this layer's calls take it: `placed`, and where the mesh keeps weights whole over data, whole."""
+        value = self.placed(name)
+        if not self.mesh.axes.kept or name not in self._placed or not isinstance(value, torch.Tensor):
+            return value
+        shape = self._shapes[name]
+        return kept(value, self.mesh, cuts_of(self.mesh, self._placed[name], len(shape)), shape)
+
+    def placed(self, name: str) -> Any:
+        """The parameter as it is cut at rest: cut again where it is another layer's, or made by a parametrization, and cut
         where torch.func.functional_call puts a full tensor, the same on every rank, in its place. Raises ShapeError for another shape."""
         value: Any = self._parameters.get(name)
         if value is None:

@@ -11,6 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..autograd.casts import local_of
+from ..autograd.kept import kept
 from ..autograd.linear import linear, linear_plan
 from ..autograd.relayout import reshard
 from ..checks import cuts_of_block
@@ -238,11 +239,12 @@ class Classifier(Linear):
         return super()._weight(dtype, given) if tied is None else tied
 
     def operands(self) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
-        weight = self.operand("weight")
-        if self.tied_cuts is not None:
-            shape = None if isinstance(weight, DTensor) else (self.out_features, self.in_features)
-            weight = reshard(weight, self.mesh, self.tied_cuts, self.plan.weight_cuts, shape)
-        return [weight], [self.operand("bias")]
+        if self.tied_cuts is None:
+            return [self.operand("weight")], [self.operand("bias")]
+        weight = self.placed("weight")
+        shape = (self.out_features, self.in_features)
+        weight = reshard(weight, self.mesh, self.tied_cuts, self.plan.weight_cuts, None if isinstance(weight, DTensor) else shape)
+        return [kept(weight, self.mesh, self.plan.weight_cuts, shape)], [self.operand("bias")]
 
     def received(self, rows: int, inner: int = 1) -> int:
         """And the tied weight cut anew."""

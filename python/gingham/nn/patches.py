@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from ..autograd.kept import kept
 from ..autograd.linear import linear, linear_plan
 from ..autograd.relayout import relayout, reshard
 from ..errors import ShapeError
@@ -95,9 +96,10 @@ class PatchEmbedding(Layer):
         patches = images.reshape(rows, self.channels, grid[0], high, grid[1], wide)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(rows, prod(grid), self.fan_in)
         x = relayout(patches, mesh, Layout(outer.rows, ()), outer, self.fan_in)
-        weight = self.operand("weight")
+        weight = self.placed("weight")
         weight = weight if isinstance(weight, DTensor) else weight.flatten(1)
         weight = reshard(weight, mesh, (self.names, ()), self.plan.weight_cuts, (self.width, self.fan_in))
+        weight = kept(weight, mesh, self.plan.weight_cuts, (self.width, self.fan_in))
         return linear(x, [weight], [self.operand("bias")], self.plan)[0]
 
     def _fits(self, images: torch.Tensor) -> bool:

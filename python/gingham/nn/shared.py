@@ -61,7 +61,8 @@ class SharedInput:
     def _state(self, x: torch.Tensor) -> Any:
         device = x.device.type
         autocast = (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) if device in ("cpu", "cuda") else None
-        parameters = [tensor for each in self.linears for part in each.operands() for tensor in part if tensor is not None]
+        operands = (tensor for each in self.linears for part in each.operands() for tensor in part if tensor is not None)
+        parameters = [getattr(each, "kept", each) for each in operands]  # a new one at each use stands for what is kept
         return (
             x._version,
             x.requires_grad,

@@ -22,32 +22,33 @@ def x_is_whole(grid: GridShape, swapped: bool) -> bool:
 
 def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: bool, bias: bool, need_x: bool = True) -> int:
     """Linear maps [m, k] -> [m, n_i] that share X, without relayouts: 3x(pn-1) + 2y(pk-1) + 3w(pm-1), swapped: n and k
-    trade; weights replicated over depth 2w(d-1) for their gradients' sum; db, all-reduced over m."""
+    trade; weights replicated over depth 2w(d-1) for their gradients' sum; kept whole over data w(d-1) each way; db, all-reduced over m."""
     pm, pn, pk = grid.grid
     px, py = (pk, pn) if swapped else (pn, pk)
-    depth = grid.parts(grid.axes.depth)
+    depth, kept = grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
     x, y, w = m * k, m * sum(n), k * sum(n)
     # X's passages are those of X forward and backward and of dX; classic 1d: only dX's sum, an all-reduce
     there, gradient = (0, 2) if x_is_whole(grid, swapped) else (2, 1)
     words = (there + gradient * need_x) * x * (px - 1) + 2 * y * (py - 1)
-    words += (2 + need_x) * w * (pm - depth) + 2 * w * (depth - 1)  # W forward, for dX, and dW
+    # W forward, for dX, and dW
+    words += (2 + need_x) * w * (pm - depth * kept) + 2 * w * depth * (kept - 1) + 2 * w * (depth - 1)
     return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
 
 
 def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool, slices: int = 1) -> int:
-    """Messages of `maps` linear maps that share X: 3(px-1) for X and 2(py-1) for Y, 3(pm-1) for W and 2(d-1) for its sum over depth; db:
-    an all-reduce over m, in 2.5d over row and depth. slices: of the dim that the step loops over, K, swapped N, in sequence mode M; an
-    operand that has it goes in so many messages."""
+    """Messages of `maps` linear maps that share X: 3(px-1) for X and 2(py-1) for Y, 3(pm-1) for W and 2(d-1) for its sum over depth or to
+    keep it whole over data; db: an all-reduce over m, in 2.5d over row and depth. slices: of the dim that the step loops over, K, swapped
+    N, in sequence mode M; an operand that has it goes in so many messages."""
     pm, pn, pk = grid.grid
     px, py = (pk, pn) if swapped else (pn, pk)
-    depth = grid.parts(grid.axes.depth)
-    row = pm // depth
+    depth, kept = grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
+    row = pm // (depth * kept)
     replicated = not grid.outer.rows and not grid.outer.features
     by_rows = bool({*grid.axes.n, *grid.axes.k} & {*grid.outer.rows, *grid.inner.rows})
     sx, sy, sw = (slices, slices, 1) if by_rows else (1, slices, slices) if swapped else (slices, 1, slices)
     x, y = (2 * (px - 1), 2 * (py - 1)) if replicated else (3 * (px - 1) * sx, 2 * (py - 1) * maps * sy)
-    db = 2 * (row - 1) + 2 * (depth - 1) if depth > 1 else 2 * (pm - 1)
-    return x + y + maps * (3 * (row - 1) * sw + 2 * (depth - 1) + (db if bias else 0))
+    db = 2 * (row - 1) + 2 * (depth - 1) if depth > 1 and kept == 1 else 2 * (pm - 1)
+    return x + y + maps * (3 * (row - 1) * sw + 2 * (kept - 1) + 2 * (depth - 1) + (db if bias else 0))
 
 
 # (words of a rank's part of W, slices): from so many words on a panel goes in so many pieces. Larger products compute longer than they
@@ -136,23 +137,25 @@ def is_swapped(grid: GridShape, k: int, n: Sequence[int], layout: str, asked: bo
 
 
 def table_axes(grid: GridShape) -> tuple[Names, Names]:
-    """(axes that cut an embedding's rows, those over which its gradient is summed as it is cut)."""
-    summed = tuple(name for name in grid.outer.rows if name not in grid.axes.depth)
+    """(axes that cut an embedding's rows as it is used, those over which its gradient is summed as it is cut)."""
+    summed = tuple(name for name in grid.outer.rows if name not in grid.axes.depth + grid.axes.kept)
     return summed or tuple(name for name in grid.axes.n + grid.axes.k if name not in grid.outer.features), summed
 
 
 def embedding_words(grid: GridShape, count: int, width: int) -> int:
-    """The table gathered forward and its gradient scattered backward over the row ranks; then summed over depth. Ranks that hold the same
+    """The table gathered forward and its gradient scattered backward over the row ranks; then kept whole over data, or summed over
+    depth. Ranks that hold the same
     rows of activations, as in 1d with data, each do it for themselves."""
-    table, depth = count * width, grid.parts(grid.axes.depth)
+    table, depth, kept = count * width, grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
     cut, summed = table_axes(grid)
-    alike = grid.size // (grid.parts(cut) * depth * grid.parts(grid.outer.features))
-    return ((2 if summed else 1) * table * depth * (grid.parts(cut) - 1) + 2 * table * (depth - 1)) * alike
+    alike = grid.size // (grid.parts(cut) * depth * kept * grid.parts(grid.outer.features))
+    used = (2 if summed else 1) * table * depth * kept * (grid.parts(cut) - 1)
+    return (used + 2 * table * depth * (kept - 1) + 2 * table * (depth - 1)) * alike
 
 
 def embedding_messages(grid: GridShape) -> int:
     cut, summed = table_axes(grid)
-    return (2 if summed else 1) * (grid.parts(cut) - 1) + 2 * (grid.parts(grid.axes.depth) - 1)
+    return (2 if summed else 1) * (grid.parts(cut) - 1) + 2 * (grid.parts(grid.axes.depth) - 1) + 2 * (grid.parts(grid.axes.kept) - 1)
 
 
 def norm_axes(grid: GridShape, layout: Layout) -> Names:
@@ -214,7 +217,7 @@ def largest(grid: GridShape, size: int, names: Names) -> int:
 def linear_parameters(grid: GridShape, k: int, n: Sequence[int], swapped: bool, bias: bool) -> int:
     """Words of weights and biases on the rank that holds most: [out, in] cut as docs/theory.md section 1 says."""
     first, second = (grid.axes.n, grid.axes.k) if swapped else (grid.axes.k, grid.axes.n)
-    again = tuple(name for name in grid.axes.m if name not in grid.axes.depth)
+    again = grid.axes.again
     out, into = (second + again, first) if swapped else (second, first + again)
     held = sum(largest(grid, size, out) * largest(grid, k, into) for size in n)
     return held + (sum(largest(grid, size, second) for size in n) if bias else 0)

@@ -51,7 +51,7 @@ def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> dict[Names, Move
     Y of the first and X of the second have not, but for rows that are cut (sequence), where both have."""
     x, y, w = operands
     axes, depth = grid.axes, grid.parts(grid.axes.depth)
-    again = tuple(name for name in axes.m if name not in axes.depth)
+    kept = grid.parts(axes.kept)
     found: dict[Names, Moved] = {}
 
     def of(names: Names) -> Moved:
@@ -71,7 +71,9 @@ def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> dict[Names, Move
         else:
             of(second).gathered += y
             of(second).summed += y
-        of(again).streamed += 3 * w * depth
+        of(axes.gathered).streamed += 3 * w * depth * kept
+        of(axes.kept).gathered += w * depth
+        of(axes.kept).summed += w * depth
         of(axes.depth).gathered += w
         of(axes.depth).summed += w
     return {names: moved for names, moved in found.items() if moved.words(grid.parts(names))}
