@@ -133,7 +133,7 @@ def make_step(
         activation(0, k, first, second),
         [weight(size) for size in n],
         [activation(1, size, second, first) for size in n],
-        None if plain else mesh.axis(axes.depth),
+        None if plain else mesh.axis(axes.replicas),
         "M" if along_rows else "N" if swapped else "K",
         k,
         list(n),
@@ -252,35 +252,29 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
         need_w = [False] * count
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
     keeps = bool(plan.mesh.axes.kept)  # gradients of weights are summed where pieces of the whole are
-    put_off = deferring(parameters) and not keeps
-    apart = keeps or put_off
-    # the step sums biases' over the rows that it knows of; where that is none of what is kept, the rest is one sum more
-    alone = deferring(parameters) or keeps and plan.mesh.parts((*plan.mesh.axes.gathered, *plan.mesh.axes.depth)) > 1
-    here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if alone else []
-    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if alone else need_b
+    put_off = deferring(parameters)
+    here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if put_off else []
+    need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if put_off else need_b
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
     plan.mesh.say(plan.label)
-    threaded = not (apart or cast) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
+    threaded = not (put_off or cast or keeps) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
     nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need and threaded]
     delayed = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
-    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or apart or cast))
-    for db, need in zip(dbs, need_b, strict=True) if keeps else ():
-        if need:
-            plan.mesh.joint(plan.mesh.axes.kept).all_reduce_(db)
+    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast or keeps))
     for index, mine in enumerate(here):
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
     dws = [as_parameter(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
     grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
-    for weight, dw in zip(parameters, dws, strict=False) if threaded or put_off or cast else ():
+    for weight, dw in zip(parameters, dws, strict=False) if (threaded or put_off or cast) and not keeps else ():
         if delayed and dw is not None:
             gradients.sums_of(plan.mesh).add(weight, dw)
         elif threaded and dw is not None:
             gradients.sums_of(plan.mesh).sum_now(dw)
         elif put_off and dw is not None:
             dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
-        elif cast and dw is not None and not keeps:
+        elif cast and dw is not None:
             dw.copy_(sum_over_depth(plan.mesh, dw))
     biases = [like(as_parameter(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
     return dx if dx is None or dx.shape == x.shape else dx.view(x.shape), None, None, None, *grads, *biases

@@ -45,6 +45,11 @@ class Axes:
         return tuple(name for name in self.sizes if name in self.m and name not in self.depth)
 
     @property
+    def replicas(self) -> Names:
+        """The axes of m over which a step has weights whole: gradients of theirs and of biases are summed over them."""
+        return self.kept + self.depth
+
+    @property
     def gathered(self) -> Names:
         """Those of `again` over which a step gathers weights."""
         return tuple(name for name in self.again if name not in self.kept)
@@ -243,7 +248,7 @@ def groups_of(axes: Axes) -> dict[str, Names]:
     for key, names in (
         (rows, axes.m),
         ("features", axes.outer.features),
-        ("replicas", axes.depth),
+        ("replicas", axes.replicas),
         ("again", axes.gathered),
         ("tensor", tensor if len(tensor) < len(every) else ()),
     ):

@@ -47,7 +47,7 @@ def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool, slice
     by_rows = bool({*grid.axes.n, *grid.axes.k} & {*grid.outer.rows, *grid.inner.rows})
     sx, sy, sw = (slices, slices, 1) if by_rows else (1, slices, slices) if swapped else (slices, 1, slices)
     x, y = (2 * (px - 1), 2 * (py - 1)) if replicated else (3 * (px - 1) * sx, 2 * (py - 1) * maps * sy)
-    db = 2 * (row - 1) + 2 * (depth - 1) if depth > 1 and kept == 1 else 2 * (pm - 1)
+    db = 2 * (row - 1) + 2 * (depth * kept - 1) if depth * kept > 1 else 2 * (pm - 1)
     return x + y + maps * (3 * (row - 1) * sw + 2 * (kept - 1) + 2 * (depth - 1) + (db if bias else 0))
 
 
