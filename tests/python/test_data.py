@@ -215,6 +215,34 @@ def test_micro_batches_pay_for_their_sums_once(ranks, shard: str | None) -> None
         assert received == [once] * 3
 
 
+def twice(rank: int, config: dict[str, Any]) -> list[float]:
+    """Relative errors of the gradient of all gradients' squares."""
+    mesh = gingham.init(parallel=config, timeout=30.0)
+    ids, squares, found = torch.randint(21, (8, 4), generator=torch.Generator().manual_seed(1)), [], []
+    for kit, rows in ((nn, mesh.scatter(ids)), (torch.nn, ids)):
+        torch.manual_seed(0)
+        linear, table = kit.Linear(16, 24), kit.Embedding(21, 16)
+        parameters = [linear.weight, linear.bias, table.weight]
+        gradients = torch.autograd.grad(linear(table(rows)).tanh().square().sum(), parameters, create_graph=True)
+        sum((each * each).sum() for each in gradients).backward()
+        squares.append(parameters)
+    for ours, one in zip(*squares, strict=True):
+        found.append(float((ours.grad.full_tensor() - one.grad).norm() / one.grad.norm()))
+    return found
+
+
+SECOND = [(name, shard) for name in ("none", "1d", "2d", "2.5d") for shard in (None, "all", "state")]
+QUICK_SECOND = {("none", "state"), ("1d", "all")}
+
+
+@pytest.mark.parametrize(
+    ("name", "shard"), [pytest.param(*each, marks=[] if each in QUICK_SECOND else [pytest.mark.matrix]) for each in SECOND]
+)
+def test_second_gradients_are_one_processs(ranks, name: str, shard: str | None) -> None:
+    for errors in ranks(TENSOR[name][0] * 2)(twice, parallel(name, shard, 2)):
+        assert max(errors) <= 2e-6
+
+
 def misused(rank: int) -> list[str]:
     mesh = gingham.init(parallel=dict(data=dict(size=2, shard="state")), timeout=30.0)
     layer, x, told = nn.Linear(8, 6), mesh.scatter(torch.ones(4, 8)), []

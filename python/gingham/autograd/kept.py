@@ -24,7 +24,7 @@ from ..mesh import Mesh, writes
 from ..mesh.layout import Cuts, Names, chunks, position
 from . import gradients
 from .casts import like, local_of
-from .second_order import alias, check_versions, refuse_deferred, scattered, to_parameter, versions_of
+from .second_order import alias, check_versions, refuse_deferred, scattered, summed, to_parameter, versions_of
 
 
 @dataclass
@@ -108,9 +108,8 @@ class _Kept(Function):
         lengths = _lengths(mesh, ctx.names, ctx.size)
         if torch.is_grad_enabled():
             refuse_deferred("a weight kept whole over data", mesh, gradients.deferring([parameter]))
-            # what is differentiated again is summed over all replicas where it is made
-            piece = scattered(grad.transpose(0, dim), mesh, mesh.axes.kept, lengths, parts=False).transpose(0, dim)
-            return to_parameter(piece, parameter), *[None] * 4
+            piece = scattered(grad.transpose(0, dim), mesh, mesh.axes.kept, lengths).transpose(0, dim)
+            return to_parameter(summed(piece, mesh, mesh.axes.depth), parameter), *[None] * 4
         wide = grad if grad.dtype == torch.float64 else grad.float()
         if gradients.deferring([parameter]):
             total = _taken_up(parameter, wide, partial(_summed, mesh, dim, lengths))

@@ -288,7 +288,8 @@ def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     def compose(x: torch.Tensor, *blocks: torch.Tensor | None) -> list[torch.Tensor]:
         if dtype is not None:
             blocks = tuple(block.to(dtype) if block is not None and _casts(block, dtype) else block for block in blocks)
-        ys = second_order.product(x, blocks[:count], plan.step)  # type: ignore[arg-type]
+        step = second_order.Unsummed(plan.step) if plan.mesh.axes.kept else plan.step
+        ys = second_order.product(x, blocks[:count], step)  # type: ignore[arg-type]
         ys = tuple(y if b is None else y + _bias_here(plan, b, n) for y, b, n in zip(ys, blocks[count:], plan.n, strict=True))
         return [torch.nn.functional.gelu(y) if epilogue == "gelu" else y for y in ys]
 

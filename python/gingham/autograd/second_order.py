@@ -212,6 +212,16 @@ class _Scattered(Function):
         return _Gathered.apply(grad, *ctx.arguments), None, None, None, None
 
 
+class Unsummed:
+    """A step whose gradients of weights are this rank's parts of sums over replicas, which are made elsewhere."""
+
+    def __init__(self, step: Any) -> None:
+        self.forward, self._backward = step.forward, step.backward
+
+    def backward(self, *arguments: Any) -> Any:
+        return self._backward(*arguments, False)
+
+
 def product(x: torch.Tensor, weights: Sequence[torch.Tensor], step: Any, out_dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
     """Y_i = X W_i on the operands of one C++ step. out_dtype: of Y where it is not X's; its gradient is cast to X's."""
     ys: tuple[torch.Tensor, ...] = Product.apply(step, len(weights), out_dtype, x, *weights)

@@ -165,7 +165,8 @@ def _look_up(layer: Any, block: torch.Tensor, ids: torch.Tensor) -> torch.Tensor
     """The forward pass in functions whose gradients have gradients."""
     mesh = layer.mesh
     lengths = chunks(layer.count, [mesh.sizes[name] for name in layer.cut])
-    table = gathered(shared(block, mesh, mesh.axes.replicas), mesh, layer.cut, lengths, bool(layer.summed))
+    block = block if mesh.axes.kept else shared(block, mesh, mesh.axes.depth)
+    table = gathered(block, mesh, layer.cut, lengths, bool(layer.summed))
     rows = table[ids]
     if layer.padding_idx is None:
         return rows
