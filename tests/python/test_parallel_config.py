@@ -37,7 +37,7 @@ LEGAL: list[tuple[dict[str, Any], int, tuple[int, int, int] | str]] = [
     (dict(data=2, tensor=dict(size=4, mode="2d")), 8, (4, 2, 1)),
     (dict(data=dict(size=2, shard="all"), tensor=dict(size=8, mode="3d")), 16, (4, 2, 2)),
     (dict(data=dict(shard="all"), tensor=dict(size=2, mode="1d")), 6, (3, 2, 1)),
-    (dict(data=dict(size=2, shard="state")), 2, "shard='state'"),
+    (dict(data=dict(size=2, shard="state")), 2, (2, 1, 1)),
 ]
 ILLEGAL: list[tuple[Any, int, str]] = [
     (dict(tensor=4), 4, r"tensor=4 without a mode, write tensor=dict\(size=4, mode=...\): .*mode='1d'"),
