@@ -75,12 +75,12 @@ def _raise(*arguments: Any) -> None:
     raise ValueError("a layer of my own")
 
 
-HYBRID = dict(pipeline=2, data=2, tensor=dict(size=2, mode="1d"))
+EIGHT = dict(pipeline=2, data=2, tensor=dict(size=2, mode="1d"))
 
 
 @pytest.mark.parametrize("victim", [5, *(pytest.param(each, marks=pytest.mark.matrix) for each in (0, 1, 2, 3, 4, 6, 7))])
 def test_a_death_is_named_by_its_rank_on_all_within_a_second(ranks, victim: int) -> None:
-    answers = ranks(8)(faulty, HYBRID, "killed", victim, 20.0, outcomes=True)
+    answers = ranks(8)(faulty, EIGHT, "killed", victim, 20.0, outcomes=True)
     others = [answer for rank, answer in enumerate(answers) if rank != victim]
     assert isinstance(answers[victim], RankError) and [answer[:2] for answer in others] == [("PeerDied", victim)] * 7
     assert max(at for *_, at in others) - min(at for *_, at in others) < 1.0
