@@ -26,7 +26,7 @@ QUICK = {("none", 1, "zbv"), ("1d", 2, "1f1b"), ("1d sequence", 1, "dual"), ("2d
 CASES = [
     pytest.param(name, data, shard, schedule, marks=[] if (name, data, schedule) in QUICK and shard is None else [pytest.mark.matrix])
     for name, (size, _) in MESHES.items()
-    for data, shard in ((1, None), (2, None), (2, "all"))
+    for data, shard in ((1, None), (2, None), (2, "all"), (2, "state"))
     for schedule in SCHEDULES
     if 2 * size * data <= 12
 ]

@@ -68,8 +68,9 @@ def run(rank: int, name: str, tensor: dict[str, Any], schedule: str, folder: str
     ],
     ids=str,
 )
-def test_as_the_original(ranks, tmp_path: Path, name: str, tensor: dict[str, Any], schedule: str) -> None:
-    answers = ranks(2 * tensor["size"])(run, name, tensor, schedule, str(tmp_path / "run"))
+@pytest.mark.parametrize("data", [1, pytest.param(2, marks=pytest.mark.matrix)])
+def test_as_the_original(ranks, tmp_path: Path, name: str, tensor: dict[str, Any], schedule: str, data: int) -> None:
+    answers = ranks(2 * data * tensor["size"])(run, name, tensor, schedule, str(tmp_path / "run"))
     model = original(name)
     ids, labels = batch()
     loss = model(input_ids=ids, labels=labels).loss
