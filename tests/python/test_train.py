@@ -48,6 +48,28 @@ def test_losses_and_bytes(ranks, grid: dict[str, Any], dropout: float) -> None:
     assert len(report["sample"]) >= 4
 
 
+@pytest.mark.parametrize(
+    ("tensor", "data", "zero"),
+    [
+        (dict(mode="1d", ranks=4), 2, 1),
+        pytest.param(dict(ranks=3), 3, 0, marks=pytest.mark.matrix),
+        pytest.param(dict(mode="2d", ranks=8), 2, 3, marks=pytest.mark.matrix),
+        pytest.param(dict(grid=(1, 2, 1), ranks=0), 3, 2, marks=pytest.mark.matrix),
+    ],
+    ids=str,
+)
+def test_losses_and_bytes_over_data(ranks, tensor: dict[str, Any], data: int, zero: int) -> None:
+    from gingham.commands.arguments import mesh_arguments
+
+    given = dict(ranks=0, mode=None, grid=None, depth=0, sequence=False) | tensor
+    chosen = options(dropout=0.1, data=data, zero=zero, **given)
+    grid = mesh_arguments(chosen)
+    size = data * grid["size"]
+    report = ranks(size)(curve, chosen, grid)[0]
+    assert report["losses"] == pytest.approx(serial(chosen)["losses"], rel=1e-5)
+    assert sum(rank["received"] for rank in report["ranks"]) == report["formula"] * size
+
+
 def test_a_long_run_learns_in_the_default_mode(ranks) -> None:
     report = ranks(8)(curve, options(dropout=0.1, steps=30, lr=3e-3, sample=0), dict(mode="2.5d", size=8, depth=2))[0]
     assert report["losses"][-1] < report["losses"][0] - 1.5

@@ -65,6 +65,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("cpu", "cuda"), help="default: cpu, or GINGHAM_DEVICE; cuda: one rank a GPU, never run on one yet"
     )
     grid.add_argument("--sequence", action="store_true", help="1d: cut the rows between the layers instead of replicating them")
+    grid.add_argument("--data", type=whole(1), default=1, metavar="D", help="data ranks, each of the grid; then the grid is 1d by default")
+    grid.add_argument(
+        "--zero",
+        type=int,
+        choices=(0, 1, 2, 3),
+        default=0,
+        help="cut over --data: 1, 2 states and gradients, and weights at rest; 3 weights",
+    )
     model = parser.add_argument_group("model")
     for name, value, text in (
         ("layers", 4, "transformer blocks"),

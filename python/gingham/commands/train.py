@@ -32,9 +32,8 @@ from ..native import device_report, max_host_ranks
 from ..plan import tables
 from ..plan.tables import amount
 from . import layers
+from .arguments import init_arguments, mesh_arguments
 from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
-
-MESHES = {"1d": 8, "2d": 4, "2.5d": 8, "3d": 8}  # ranks that a mode takes unless --ranks says otherwise
 
 
 def train(options: Namespace) -> int:
@@ -85,26 +84,6 @@ FAULTS = (
     *(gingham.MeshError, gingham.ShapeError, gingham.CheckpointError, gingham.PeerDied, gingham.PeerStalled, gingham.PeerOutOfMemory),
     *(MemoryError, OSError),
 )
-
-
-def mesh_arguments(options: Namespace) -> dict[str, Any]:
-    """Arguments of gingham.init from the command line's; torchrun decides the number of ranks where it runs."""
-    launched = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 0
-    if launched and options.ranks not in (0, launched):
-        raise ValueError(f"--ranks {options.ranks} under a launcher that started {launched} ranks: leave --ranks out")
-    if options.grid:
-        if options.mode:
-            raise ValueError("--grid and --mode exclude each other: give one of them")
-        if options.depth or options.sequence:
-            raise ValueError(f"--{'depth' if options.depth else 'sequence'} belongs to a mode and not to --grid: leave it out")
-        size = options.grid[0] * options.grid[1] * options.grid[2]
-        if (options.ranks or launched or size) != size:
-            raise ValueError(f"--grid {','.join(map(str, options.grid))} needs {size} ranks, got {options.ranks or launched}")
-        return {"mode": None, "size": size, "grid": options.grid}
-    mode = options.mode or "2.5d"
-    depth = options.depth or (2 if mode == "2.5d" else 1)
-    found: dict[str, Any] = {"mode": mode, "size": options.ranks or launched or MESHES[mode], "depth": depth}
-    return found | ({"sequence": True} if options.sequence else {})
 
 
 def check(options: Namespace, axes: Axes) -> None:
@@ -161,7 +140,7 @@ def _spawned(options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
         try:
             start_server()
             signal.signal(signal.SIGINT, lambda *_: noted.touch())
-            report: dict[str, Any] = gingham.spawn(run, grid["size"], options, grid, str(noted))[0]
+            report: dict[str, Any] = gingham.spawn(run, axes_of(**grid).size, options, grid, str(noted))[0]
         finally:
             signal.signal(signal.SIGINT, before)
         return report
@@ -203,7 +182,7 @@ def flops(shape: Shape, batch: int) -> int:
 
 def run(rank: int, options: Namespace, grid: dict[str, Any], noted: str | None = None) -> dict[str, Any]:
     """One rank's training run; only rank 0's report is looked at. noted: the file that says Ctrl-C."""
-    mesh = gingham.init(**grid, device=options.device)
+    mesh = gingham.init(**init_arguments(grid), device=options.device)
     shape = shape_of(options)
     model, optimizer = build(parallel_kit(mesh), shape, options)
     planned = layers.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY))
