@@ -1,0 +1,52 @@
+"""Data across hosts and tensor ranks inside: what crosses is what the planner says, to the byte, and all of it over data."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import gingham
+from gingham.mesh.layout import coordinates_of
+from gingham.mesh.modes import GridShape, axes_of
+from gingham.plan.hosts import crossed_words
+from virtual import on_host, split
+
+M, K, N = 48, 32, 64
+TENSOR: dict[str, tuple[int, dict[str, Any]]] = {
+    "none": (1, dict(size=1)),
+    "1d": (2, dict(size=2, mode="1d")),
+    "1d sequence": (2, dict(size=2, mode="1d", sequence=True)),
+    "2d": (4, dict(size=4, mode="2d")),
+    "1x2x2": (4, dict(grid=(1, 2, 2))),
+}
+QUICK = {("1d", None), ("2d", "state")}
+CASES = [
+    pytest.param(name, shard, marks=[] if (name, shard) in QUICK else [pytest.mark.matrix])
+    for name in TENSOR
+    for shard in (None, "state", "all")
+]
+
+
+def crossed(rank: int, config: dict[str, Any], hosts: tuple[int, ...], engine: str) -> dict[str, int]:
+    """Bytes by axis of a pair of linear maps, forward and backward."""
+    with on_host(rank, hosts, engine):
+        mesh = gingham.init(parallel=config, timeout=30.0)
+    pair = [gingham.nn.Linear(K, N, bias=False, layout="outer->inner"), gingham.nn.Linear(N, K, bias=False, layout="inner->outer")]
+    x = mesh.scatter(torch.ones(M, K)).requires_grad_()
+    mesh.traffic(reset=True)
+    pair[1](pair[0](x)).sum().backward()
+    for layer in pair:
+        layer.weight.grad.to_local().sum()
+    return {axis: counts["bytes_crossed"] for axis, counts in mesh.traffic().items() if counts.get("bytes_crossed")}
+
+
+@pytest.mark.parametrize(("name", "shard"), CASES)
+@pytest.mark.parametrize("engine", ["ucx", pytest.param("gloo", marks=pytest.mark.matrix)])
+def test_crossed_bytes_of_data_across_hosts(ranks, name: str, shard: str | None, engine: str) -> None:
+    size, tensor = TENSOR[name]
+    answers = ranks(2 * size)(crossed, dict(data=dict(size=2, shard=shard), tensor=tensor), split(size, size), engine)
+    grid = GridShape(axes_of(**{"mode": None, **tensor}, data=2, shard=shard))
+    hosts = [coordinates_of(index, grid.sizes)["data"] for index in range(grid.size)]  # by place in the mesh
+    words = crossed_words(grid, hosts, (M * K // grid.size, M * N // grid.size, K * N // grid.size))
+    assert sum(sum(each.values()) for each in answers) == 4 * words > 0
+    assert all(axis in ("data", "replicas", "again", "m", "rows") for each in answers for axis in each), answers
