@@ -56,7 +56,6 @@ BAD_CONFIGURATIONS: list[tuple[dict[str, Any], type[Exception], tuple[str, ...]]
     (dict(pipeline=0), gingham.MeshError, ("pipeline=0", "at least 1")),
     (dict(data="two"), gingham.MeshError, ("data='two'", "at least 1")),
     (dict(pipeline=dict(size=2, schedule="fast")), gingham.MeshError, ("schedule='fast'", "'1f1b'")),
-    (dict(data=dict(size=2, shard="state")), NotImplementedError, ("shard='state'", "not built yet")),
 ]
 
 
