@@ -26,7 +26,8 @@ class Scatter(Function):
 
 
 class Gather(Function):
-    """Blocks -> full; the gradient is this rank's block of the full one. own: of the ranks of this data rank alone."""
+    """Blocks -> full; the gradient is this rank's block of the full one. own: of the ranks of this data rank alone, cuts as own_cuts
+    gives them."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, mesh: Any, cuts: Cuts, own: bool = False) -> torch.Tensor:
@@ -34,7 +35,7 @@ class Gather(Function):
         axis = mesh.axis(tuple(sizes)) if own else mesh.world
         parts = [x] if axis is None else axis.all_gather(x.contiguous(), counted=False)
         try:
-            total, blocks = blocks_from_shapes([part.shape for part in parts], own_cuts(cuts) if own else cuts, sizes)
+            total, blocks = blocks_from_shapes([part.shape for part in parts], cuts, sizes)
         except ValueError as error:
             raise ShapeError(f"gather: {error}") from None
         ctx.mesh, ctx.cuts, ctx.own, ctx.mine = mesh, cuts, own, blocks[0 if axis is None else axis.rank]

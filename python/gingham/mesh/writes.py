@@ -225,6 +225,7 @@ def _set_data(self: DTensor, new: torch.Tensor) -> None:
     held: Any = new.detach()
     _data.__set__(self, held)
     self._local_tensor, self._spec = held._local_tensor, held._spec
+    _note_writes((self,))  # new memory may lie where an older block of the same parameter lay
 
 
 def _set_grad(self: DTensor, new: torch.Tensor | None) -> None:
