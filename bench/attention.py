@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 import gingham
 from gingham import native
-from gingham.autograd.ring import CutSequence, Way, attend_cut
+from gingham.autograd.ring import CutSequence, Way
 from gingham.mesh.layout import chunks
-from gingham.nn.sequence import gather_time
+from gingham.nn.sequence import attend_sequence
+from gingham.plan.formulas import WAYS
 
 
 def both(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], dy: torch.Tensor) -> Callable[[], None]:
@@ -53,17 +54,12 @@ def serially(places: int, heads: int, width: int, causal: bool, threads: int) ->
     return threaded
 
 
-def cut(mesh: Any, places: int, heads: int, width: int, causal: bool, ring: bool) -> Callable[[], None]:
+def cut(mesh: Any, places: int, heads: int, width: int, causal: bool, way: str) -> Callable[[], None]:
     lengths = chunks(places, [mesh.size])
     at = CutSequence(mesh, ("m",), tuple(lengths), mesh.index, zigzag=causal)
     q, k, v, dy = (mesh.empty([lengths[mesh.index], 1, heads, width], torch.float32).normal_() for _ in range(4))
 
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        if not ring:
-            k, v = gather_time(torch.cat([k, v], -1), mesh, lengths, ("m",)).split(width, -1)
-        return attend_cut(q, k, v, None, Way(at, ring, causal, width**-0.5))
-
-    return both(attend, [q, k, v], dy)
+    return both(lambda q, k, v: attend_sequence(way, q, k, v, None, Way(at, causal, width**-0.5)), [q, k, v], dy)
 
 
 def efficiency(rank: int, options: Any) -> list[str]:
@@ -73,8 +69,7 @@ def efficiency(rank: int, options: Any) -> list[str]:
         alone = serially(*sizes, options.threads)
         ways = {
             "one process": (lambda alone=alone: alone()) if rank == 0 else (lambda: None),
-            "ring": cut(mesh, *sizes, ring=True),
-            "gathered": cut(mesh, *sizes, ring=False),
+            **{way: cut(mesh, *sizes, way) for way in WAYS if way != "heads" or options.heads >= options.ranks},
         }
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for each in range(options.rounds + 1):

@@ -12,7 +12,8 @@ void define_attention(py::module_& m) {
            py::arg("program"), py::arg("axis"), py::arg("lengths"), py::arg("place"), py::arg("mask") = py::none(), py::arg("causal") = false,
            py::arg("scale") = 1.0, py::arg("zigzag") = false, py::arg("past") = 0, py::arg("p") = 0.0, py::arg("dropout") = std::vector<int64_t>())
       .def("forward", &BoundAttention::forward, py::arg("q"), py::arg("k"), py::arg("v"))
-      .def("backward", &BoundAttention::backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"));
+      .def("backward", &BoundAttention::backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"))
+      .def_property_readonly("multiplied", &BoundAttention::multiplied);  // multiply-adds of its calls
 }
 
 }  // namespace gingham

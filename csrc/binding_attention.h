@@ -56,6 +56,8 @@ class BoundAttention {
     return py::make_tuple(made[0].attr("view")(q.attr("shape")), made[1].attr("view")(k.attr("shape")), made[2].attr("view")(v.attr("shape")));
   }
 
+  int64_t multiplied() const { return *multiplied_; }
+
  private:
   struct Operands {
     Tensor q, k, v;
@@ -81,6 +83,7 @@ class BoundAttention {
     c.zigzag = spec_.zigzag;
     c.past = spec_.past;
     c.masked = !mask_.is_none();
+    c.block.multiplied = multiplied_.get();
     const std::string name = x.q.dtype_name, wide = name == "float64" ? name : "float32";
     const auto make = [job = member_.job](Objects& to, const std::vector<int64_t>& shape, const std::string& dtype) {
       py::gil_scoped_acquire gil;
@@ -140,6 +143,7 @@ class BoundAttention {
   std::shared_ptr<BoundAxis> axis_;
   AttentionSpec spec_;
   py::object mask_;
+  std::unique_ptr<int64_t> multiplied_ = std::make_unique<int64_t>(0);
 };
 
 void define_attention(py::module_& m);

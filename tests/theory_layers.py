@@ -123,21 +123,43 @@ def ring_words(lengths: list[int], words: int, window: bool, causal: bool, zigza
     """What each rank receives of attention over a sequence of these pieces, forward and backward; words: of keys and values a place.
 
     Through windows only what some query of the rank may see: of the keys, and of the sums of their gradients it adds to, all but those
-    that it is the first to add to. At last each rank gets the sums of its own.
+    that it is the first to add to. At last each rank gets the sums of its own that anyone has begun.
     """
     size = len(lengths)
 
-    def seen(reader: int, owner: int) -> int:
+    def seen(reader: int, owner: int) -> set[int]:
+        """The places."""
+        positions = [at for start, count in runs(lengths, owner, zigzag) for at in range(start, start + count)]
         last = max((start + count for start, count in runs(lengths, reader, zigzag) if count), default=0)
         if not window:
-            return lengths[owner]
-        if not lengths[reader]:
-            return 0
-        return sum(count for start, count in runs(lengths, owner, zigzag) if not causal or start < last)
+            return set(positions)
+        starts = {at: start for start, count in runs(lengths, owner, zigzag) for at in range(start, start + count)}
+        return {at for at in positions if lengths[reader] and (not causal or starts[at] < last)}
 
     found = []
     for rank in range(size):
-        forward = sum(seen(rank, owner) for owner in range(size) if owner != rank)
-        sums = sum(seen(rank, (rank - hop) % size) for hop in range(2, size)) + lengths[rank]
+        forward = sum(len(seen(rank, owner)) for owner in range(size) if owner != rank)
+        sums = 0
+        for hop in range(1, size):
+            owner = (rank - hop) % size
+            before = set[int]().union(*(seen((owner + earlier) % size, owner) for earlier in range(1, hop)))
+            sums += len(seen(rank, owner) & before)
+        sums += len(set[int]().union(*(seen(other, rank) for other in range(size) if other != rank)))
         found.append((words * forward, words * (forward + sums)))
+    return found
+
+
+def heads_bytes(lengths: list[int], heads: int, kv_heads: int, words: int, item: int) -> list[tuple[int, int]]:
+    """What each rank receives of attention by all-to-all of heads, forward and backward. heads: of the ranks together; words: of a head at
+    a place. Forward a rank gets the others' places of its own heads of q, k and v, and of the others' heads its own places of the output;
+    backward its heads' gradient of the output at the others' places, and of q, k and v its own places of the others' heads."""
+    ranks = range(len(lengths))
+    keys = [kv_heads // len(lengths) + (rank < kv_heads % len(lengths)) for rank in ranks]
+    queries = [count * heads // kv_heads for count in keys]
+    found = []
+    for rank in ranks:
+        mine, others = lengths[rank], sum(lengths) - lengths[rank]
+        forward = others * (queries[rank] + 2 * keys[rank]) + mine * (heads - queries[rank])
+        backward = others * queries[rank] + mine * (heads - queries[rank] + 2 * (kv_heads - keys[rank]))
+        found.append((forward * words * item, backward * words * item))
     return found

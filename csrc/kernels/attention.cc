@@ -205,13 +205,14 @@ void check_block(const Attention& a, const Matrix& q, const Run& queries, const 
         " for q of ", name_of(q.dtype));
 }
 
-// Tiles of one head's queries and of the keys that they may see: visit(i, rows, j, cols).
+// Tiles of one head's queries and of the keys that they may see: visit(i, rows, j, cols), which makes so many products of each.
 template <class Visit>
-void for_tiles(const Attention& a, const Run& queries, const Run& keys, const Visit& visit) {
+void for_tiles(const Attention& a, const Run& queries, const Run& keys, int64_t products, const Visit& visit) {
   for (int64_t i = 0; i < queries.count; i += kQueries) {
     const int64_t rows = std::min(kQueries, queries.count - i);
     const int64_t all = a.causal ? std::clamp<int64_t>(queries.position + i + rows - keys.position, 0, keys.count) : keys.count;
     for (int64_t j = 0; j < all; j += kKeys) visit(i, rows, j, std::min(kKeys, all - j));
+    if (a.multiplied) *a.multiplied += products * rows * all * a.width;
   }
 }
 
@@ -232,7 +233,7 @@ void forward(const Attention& a, const Matrix& q, const Run& queries, const Matr
       const Matrix qh = head_of(q_run, wide, a.width), out_h = head_of(out_run, wide, a.width);
       Matrix qi;
       int64_t last = -1;
-      for_tiles(a, queries, keys, [&](int64_t i, int64_t rows, int64_t j, int64_t cols) {
+      for_tiles(a, queries, keys, 2, [&](int64_t i, int64_t rows, int64_t j, int64_t cols) {
         if (std::exchange(last, i) != i) qi = widened(qh.slice(0, i, i + rows), wide_q.data(), stream);
         const Tile<T> tile{a, queries, keys, wide / a.heads, wide % a.heads, i, rows, j, cols, scores};
         const Matrix p = dense(scores, rows, cols, qi.dtype), out = out_h.slice(0, i, i + rows);
@@ -262,7 +263,7 @@ void backward(const Attention& a, const Matrix& q, const Run& queries, const Mat
     for (int64_t wide = narrow * shared; wide < (narrow + 1) * shared; wide++) {
       Matrix qi, douti;
       int64_t last = -1;
-      for_tiles(a, queries, keys, [&](int64_t i, int64_t rows, int64_t j, int64_t cols) {
+      for_tiles(a, queries, keys, 5, [&](int64_t i, int64_t rows, int64_t j, int64_t cols) {
         if (std::exchange(last, i) != i) {
           qi = widened(head_of(q_run, wide, a.width).slice(0, i, i + rows), wide_q.data(), stream);
           douti = widened(head_of(dout_run, wide, a.width).slice(0, i, i + rows), wide_dout.data(), stream);

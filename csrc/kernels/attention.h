@@ -26,6 +26,7 @@ struct Attention {
   // p > 0: dropout; where this rank's part begins in the global tensor, and that one's heads and time.
   DropoutKey dropout{0, 0, 0, 0.0};
   int64_t first_batch = 0, first_head = 0, all_heads = 1, time = 0;
+  int64_t* multiplied = nullptr;  // counts multiply-adds: of a tile of scores 2 rows cols width forward, 5 backward
 };
 
 // Rows [row, row + count) that stand at positions [position, position + count) of the sequence; column: of the first of them, as keys, in

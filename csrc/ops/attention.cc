@@ -194,17 +194,19 @@ RingAttention::Gradients RingAttention::backward(const Matrix& q, const Matrix& 
   const int64_t lines = a.batch * a.heads;
   const DType wide = accumulator(q.dtype);
   std::vector<Scratch> rooms;
-  const auto zeros = [&](const Matrix& like, bool result) {
-    const bool made = result && like.dtype == wide;
-    if (!made) rooms.emplace_back(stream_, static_cast<size_t>(like.count()) * size_of(wide));
-    const Matrix m = made ? call_.allocate(like.rows, like.cols, true) : dense(rooms.back().data(), like.rows, like.cols, wide);
+  const auto scratch = [&](const Matrix& like) {
+    rooms.emplace_back(stream_, static_cast<size_t>(like.count()) * size_of(wide));
+    return dense(rooms.back().data(), like.rows, like.cols, wide);
+  };
+  const auto zeros = [&](const Matrix& like) {
+    const Matrix m = like.dtype == wide ? call_.allocate(like.rows, like.cols, true) : scratch(like);
     fill_zero(m, stream_);
     return m;
   };
   const Scratch delta_room(stream_, static_cast<size_t>(lines * q.rows) * size_of(wide));
   const Matrix delta = dense(delta_room.data(), lines, q.rows, wide);
   attention_delta(a, dout, kept.out, delta, stream_);
-  const AttentionGradients own{zeros(q, true), zeros(k, true), zeros(v, true)};
+  const AttentionGradients own{zeros(q), zeros(k), zeros(v)};
   const auto visit = [&](const Pair& panels, const std::vector<Run>& runs, const AttentionGradients& sums) {
     for (const Run& run : runs)
       for (const Run& queries : queries_) attention_backward(a, q, queries, panels.k, panels.v, run, dout, kept.lse, delta, sums, stream_);
@@ -213,10 +215,9 @@ RingAttention::Gradients RingAttention::backward(const Matrix& q, const Matrix& 
     visit({k, v}, keys_here(), own);
   } else {
     const int64_t longest = *std::max_element(call_.lengths.begin(), call_.lengths.end());
-    const Pair product{zeros(dense(nullptr, longest, k.cols, wide), false), zeros(dense(nullptr, longest, v.cols, wide), false)};
+    const Pair product{scratch(dense(nullptr, longest, k.cols, wide)), scratch(dense(nullptr, longest, v.cols, wide))};
     const bool windows = axis_->window() != nullptr;
-    const Pair room =
-        windows ? Pair{zeros(k, false), zeros(v, false)} : Pair{dense(nullptr, k.rows, k.cols, wide), dense(nullptr, v.rows, v.cols, wide)};
+    const Pair room = windows ? Pair{scratch(k), scratch(v)} : Pair{dense(nullptr, k.rows, k.cols, wide), dense(nullptr, v.rows, v.cols, wide)};
     Passage passage(*axis_, stream_, call_.lengths, [this](int reader, int owner) { return looked_at(reader, owner); });
     passage.post({k, v}, &room);
     visit({k, v}, keys_of(call_.place), own);

@@ -4,8 +4,8 @@
 //   ring      k and v are forwarded hop by hop, block h + 1 on its way while block h is computed
 // Backward does the same with dk, dv: those of rank j's keys are summed by ranks j + 1, j + 2, .., j - 1, and rank j adds them to its own:
 // one order, hence the same bits, on window and ring. A rank makes its product first and adds it to the sum afterwards, so that the sum
-// travels meanwhile. Words received a rank, kv = 2 batch time kv_heads width: forward kv (r-1)/r, backward 2 kv (r-1)/r; sums of 16-bit
-// operands in fp32. Memory: one block of sums, and on a ring two or three of k and v.
+// travels meanwhile. Words received a rank, kv = 2 batch time kv_heads width: forward kv (r-1)/r, backward 2 kv (r-1)/r, through windows only
+// what is looked at (docs/theory.md section 5); sums of 16-bit operands in fp32. Memory: one block of sums, and on a ring two or three of k and v.
 //
 // Order of the sequence's pieces, r = 2, zigzag: the pieces a0 a1 b1 b0 of the sequence lie as (a0, b0) and (a1, b1) on the ranks, so that
 // under a causal mask all have the same work. A piece of n has n - n/2 of them in its first half.

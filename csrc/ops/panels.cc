@@ -128,6 +128,8 @@ class RingPanels : public Panels {
   int received_ = 0, consumed_ = 0;
 };
 
+// A run's sums begin with the first rank, in the order of hops, that looks at it, and come home if any did: as few receptions as there are
+// ranks that add to them.
 class WindowSums : public Sums {
  public:
   WindowSums(const PanelCall& call, const Pair& room, int panel) : call_(call), window_(*call.axis.window()), room_(room), panel_(panel) {}
@@ -136,28 +138,57 @@ class WindowSums : public Sums {
     const int owner = call_.axis.next(-hop);
     const Pair sums{window_.panel(owner, panel_), window_.panel(owner, panel_ + 1)};
     const bool last = hop + 1 == call_.axis.size();
-    call_.axis.count_sent(last ? sums.bytes() : bytes_of(call_.looked_at(call_.axis.next(), owner), sums));
-    if (hop == 1) {
-      cast(product.k, sums.k, call_.stream);
-      cast(product.v, sums.v, call_.stream);
-      return window_.advance();
+    call_.axis.count_sent(bytes_of(last ? begun_before(owner, hop + 1) : gone_on(owner, hop + 1), sums));
+    if (hop > 1) {
+      window_.await_turn();
+      if (const size_t bytes = bytes_of(gone_on(owner, hop), sums)) window_.wait_get(window_.begin_get(call_.axis.next(-1), bytes));
     }
-    window_.await_turn();
-    if (const size_t bytes = bytes_of(call_.of(hop), sums)) window_.wait_get(window_.begin_get(call_.axis.next(-1), bytes));
     for (const Run& run : call_.of(hop)) {
-      accumulate(product.of(run).k, sums.of(run).k, call_.stream);
-      accumulate(product.of(run).v, sums.of(run).v, call_.stream);
+      const Pair from = product.of(run), to = sums.of(run);
+      if (begins(owner, hop, run)) {
+        cast(from.k, to.k, call_.stream);
+        cast(from.v, to.v, call_.stream);
+      } else {
+        accumulate(from.k, to.k, call_.stream);
+        accumulate(from.v, to.v, call_.stream);
+      }
     }
     window_.advance();
   }
   void take(const Pair& own) override {
     window_.await_turn();
-    if (room_.bytes()) window_.wait_get(window_.begin_get(call_.axis.next(-1), room_.bytes()));
-    accumulate(room_.k, own.k, call_.stream);
-    accumulate(room_.v, own.v, call_.stream);
+    const std::vector<Run> home = begun_before(call_.axis.rank(), call_.axis.size());
+    if (const size_t bytes = bytes_of(home, room_)) window_.wait_get(window_.begin_get(call_.axis.next(-1), bytes));
+    for (const Run& run : home) {
+      accumulate(room_.of(run).k, own.of(run).k, call_.stream);
+      accumulate(room_.of(run).v, own.of(run).v, call_.stream);
+    }
   }
 
  private:
+  std::vector<Run> looked_at(int owner, int hop) const { return call_.looked_at((owner + hop) % call_.axis.size(), owner); }
+  bool begins(int owner, int hop, const Run& run) const {
+    for (int earlier = 1; earlier < hop; earlier++)
+      for (const Run& each : looked_at(owner, earlier))
+        if (each.row == run.row) return false;
+    return true;
+  }
+  // Of an owner's runs, those that the rank `hop` places behind it adds to what others have begun.
+  std::vector<Run> gone_on(int owner, int hop) const {
+    std::vector<Run> out;
+    for (const Run& run : looked_at(owner, hop))
+      if (!begins(owner, hop, run)) out.push_back(run);
+    return out;
+  }
+  // Those that ranks less than `hop` places behind it have begun.
+  std::vector<Run> begun_before(int owner, int hop) const {
+    std::vector<Run> out;
+    for (int each = 1; each < hop; each++)
+      for (const Run& run : looked_at(owner, each))
+        if (begins(owner, each, run)) out.push_back(run);
+    return out;
+  }
+
   const PanelCall& call_;
   Window& window_;
   Pair room_;

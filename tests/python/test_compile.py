@@ -141,6 +141,12 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], str, int
         "x",
         1,
     ),
+    "attention by heads": (
+        lambda: nn.SelfAttention(24, 12, dim=1, ring="heads" if current().inner.rows else False, dropout=0.2, rotary=1e4),
+        (1, 24, 24),
+        "x",
+        1,
+    ),
     "attention over sequences": (lambda: nn.SelfAttention(24, 12, dim=1), (1, 24, 24), "x", 1),
     "patches": (lambda: nn.PatchEmbedding(8, 4, 3, 24), (24, 3, 8, 8), "rows", 0),
     "tied": (Tied, (24, 4), "ids", 0),

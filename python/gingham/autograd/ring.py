@@ -1,9 +1,10 @@
-"""Attention over a sequence that row axes cut: each rank keeps its own queries, keys and values come by (ring) or are here (gathered)."""
+"""Attention over a sequence that row axes cut: each rank keeps its own queries, keys and values come by (ring) or are here (gathered); or
+the whole sequence is here, with some of the heads (autograd/heads.py)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,14 +43,25 @@ class CutSequence:
 
 @dataclass(frozen=True)
 class Way:
-    """What attention computes. ring: k and v are this rank's piece, else all pieces, in the order of `positions`."""
+    """What attention computes. ring: k and v are this rank's piece, else all pieces, in the order of `positions`. turned: q, k and v are
+    the whole sequence, in order, with some of the heads: (how many there are on the ranks of the sequence, the first of them here)."""
 
     sequence: CutSequence
-    ring: bool
     causal: bool
     scale: float
     dropout: Masks | None = None
     owner: str = field(default="attention", compare=False)
+    ring: bool = True
+    turned: tuple[int, int] | None = None
+
+    def turned_to(self, heads: int, first: int) -> Way:
+        return replace(self, ring=False, turned=(heads, first))
+
+    @property
+    def here(self) -> CutSequence:
+        """The sequence as q, k and v have it."""
+        at = self.sequence
+        return at if self.turned is None else CutSequence(at.mesh, (), (sum(at.lengths),), 0, past=at.past)
 
     @property
     def p(self) -> float:
@@ -57,7 +69,7 @@ class Way:
 
     def core(self, mask: torch.Tensor | None, numbers: torch.Tensor | None) -> Any:
         """The call of the core, labelled."""
-        at = self.sequence
+        at = self.here
         mesh = at.mesh
         axis = mesh.axis(at.names) if self.ring else None
         if axis is not None:
@@ -78,11 +90,11 @@ class Way:
         if self.dropout is None or not self.p:
             return None
         at = self.sequence
-        time, batch, heads, _ = q.shape
+        heads, first = self.turned or (q.shape[2], 0)
         total = at.past + sum(at.lengths)
-        shape = torch.empty(batch, heads, time, total, device="meta")
+        shape = torch.empty(q.shape[1], heads, at.lengths[at.place], total, device="meta")
         key, full, start = dropout_place(shape, at.mesh, "inner", (2, 1), self.p, self.dropout.key())
-        return torch.tensor([*key, start[0], start[1], full[1], total])
+        return torch.tensor([*key, start[0], start[1] + first, full[1], total])
 
 
 def attend_cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, way: Way) -> torch.Tensor:
@@ -100,7 +112,7 @@ def attend_cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
         names = ",".join(at.names)
         handle = "" if way.dropout is None else way.dropout.handle
         words = [at.mesh.handle, names, ",".join(map(str, at.lengths)), str(at.place), str(int(at.zigzag)), str(at.past)]
-        words += [str(int(way.ring)), str(int(way.causal)), repr(way.scale), handle, way.owner]
+        words += [str(int(way.causal)), repr(way.scale), handle, way.owner, str(int(way.ring)), ",".join(map(str, way.turned or ()))]
         return traced("attention", words, [q, k, v] if mask is None else [q, k, v, mask])[0]
     # outside of the function, whose second gradient is one for what it saves
     return _Attend.apply(q.contiguous(), k.contiguous(), v.contiguous(), None if mask is None else mask.contiguous(), way)
@@ -129,7 +141,7 @@ class _Attend(Function):
 
 def _plain(q: Any, k: Any, v: Any, mask: torch.Tensor | None, way: Way, numbers: torch.Tensor | None) -> torch.Tensor:
     """The same of torch's operations, whose gradients have gradients."""
-    at = way.sequence
+    at = way.here
     if way.ring:
         k, v = (gathered(part, at.mesh, at.names, at.lengths) for part in (k, v))
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -162,9 +174,11 @@ def _factors(x: torch.Tensor, at: CutSequence, p: float, numbers: Sequence[int],
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
-    mesh, names, lengths, place, zigzag, past, ring, causal, scale, handle, owner = words
+    mesh, names, lengths, place, zigzag, past, causal, scale, handle, owner, ring, turned = words
     cut = CutSequence(find(mesh), names_of(names), tuple(map(int, names_of(lengths))), int(place), zigzag == "1", int(past))
-    way = Way(cut, ring == "1", causal == "1", float(scale), masks[handle] if handle else None, owner)
+    heads = tuple(map(int, names_of(turned)))
+    drop = masks[handle] if handle else None
+    way = Way(cut, causal == "1", float(scale), drop, owner, ring == "1", (heads[0], heads[1]) if heads else None)
     return [*tensors[:3], tensors[3] if len(tensors) > 3 else None, way]
 
 

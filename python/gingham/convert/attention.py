@@ -241,8 +241,7 @@ def prepare(module: Any, mesh: Mesh, cut: bool) -> None:
     if cut and hasattr(module, "split_size"):
         module.split_size = mesh.interval(module.split_size, mesh.inner.features)[1]
     if mesh.outer.time:
-        module.sequence_mesh = mesh
-        config._attn_implementation = sequence.NAME
+        sequence.prepare(module, mesh)
         return
     config._attn_implementation = PLAIN if config._attn_implementation in ("eager", PLAIN) else NAME
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from ..autograd.ring import CutSequence, Way, attend_cut
+from ..autograd.ring import CutSequence, Way
 from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import chunks
-from ..nn.sequence import lengths_of
+from ..nn.sequence import asked_way, attend_sequence, lengths_of, way_of
 
 NAME = "gingham_ring"  # under which transformers finds the attention function and the mask
 FAMILIES = ("gpt2", "llama")
@@ -101,8 +101,21 @@ def attention_function(
     causal = bool(is_causal if is_causal is not None else getattr(module, "is_causal", True)) and not custom
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     drop: Any = dropout_of(module) if dropout else None
-    way = Way(CutSequence(mesh, mesh.outer.time, tuple(lengths), place), True, causal, scale, drop, type(module).__name__)
-    return attend_cut(q, k, v, attention_mask, way).transpose(0, 1), None
+    way = Way(CutSequence(mesh, mesh.outer.time, tuple(lengths), place), causal, scale, drop, type(module).__name__)
+    return attend_sequence(module.sequence_way, q, k, v, attention_mask, way).transpose(0, 1), None
+
+
+def prepare(module: Any, mesh: Mesh) -> None:
+    """Chooses how a transformers attention module's keys and values reach its queries: module.sequence_way, of formulas.WAYS. Raises as
+    way_of."""
+    config, what = module.config, f"{type(module).__name__} on {mesh}"
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    item = next(module.parameters()).itemsize
+    causal = bool(getattr(module, "is_causal", True))
+    module.sequence_mesh = mesh
+    module.sequence_way = way_of(asked_way(mesh), mesh, heads, kv_heads, causal, False, item, what)
+    config._attn_implementation = NAME
 
 
 def mask_function(*args: Any, allow_is_causal_skip: bool = True, attention_mask: torch.Tensor | None = None, **rest: Any) -> None:

@@ -41,14 +41,15 @@ def init(
     machine: Mapping[str, float] | None = None,
     ranks: Sequence[int] | None = None,
     default: bool = True,
+    attention: str | None = None,
 ) -> Mesh:
     """Makes a mesh, on all its ranks alike, and makes it the default one: that of layers and functions that are given none.
 
-    mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over
-    depth too), "3d", or grid=(pm, pn, pk), or a torch DeviceMesh, or parallel=dict(tensor=dict(size=, mode=, depth=)),
-    with data=2 or data=dict(size=, shard=None | "all") for replicas with whole weights or cut ones (ZeRO-3); see Mesh.scatter(own=True),
-    and pipeline=2 or pipeline=dict(size=, schedule=, microbatches=): the mesh is that of this rank's stage, the job's ranks are numbered
-    by pipeline, data and tensor, outermost first; see gingham.pipeline.
+    mode "1d" (sequence=True: rows sharded between layers), "2d", "2.5d" (depth=; shard_depth=True cuts the weights over depth too), "3d",
+    "sequence" (attention="ring" | "heads" | "gathered" | "auto": see SelfAttention's ring), or grid=(pm, pn, pk), or a torch DeviceMesh, or
+    parallel=dict(tensor=dict(size=, mode=, depth=)), with data=2 or data=dict(size=, shard=None | "all") for replicas with whole weights or
+    cut ones (ZeRO-3), see Mesh.scatter(own=True), and pipeline=2 or dict(size=, schedule=, microbatches=): the mesh is that of this
+    rank's stage, the job's ranks are numbered by pipeline, data and tensor, outermost first; see gingham.pipeline.
     ranks: the job's ranks that the mesh is made of, in mesh order (default: all; those of the DeviceMesh, which may be a slice
     of a larger one). Where they are not all, the first init is still one of all ranks of the job, each with its own mesh.
     default=False: a mesh beside the first, on ranks that have one already; name it by mesh=.
@@ -57,9 +58,8 @@ def init(
     machine=dict(memory=bytes of tensors a rank may hold, latency=, bandwidth=, speed=), of choose.Machine.
     device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
-    source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel (default: 1 slice,
-    4 of large weights on the CPU, 2 of very large ones);
-    link=(seconds, bytes per second) slows every message; timeout: seconds after which a silent peer is PeerStalled, here too.
+    source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel (default: 1, on CPUs 4 of large
+    weights, 2 of very large ones); link=(seconds, bytes per second) slows messages; timeout: seconds until a silent peer is PeerStalled.
     heap: bytes of address space for each rank's tensors and workspace (default: rank 0's available memory, at most 16 TiB
     over the number of ranks; rank 0's number is everyone's). Memory is taken as it is needed; a rank that finds too little
     raises MemoryError, and all others PeerOutOfMemory naming it, after which the mesh can be used again.
@@ -69,7 +69,7 @@ def init(
     MemoryError where the address space is limited (`ulimit -v`); ValueError for a wrong GINGHAM_FAULT (launch/faults.py).
     """
     _refuse_twice(default)
-    others: dict[str, Any] = {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth}
+    others: dict[str, Any] = {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth, "attention": attention}
     if mode == "auto" and parallel is None:
         axes = _planned(size or (None if ranks is None else len(ranks)), others, model, tokens, machine)
     else:

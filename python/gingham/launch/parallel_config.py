@@ -21,7 +21,7 @@ from ..mesh import axes_of
 from ..mesh.modes import SHARDS
 from ..plan.pipeline import SCHEDULES
 
-TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth"}
+TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth", "attention"}
 
 
 def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def _tensor_size(tensor: Mapping[str, Any]) -> int:
     """The ranks of a tensor configuration that some mesh has; MeshError where none has."""
     if tensor.get("mode") != "sequence":
         return axes_of(**{"mode": None, **tensor}).size
-    others = {name for name in tensor if name not in ("size", "mode") and tensor[name] not in (None, False)}
+    others = {name for name in tensor if name not in ("size", "mode", "attention") and tensor[name] not in (None, False)}
     if others:
         raise MeshError(f"parallel tensor={dict(tensor)}: {sorted(others)} belong to other modes than 'sequence'")
     if tensor.get("size") is None:

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import MeshError
 from .layout import Layout, Names, coordinates_of, position
 
+ATTENTIONS = ("ring", "heads", "gathered", "auto")  # of mode "sequence": plan/formulas.py
 SHARDS = "None (weights replicated over data), 'state' (cut at rest, whole while used) or 'all' (cut, and gathered as they are used)"
 
 
@@ -34,6 +35,7 @@ class Axes:
     inner: Layout
     depth: Names = ()
     kept: Names = ()
+    attention: str | None = None
 
     @property
     def size(self) -> int:
@@ -98,10 +100,16 @@ def axes_of(
     shard_depth: bool = False,
     data: int = 1,
     shard: str | None = None,
+    attention: str | None = None,
 ) -> Axes:
     """The axes of a mode of `size` ranks, and of `data` replicas of it (with_data). Raises MeshError, naming the nearest valid choices,
     where the numbers do not fit it."""
-    return with_data(_tensor_axes(mode, size, depth, grid, sequence, shard_depth), data, shard)
+    if attention not in (None, *ATTENTIONS):
+        raise MeshError(f"attention={attention!r}: expected {', '.join(map(repr, ATTENTIONS))}")
+    if attention is not None and mode != "sequence":
+        raise MeshError(f"attention={attention!r} belongs to mode 'sequence'; got mode {mode!r}. Elsewhere: SelfAttention(dim=1, ring=)")
+    axes = _tensor_axes(mode, size, depth, grid, sequence, shard_depth)
+    return with_data(replace(axes, attention=attention), data, shard)
 
 
 def _tensor_axes(

@@ -9,21 +9,21 @@ from torch.nn import functional as F
 
 from ..autograd.casts import autocast_dtype
 from ..autograd.linear import linear, linear_plan
-from ..autograd.ring import CutSequence, Way, attend_cut
+from ..autograd.ring import CutSequence, Way
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local, is_zigzag
 from ..mesh.layout import Cuts, chunks
-from ..plan.formulas import ring_words
+from ..plan.formulas import sequence_bytes
 from .dropout import Dropout
 from .layer import Layer
 from .linear import Linear
 from .parameter import Given, part_of
-from .sequence import causal_mask, gather_time, mask_here, rotate, time_axes, turn
+from .sequence import asked_way, attend_sequence, causal_mask, gather_time, mask_here, rotate, time_axes, turn, way_of
 
 
 class SelfAttention(Layer):
-    """x [batch, time, width] (outer, batch cut over the row axes; dim=1: time cut instead) -> the same. In mode "sequence" dim is 1 and
-    ring True where they are left out.
+    """x [batch, time, width] (outer, batch cut over the row axes; dim=1: time cut instead) -> the same. In mode "sequence" dim is 1 where
+    it is left out, and ring what init's attention= says, by default True.
 
     q, k, v and o are Linears; the three projections run as one step that gathers x once, outer -> inner, and o leads
     back. Heads lie on inner's feature ranks; numbers of heads that they do not divide are a ShapeError.
@@ -35,12 +35,16 @@ class SelfAttention(Layer):
     with this rank's rows and either 1 head or all; cache: a KVCache, whose tokens come before x's.
     With dim=1 each rank keeps its own queries (batch 1 is fine, pieces may be uneven or empty), and the keys and values of its heads
     are gathered over the row axes, or with ring=True come by piece by piece: a rank then keeps 1/r of them for backward, and memory does
-    not grow with the number of ranks' pieces. order="zigzag": the sequence was cut by mesh.scatter(x, dim=1, order="zigzag"), so that
+    not grow with the number of ranks' pieces, or with ring="heads" (all-to-all, autograd/heads.py) each rank attends over the whole
+    sequence with 1/r of its heads, which takes as little, moves less where heads share no keys and values, and needs at least r heads of
+    those. ring="auto": what moves the fewest bytes of those that keep at most 1.5 times a ring's (plan/formulas.cheapest_way); `way` says
+    which. order="zigzag": the sequence was cut by mesh.scatter(x, dim=1, order="zigzag"), so that
     under a causal mask all ranks have the same work; masks stay in the order of the sequence, but for this rank's rows. Scores exist for
     tiles only; a cache, a mask with a gradient and GPUs take the gathered way, with scores of this rank's heads and rows.
     Bytes: those of the projections, and with dim=1 over r row ranks, kv = 2 batch time kv_heads head_dim words, kv (r-1)/P words each
-    way, by a ring 2 kv (r-1)/P backward; a causal ring through windows reads only what it looks at, zigzag 3/4 of it forward. Otherwise
-    attention moves nothing. Raises NotImplementedError where a ring has no form: a mask with a gradient, GPUs.
+    way, by a ring 2 kv (r-1)/P backward, by heads (2 q + kv) (r-1)/(r P) each way, q = batch time heads head_dim; a causal ring
+    through windows moves only what is looked at, zigzag 3/4 of it. Otherwise attention moves nothing. Raises NotImplementedError where
+    ring and heads have no form: a mask with a gradient, GPUs.
     """
 
     def __init__(
@@ -55,7 +59,7 @@ class SelfAttention(Layer):
         dtype: torch.dtype | None = None,
         dim: int | None = None,
         *,
-        ring: bool | None = None,
+        ring: bool | str | None = None,
         order: str | None = None,
         kv_heads: int | None = None,
         head_dim: int | None = None,
@@ -74,8 +78,10 @@ class SelfAttention(Layer):
         self.time_axes = time_axes(mesh)
         pieces = mesh.parts(self.time_axes)
         self.pieces = pieces, mesh.interval(pieces, self.time_axes)[0]  # of a sequence that dim=1 cuts, and which is here
-        self.ring = _ring(sequence if ring is None else ring, self.dim, mesh)
         self.zigzag = is_zigzag(order, "SelfAttention", mesh)
+        self.asked = asked_way(mesh) if sequence and ring is None else _asked(ring, self.dim, mesh)
+        dtype_ = dtype or torch.get_default_dtype()
+        self.way = way_of(self.asked, mesh, heads, kv_heads, causal, self.zigzag, dtype_.itemsize, "SelfAttention")
         self.head_dim = width // heads if head_dim is None else head_dim
         self.rotary, self.scale = rotary, self.head_dim**-0.5 if scale is None else scale
         if rotary is not None and self.head_dim % 2:
@@ -115,10 +121,10 @@ class SelfAttention(Layer):
     def _has_kernel(self, mask: torch.Tensor | None) -> bool:
         """Whether attention over a cut sequence runs in the core: on the CPU, and without a gradient for the mask."""
         learned = mask is not None and mask.requires_grad
-        if learned and self.ring:
+        if learned and self.asked in ("ring", "heads"):
             raise self.named(
                 NotImplementedError(
-                    "ring: the mask needs a gradient, which only gathered keys and values give: ring=False, or mask.detach()"
+                    f"{self.asked}: the mask needs a gradient, which only gathered keys and values give: ring=False, or mask.detach()"
                 )
             )
         return not learned and self.mesh.device.type == "cpu"
@@ -130,13 +136,8 @@ class SelfAttention(Layer):
         if self.rotary is not None:
             q, k = (turn(part, cut.runs(), self.rotary) for part in (q, k))
         owner = f"SelfAttention #{self.number}" if torch.compiler.is_compiling() else self.label()
-        way = Way(cut, self.ring, self.causal, self.scale, self.dropout if self.training else None, owner)
-        if mask is not None and self.zigzag and mask.shape[-1] > 1:
-            mask = mask.index_select(-1, torch.tensor(cut.positions()))
-        if not self.ring:
-            both = gather_time(torch.cat([k, v], -1), self.mesh, lengths, self.time_axes)
-            k, v = both.split(self.head_dim, -1)
-        return attend_cut(q, k, v, mask, way)
+        way = Way(cut, self.causal, self.scale, self.dropout if self.training else None, owner)
+        return attend_sequence(self.way, q, k, v, mask, way)
 
     def _whole(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, past: int, lengths: list[int], cache: Any
@@ -201,19 +202,19 @@ class SelfAttention(Layer):
 
     def extra_repr(self) -> str:
         shape = f"width={self.width}, heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, scale={self.scale:.4g}"
-        way = f", ring={self.ring}" if self.ring else ""
+        way = "" if self.asked == "gathered" else f", ring={_SPELT.get(self.asked, self.asked)!r}"
+        way += f" ({self.way})" if self.asked == "auto" else ""
         way += ", order='zigzag'" if self.zigzag else ""
         return f"{shape}, causal={self.causal}, rotary={self.rotary}, dim={self.dim}{way}"
 
     def received(self, rows: int, inner: int = 1) -> int:
-        """q, k and v share x. In mode "sequence", of `rows` samples and `inner` places, with the ring; that ranks otherwise read each
-        other's keys and values with dim=1 is not in it."""
+        """q, k and v share x. In mode "sequence", of `rows` samples and `inner` places, with what attention moves; that ranks else read
+        each other's keys and values with dim=1 is not in it."""
         passed = 0
-        if self.ring and self.mesh.outer.time:
-            lengths = chunks(inner, [self.pieces[0]])
-            words = 2 * rows * self.kv_heads * self.head_dim
-            item = self.q.weight.itemsize
-            passed = item * ring_words(lengths, words, self.mesh.source == "window", self.causal, self.zigzag)
+        if self.mesh.outer.time:
+            lengths, item = chunks(inner, [self.pieces[0]]), self.q.weight.itemsize
+            sizes = self.heads, self.kv_heads, rows * self.head_dim, item
+            passed = sequence_bytes(self.way, lengths, *sizes, self.mesh.source == "window", self.causal, self.zigzag)
         return self.projected(rows, inner) + self.o.received(rows, inner) + passed
 
     def projected(self, rows: int, inner: int = 1) -> int:
@@ -245,19 +246,23 @@ def _row_dim(dim: int, mesh: Mesh) -> int:
     return dim % 3 if dim >= 0 else 1
 
 
-def _ring(ring: bool, dim: int, mesh: Mesh) -> bool:
-    if ring not in (True, False):
-        raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring={ring!r}, expected True or False")
-    if ring and dim != 1:
-        raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring=True with dim={dim}; a ring goes over a cut sequence: dim=1")
-    if ring and mesh.size > 1 and not time_axes(mesh):
+_SPELT: dict[str, Any] = {"gathered": False, "ring": True}  # ring= of each way
+
+
+def _asked(ring: bool | str | None, dim: int, mesh: Mesh) -> str:
+    """The way that ring= names, or "auto"."""
+    if ring in (None, False):
+        return "gathered"
+    if ring not in (True, "heads", "auto"):
+        raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring={ring!r}, expected True, False, 'heads' or 'auto'")
+    if dim != 1:
+        raise ShapeError(f"SelfAttention: rank {mesh.rank} got ring={ring!r} with dim={dim}; it goes over a cut sequence: dim=1")
+    if ring != "auto" and mesh.size > 1 and not time_axes(mesh):
         raise ShapeError(
-            f"SelfAttention: rank {mesh.rank} got ring=True on {mesh}, which cuts no rows inside attention, so that no sequence is cut"
+            f"SelfAttention: rank {mesh.rank} got ring={ring!r} on {mesh}, which cuts no rows inside attention, so that no sequence is cut"
             " there; expected a mesh with row axes, for example grid=(m, n, k) with m > 1"
         )
-    if ring and mesh.device.type != "cpu":
-        raise NotImplementedError(f"SelfAttention: ring=True on {mesh.device} is not built yet; ring=False gathers keys and values")
-    return bool(ring)
+    return "ring" if ring is True else str(ring)
 
 
 def _check_heads(mesh: Mesh, width: int, heads: int, kv_heads: int, head_dim: int | None) -> None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ..autograd.heads import attend_by_heads, cut_heads
 from ..autograd.relayout import relayout
+from ..autograd.ring import Way, attend_cut
 from ..autograd.second_order import scattered
 from ..errors import ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, find, names_of, traced
 from ..mesh import Mesh
 from ..mesh.layout import Layout, Names
+from ..plan.formulas import cheapest_way
 
 
 def rotate(x: torch.Tensor, start: int, theta: float) -> torch.Tensor:
@@ -61,6 +65,41 @@ def gather_time(x: torch.Tensor, mesh: Mesh, lengths: list[int], names: Names) -
     if torch.compiler.is_compiling():
         return traced("gather_time", [mesh.handle, ",".join(names)], [x])[0]
     return _GatherTime.apply(x, mesh, lengths, names)
+
+
+def asked_way(mesh: Mesh) -> str:
+    """In mode "sequence" what init's attention= says."""
+    return mesh.axes.attention or "ring"
+
+
+def way_of(asked: str, mesh: Mesh, heads: int, kv_heads: int, causal: bool, zigzag: bool, item: int, what: str) -> str:
+    """The one of formulas.WAYS that is asked for, or that "auto" takes; heads: of the model. Raises ShapeError where the heads do not do,
+    NotImplementedError on GPUs."""
+    size, features = mesh.parts(time_axes(mesh)), mesh.parts(mesh.inner.features)
+    if mesh.device.type != "cpu" and asked in ("ring", "heads"):
+        raise NotImplementedError(
+            f"{what}: attention by {asked!r} on {mesh.device} is not built yet; ring=False (attention='gathered') gathers keys and values"
+        )
+    if asked == "auto":
+        if mesh.device.type != "cpu" or size == 1:
+            return "gathered"
+        return cheapest_way(size, heads // features, kv_heads // features, item, mesh.source == "window", causal, zigzag)
+    if asked == "heads" and size > 1:
+        cut_heads(kv_heads // features, size, what, mesh.rank)
+    return asked
+
+
+def attend_sequence(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, way: Way) -> torch.Tensor:
+    """Attention of the pieces that way.sequence tells of, by the one of formulas.WAYS; q, k, v [time here, batch, heads, width], mask
+    [batch, heads, time here, keys] with the keys in the order of the sequence -> as q."""
+    at = way.sequence
+    if name == "heads":
+        return attend_by_heads(q, k, v, mask, replace(way, ring=False))
+    if mask is not None and at.zigzag and mask.shape[-1] > 1:
+        mask = mask.index_select(-1, torch.tensor(at.positions()))
+    if name == "gathered":
+        k, v = gather_time(torch.cat([k, v], -1), at.mesh, list(at.lengths), at.names).split(k.shape[-1], -1)
+    return attend_cut(q, k, v, mask, replace(way, ring=name == "ring"))
 
 
 class _GatherTime(Function):

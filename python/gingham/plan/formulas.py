@@ -193,20 +193,55 @@ def cross_entropy_messages(grid: GridShape, layout: Layout) -> int:
     return grid.parts(layout.features) - 1 + grid.parts(layout.rows) - 1
 
 
-def ring_words(lengths: Sequence[int], words: int, window: bool, causal: bool, zigzag: bool = False) -> int:
-    """Attention over a sequence of these pieces, a rank each, forward and backward; words: of keys and values a place. kv (r-1) forward,
-    2 kv (r-1) backward for all r ranks together; through windows only what some query of the reader may see, of keys and values, and of
-    the sums of their gradients but for those that it begins."""
-    size, total = len(lengths), 0
-    for rank in range(size):
-        last = max((start + count for start, count in runs(lengths, rank, zigzag) if count), default=0)
-        for hop in range(1, size):
-            owner = (rank - hop) % size
-            seen = lengths[owner]
-            if window:
-                seen = sum(count for start, count in runs(lengths, owner, zigzag) if last and (not causal or start < last))
-            total += seen * (2 if hop == 1 else 3)
-    return words * (total + sum(lengths))
+WAYS = ("gathered", "ring", "heads")
+KEPT = 1.5  # of a ring's memory for backward, which "auto" lets a way take
+
+
+def shares(count: int, parts: int) -> list[int]:
+    """`count` things for so many ranks, as equal as they go, larger shares first."""
+    return [count // parts + (index < count % parts) for index in range(parts)]
+
+
+def ring_words(lengths: Sequence[int], words: int, window: bool, causal: bool, zigzag: bool = False) -> tuple[int, int]:
+    """Attention over a sequence of these pieces, a rank each: (words of keys and values, forward and backward, words of the sums of their
+    gradients); words: of keys and values a place. kv (r-1) forward, 2 kv (r-1) backward for all r ranks together; through windows only
+    what some query of the reader may see, and of the sums a reception for every rank that adds to them, its owner having the last."""
+    size, seen = len(lengths), 0
+    lasts = [max((start + count for start, count in runs(lengths, rank, zigzag) if count), default=0) for rank in range(size)]
+    for owner in range(size):
+        for start, count in runs(lengths, owner, zigzag):
+            looking = [not window or bool(lasts[rank]) and (not causal or start < lasts[rank]) for rank in range(size) if rank != owner]
+            seen += sum(looking) * count
+    return 2 * words * seen, words * seen
+
+
+def sequence_bytes(
+    way: str, lengths: Sequence[int], heads: int, kv_heads: int, words: int, item: int, window: bool, causal: bool, zigzag: bool = False
+) -> int:
+    """Attention over a sequence of these pieces, forward and backward, all ranks together. heads, kv_heads: of a rank of the sequence;
+    words: of a head at a place, for all samples; item: bytes of a word, the sums of 16-bit gradients being of 4."""
+    wide, kv = max(item, 4), 2 * kv_heads * words
+    if way == "gathered":
+        return kv * (len(lengths) - 1) * sum(lengths) * (item + wide)
+    if way == "ring":
+        read, summed = ring_words(lengths, kv, window, causal, zigzag)
+        return item * read + wide * summed
+    parts = shares(kv_heads, len(lengths))
+    stays = sum(length * part for length, part in zip(lengths, parts, strict=True))
+    return 2 * (2 * heads // kv_heads + 2) * words * (sum(lengths) * kv_heads - stays) * item
+
+
+def cheapest_way(size: int, heads: int, kv_heads: int, item: int, window: bool, causal: bool, zigzag: bool = False) -> str:
+    """Of attention over a sequence that so many ranks cut: which of WAYS moves the fewest bytes, of those that keep for backward at most
+    KEPT times what a ring keeps (queries, outputs, keys and values of a piece; gathered, those of the whole); of equals the one
+    that keeps least. Heads need one of keys and values a rank."""
+    lengths = [2] * size
+
+    def kept(way: str) -> int:
+        return heads + kv_heads * (size if way == "gathered" else 1)
+
+    ways = [way for way in WAYS if kept(way) <= KEPT * kept("ring") and (way != "heads" or kv_heads >= size)]
+    return min(ways, key=lambda way: (sequence_bytes(way, lengths, heads, kv_heads, 1, item, window, causal, zigzag), kept(way)))
 
 
 def largest(grid: GridShape, size: int, names: Names) -> int:

@@ -9,8 +9,8 @@ import families
 import gingham
 
 
-def converted(rank: int, family: str, size: int, source: str) -> Any:
-    mesh = gingham.init("sequence", size=size, source=source)
+def converted(rank: int, family: str, size: int, source: str, attention: str | None = None) -> Any:
+    mesh = gingham.init(parallel=dict(tensor=dict(size=size, mode="sequence", attention=attention)), source=source)
     mesh.traffic(reset=True)
     errors, serial = families.beside(mesh, family, **({"kv_heads": 2} if family == "llama" else {}))
     bytes_ = mesh.traffic(reset=True)["m"]["bytes_received"]
@@ -37,6 +37,36 @@ def test_loss_and_gradients_are_one_processs(ranks, family: str, size: int, sour
     for errors, serial, received in ranks(size)(converted, family, size, source):
         assert not serial and received > 0
         assert max(errors.values()) <= 2e-6, {name: error for name, error in errors.items() if error > 2e-6}
+
+
+@pytest.mark.parametrize("attention", ["heads", *(pytest.param(each, marks=pytest.mark.matrix) for each in ("gathered", "auto"))])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.matrix)])
+def test_loss_and_gradients_by_the_other_ways(ranks, family: str, attention: str) -> None:
+    for errors, serial, received in ranks(2)(converted, family, 2, "window", attention):
+        assert not serial and received > 0
+        assert max(errors.values()) <= 2e-6, {name: error for name, error in errors.items() if error > 2e-6}
+
+
+def ways(rank: int) -> list[Any]:
+    found: list[Any] = []
+    for attention, kv_heads in (("auto", 8), ("auto", 1), (None, 8), ("heads", 1)):
+        mesh = gingham.init("sequence", size=2, attention=attention, source="ring")
+        try:
+            model = gingham.parallelize(families.build("llama", kv_heads=kv_heads), mesh)
+            found.append({module.sequence_way for module in model.modules() if hasattr(module, "sequence_way")})
+        except gingham.ShapeError as error:
+            found.append(str(error))
+        gingham.destroy()
+    with pytest.raises(gingham.MeshError) as other:
+        gingham.init("2d", size=4, attention="heads")
+    return [*found, str(other.value)]
+
+
+def test_the_way_is_told_and_too_few_heads_are_refused(ranks) -> None:
+    for many, one, default, few, other in ranks(2)(ways):
+        assert (many, one, default) == ({"heads"}, {"gathered"}, {"ring"})
+        assert "1 heads of keys and values" in few and "LlamaAttention" in few
+        assert "belongs to mode 'sequence'" in other
 
 
 def refusals(rank: int) -> list[str]:
