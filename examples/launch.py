@@ -13,7 +13,7 @@ import gingham
 def arguments(description: str | None, steps: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--mode", default="2.5d", help="1d, 2d, 2.5d, 3d or auto")
+    parser.add_argument("--mode", default="2.5d", help="1d, 2d, 2.5d, 3d, sequence or auto")
     parser.add_argument("--depth", type=int, default=2, help="of mode 2.5d")
     parser.add_argument("--grid", help="pm,pn,pk instead of a mode")
     parser.add_argument("--steps", type=int, default=steps)

@@ -1,6 +1,6 @@
 """A vision transformer of transformers' learns scikit-learn's digits, 1797 images of 8 x 8, unchanged but for one line.
 
-python examples/vit_digits.py --mode 2d --ranks 4    starts its own ranks
+python examples/vit_digits.py --mode 2d --ranks 4    starts its own ranks; --mode sequence cuts the 16 patches and the class token
 torchrun --nproc-per-node 8 examples/vit_digits.py   uses torchrun's
 """
 

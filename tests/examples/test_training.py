@@ -17,8 +17,9 @@ GRIDS: dict[str, dict[str, Any]] = {
     "2.5d": dict(mode="2.5d", size=8, depth=2),
     "3d": dict(mode="3d", size=8),
     "3x2x1": dict(grid=(3, 2, 1), size=6),
+    "sequence": dict(mode="sequence", size=4),
 }
-QUICK = {("gpt", "2.5d"), ("vit_digits", "3d"), ("llama", "2d")}
+QUICK = {("vit_digits", "sequence"), ("gpt", "2.5d"), ("vit_digits", "3d"), ("llama", "2d")}
 TEXT = str(EXAMPLES)  # the examples read themselves
 OPTIONS: dict[str, dict[str, Any]] = {
     "gpt": dict(steps=6, lr=1e-3, text=TEXT),

@@ -101,6 +101,7 @@ def _parallelize(model: torch.nn.Module, mesh: Mesh, io: str, plan: Mapping[str,
     _keep_parameters(made, old)
     for path in sorted((set(rules.unused()) & asked) - set(type(inner)._tp_plan or () if apart else ())):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=3)
+    sequence.attach(model, mesh)
     _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
     for each in {id(each): each for each in (model, core(model))}.values():
         pretrained.attach(each)

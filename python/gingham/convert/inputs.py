@@ -168,7 +168,7 @@ class Border:
             self._check_dims(model, given)
             self._check_alike({**given, **self.labels})
             if self.mesh.outer.time:
-                kwargs, named = sequence.prepared(self.mesh, type(model).__name__, given, self.names, self.own), {}
+                kwargs, named = sequence.prepared(self.mesh, model, given, self.names, self.own, self.missing), {}
             for value in filter(is_cache, given.values()):  # one that the caller made is filled in place, whatever is returned
                 keep_rows(value, self.mesh)
             named = {name: self._cut(name, x) for name, x in named.items()}
@@ -227,6 +227,8 @@ class Border:
             if self.missing and self.stack and name in WHOLE and isinstance(x, torch.Tensor) and x.dim() == 3:  # a mask a head
                 return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
             dim = self._dim(name, x) if isinstance(x, torch.Tensor) else 0
+            if self.mesh.outer.time and name in sequence.IMAGES:
+                return x
             if not self._batched(name, x) or x.shape[dim] != self.size or sequence.is_prepared(self.mesh, name):
                 return self._uncut(name, x)
             self._tell(name, x)

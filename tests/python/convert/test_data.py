@@ -15,14 +15,16 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "2 x 2d 4": (8, dict(data=2, tensor=dict(size=4, mode="2d"))),
     "2 x 2d 4, all": (8, dict(data=dict(size=2, shard="all"), tensor=dict(size=4, mode="2d"))),
     "2 x 1x2x2": (8, dict(data=2, tensor=dict(grid=(1, 2, 2)))),
+    "2 x sequence 2": (4, dict(data=2, tensor=dict(size=2, mode="sequence"))),
     "3 x 1d 2, all": (6, dict(data=dict(size=3, shard="all"), tensor=dict(size=2, mode="1d"))),
 }
 ROWS = {2: (5, 1), 3: (4, 1, 2)}  # of each data rank: in 2 x 2d 4 a rank of the second would have none
-QUICK = {("plain", "2 x 1d 2"), ("llama", "2 x 2d 4, all"), ("classes", "2 x none")}
+QUICK = {("plain", "2 x 1d 2"), ("llama", "2 x 2d 4, all"), ("classes", "2 x none"), ("vit", "2 x sequence 2")}
 CASES = [
     pytest.param(kind, name, marks=[] if (kind, name) in QUICK else [pytest.mark.matrix])
     for kind in ("plain", "classes", *FAMILIES)
     for name in MESHES
+    if kind != "plain" or "sequence" not in name
 ]
 
 
