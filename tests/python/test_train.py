@@ -13,7 +13,9 @@ import pytest
 import theory
 from grids import MODES, words_of
 
-SMALL = dict(device=None, layers=2, width=64, heads=8, context=16, batch=12, steps=3, lr=3e-4, seed=1, text=None, sample=4, save=None)
+SMALL = dict(
+    device=None, layers=2, width=64, heads=8, context=16, batch=12, steps=3, lr=3e-4, seed=1, text=None, sample=4, save=None, resume=None
+)
 
 
 def options(**changed: Any) -> Namespace:
@@ -26,12 +28,12 @@ def curve(rank: int, chosen: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
     return train.run(rank, chosen, grid)
 
 
-def serial(chosen: Namespace) -> dict[str, Any]:
+def serial(chosen: Namespace, microbatches: int = 1) -> dict[str, Any]:
     from rich.console import Console
 
     from gingham.commands import train
 
-    return train.train_serial(chosen, Console(quiet=True))
+    return train.train_serial(chosen, Console(quiet=True), microbatches)
 
 
 @pytest.mark.parametrize("grid", MODES, ids=words_of)
@@ -48,26 +50,54 @@ def test_losses_and_bytes(ranks, grid: dict[str, Any], dropout: float) -> None:
     assert len(report["sample"]) >= 4
 
 
-@pytest.mark.parametrize(
-    ("tensor", "data", "zero"),
-    [
-        (dict(mode="1d", ranks=4), 2, 1),
-        pytest.param(dict(ranks=3), 3, 0, marks=pytest.mark.matrix),
-        pytest.param(dict(mode="2d", ranks=8), 2, 3, marks=pytest.mark.matrix),
-        pytest.param(dict(grid=(1, 2, 1), ranks=0), 3, 2, marks=pytest.mark.matrix),
-    ],
-    ids=str,
-)
-def test_losses_and_bytes_over_data(ranks, tensor: dict[str, Any], data: int, zero: int) -> None:
-    from gingham.commands.arguments import mesh_arguments
+HYBRIDS: list[Any] = [
+    dict(mode="1d", ranks=4, data=2, zero=1),
+    dict(ranks=8, pipeline=2, data=2, zero=3, schedule="zbv", microbatches=5),
+    *(
+        pytest.param(each, marks=pytest.mark.matrix)
+        for each in (
+            dict(ranks=3, data=3),
+            dict(mode="2d", ranks=8, data=2, zero=3),
+            dict(grid=(1, 2, 1), data=3, zero=2),
+            dict(mode="sequence", ranks=4, data=2, microbatches=2),
+            dict(mode="sequence", ranks=3),
+            dict(mode="2d", ranks=4, microbatches=5),
+            dict(mode="1d", sequence=True, ranks=4, data=2, zero=1, microbatches=5),
+            dict(mode="1d", sequence=True, ranks=8, pipeline=2, data=2, zero=1, schedule="dual"),
+            dict(mode="2d", ranks=8, pipeline=2, schedule="interleaved", microbatches=4),
+            dict(mode="2.5d", depth=4, ranks=8, pipeline=2, schedule="zero_bubble"),
+            dict(grid=(1, 2, 2), pipeline=2, schedule="gpipe", microbatches=5),
+            dict(grid=(2, 1, 1), pipeline=2, data=3, zero=2, microbatches=4),
+            dict(ranks=6, pipeline=3, data=2, schedule="1f1b", microbatches=5),
+        )
+    ),
+]
 
-    given = dict(ranks=0, mode=None, grid=None, depth=0, sequence=False) | tensor
-    chosen = options(dropout=0.1, data=data, zero=zero, **given)
+
+@pytest.mark.parametrize("given", HYBRIDS, ids=str)
+def test_losses_and_bytes_of_hybrids(ranks, given: dict[str, Any]) -> None:
+    """Also of those that cut a batch of 12 into micro-batches of unequal size."""
+    from gingham.commands.arguments import mesh_arguments, parts_in, stage_axes, stages_in
+
+    none = dict(ranks=0, mode=None, grid=None, depth=0, sequence=False, data=1, zero=0, pipeline=1, schedule=None, microbatches=0)
+    chosen = options(dropout=0.1, layers=3, **(none | given))
     grid = mesh_arguments(chosen)
-    size = data * grid["size"]
+    size = stages_in(grid) * stage_axes(grid).size
     report = ranks(size)(curve, chosen, grid)[0]
-    assert report["losses"] == pytest.approx(serial(chosen)["losses"], rel=1e-5)
+    assert report["losses"] == pytest.approx(serial(chosen, parts_in(grid))["losses"], rel=1e-5)
     assert sum(rank["received"] for rank in report["ranks"]) == report["formula"] * size
+    assert len(report["sample"]) >= 4
+
+
+@pytest.mark.matrix
+def test_a_run_goes_on_on_another_hybrid(ranks, tmp_path: Path) -> None:
+    stages = dict(pipeline=dict(size=2, schedule="zbv", microbatches=4), data=2, shard="all", mode="1d", size=2)
+    chosen = dict(dropout=0.1, layers=4, sample=0, save=str(tmp_path / "run"))
+    first = ranks(8)(curve, options(**chosen), stages)[0]
+    others = dict(mode="2d", size=4, pipeline=dict(size=1, schedule="1f1b", microbatches=4))
+    rest = ranks(4)(curve, options(**(chosen | dict(steps=6, resume=chosen["save"]))), others)[0]
+    assert rest["first"] == 3
+    assert first["losses"] + rest["losses"] == pytest.approx(serial(options(**(chosen | dict(steps=6))), 4)["losses"], rel=1e-5)
 
 
 def test_a_long_run_learns_in_the_default_mode(ranks) -> None:

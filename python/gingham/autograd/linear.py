@@ -253,7 +253,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     wanted = [weight for weight, need in zip(parameters, need_w, strict=False) if need]
     keeps = bool(plan.mesh.axes.kept)  # gradients of weights are summed where pieces of the whole are
     put_off = deferring(parameters)
-    here = [need and _bias_fits(dy, bias) for dy, bias, need in zip(dys, parameters[count:], need_b, strict=True)] if put_off else []
+    here = [need and plan.y[1].features == plan.bias_cuts[0] for need in need_b] if put_off else []
     need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if put_off else need_b
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
@@ -345,11 +345,6 @@ graph_ops.KNOWN["linear"] = graph_ops.Traced(_Linear, _linear_arguments, _linear
 graph_ops.OUTPUTS["linear"] = lambda words: len(graph_ops.find(words[0]).n)
 
 
-def _bias_fits(dy: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether dy has the bias's features, neither more nor fewer."""
-    return bias is not None and dy.shape[-1] == local_of(bias).shape[0]
-
-
 def _bias_gradient(plan: LinearPlan, dy: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The sums of dy's columns, made or left out by the rule of no_sync."""
     mesh, rows = plan.mesh, plan.y[1].rows
@@ -380,4 +375,5 @@ def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.T
         return y
     inner = x.shape[1:-1]
     rows = y.numel() // features if features else y.shape[:-1].numel()
-    return shaped(y, (rows // max(1, prod(inner)), *inner, features))
+    # a piece of a sequence may be empty
+    return shaped(y, (rows // prod(inner) if prod(inner) else x.shape[0], *inner, features))

@@ -9,10 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..plan.pipeline import SCHEDULES
 from . import ckpt, doctor, plan
+from .arguments import MODES
 from .options import Parser, number, whole
-
-MODES = ("1d", "2d", "2.5d", "3d")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,6 +73,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="cut over --data: 1, 2 states and gradients, and weights at rest; 3 weights",
     )
+    grid.add_argument("--pipeline", type=whole(1), default=1, metavar="P", help="pipeline ranks, each of --data grids; the model in stages")
+    grid.add_argument("--schedule", choices=SCHEDULES, help="in which order stages run their micro-batches (default: 1f1b)")
+    grid.add_argument(
+        "--microbatches",
+        type=whole(1),
+        default=0,
+        metavar="M",
+        help="of a step (default: 2 x --pipeline, without one 1; any number of them)",
+    )
     model = parser.add_argument_group("model")
     for name, value, text in (
         ("layers", 4, "transformer blocks"),
@@ -92,6 +101,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--sample", type=whole(0), default=160, metavar="BYTES", help="length of the text generated at the end")
     run.add_argument("--plot", default="loss.png", help="where the loss curve goes; '' for none")
     run.add_argument("--save", metavar="FOLDER", help="where a checkpoint goes at the end, or at Ctrl-C (default: none is written)")
+    run.add_argument("--resume", metavar="FOLDER", help="go on to --steps from what --save wrote, on any grid (default: from the start)")
 
 
 def _grid(text: str) -> tuple[int, int, int]:

@@ -25,26 +25,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import gingham
 
+from ..launch.parallel_config import parse_parallel
 from ..launch.spawn import start_server
-from ..mesh import axes_of
 from ..mesh.modes import Axes
 from ..native import device_report, max_host_ranks
-from ..plan import tables
-from ..plan.tables import amount
 from . import layers
-from .arguments import init_arguments, mesh_arguments
+from .arguments import init_arguments, mesh_arguments, parts_in, stage_axes, stages_in
 from .gpt import GPT, VOCABULARY, Kit, Shape, batches, parallel_kit, read_text, serial_kit
+from .report import describe, plot, show_plan, show_result, world_of
 
 
 def train(options: Namespace) -> int:
     """The command; returns its exit code. Under torchrun (RANK is set) this process is one rank, else ranks are started."""
     try:
         grid = mesh_arguments(options)
-        check(options, axes_of(**grid))
+        check(options, stage_axes(grid), stages_in(grid))
+        parse_parallel(init_arguments(grid).get("parallel", {}))
         text = read_text(options.text)
         batches(text, options.batch, options.context, options.seed)
         _make_folder(options.save)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"gingham train: {error}", file=sys.stderr)
         return 2
     try:
@@ -66,13 +66,13 @@ def _train(options: Namespace, grid: dict[str, Any]) -> int:
         report = _spawned(options, grid)
     if report["interrupted"]:
         saved = f"; checkpoint in {options.save}" if options.save else ""
-        print(f"gingham train: interrupted after step {len(report['losses'])}{saved}", file=sys.stderr)
+        print(f"gingham train: interrupted after step {report['first'] + len(report['losses'])}{saved}", file=sys.stderr)
         return 130
     console = Console()
-    serial = train_serial(options, console) if options.compare_serial else None
+    serial = train_serial(options, console, parts_in(grid)) if options.compare_serial else None
     show_result(console, report, serial)
     if options.plot:
-        plot(options.plot, report["losses"], serial["losses"] if serial else None, report["mesh"])
+        plot(options.plot, report["losses"], serial["losses"][report["first"] :] if serial else None, report["mesh"], report["first"])
         console.print(f"wrote {options.plot}")
     if options.sample:
         console.print("\n[bold]sample of generated text[/]")
@@ -86,17 +86,21 @@ FAULTS = (
 )
 
 
-def check(options: Namespace, axes: Axes) -> None:
+def check(options: Namespace, axes: Axes, stages: int = 1) -> None:
     """Raises ValueError for options that do not fit together."""
     ranks = prod(axes.sizes[name] for name in axes.inner.features)
     if options.width % options.heads:
         raise ValueError(f"--heads {options.heads} must divide --width {options.width}")
     if options.heads % ranks:
         raise ValueError(f"--heads {options.heads} must be a multiple of {ranks}, the ranks that cut features on this grid")
-    if prod(axes.sizes.values()) > max_host_ranks and "WORLD_SIZE" not in os.environ:
-        raise ValueError(f"--ranks {prod(axes.sizes.values())}: a host has at most {max_host_ranks} ranks; start several with torchrun")
+    if stages * axes.size > max_host_ranks and "WORLD_SIZE" not in os.environ:
+        raise ValueError(f"--ranks {stages * axes.size}: a host has at most {max_host_ranks} ranks; start several with torchrun")
+    if stages > 1 and options.device == "cuda":
+        raise ValueError("--device cuda with --pipeline: messages between stages have tags, which NCCL ignores; use --data and the grid")
     if options.save == "":
         raise ValueError("--save '': expected a folder; leave it out for no checkpoint")
+    if options.resume is not None and not os.path.isdir(options.resume):
+        raise ValueError(f"--resume {options.resume!r}: no such folder; expected what --save wrote")
     if options.plot:
         _check_plot(options)
     if options.device == "cuda" and not device_report()["devices"]:
@@ -140,7 +144,7 @@ def _spawned(options: Namespace, grid: dict[str, Any]) -> dict[str, Any]:
         try:
             start_server()
             signal.signal(signal.SIGINT, lambda *_: noted.touch())
-            report: dict[str, Any] = gingham.spawn(run, axes_of(**grid).size, options, grid, str(noted))[0]
+            report: dict[str, Any] = gingham.spawn(run, stages_in(grid) * stage_axes(grid).size, options, grid, str(noted))[0]
         finally:
             signal.signal(signal.SIGINT, before)
         return report
@@ -163,7 +167,8 @@ class Interruption:
     def agreed(self) -> bool:
         """Whether any rank was interrupted; a control message."""
         here = self.count > 0 or self.noted is not None and os.path.exists(self.noted)
-        return any(count for (count,) in self.mesh.world.sizes([int(here)])) if self.mesh.size > 1 else here
+        job = world_of(self.mesh)
+        return any(count for (count,) in job.world.sizes([int(here)])) if job.size > 1 else here
 
     def end(self) -> None:
         if self.handles:
@@ -183,59 +188,111 @@ def flops(shape: Shape, batch: int) -> int:
 def run(rank: int, options: Namespace, grid: dict[str, Any], noted: str | None = None) -> dict[str, Any]:
     """One rank's training run; only rank 0's report is looked at. noted: the file that says Ctrl-C."""
     mesh = gingham.init(**init_arguments(grid), device=options.device)
-    shape = shape_of(options)
-    model, optimizer = build(parallel_kit(mesh), shape, options)
-    planned = layers.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY))
+    job, shape = world_of(mesh), shape_of(options)
+    model = build(parallel_kit(mesh), shape, options)
+    planned = layers.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY), grid)
+    if "pipeline" in grid:
+        model = gingham.pipeline(model, mesh)
+    optimizer = optimizer_of(model, options)
     console = Console(quiet=rank != 0, force_terminal=None)
     show_plan(console, mesh, planned, options)
     draw = batches(read_text(options.text), options.batch, options.context, options.seed)
-
-    def block(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, target = (part.to(mesh.device) for part in draw(step))
-        # the loss takes logits in the inner layout, whose rows are whole where outer's are cut over the feature ranks
-        return mesh.scatter(ids), mesh.scatter(target) if mesh.inner.rows else target
-
+    train_on = pipelined(model) if "pipeline" in grid else scattered(model, mesh)
+    first = resumed(model, optimizer, options)
     mesh.traffic(reset=True)
     interruption = Interruption(mesh, noted)
     try:
-        losses, seconds = loop(model, optimizer, block, options, console, f"{mesh.size} ranks", interruption.agreed)
+        losses, seconds = loop(optimizer, draw, train_on, options, console, f"{job.size} ranks", interruption.agreed, first)
         if options.save:
-            gingham.save(model, optimizer, options.save, step=len(losses))
+            gingham.save(model, optimizer, options.save, step=first + len(losses))
     finally:
         interruption.end()
-    if len(losses) < options.steps:
-        return {"losses": losses, "interrupted": True}
+    if first + len(losses) < options.steps:
+        return {"losses": losses, "first": first, "interrupted": True}
     received = sum(axis["bytes_received"] for axis in mesh.traffic(reset=True).values())
     memory = mesh.job.memory()
     figures = {
-        "received": received / max(1, options.steps),
+        "received": received / len(losses),
         "tensors": sum(tensor_bytes(model, optimizer).values()),
         "workspace": memory["workspace_peak"],
     }
-    everyone: list[Any] = [None] * mesh.size
+    everyone: list[Any] = [None] * job.size
     dist.all_gather_object(everyone, figures)
     return {
         "interrupted": False,
         "mesh": describe(mesh),
         "losses": losses,
+        "first": first,
         "seconds": seconds,
         "ranks": everyone,
-        "formula": sum(layer.received for layer in planned) / mesh.size,
-        "sample": sample(model, mesh, shape, options) if options.sample else "",
+        "formula": sum(layer.received for layer in planned) / job.size,
+        "sample": sample(model, mesh, shape, options, grid) if options.sample else "",
     }
 
 
-def build(kit: Kit, shape: Shape, options: Namespace) -> tuple[GPT, torch.optim.Optimizer]:
+def build(kit: Kit, shape: Shape, options: Namespace) -> GPT:
     torch.manual_seed(options.seed)
-    model = GPT(kit, shape)
-    return model, torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
+    return GPT(kit, shape)
+
+
+def optimizer_of(model: torch.nn.Module, options: Namespace) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=options.lr, fused=True)
+
+
+def resumed(model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: Namespace) -> int:
+    """The step at which --resume's run ended, whose weights, states and counts of dropout's masks are the model's from now on; else 0."""
+    if options.resume is None:
+        return 0
+    first = int(gingham.load(model, optimizer, options.resume) or 0)
+    if first >= options.steps:
+        raise gingham.CheckpointError(f"--resume {options.resume}: its run has made {first} steps; give --steps above {first}")
+    return first
+
+
+Train = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (ids, target), full, to the loss: forward and backward
+
+
+def scattered(model: GPT, mesh: Any) -> Train:
+    def train(ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        ids, target = ids.to(mesh.device), target.to(mesh.device)
+        # the loss takes logits in the inner layout, whose rows are whole where outer's are cut over the feature ranks
+        loss = model.loss(model(mesh.scatter(ids)), mesh.scatter(target) if mesh.inner.rows else target)
+        loss.backward()
+        return loss
+
+    return train
+
+
+def pipelined(model: Any) -> Train:
+    return lambda ids, target: model.step(ids, target)
+
+
+def accumulated(model: GPT, microbatches: int) -> Train:
+    """In one process: what every schedule computes, micro-batch by micro-batch, each with masks of its own."""
+
+    def train(ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(())
+        for x, labels in zip(ids.tensor_split(microbatches), target.tensor_split(microbatches), strict=True):
+            loss = model.loss(model(x), labels) * (labels.numel() / target.numel())
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    return train
 
 
 def loop(
-    model: GPT, optimizer: Any, block: Any, options: Namespace, console: Console, name: str, stop: Callable[[], bool] = lambda: False
+    optimizer: Any,
+    draw: Any,
+    train: Train,
+    options: Namespace,
+    console: Console,
+    name: str,
+    stop: Callable[[], bool] = lambda: False,
+    first: int = 0,
 ) -> tuple[list[float], float]:
-    """Trains; returns the losses and the seconds of all steps but the first, which pays for memory and threads. Ends early where
-    `stop`, asked after each step, says so."""
+    """Trains from step `first`; returns the losses and the seconds of all steps but the first, which pays for memory and threads. Ends
+    early where `stop`, asked after each step, says so."""
     losses: list[float] = []
     tokens, work = options.batch * options.context, flops(shape_of(options), options.batch)
     columns = (
@@ -248,31 +305,31 @@ def loop(
     begin = time.perf_counter()
     # ranks beside rank 0 compute only: a progress bar's thread would take a share of their core
     with Progress(*columns, console=console, disable=console.quiet, refresh_per_second=2) as progress:
-        task = progress.add_task(name, total=options.steps, figures="")
-        for step in range(options.steps):
-            ids, target = block(step)
-            loss = model.loss(model(ids), target)
+        task = progress.add_task(name, total=options.steps, completed=first, figures="")
+        for step in range(first, options.steps):
+            ids, target = draw(step)
             optimizer.zero_grad()
-            loss.backward()
+            loss = train(ids, target)
             optimizer.step()
             losses.append(loss.item())
             if step + 1 < options.steps and stop():
                 break
-            if step == 0:
+            if step == first:
                 begin = time.perf_counter()
                 continue
-            pace = step / (time.perf_counter() - begin)
+            pace = (step - first) / (time.perf_counter() - begin)
             figures = f"loss {losses[-1]:.3f}  {pace * tokens:,.0f} tokens/s  {pace * work / 1e9:.1f} GFLOP/s"
             progress.update(task, completed=step + 1, figures=figures)
     return losses, time.perf_counter() - begin
 
 
-def train_serial(options: Namespace, console: Console) -> dict[str, Any]:
-    """The torch.nn model in this process, with all cores, on the same batches."""
+def train_serial(options: Namespace, console: Console, microbatches: int = 1) -> dict[str, Any]:
+    """The torch.nn model in this process, with all cores, on the same batches, cut into as many micro-batches."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model, optimizer = build(serial_kit(), shape_of(options), options)
+    model = build(serial_kit(), shape_of(options), options)
+    optimizer = optimizer_of(model, options)
     draw = batches(read_text(options.text), options.batch, options.context, options.seed)
-    losses, seconds = loop(model, optimizer, draw, options, console, "serial")
+    losses, seconds = loop(optimizer, draw, accumulated(model, microbatches), options, console, "serial")
     return {"losses": losses, "seconds": seconds, "tensors": sum(tensor_bytes(model, optimizer).values())}
 
 
@@ -293,82 +350,21 @@ def tensor_bytes(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 @torch.no_grad()
-def sample(model: GPT, mesh: Any, shape: Shape, options: Namespace) -> str:
-    """Text that the model continues from "def ". Every row of the batch, at least one a rank, holds the same text."""
+def sample(model: Any, mesh: Any, shape: Shape, options: Namespace, grid: dict[str, Any]) -> str:
+    """Text that the model continues from "def ". Every row of the batch, at least one a rank and micro-batch, holds the same text."""
     model.eval()
     generator = torch.Generator().manual_seed(options.seed)
     text = list(b"def ")
-    rows = max(1, mesh.parts(mesh.outer.rows))
+    rows = parts_in(grid) * max(1, mesh.parts(tuple(name for name in mesh.outer.rows if name not in mesh.outer.time)))
     for _ in range(options.sample):
         ids = torch.tensor(text[-shape.context :], device=mesh.device).repeat(rows, 1)
-        last = mesh.gather(model(mesh.scatter(ids))[:, -1].contiguous(), operand="inner")[0].cpu()
+        logits = model(ids) if "pipeline" in grid else _logits(model, mesh, ids)
+        last = logits[0, -1].cpu()
         text.append(int(torch.multinomial(torch.softmax(last / 0.8, -1), 1, generator=generator)))
     return bytes(text).decode(errors="replace")
 
 
-def describe(mesh: Any) -> str:
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.sizes.items())
-    return f"{mesh.size} ranks: {axes}"
-
-
-def show_plan(console: Console, mesh: Any, planned: list[layers.Layer], options: Namespace) -> None:
-    title = f"{describe(mesh)}, grid m x n x k = {' x '.join(map(str, mesh.grid))}, rank 0 of each shape"
-    headings = ("layer", "kind", "weight here", "of", "X here -> Y here", "weights", "received a step")
-    rows = [
-        (each.name, each.kind, each.local, each.whole, each.blocks, amount(each.weight), amount(each.received / mesh.size))
-        for each in planned
-    ]
-    weight, received = sum(layer.weight for layer in planned), sum(layer.received for layer in planned) / mesh.size
-    tables.show(console, title, headings, tables.fold(rows), headings[5:], ("all", "", "", "", "", amount(weight), amount(received)))
-    console.print(
-        f"batch {options.batch} x {options.context} tokens, AdamW at {options.lr:g}, dropout {options.dropout:g}; bytes are one rank's"
-    )
-
-
-def show_result(console: Console, report: dict[str, Any], serial: dict[str, Any] | None) -> None:
-    """Losses, seconds, bytes and memory; beside those of one process where it was trained too. Bytes in units (shown.amount)."""
-    ranks, losses = report["ranks"], report["losses"]
-    received = sum(rank["received"] for rank in ranks) / len(ranks)
-    rows: list[tuple[str, str, str, str]] = []
-    others = serial["losses"] if serial else []
-    for step in sorted({0, len(losses) // 4, len(losses) // 2, 3 * len(losses) // 4, len(losses) - 1}):
-        compared = (f"{others[step]:.6f}", f"{difference(losses[step], others[step]):.1e} relative") if serial else ("", "")
-        rows.append((f"loss at step {step + 1}", f"{losses[step]:.6f}", *compared))
-    if serial:
-        rows.append(("largest of all steps", "", "", f"{max(map(difference, losses, others)):.1e} relative"))
-    ratio = f"{serial['seconds'] / report['seconds']:.2f} x serial speed" if serial and report["seconds"] else ""
-    rows.append(("seconds", f"{report['seconds']:.1f}", f"{serial['seconds']:.1f}" if serial else "", ratio))
-    over = received - report["formula"]
-    agree = "equal to the formula" if not over else f"{amount(abs(over))} {'above' if over > 0 else 'below'} the formula"
-    rows.append(("received a rank and step", amount(received), "", agree))
-    tensors, workspace = (max(rank[key] for rank in ranks) for key in ("tensors", "workspace"))
-    share = f"{tensors / serial['tensors']:.3f} of serial" if serial else ""
-    rows.append(("weights, gradients, optimizer state", amount(tensors), amount(serial["tensors"]) if serial else "", share))
-    rows.append(("workspace at most", amount(workspace), "0 B" if serial else "", ""))
-    headings = ("", report["mesh"], "serial torch.nn", "compared")
-    kept = [index for index in range(len(headings)) if serial or index != 2]
-    tables.show(console, "result", [headings[i] for i in kept], [[row[i] for i in kept] for row in rows], [headings[i] for i in kept[1:]])
-
-
-def difference(mine: float, other: float) -> float:
-    return abs(mine - other) / abs(other)
-
-
-def plot(path: str, losses: list[float], serial: list[float] | None, name: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2 if serial else 1, 1, sharex=True, figsize=(7, 6 if serial else 4), squeeze=False)
-    steps = range(1, len(losses) + 1)
-    if serial:
-        axes[0][0].plot(steps, serial, color="0.6", linewidth=4, label="serial torch.nn")
-        axes[1][0].semilogy(steps, [difference(a, b) or float("nan") for a, b in zip(losses, serial, strict=True)], ".")
-        axes[1][0].set(xlabel="step", ylabel="relative difference (equal bits: no dot)")
-    axes[0][0].plot(steps, losses, color="tab:red", linewidth=1.2, label=name)
-    axes[0][0].set(ylabel="loss (nats a byte)")
-    axes[0][0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+def _logits(model: Any, mesh: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Of the last token at least: what all have is not gathered."""
+    mine = model(mesh.scatter(ids))
+    return mesh.gather(mine if mesh.outer.time else mine[:, -1:].contiguous(), operand="inner")

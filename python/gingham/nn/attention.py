@@ -210,12 +210,15 @@ class SelfAttention(Layer):
     def received(self, rows: int, inner: int = 1) -> int:
         """q, k and v share x. In mode "sequence", of `rows` samples and `inner` places, with what attention moves; that ranks else read
         each other's keys and values with dim=1 is not in it."""
-        passed = 0
-        if self.mesh.outer.time:
-            lengths, item = chunks(inner, [self.pieces[0]]), self.q.weight.itemsize
-            sizes = self.heads, self.kv_heads, rows * self.head_dim, item
-            passed = sequence_bytes(self.way, lengths, *sizes, self.mesh.source == "window", self.causal, self.zigzag)
-        return self.projected(rows, inner) + self.o.received(rows, inner) + passed
+        return self.projected(rows, inner) + self.o.received(rows, inner) + self.passed(rows, inner)
+
+    def passed(self, rows: int, inner: int) -> int:
+        """`received` of attention itself in mode "sequence", whose ranks have parts of the same samples."""
+        if not self.mesh.outer.time:
+            return 0
+        lengths, item = chunks(inner, [self.pieces[0]]), self.q.weight.itemsize
+        sizes = self.heads, self.kv_heads, rows * self.head_dim, item
+        return sequence_bytes(self.way, lengths, *sizes, self.mesh.source == "window", self.causal, self.zigzag)
 
     def projected(self, rows: int, inner: int = 1) -> int:
         """`received` of q, k and v."""

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.pipelining import schedules
 
 from ..errors import MeshError
-from ..plan.pipeline import LOOPED, SCHEDULES, rank_of
+from ..plan.pipeline import LOOPED, SCHEDULES, rank_of, usual_stages
 
 FORWARD, BACKWARD, INPUTS, WEIGHTS = "F", "B", "I", "W"
 LOOPS = {"interleaved": schedules.ScheduleInterleaved1F1B, "zero_bubble": schedules.ScheduleInterleavedZeroBubble}
@@ -38,7 +38,7 @@ def stages_of(schedule: str, stages: int | None) -> int:
     """How many stages each rank has. Raises MeshError for an unknown schedule, or a number that it cannot have."""
     if schedule not in SCHEDULES:
         raise MeshError(f"schedule={schedule!r}: expected {', '.join(map(repr, SCHEDULES))}")
-    usual = 1 if schedule in ("gpipe", "1f1b") else 2
+    usual = usual_stages(schedule)
     if stages is None:
         return usual
     least = 2 if schedule in LOOPED else usual

@@ -35,6 +35,20 @@ def linear_words(grid: GridShape, m: int, k: int, n: Sequence[int], swapped: boo
     return words + (2 * sum(n) * py * (pm - 1) if bias else 0)
 
 
+def linear_saved(grid: GridShape, k: int, n: Sequence[int], swapped: bool, bias: bool, parts: int) -> int:
+    """What a step of `parts` micro-batches, under no_sync and in pipelines, receives less than linear_words of each: sums over replicas,
+    and what keeps weights whole over data, are made once. So are sums of a bias's gradient where dY is cut as the bias is, then over all
+    ranks that cut dY's rows."""
+    depth, kept, w = grid.parts(grid.axes.depth), grid.parts(grid.axes.kept), k * sum(n)
+    saved = (parts - 1) * (2 * w * depth * (kept - 1) + 2 * w * (depth - 1))
+    layout, second = (grid.outer, grid.axes.k) if swapped else (grid.inner, grid.axes.n)
+    if not bias or layout.features != second:
+        return saved
+    rows = grid.parts(layout.rows)
+    once = 2 * sum(n) * (rows - 1) * (grid.size // (rows * grid.parts(second)))
+    return saved + parts * 2 * sum(n) * grid.grid[1 if swapped else 2] * (grid.grid[0] - 1) - once
+
+
 def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool, slices: int = 1) -> int:
     """Messages of `maps` linear maps that share X: 3(px-1) for X and 2(py-1) for Y, 3(pm-1) for W and 2(d-1) for its sum over depth or to
     keep it whole over data; db: an all-reduce over m, in 2.5d over row and depth. slices: of the dim that the step loops over, K, swapped
@@ -149,8 +163,14 @@ def embedding_words(grid: GridShape, count: int, width: int) -> int:
     table, depth, kept = count * width, grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
     cut, summed = table_axes(grid)
     alike = grid.size // (grid.parts(cut) * depth * kept * grid.parts(grid.outer.features))
-    used = (2 if summed else 1) * table * depth * kept * (grid.parts(cut) - 1)
-    return (used + 2 * table * depth * (kept - 1) + 2 * table * (depth - 1)) * alike
+    return (2 if summed else 1) * table * depth * kept * (grid.parts(cut) - 1) * alike + embedding_sums(grid, count, width)
+
+
+def embedding_sums(grid: GridShape, count: int, width: int) -> int:
+    """Of embedding_words those that micro-batches pay once: see linear_saved."""
+    table, depth, kept = count * width, grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
+    alike = grid.size // (grid.parts(table_axes(grid)[0]) * depth * kept * grid.parts(grid.outer.features))
+    return (2 * table * depth * (kept - 1) + 2 * table * (depth - 1)) * alike
 
 
 def embedding_messages(grid: GridShape) -> int:
@@ -187,6 +207,11 @@ def cross_entropy_bytes(grid: GridShape, rows: int, layout: Layout) -> int:
     """Four float64 numbers a row over the feature ranks, and two in all over the row ranks."""
     features, over_rows = grid.parts(layout.features), grid.parts(layout.rows)
     return 32 * rows * features * (features - 1) + 16 * (over_rows - 1) * grid.size
+
+
+def targets_bytes(grid: GridShape, rows: int, inner: int, layout: Layout) -> int:
+    """Class numbers [rows, inner] that come in outer's rows, as in pipelines, to logits in those of `layout`."""
+    return 8 * inner * relayout_words(grid, rows, 1, Layout(grid.outer.rows, (), grid.outer.time), Layout(layout.rows, (), layout.time))
 
 
 def cross_entropy_messages(grid: GridShape, layout: Layout) -> int:

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..mesh.modes import GridShape
+
 V_SHAPED = ("zbv", "dual")
 LOOPED = ("interleaved", "zero_bubble")
 SCHEDULES = ("gpipe", "1f1b", *LOOPED, *V_SHAPED)
+
+
+def usual_stages(schedule: str) -> int:
+    """The stages of a rank where nobody says how many."""
+    return 1 if schedule in ("gpipe", "1f1b") else 2
+
+
+def sizes_of_parts(rows: int, microbatches: int) -> list[int]:
+    """Rows of each micro-batch, as torch.tensor_split cuts them: 9 in 4 are 3, 2, 2, 2."""
+    return [rows // microbatches + (part < rows % microbatches) for part in range(microbatches)]
 
 
 def rank_of(stage: int, size: int, schedule: str) -> int:
@@ -41,13 +53,27 @@ def balance(costs: Sequence[float], stages: int) -> list[int]:
     return cuts[::-1]
 
 
+def borders_of(size: int, schedule: str, stages: int = 1) -> list[tuple[int, int, int]]:
+    """(stage, its rank, the next one's rank) of each border that activations cross from rank to rank."""
+    places = [rank_of(stage, size, schedule) for stage in range(size * stages)]
+    return [(stage, *pair) for stage, pair in enumerate(zip(places, places[1:], strict=False)) if pair[0] != pair[1]]
+
+
 def border_words(words: int, rank: int, size: int, schedule: str, stages: int = 1) -> int:
     """That a rank receives in a step: `words` activations of the whole batch cross each border between stages of two ranks and as many
     gradients come back. words: of this rank's block; stages: of each rank."""
-    total = size * stages
-    places = [rank_of(stage, size, schedule) for stage in range(total)]
-    borders = [pair for pair in zip(places, places[1:], strict=False) if pair[0] != pair[1]]
-    return words * sum((first == rank) + (second == rank) for first, second in borders)
+    return words * sum((first == rank) + (second == rank) for _, first, second in borders_of(size, schedule, stages))
+
+
+def border_bytes(
+    grid: GridShape, tokens: int, widths: Sequence[int], size: int, schedule: str, layout: str = "outer", item: int = 4
+) -> int:
+    """Of all ranks in a step, for activations [tokens, widths[i]] after stage i: each rank of a stage hands its block on, and its gradient
+    comes back. grid: of a stage."""
+    stages = len(widths) // size
+    ends = grid.layout(layout)
+    alike = grid.size // (grid.parts(ends.rows) * grid.parts(ends.features))
+    return item * 2 * tokens * alike * sum(widths[stage] for stage, _, _ in borders_of(size, schedule, stages))
 
 
 def bubble(schedule: str, size: int, microbatches: int, stages: int = 1) -> float:
