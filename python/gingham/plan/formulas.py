@@ -57,12 +57,23 @@ def linear_messages(grid: GridShape, maps: int, swapped: bool, bias: bool, slice
     px, py = (pk, pn) if swapped else (pn, pk)
     depth, kept = grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
     row = pm // (depth * kept)
-    replicated = not grid.outer.rows and not grid.outer.features
     by_rows = bool({*grid.axes.n, *grid.axes.k} & {*grid.outer.rows, *grid.inner.rows})
     sx, sy, sw = (slices, slices, 1) if by_rows else (1, slices, slices) if swapped else (slices, 1, slices)
-    x, y = (2 * (px - 1), 2 * (py - 1)) if replicated else (3 * (px - 1) * sx, 2 * (py - 1) * maps * sy)
+    x, y = (2 * (px - 1), 2 * (py - 1)) if x_is_whole(grid, False) else (3 * (px - 1) * sx, 2 * (py - 1) * maps * sy)
     db = 2 * (row - 1) + 2 * (depth * kept - 1) if depth * kept > 1 else 2 * (pm - 1)
     return x + y + maps * (3 * (row - 1) * sw + 2 * (kept - 1) + 2 * (depth - 1) + (db if bias else 0))
+
+
+def linear_messages_saved(grid: GridShape, maps: int, swapped: bool, bias: bool, parts: int) -> int:
+    """linear_saved, of the messages of one rank."""
+    depth, kept = grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
+    saved = (parts - 1) * (2 * (kept - 1) + 2 * (depth - 1))
+    layout, second = (grid.outer, grid.axes.k) if swapped else (grid.inner, grid.axes.n)
+    if bias and layout.features == second:
+        pm = grid.grid[0]
+        each = 2 * (pm // (depth * kept) - 1) + 2 * (depth * kept - 1) if depth * kept > 1 else 2 * (pm - 1)
+        saved += parts * each - 2 * (grid.parts(layout.rows) - 1)
+    return maps * saved
 
 
 # (words of a rank's part of W, slices): from so many words on a panel goes in so many pieces. Larger products compute longer than they
@@ -281,3 +292,10 @@ def linear_parameters(grid: GridShape, k: int, n: Sequence[int], swapped: bool, 
     out, into = (second + again, first) if swapped else (second, first + again)
     held = sum(largest(grid, size, out) * largest(grid, k, into) for size in n)
     return held + (sum(largest(grid, size, second) for size in n) if bias else 0)
+
+
+def linear_whole(grid: GridShape, k: int, n: Sequence[int], swapped: bool) -> int:
+    """Of linear_parameters' weights the words that shard="state" keeps whole from one optimizer step to the next."""
+    first, second = (grid.axes.n, grid.axes.k) if swapped else (grid.axes.k, grid.axes.n)
+    out, into = (second + grid.axes.gathered, first) if swapped else (second, first + grid.axes.gathered)
+    return sum(largest(grid, size, out) * largest(grid, k, into) for size in n)

@@ -76,6 +76,37 @@ def border_bytes(
     return item * 2 * tokens * alike * sum(widths[stage] for stage, _, _ in borders_of(size, schedule, stages))
 
 
+def in_flight(schedule: str, rank: int, size: int, microbatches: int, stages: int = 1) -> int:
+    """Of a rank at most so many (stage, micro-batch) pairs whose forward pass is done and of whose backward pass something is left:
+
+    gpipe         n                        1f1b           P - rank
+    interleaved   (v-1) n/(n div P) + 2 (P-1-rank) + 1    zero_bubble    (v-1) n/(n div P) + P
+    zbv           2 P                      dual           2 P + 1
+    """
+    count, turn = stages * microbatches, microbatches // max(1, microbatches // size)
+    if size == 1:
+        return 1
+    most = {
+        "gpipe": count,
+        "1f1b": size - rank,
+        "interleaved": (stages - 1) * turn + 2 * (size - 1 - rank) + 1,
+        "zero_bubble": (stages - 1) * turn + size,
+        "zbv": 2 * size,
+        "dual": 2 * size + 1,
+    }
+    return min(count, most[schedule])
+
+
+def refused(schedule: str, size: int, microbatches: int) -> str:
+    """Why torch's schedule has no order for these numbers; "" where it has one."""
+    turns = max(1, microbatches // size)
+    if schedule in LOOPED and microbatches % turns:
+        return f"{schedule} takes {turns} rounds of micro-batches, which do not divide {microbatches}"
+    if schedule == "dual" and microbatches < 2 * size:
+        return f"dual takes at least as many micro-batches as stages, {2 * size}, got {microbatches}"
+    return ""
+
+
 def bubble(schedule: str, size: int, microbatches: int, stages: int = 1) -> float:
     """The share of a step in which a rank is idle, where a forward, its gradient of inputs and its gradient of weights take the same time
     and messages none. P ranks, n micro-batches, v stages a rank, in units of one of the three:

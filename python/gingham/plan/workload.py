@@ -7,6 +7,7 @@ Linears(512, (2048,)), Linears(2048, (512,)).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -41,11 +42,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Attention:
-    """What lies between the projections: keeps q, k and v; moves nothing. Heads must divide by inner's feature ranks."""
+    """What lies between the projections: keeps q, k and v; moves nothing but in mode "sequence", where keys and values come by. Heads must
+    divide by inner's feature ranks."""
 
     width: int
     heads: int
     kv_heads: int
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,13 +64,15 @@ Part = Linears | Table | Norm | Attention | Loss
 @dataclass(frozen=True)
 class Workload:
     """`parts`: (how often, what). A step trains on [batch, context] tokens in words of `item` bytes, with an optimizer that
-    keeps `states` words a parameter (AdamW: 2)."""
+    keeps `states` words a parameter (AdamW: 2). row: the same parts in the order in which gingham.pipeline may cut them into stages,
+    () where the model is not known to be layers in a row."""
 
     parts: tuple[tuple[int, Part], ...]
     batch: int
     context: int
     item: int = 4
     states: int = 2
+    row: tuple[tuple[tuple[int, Part], ...], ...] = ()
 
     def parameters(self) -> int:
         """Words of the whole model."""
@@ -84,16 +89,24 @@ def _parameters(part: Part) -> int:
 
 def gpt(layers: int, width: int, heads: int, batch: int, context: int, vocabulary: int = 256) -> Workload:
     """The GPT of commands/gpt.py."""
-    parts: list[tuple[int, Part]] = [
-        (1, Table(vocabulary, width)),
-        (1, Table(context, width)),
-        (2 * layers + 1, Norm(width)),
-        (layers, Linears(width, (width,) * 3, "outer->inner")),
-        (layers, Attention(width, heads, heads)),
-        (layers, Linears(width, (width,), "inner->outer")),
-        (layers, Linears(width, (4 * width,), "outer->inner", kept=1)),
-        (layers, Linears(4 * width, (width,), "inner->outer")),
-        (1, Linears(width, (vocabulary,), "outer->inner")),
-        (1, Loss(vocabulary)),
-    ]
-    return Workload(tuple(parts), batch, context)
+    block: tuple[tuple[int, Part], ...] = (
+        (2, Norm(width)),
+        (1, Linears(width, (width,) * 3, "outer->inner")),
+        (1, Attention(width, heads, heads, True)),
+        (1, Linears(width, (width,), "inner->outer")),
+        (1, Linears(width, (4 * width,), "outer->inner", kept=1)),
+        (1, Linears(4 * width, (width,), "inner->outer")),
+    )
+    first: tuple[tuple[int, Part], ...] = ((1, Table(vocabulary, width)), (1, Table(context, width)))
+    last: tuple[tuple[int, Part], ...] = ((1, Linears(width, (vocabulary,), "outer->inner")), (1, Loss(vocabulary)))
+    row = (first, *(block for _ in range(layers)), ((1, Norm(width)),), last)
+    return Workload(merged(row), batch, context, row=row)
+
+
+def merged(row: Iterable[Iterable[tuple[int, Part]]]) -> tuple[tuple[int, Part], ...]:
+    """Equal parts counted together, in the order in which they come first."""
+    found: dict[Part, int] = {}
+    for parts in row:
+        for times, part in parts:
+            found[part] = found.get(part, 0) + times
+    return tuple((times, part) for part, times in found.items())

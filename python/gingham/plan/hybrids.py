@@ -1,0 +1,294 @@
+"""Which data x pipeline x tensor ranks a model should train on: the cost of every hybrid that the ranks can form.
+
+A pipeline's stages are cut as gingham.pipeline cuts them. A step's seconds are those of the dearest pipeline rank, and the bubble's share
+on top: t / (1 - bubble). Bytes by axis: tensor, what each data rank's own rows would move without the others; data, what is moved
+beyond that; pipeline, what crosses the borders of stages. Memory is that of the rank that holds most: parameters, gradients, states,
+with shard="state" the whole weights and, for several micro-batches, the whole sums of their gradients, and what layers keep for backward of
+all micro-batches that are under way at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import MeshError
+from ..mesh.layout import chunks
+from ..mesh.modes import GridShape, axes_of
+from .choose import Machine, every_grid, name_of
+from .costs import Cost, impossible, stretch_cost
+from .pipeline import SCHEDULES, balance, border_bytes, borders_of, bubble, in_flight, rank_of, refused, sizes_of_parts, usual_stages
+from .workload import Linears, Norm, Part, Table, Workload
+
+AXES = ("tensor", "data", "pipeline")
+SHARDS = (None, "state", "all")
+TIMES = (1, 2, 4, 8)  # micro-batches that are tried, as many times the pipeline's ranks
+
+
+@dataclass(frozen=True)
+class Hybrid:
+    """A hybrid and what a step costs on it. tensor: axes_of's arguments of a data rank; received: bytes of all ranks, by axis; messages: of
+    the rank that receives most, by axis; memory: bytes by kind of the rank that holds most, one of the pipeline rank `fullest`; bubble: the
+    share of a step in which a rank waits for others; reason: why it is not possible, "" where it is."""
+
+    tensor: Mapping[str, Any]
+    data: int
+    shard: str | None
+    pipeline: int
+    schedule: str
+    microbatches: int
+    grid: tuple[int, ...]
+    received: Mapping[str, int]
+    messages: Mapping[str, int]
+    memory: Mapping[str, int]
+    bubble: float
+    seconds: float
+    reason: str = ""
+    fullest: int = 0
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.pipeline * int(self.tensor["size"])
+
+    @property
+    def name(self) -> str:
+        """ "2 pipeline (1f1b, 4) x 2 data (all) x 2d"; axes of one rank are left out."""
+        names = []
+        if self.pipeline > 1 or self.microbatches > 1:
+            how = f"{self.schedule}, {self.microbatches}" if self.pipeline > 1 else f"{self.microbatches} micro-batches"
+            names.append(f"{self.pipeline} pipeline ({how})")
+        if self.data > 1:
+            names.append(f"{self.data} data" + (f" ({self.shard})" if self.shard else ""))
+        if self.tensor["size"] > 1:
+            shape = f" {'x'.join(map(str, self.grid_of_tensor))}" if name_of(dict(self.tensor)) == "grid" else f" of {self.tensor['size']}"
+            names.append(name_of(dict(self.tensor)) + shape)
+        return " x ".join(names) or "one rank"
+
+    @property
+    def grid_of_tensor(self) -> tuple[int, ...]:
+        return tuple(self.tensor.get("grid", ()))
+
+    @property
+    def parallel(self) -> dict[str, Any]:
+        """gingham.init's parallel= of it."""
+        found: dict[str, Any] = {"data": {"size": self.data, "shard": self.shard}, "tensor": dict(self.tensor)}
+        if self.pipeline > 1 or self.microbatches > 1:
+            found["pipeline"] = {"size": self.pipeline, "schedule": self.schedule, "microbatches": self.microbatches}
+        return found
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What is said of a hybrid; None: anything. tensor: axes_of's arguments; microbatches: None: those of TIMES; shards: of data above 1;
+    size: of the tensor mesh, where its mode is open."""
+
+    data: int | None = None
+    shards: Sequence[str | None] = SHARDS
+    pipeline: int | None = None
+    schedules: Sequence[str] = SCHEDULES
+    microbatches: int | None = None
+    tensor: Mapping[str, Any] | None = None
+    size: int | None = None
+
+
+def hybrids(workload: Workload, ranks: int, machine: Machine | None = None, wish: Wish | None = None) -> list[Hybrid]:
+    """Every hybrid of `ranks` ranks that a wish allows, the possible ones first, cheapest first; at a tie fewer pipeline ranks, then fewer
+    data ranks, then weights that are cut less."""
+    machine, wish = machine or Machine(), wish or Wish()
+    found = [hybrid for arguments in _every(ranks, wish) for hybrid in _costs(workload, machine, wish, *arguments)]
+    return sorted(found, key=lambda each: (bool(each.reason), each.seconds, each.pipeline, each.data, SHARDS.index(each.shard)))
+
+
+def choose_hybrid(workload: Workload, ranks: int, machine: Machine | None = None, wish: Wish | None = None) -> tuple[Hybrid, str]:
+    """The cheapest possible hybrid, and why it is: what it costs beside the next ones. Raises MeshError, with reasons, where none is
+    possible."""
+    ranked = hybrids(workload, ranks, machine, wish)
+    if not ranked:
+        raise MeshError(f"no hybrid of {ranks} ranks is what was asked for: {wish}; sizes must multiply to the number of ranks")
+    if ranked[0].reason:
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in ranked[:6])
+        raise MeshError(f"no hybrid of {ranks} ranks fits: {reasons}; take more ranks, a smaller batch or other heads")
+    return ranked[0], why(ranked)
+
+
+def why(ranked: Sequence[Hybrid]) -> str:
+    """Of the first of hybrids(): its cost, the cheapest one of another shape, and how many were not possible."""
+    first, out = ranked[0], sum(bool(each.reason) for each in ranked)
+    text = f"{first.name}: {first.seconds:.3g} s a step, the least of {len(ranked) - out} hybrids of {first.ranks} ranks"
+    other = next((each for each in ranked[1:] if not each.reason and each.name != first.name), None)
+    if other is not None:
+        text += f"; next {other.name}: {other.seconds:.3g} s"
+    return text + (f"; {out} more are not possible, for example {ranked[-1].name}: {ranked[-1].reason}" if out else "")
+
+
+def _every(ranks: int, wish: Wish) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(pipeline, data, tensor) whose product is `ranks`."""
+    sizes = [count for count in range(1, ranks + 1) if ranks % count == 0]
+    for pipeline in sizes if wish.pipeline is None else [wish.pipeline]:
+        for data in sizes if wish.data is None else [wish.data]:
+            if ranks % (pipeline * data):
+                continue
+            size = ranks // (pipeline * data)
+            if wish.tensor is not None:
+                if axes_of(**wish.tensor).size == size:
+                    yield pipeline, data, {"size": size, **wish.tensor}
+            elif wish.size in (None, size):
+                # grids that are a mode under another name are left out
+                seen = set()
+                for tensor in every_grid(size):
+                    shape = axes_of(**tensor)
+                    if tensor.get("grid") and GridShape(shape).grid in seen:
+                        continue
+                    seen.add(GridShape(shape).grid)
+                    yield pipeline, data, tensor
+
+
+def _costs(workload: Workload, machine: Machine, wish: Wish, pipeline: int, data: int, tensor: dict[str, Any]) -> Iterator[Hybrid]:
+    """Of one shape, by shard, schedule and number of micro-batches."""
+    counts = [wish.microbatches] if wish.microbatches else [1] if pipeline == 1 else [pipeline * times for times in TIMES]
+    counts = [count for count in counts if count <= workload.batch] or counts[:1]
+    for shard in [shard for shard in wish.shards if data > 1] or [None]:
+        for schedule in wish.schedules if pipeline > 1 else ["1f1b"]:
+            for count in counts:
+                yield hybrid_cost(workload, machine, tensor, data, shard, pipeline, schedule, count)
+
+
+def hybrid_cost(
+    workload: Workload,
+    machine: Machine,
+    tensor: Mapping[str, Any],
+    data: int = 1,
+    shard: str | None = None,
+    pipeline: int = 1,
+    schedule: str = "1f1b",
+    microbatches: int = 1,
+) -> Hybrid:
+    """Of one hybrid; with a pipeline or several micro-batches as gingham.pipeline's step makes them."""
+    grid, alone = GridShape(axes_of(**tensor, data=data, shard=shard)), GridShape(axes_of(**tensor))
+    rows, accumulates = sizes_of_parts(workload.batch, microbatches), pipeline > 1 or microbatches > 1
+    reason = _reason(workload, grid, tensor, pipeline, schedule, microbatches)
+    stages = pipeline * usual_stages(schedule) if pipeline > 1 else 1
+    parts = _stages(workload, stages)
+    if parts is None:
+        nothing = dict.fromkeys(AXES, 0)
+        return Hybrid(tensor, data, shard, pipeline, schedule, microbatches, grid.grid, nothing, nothing, {}, 0.0, float("inf"), reason)
+    places = [rank_of(stage, pipeline, schedule) for stage in range(stages)]
+    costs = [stretch_cost(grid, each, workload, rows, accumulates) for each in parts]
+    apart = [_apart(alone, each, workload, rows, data, accumulates) for each in parts]
+    ends = [_end(parts[: stage + 1]) for stage in range(stages)]
+    crossed = _crossed(grid, workload, ends, pipeline, schedule)
+    received = {"tensor": sum(each.received for each in apart)}
+    received["data"] = sum(each.received for each in costs) - received["tensor"]
+    received["pipeline"] = sum(crossed)
+    of_rank = [[stage for stage, place in enumerate(places) if place == rank] for rank in range(pipeline)]
+    borders = _border_messages(pipeline, schedule, stages, microbatches)
+    inside = [(sum(apart[s].messages for s in mine), sum(costs[s].messages for s in mine)) for mine in of_rank]
+    busiest = max(range(pipeline), key=lambda rank: inside[rank][1] + borders[rank])
+    own, both = inside[busiest]
+    messages = {"tensor": min(own, both), "data": max(0, both - own), "pipeline": borders[busiest]}
+    memories = [
+        _memory(workload, [costs[stage] for stage in mine], in_flight(schedule, rank, pipeline, microbatches, len(mine)), accumulates)
+        for rank, mine in enumerate(of_rank)
+    ]
+    idle = bubble(schedule, pipeline, microbatches, usual_stages(schedule)) if pipeline > 1 else 0.0
+    busy = [
+        machine.seconds(
+            sum(costs[stage].flops for stage in mine),
+            sum(costs[stage].messages for stage in mine) + borders[rank],
+            (sum(costs[stage].received for stage in mine) + _of_rank(crossed, rank, pipeline, schedule, stages)) / grid.size,
+        )
+        for rank, mine in enumerate(of_rank)
+    ]
+    fullest = max(range(pipeline), key=lambda rank: sum(memories[rank].values()))
+    memory, seconds = memories[fullest], max(busy) / (1 - idle)
+    reason = reason or machine.lacks(sum(memory.values()))
+    return Hybrid(
+        tensor, data, shard, pipeline, schedule, microbatches, grid.grid, received, messages, memory, idle, seconds, reason, fullest
+    )
+
+
+def _reason(workload: Workload, grid: GridShape, tensor: Mapping[str, Any], pipeline: int, schedule: str, microbatches: int) -> str:
+    if microbatches > workload.batch:
+        return f"{microbatches} micro-batches of {workload.batch} samples: at most one a sample"
+    text = next((text for _, part in workload.parts if (text := impossible(grid, part))), "")
+    if text or pipeline == 1:
+        return text
+    if tensor.get("mode") == "sequence":
+        return "a pipeline beside mode 'sequence' is not built"
+    stages = pipeline * usual_stages(schedule)
+    if not workload.row:
+        return "the model is not known to be layers in a row, which stages are cut from"
+    if len(workload.row) < stages:
+        return f"{len(workload.row)} layers in a row cannot make {stages} stages"
+    return refused(schedule, pipeline, microbatches)
+
+
+def _stages(workload: Workload, stages: int) -> list[list[tuple[int, Part]]] | None:
+    """The parts of each stage, as pipeline/cut.py cuts them; None where it cannot."""
+    if stages == 1:
+        return [list(workload.parts)]
+    if len(workload.row) < stages:
+        return None
+    flops = [float(sum(times * 2 * part.k * sum(part.n) for times, part in parts if isinstance(part, Linears))) for parts in workload.row]
+    begins = balance(flops, stages)
+    return [[part for each in workload.row[begin:end] for part in each] for begin, end in zip(begins, begins[1:], strict=False)]
+
+
+def _apart(
+    alone: GridShape, parts: Sequence[tuple[int, Part]], workload: Workload, rows: Sequence[int], data: int, accumulates: bool
+) -> Cost:
+    """What the data ranks' own rows cost without the others: bytes of all of them, messages of the first."""
+    total = Cost()
+    for replica in range(data):
+        mine = [chunks(each, [data])[replica] for each in rows]
+        cost = stretch_cost(alone, parts, workload, mine, accumulates)
+        total = total.plus(cost) if replica == 0 else total.plus(Cost(received=cost.received))
+    return total
+
+
+def _end(stages: Sequence[Sequence[tuple[int, Part]]]) -> tuple[int, str]:
+    """(features, layout) of what the last of these stages gives: of the last layer that makes one."""
+    for _, part in reversed([part for parts in stages for part in parts]):
+        if isinstance(part, Linears):
+            return part.n[-1], part.layout.split("->")[1]
+        if isinstance(part, Table):
+            return part.width, "outer"
+        if isinstance(part, Norm):
+            return part.features, "outer"
+    return 0, "outer"
+
+
+def _crossed(grid: GridShape, workload: Workload, ends: Sequence[tuple[int, str]], pipeline: int, schedule: str) -> list[int]:
+    """Bytes that cross behind each stage, there and back, of all ranks."""
+    found = [0] * len(ends)
+    tokens, stages = workload.batch * workload.context, len(ends) // pipeline
+    for stage, *_ in borders_of(pipeline, schedule, stages) if pipeline > 1 else []:
+        width, layout = ends[stage]
+        alone = [width if at == stage else 0 for at in range(len(ends))]
+        found[stage] = border_bytes(grid, tokens, alone, pipeline, schedule, layout, workload.item)
+    return found
+
+
+def _of_rank(crossed: Sequence[int], rank: int, pipeline: int, schedule: str, stages: int) -> float:
+    """Of _crossed the bytes that the ranks of one stage receive."""
+    pairs = borders_of(pipeline, schedule, stages // pipeline) if pipeline > 1 else []
+    return sum(crossed[stage] / 2 * ((first == rank) + (second == rank)) for stage, first, second in pairs)
+
+
+def _border_messages(pipeline: int, schedule: str, stages: int, microbatches: int) -> list[int]:
+    """Of each pipeline rank, in a step."""
+    pairs = borders_of(pipeline, schedule, stages // pipeline) if pipeline > 1 else []
+    return [microbatches * sum((first == rank) + (second == rank) for _, first, second in pairs) for rank in range(pipeline)]
+
+
+def _memory(workload: Workload, stages: Sequence[Cost], pairs: int, accumulates: bool) -> dict[str, int]:
+    """Bytes by kind. pairs: (stage, micro-batch) that are under way at once."""
+    held, whole = sum(each.held for each in stages), sum(each.whole for each in stages)
+    words = {
+        "parameters": held + whole,
+        "gradients": held + (whole if accumulates else 0),
+        "states": workload.states * held,
+        "activations": -(-pairs // len(stages)) * sum(each.kept for each in stages),
+    }
+    return {kind: workload.item * count for kind, count in words.items()}
