@@ -283,9 +283,11 @@ def test_describe_reads_what_gpt_says() -> None:
     from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
 
     expected = merged(workload.gpt(3, 64, 4, 5, 16))
+    row = [set(parts) for parts in workload.gpt(3, 64, 4, 5, 16).row]
     with torch.device("meta"):
         model = GPT(serial_kit(), Shape(3, 64, 4, 16, 0.1))
     assert merged(describe(model, 5, 16)) == expected
+    assert [set(parts) for parts in describe(model, 5, 16).row] == row
     gingham.init()
     try:
         assert merged(describe(GPT(parallel_kit(gingham.mesh.current()), Shape(3, 64, 4, 16, 0.1)), 5, 16)) == expected
@@ -317,6 +319,8 @@ def test_describe_counts_the_parameters_of_hugging_face_models(family: str) -> N
     assert sum(times for times, part in described.parts if isinstance(part, workload.Attention)) == 2
     layouts = [part.layout for _, part in described.parts if isinstance(part, workload.Linears)]
     assert layouts.count("inner->outer") == 2 and layouts.count("outer->inner") >= 2
+    assert len(described.row) == (5 if family in ("gpt2", "llama") else 0)  # tables, two blocks, a norm and the head
+    assert not described.row or sum(times for row in described.row for times, _ in row) == sum(times for times, _ in described.parts)
 
 
 def test_the_plan_command_shows_every_grid(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

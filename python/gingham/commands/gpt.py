@@ -89,6 +89,8 @@ class GPT(torch.nn.Module):
 
 
 class SerialAttention(torch.nn.Module):
+    causal = True
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from ..plan.workload import Attention, Linears, Loss, Norm, Part, Table, Workload
+from ..plan.workload import Attention, Linears, Loss, Norm, Part, Table, Workload, merged
 
 SHARED = ({"q", "k", "v"}, {"q_proj", "k_proj", "v_proj"}, {"query", "key", "value"}, {"gate_proj", "up_proj"}, {"w1", "w3"})
 FUSED = {"c_attn": 3, "qkv": 3, "qkv_proj": 3, "query_key_value": 3}
+# Hugging Face models that gingham.pipeline knows as layers in a row, by the paths of their modules: a list of modules is a part each
+ROWS = {
+    "GPT2LMHeadModel": (("transformer.wte", "transformer.wpe"), "transformer.h", ("transformer.ln_f",), ("lm_head",)),
+    "LlamaForCausalLM": (("model.embed_tokens",), "model.layers", ("model.norm",), ("lm_head",)),
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,11 @@ class _Linear:
     k: int
     n: tuple[int, ...]
     bias: bool
+    at: int = -1  # of the row of layers
+    causal: bool = False
+
+
+Found = tuple[int, int, Part]  # place in the row of layers, times, part
 
 
 def describe(model: torch.nn.Module, batch: int, context: int, states: int = 2) -> Workload:
@@ -30,33 +40,46 @@ def describe(model: torch.nn.Module, batch: int, context: int, states: int = 2) 
     back to its width is a pair, outer->inner and inner->outer; the last one is the vocabulary's, if an embedding has as many
     rows. Others are outer->outer. What is no linear, embedding, LayerNorm or RMSNorm is not described: it moves nothing.
     """
-    parts: list[tuple[int, Part]] = []
+    found: list[Found] = []
     counts: set[int] = set()
     first = next(model.parameters(), None)
+    row = _row(model)
+    places = {id(module): at for at, modules in reversed(list(enumerate(row))) for outer in modules for module in outer.modules()}
     for module in model.modules():
-        kind, weight = type(module).__name__, getattr(module, "weight", None)
+        kind, weight, at = type(module).__name__, getattr(module, "weight", None), places.get(id(module), -1)
         if not isinstance(weight, torch.Tensor):
             continue
         if kind == "Embedding":
-            parts.append((1, Table(weight.shape[0], weight.shape[1])))
+            found.append((at, 1, Table(weight.shape[0], weight.shape[1])))
             counts.add(weight.shape[0])
         elif kind.endswith(("LayerNorm", "RMSNorm")):
             tensors = 2 if getattr(module, "bias", None) is not None else 1
-            parts.append((1, Norm(weight.shape[-1], 1 if kind.endswith("RMSNorm") else 2, tensors)))
-    parts += _with_layouts(_groups(list(_linears(model))), counts, _heads(model))
-    merged: dict[Part, int] = {}
-    for times, part in parts:
-        merged[part] = merged.get(part, 0) + times
+            found.append((at, 1, Norm(weight.shape[-1], 1 if kind.endswith("RMSNorm") else 2, tensors)))
+    found += _with_layouts(_groups(list(_linears(model, places))), counts, _heads(model))
     item = first.element_size() if first is not None else 4
-    return Workload(tuple((times, part) for part, times in merged.items()), batch, context, item, states)
+    known = bool(row) and all(at >= 0 for at, *_ in found)
+    ordered = tuple(merged([[(times, part) for place, times, part in found if place == at]]) for at in range(len(row))) if known else ()
+    return Workload(merged([[(times, part) for _, times, part in found]]), batch, context, item, states, ordered)
 
 
-def _linears(model: torch.nn.Module) -> Iterator[_Linear]:
+def _row(model: Any) -> list[list[torch.nn.Module]]:
+    """The modules of each part of a model of layers in a row (pipeline/cut.py says which those are); [] where it is not known as one."""
+    if callable(getattr(model, "in_a_row", None)):
+        return [list(modules) for _, modules in model.in_a_row()]
+    if isinstance(model, torch.nn.Sequential):
+        return [[child] for child in model]
+    found: list[list[torch.nn.Module]] = []
+    for paths in ROWS.get(next((name for name in ROWS if name in {kind.__name__ for kind in type(model).__mro__}), ""), ()):
+        found += [[layer] for layer in model.get_submodule(paths)] if isinstance(paths, str) else [[*map(model.get_submodule, paths)]]
+    return found
+
+
+def _linears(model: torch.nn.Module, places: Mapping[int, int]) -> Iterator[_Linear]:
     for path, module in model.named_modules():
         owner, _, name = path.rpartition(".")
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) is not None
+        weight, bias, at = getattr(module, "weight", None), getattr(module, "bias", None) is not None, places.get(id(module), -1)
         if isinstance(module, torch.nn.MultiheadAttention):
-            yield _Linear(path, "in_proj", module.embed_dim, (module.embed_dim,) * 3, module.in_proj_bias is not None)
+            yield _Linear(path, "in_proj", module.embed_dim, (module.embed_dim,) * 3, module.in_proj_bias is not None, at)
         elif isinstance(weight, torch.Tensor) and weight.dim() == 2:
             if isinstance(module, torch.nn.Linear) or hasattr(module, "in_features"):
                 into, out = weight.shape[1], weight.shape[0]
@@ -64,8 +87,9 @@ def _linears(model: torch.nn.Module) -> Iterator[_Linear]:
                 into, out = weight.shape
             else:
                 continue
-            pieces = FUSED.get(name, 1)
-            yield _Linear(owner, name, into, (out // pieces,) * pieces if out % pieces == 0 else (out,), bias)
+            pieces, holder = FUSED.get(name, 1), model.get_submodule(owner)
+            causal = getattr(holder, "causal", getattr(holder, "is_causal", False)) is True
+            yield _Linear(owner, name, into, (out // pieces,) * pieces if out % pieces == 0 else (out,), bias, at, causal)
 
 
 def _groups(linears: list[_Linear]) -> list[_Linear]:
@@ -77,7 +101,7 @@ def _groups(linears: list[_Linear]) -> list[_Linear]:
         key = (linear.owner, -1 if group is None else group)
         if group is not None and key in waiting:
             other = found[waiting[key]]
-            found[waiting[key]] = _Linear(other.owner, other.name, other.k, other.n + linear.n, other.bias or linear.bias)
+            found[waiting[key]] = replace(other, n=other.n + linear.n, bias=other.bias or linear.bias)
             continue
         if group is not None:
             waiting[key] = len(found)
@@ -85,8 +109,8 @@ def _groups(linears: list[_Linear]) -> list[_Linear]:
     return found
 
 
-def _with_layouts(linears: list[_Linear], counts: set[int], heads: tuple[int, int]) -> list[tuple[int, Part]]:
-    parts: list[tuple[int, Part]] = []
+def _with_layouts(linears: list[_Linear], counts: set[int], heads: tuple[int, int]) -> list[Found]:
+    parts: list[Found] = []
     index = 0
     while index < len(linears):
         linear = linears[index]
@@ -94,16 +118,16 @@ def _with_layouts(linears: list[_Linear], counts: set[int], heads: tuple[int, in
         if following is not None and following.n == (linear.k,) and following.k in linear.n:
             attention = len(linear.n) == 3
             kept = 0 if attention else 1
-            parts.append((1, Linears(linear.k, linear.n, "outer->inner", linear.bias, kept)))
+            parts.append((linear.at, 1, Linears(linear.k, linear.n, "outer->inner", linear.bias, kept)))
             if attention and heads[0]:
-                parts.append((1, Attention(linear.n[0], *heads)))
-            parts.append((1, Linears(following.k, following.n, "inner->outer", following.bias)))
+                parts.append((linear.at, 1, Attention(linear.n[0], *heads, linear.causal)))
+            parts.append((following.at, 1, Linears(following.k, following.n, "inner->outer", following.bias)))
             index += 2
             continue
         last = following is None and linear.n[0] in counts
-        parts.append((1, Linears(linear.k, linear.n, "outer->inner" if last else "outer->outer", linear.bias)))
+        parts.append((linear.at, 1, Linears(linear.k, linear.n, "outer->inner" if last else "outer->outer", linear.bias)))
         if last:
-            parts.append((1, Loss(linear.n[0])))
+            parts.append((linear.at, 1, Loss(linear.n[0])))
         index += 1
     return parts
 

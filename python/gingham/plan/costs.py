@@ -116,13 +116,18 @@ def _attention_cost(grid: GridShape, part: Attention, workload: Workload) -> Cos
     pieces = grid.parts(grid.inner.time)
     if pieces == 1:
         return cost
-    words = 2 * workload.batch * part.kv_heads * head
-    received = workload.item * formulas.ring_words(chunks(workload.context, [pieces]), words, True, part.causal)
-    # keys and values of each other rank forward, again backward, and the sums of their gradients on their way
-    return replace(cost, received=received, messages=RING * (pieces - 1))
+    sizes = part.heads, part.kv_heads, workload.batch * head, workload.item
+    way = grid.axes.attention or "ring"
+    if way == "auto":
+        way = formulas.cheapest_way(pieces, part.heads, part.kv_heads, workload.item, True, part.causal)
+    received = formulas.sequence_bytes(way, chunks(workload.context, [pieces]), *sizes, True, part.causal)
+    # the last of causal ranks sees all, and nobody else its own keys
+    return replace(cost, received=received, messages=MESSAGES[way] * (pieces - 1) - (way == "ring" and part.causal))
 
 
-RING = 3  # messages for each other rank of a ring, on the rank that sees all
+# for each other rank, on one that sees all: keys and values forward, again backward, and sums of their gradients; gathered once and summed
+# once; q, k and v, and the output, forward and backward
+MESSAGES = {"ring": 3, "gathered": 2, "heads": 4}
 
 
 def _block(grid: GridShape, workload: Workload, features: int, layout: Layout) -> int:
