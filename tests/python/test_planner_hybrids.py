@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import gingham
+from gingham.commands.cli import main
 from gingham.mesh.modes import axes_of
 from gingham.pipeline.orders import order, stages_of
-from gingham.plan import hybrids, pipeline, workload
+from gingham.plan import hybrids, pipeline, tables, workload
 from gingham.plan.choose import Machine
 
 SIZE = dict(layers=4, width=48, heads=24, batch=9, context=7)
@@ -125,3 +126,97 @@ def test_what_is_under_way_is_what_the_orders_hold(schedule: str) -> None:
             planned = pipeline.in_flight(schedule, rank, size, parts, stages)
             # a zbv that has not as many micro-batches as it could have under way has fewer
             assert most == planned or (schedule == "zbv" and parts < 2 * size and most <= planned), (size, parts, rank, most, planned)
+
+
+def test_the_plan_command_shows_hybrids(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    size = ["plan", "--ranks", "4", "--width", "96", "--heads", "6", "--layers", "2", "--batch", "8", "--context", "16"]
+    assert main([*size, "--hybrids"]) == 0
+    out = capsys.readouterr().out
+    for part in (
+        "parallel='auto' takes the cheapest. ",
+        "2 data (state) x 1d of 2",
+        "the least of ",
+        "cannot make 8 stages",
+        "pipeline bytes",
+    ):
+        assert part in out, out
+    assert main([*size, "--data", "2", "--zero", "3", "--pipeline", "2", "--schedule", "1f1b", "--microbatches", "4"]) == 0
+    out = capsys.readouterr().out
+    planned = hybrids.hybrid_cost(workload.gpt(2, 96, 6, 8, 16), Machine(), dict(mode=None, size=1), 2, "all", 2, "1f1b", 4)
+    line = next(line for line in out.splitlines() if line.startswith("2 pipeline (1f1b, 4) x 2 data (all)"))
+    assert (
+        all(f" {tables.amount(planned.received[axis] / 4)} " in line for axis in ("data", "pipeline")) and f"{planned.bubble:.0%}" in line
+    )
+    assert main([*size, "--mode", "sequence"]) == 0 and "sequence of 4" in capsys.readouterr().out
+    assert main([*size, "--hybrids", "--memory", "0.0001"]) == 1 and "needs" in capsys.readouterr().out
+
+
+def test_the_choice_is_the_cheapest_that_fits_and_says_why() -> None:
+    described = workload.gpt(4, 64, 8, 16, 32)
+    machine = Machine(2e-5, 5e9, 5e10)
+    every = hybrids.hybrids(described, 8, machine)
+    possible = [each for each in every if not each.reason]
+    least = min(each.seconds for each in possible)
+    first, reason = hybrids.choose_hybrid(described, 8, machine)
+    assert first.seconds == least and first.name in reason and f"of {len(possible)} hybrids of 8 ranks" in reason
+    limit = sorted(sum(each.memory.values()) for each in possible)[len(possible) // 4]
+    fits = [each for each in possible if sum(each.memory.values()) <= limit]
+    held, _ = hybrids.choose_hybrid(described, 8, Machine(2e-5, 5e9, 5e10, limit))
+    assert held.seconds == min(each.seconds for each in fits) and sum(held.memory.values()) <= limit
+    flat = workload.Workload(described.parts, 16, 32)
+    assert hybrids.choose_hybrid(flat, 8, machine)[0].pipeline == 1  # not known as layers in a row
+    # of equals the one that holds least
+    alike = [each for each in possible if each.seconds == least]
+    assert sum(first.memory.values()) == min(sum(each.memory.values()) for each in alike)
+    with pytest.raises(gingham.MeshError, match="no hybrid of 8 ranks fits: .*needs"):
+        hybrids.choose_hybrid(described, 8, Machine(memory=1e3))
+
+
+AUTO: list[tuple[Any, Any]] = [
+    ("auto", hybrids.Wish()),
+    (dict(data="auto", tensor=dict(mode="auto")), hybrids.Wish(pipeline=1)),
+    (dict(tensor=dict(size=2, mode="auto")), hybrids.Wish(shards=(None,), pipeline=1, size=2)),
+    (dict(data=dict(size=2, shard="auto"), tensor=dict(size=2, mode="1d")), hybrids.Wish(2, pipeline=1, tensor=dict(mode="1d", size=2))),
+    (dict(pipeline=dict(size=2, schedule="auto"), tensor="auto"), hybrids.Wish(shards=(None,), pipeline=2)),
+]
+
+
+def chosen(rank: int, parallel: Any) -> Any:
+    from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
+
+    with torch.device("meta"):
+        described: Any = GPT(serial_kit(), Shape(4, 48, 24, 7, 0.0))
+    mesh = gingham.init(parallel=parallel, model=described, tokens=(8, 7), machine=dict(latency=1e-5, bandwidth=1e9, speed=1e10))
+    model = gingham.pipeline(GPT(parallel_kit(mesh), Shape(4, 48, 24, 7, 0.0)), mesh)
+    ids = torch.zeros(8, 7, dtype=torch.int64)
+    return mesh.sizes, mesh.pipeline.size, mesh.data.size, dict(mesh.schedule), mesh.chosen, model.step(ids, ids).item()
+
+
+@pytest.mark.parametrize(("parallel", "wish"), [AUTO[0], *(pytest.param(*each, marks=pytest.mark.matrix) for each in AUTO[1:])], ids=str)
+def test_init_takes_the_cheapest_hybrid(ranks, parallel: Any, wish: Any) -> None:
+    answers = ranks(4)(chosen, parallel)
+    best, why = hybrids.choose_hybrid(workload.gpt(4, 48, 24, 8, 7), 4, Machine(1e-5, 1e9, 1e10), wish)
+    assert all(answer == answers[0] for answer in answers)
+    sizes, stages, data, schedule, said, loss = answers[0]
+    assert (stages, data) == (best.pipeline, best.data) and said == why
+    assert sizes == dict(axes_of(**best.tensor, data=best.data, shard=best.shard).sizes)
+    assert stages == 1 or (schedule["schedule"], schedule["microbatches"]) == (best.schedule, best.microbatches)
+    assert 0 < loss < 10
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(parallel="auto"), "parallel='auto' got model=NoneType, tokens=None: expected a torch.nn.Module"),
+        (dict(parallel="best", model=workload.gpt(1, 8, 2, 1, 1)), "parallel='best': expected 'auto' or dict"),
+        (dict(parallel=dict(tensor=dict(mode="auto", depth=2)), model=workload.gpt(1, 8, 2, 1, 1)), "mode='auto' chooses depth itself"),
+        (dict(parallel=dict(data="auto", tensor=dict(size=3, mode="1d")), model=workload.gpt(1, 8, 2, 1, 1)), "sizes must multiply"),
+        (dict(parallel=dict(data="auto", rows=2), model=workload.gpt(1, 8, 2, 1, 1)), r"unknown \['rows'\]"),
+        (dict(parallel="auto", mode="2d", model=workload.gpt(1, 8, 2, 1, 1)), "parallel= excludes mode"),
+    ],
+    ids=str,
+)
+def test_what_auto_cannot_decide_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(gingham.MeshError, match=message):
+        gingham.init(**wrong)

@@ -17,7 +17,7 @@ from ..mesh import Axes, Mesh, axes_of, axes_of_device_mesh, neighbours, random
 from ..mesh.layout import Layout
 from ..plan import choose
 from ..plan.workload import Linears, Workload
-from . import rendezvous, world
+from . import auto, rendezvous, world
 from .describe import describe
 from .parallel_config import parse_parallel, parse_pipeline
 
@@ -27,7 +27,7 @@ def init(
     size: int | None = None,
     depth: int | None = None,
     grid: Sequence[int] | None = None,
-    parallel: Mapping[str, Any] | None = None,
+    parallel: Mapping[str, Any] | str | None = None,
     sequence: bool = False,
     shard_depth: bool = False,
     timeout: float = 60.0,
@@ -55,7 +55,8 @@ def init(
     default=False: a mesh beside the first, on ranks that have one already; name it by mesh=.
     mode "auto": the cheapest grid of `size` ranks (default: all) that fits, by choose.py's model: model= a torch.nn or
     Hugging Face model, also on the meta device, with tokens=(batch, context) of a step, or a gingham.Workload;
-    machine=dict(memory=bytes of tensors a rank may hold, latency=, bandwidth=, speed=), of choose.Machine.
+    machine=dict(memory=bytes of tensors a rank may hold, latency=, bandwidth=, speed=), of choose.Machine. parallel="auto", or "auto" for
+    a part of it (launch/auto.py): the same among hybrids; train on the mesh by gingham.pipeline's step. mesh.chosen says why it was taken.
     device "cpu" (the default, or GINGHAM_DEVICE) | "cuda": GPU number LOCAL_RANK, one rank a GPU, over NCCL; fp32 products
     are in tf32 where torch.backends.cuda.matmul.allow_tf32 says so at this moment.
     source "window" (the CPU's default) | "ring" (the only one on GPUs) and `slices` say how panels travel (default: 1, on CPUs 4 of large
@@ -69,15 +70,17 @@ def init(
     MemoryError where the address space is limited (`ulimit -v`); ValueError for a wrong GINGHAM_FAULT (launch/faults.py).
     """
     _refuse_twice(default)
+    parallel, why = _decided(parallel, model, tokens, machine)
     others: dict[str, Any] = {"depth": depth, "grid": grid, "sequence": sequence, "shard_depth": shard_depth, "attention": attention}
     if mode == "auto" and parallel is None:
-        axes = _planned(size or (None if ranks is None else len(ranks)), others, model, tokens, machine)
+        axes, why = _planned(size or (None if ranks is None else len(ranks)), others, model, tokens, machine)
     else:
         axes = _named(mode, size, parallel, others)
     device, source = _device_and_source(device, source, slices, link)
     sizes = _operands(model, tokens) if mode == "auto" and ranks is None else None
     plan = world.Plan(axes, (), mode if isinstance(mode, DeviceMesh) else None, timeout, heap, source, slices, link, device, sizes)
     made = _made_of(plan, parse_pipeline(parallel or {}), ranks, default)
+    made.chosen = why
     if default:
         mesh.set_current(made)
     checks.install(made)
@@ -187,20 +190,34 @@ def _named(mode: Any, size: int | None, parallel: Mapping[str, Any] | None, othe
     return axes_of(None if mode is None else str(mode), size, **others)
 
 
-def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, machine: Mapping[str, float] | None) -> Axes:
-    """The axes that the planner chooses; the same on every rank, since it computes the same."""
+def _decided(parallel: Any, model: Any, tokens: Any, machine: Mapping[str, float] | None) -> tuple[Mapping[str, Any] | None, str]:
+    """parallel= without "auto", and why the planner took what stands for it; the same on every rank, since it computes the same."""
+    if not auto.has_auto(parallel):
+        if isinstance(parallel, str):
+            raise MeshError(f"parallel={parallel!r}: expected 'auto' or dict(data=.., pipeline=.., tensor=dict(size=.., mode=..))")
+        return parallel, ""
+    workload = _workload(model, tokens, f"parallel={parallel!r}")
+    found, why = auto.chosen(parallel, rendezvous.world()[1], workload, choose.Machine(**machine or {}))
+    return found.parallel, why
+
+
+def _planned(size: int | None, others: dict[str, Any], model: Any, tokens: Any, machine: Mapping[str, float] | None) -> tuple[Axes, str]:
+    """The axes that the planner chooses, and why; the same on every rank, since it computes the same."""
     given = [name for name, value in others.items() if value]
     if given:
         raise MeshError(f"mode='auto' chooses {', '.join(given)} itself: leave it out, or name a mode")
-    chosen = choose.choose(_workload(model, tokens), size or rendezvous.world()[1], choose.Machine(**machine or {}))
-    return axes_of(**chosen.arguments)
+    count = size or rendezvous.world()[1]
+    chosen = choose.choose(_workload(model, tokens), count, choose.Machine(**machine or {}))
+    return axes_of(
+        **chosen.arguments
+    ), f"{chosen.name} {chosen.grid}: {chosen.seconds:.3g} s a step, the least of the grids of {count} ranks"
 
 
-def _workload(model: Any, tokens: Any) -> Workload:
+def _workload(model: Any, tokens: Any, what: str = "mode='auto'") -> Workload:
     if not isinstance(model, Workload):
         if not isinstance(model, torch.nn.Module) or tokens is None:
             raise MeshError(
-                f"mode='auto' got model={type(model).__name__}, tokens={tokens}: expected a torch.nn.Module and tokens=(batch, context),"
+                f"{what} got model={type(model).__name__}, tokens={tokens}: expected a torch.nn.Module and tokens=(batch, context),"
                 " or a gingham.Workload"
             )
         model = describe(model, *tokens)

@@ -6,11 +6,13 @@ steps of 4 samples would, less the sums over replicas, which are made once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
 
 from ..mesh.layout import Layout, chunks
-from ..mesh.modes import GridShape
+from ..mesh.modes import GridShape, axes_of
 from . import formulas
 from .formulas import largest
 from .workload import Attention, Linears, Norm, Part, Table, Workload
@@ -46,13 +48,29 @@ def stretch_cost(
     total = Cost()
     sizes = sorted(set(rows), reverse=True)
     for times, part in parts:
-        found = [_part_cost(grid, part, replace(workload, batch=size), accumulates) for size in sizes]
+        found = [_known_cost(grid, part, size, workload.context, workload.item, accumulates) for size in sizes]
         cost = Cost(held=found[0].held, whole=found[0].whole, kept=found[0].kept)
         for size, each in zip(sizes, found, strict=True):
             cost = cost.plus(replace(each, held=0, whole=0, kept=0), rows.count(size))
         saved = _saved(grid, part, workload, len(rows)) if accumulates else (0, 0)
         total = total.plus(replace(cost, received=cost.received - saved[0], messages=cost.messages - saved[1]), times)
     return total
+
+
+def shape_of(tensor: Mapping[str, Any], data: int = 1, shard: str | None = None) -> GridShape:
+    """The grid of axes_of's arguments, the same one each time."""
+    return _shape(tuple(sorted(tensor.items())), data, shard)
+
+
+@lru_cache(maxsize=1 << 12)
+def _shape(tensor: tuple[tuple[str, Any], ...], data: int, shard: str | None) -> GridShape:
+    return GridShape(axes_of(**dict(tensor), data=data, shard=shard))
+
+
+@lru_cache(maxsize=1 << 16)
+def _known_cost(grid: GridShape, part: Part, batch: int, context: int, item: int, accumulates: bool) -> Cost:
+    """Hybrids share stretches: their layers are alike, and so are many micro-batches."""
+    return _part_cost(grid, part, Workload((), batch, context, item), accumulates)
 
 
 def impossible(grid: GridShape, part: Part) -> str:

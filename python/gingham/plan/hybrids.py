@@ -15,11 +15,11 @@ from typing import Any
 
 from ..errors import MeshError
 from ..mesh.layout import chunks
-from ..mesh.modes import GridShape, axes_of
+from ..mesh.modes import GridShape
 from .choose import Machine, every_grid, name_of
-from .costs import Cost, impossible, stretch_cost
+from .costs import Cost, impossible, shape_of, stretch_cost
 from .pipeline import SCHEDULES, balance, border_bytes, borders_of, bubble, in_flight, rank_of, refused, sizes_of_parts, usual_stages
-from .workload import Linears, Norm, Part, Table, Workload
+from .workload import Linears, Norm, Part, Table, Workload, merged
 
 AXES = ("tensor", "data", "pipeline")
 SHARDS = (None, "state", "all")
@@ -81,7 +81,7 @@ class Hybrid:
 @dataclass(frozen=True)
 class Wish:
     """What is said of a hybrid; None: anything. tensor: axes_of's arguments; microbatches: None: those of TIMES; shards: of data above 1;
-    size: of the tensor mesh, where its mode is open."""
+    mode, size: of the tensor mesh, where the rest of it is open."""
 
     data: int | None = None
     shards: Sequence[str | None] = SHARDS
@@ -89,15 +89,20 @@ class Wish:
     schedules: Sequence[str] = SCHEDULES
     microbatches: int | None = None
     tensor: Mapping[str, Any] | None = None
+    mode: str | None = None
     size: int | None = None
 
 
 def hybrids(workload: Workload, ranks: int, machine: Machine | None = None, wish: Wish | None = None) -> list[Hybrid]:
-    """Every hybrid of `ranks` ranks that a wish allows, the possible ones first, cheapest first; at a tie fewer pipeline ranks, then fewer
-    data ranks, then weights that are cut less."""
+    """Every hybrid of `ranks` ranks that a wish allows, the possible ones first, cheapest first; at a tie the one that holds less,
+    then fewer pipeline ranks, fewer data ranks, weights that are cut less."""
     machine, wish = machine or Machine(), wish or Wish()
     found = [hybrid for arguments in _every(ranks, wish) for hybrid in _costs(workload, machine, wish, *arguments)]
-    return sorted(found, key=lambda each: (bool(each.reason), each.seconds, each.pipeline, each.data, SHARDS.index(each.shard)))
+
+    def order(each: Hybrid) -> tuple[bool, float, int, int, int, int]:
+        return bool(each.reason), each.seconds, sum(each.memory.values()), each.pipeline, each.data, SHARDS.index(each.shard)
+
+    return sorted(found, key=order)
 
 
 def choose_hybrid(workload: Workload, ranks: int, machine: Machine | None = None, wish: Wish | None = None) -> tuple[Hybrid, str]:
@@ -131,17 +136,18 @@ def _every(ranks: int, wish: Wish) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 continue
             size = ranks // (pipeline * data)
             if wish.tensor is not None:
-                if axes_of(**wish.tensor).size == size:
+                if shape_of(wish.tensor).size == size:
                     yield pipeline, data, {"size": size, **wish.tensor}
+            elif wish.mode == "sequence":
+                yield pipeline, data, {"mode": "sequence", "size": size}
             elif wish.size in (None, size):
                 # grids that are a mode under another name are left out
                 seen = set()
-                for tensor in every_grid(size):
-                    shape = axes_of(**tensor)
-                    if tensor.get("grid") and GridShape(shape).grid in seen:
-                        continue
-                    seen.add(GridShape(shape).grid)
-                    yield pipeline, data, tensor
+                for tensor in every_grid(size) if size > 1 else [dict(mode=None, size=1)]:
+                    shape = shape_of(tensor).grid
+                    if wish.mode in (None, tensor["mode"]) and not (tensor.get("grid") and shape in seen):
+                        yield pipeline, data, tensor
+                    seen.add(shape)
 
 
 def _costs(workload: Workload, machine: Machine, wish: Wish, pipeline: int, data: int, tensor: dict[str, Any]) -> Iterator[Hybrid]:
@@ -165,7 +171,7 @@ def hybrid_cost(
     microbatches: int = 1,
 ) -> Hybrid:
     """Of one hybrid; with a pipeline or several micro-batches as gingham.pipeline's step makes them."""
-    grid, alone = GridShape(axes_of(**tensor, data=data, shard=shard)), GridShape(axes_of(**tensor))
+    grid, alone = shape_of(tensor, data, shard), shape_of(tensor)
     rows, accumulates = sizes_of_parts(workload.batch, microbatches), pipeline > 1 or microbatches > 1
     reason = _reason(workload, grid, tensor, pipeline, schedule, microbatches)
     stages = pipeline * usual_stages(schedule) if pipeline > 1 else 1
@@ -232,7 +238,7 @@ def _stages(workload: Workload, stages: int) -> list[list[tuple[int, Part]]] | N
         return None
     flops = [float(sum(times * 2 * part.k * sum(part.n) for times, part in parts if isinstance(part, Linears))) for parts in workload.row]
     begins = balance(flops, stages)
-    return [[part for each in workload.row[begin:end] for part in each] for begin, end in zip(begins, begins[1:], strict=False)]
+    return [list(merged(workload.row[begin:end])) for begin, end in zip(begins, begins[1:], strict=False)]
 
 
 def _apart(
