@@ -79,7 +79,10 @@ def init(
     device, source = _device_and_source(device, source, slices, link)
     sizes = _operands(model, tokens) if mode == "auto" and ranks is None else None
     plan = world.Plan(axes, (), mode if isinstance(mode, DeviceMesh) else None, timeout, heap, source, slices, link, device, sizes)
-    made = _made_of(plan, parse_pipeline(parallel or {}), ranks, default)
+    return _begun(_made_of(plan, parse_pipeline(parallel or {}), ranks, default), why, default)
+
+
+def _begun(made: Mesh, why: str, default: bool) -> Mesh:
     made.chosen = why
     if default:
         mesh.set_current(made)

@@ -80,8 +80,7 @@ class Mesh(GridShape, Live):
         self._depth_key = next((key for key, names in groups.items() if names == axes.depth), "")
         self.timeout = timeout
         self.whole: Mesh | None = None  # of a stage of a pipeline: the mesh of all the job's ranks, whose first axis is "pipeline"
-        self.schedule: dict[str, Any] = {}  # of its pipeline, as init was told
-        self.chosen = ""  # by "auto", and why
+        self.schedule, self.chosen = dict[str, Any](), ""  # of its pipeline, as init was told; what "auto" took, and why
         self.borders = {"bytes_sent": 0, "bytes_received": 0, "messages": 0}  # of activations and gradients between stages
         self.steps: dict[Any, Any] = {}
         self.handle = f"mesh{next(_numbers)}"
