@@ -56,3 +56,23 @@ class Tied(torch.nn.Module):
 def tied(mesh: Any, dtype: torch.dtype) -> Any:
     torch.manual_seed(3)
     return Tied(mesh).to(dtype)
+
+
+class Ringed(torch.nn.Module):
+    """Ids [batch, time] whose time the row ranks cut: attention over it and MLPs, with residuals."""
+
+    def __init__(self, way: dict[str, Any]) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        options: dict[str, Any] = dict(dtype=torch.float64)
+        self.table = nn.Embedding(64, 16, **options)
+        self.norms = torch.nn.ModuleList([nn.LayerNorm(16, **options) for _ in range(3)])
+        self.blocks = torch.nn.ModuleList([nn.SelfAttention(16, 4, dim=1, rotary=1e3, dropout=0.2, **way, **options) for _ in range(3)])
+        self.head = nn.Linear(16, 64, **options)
+
+    def in_a_row(self) -> Any:
+        def run(norm: Any, block: Any) -> Any:
+            return lambda x: x + block(norm(x))
+
+        layers = ((run(*pair), list(pair)) for pair in zip(self.norms, self.blocks, strict=True))
+        return [(self.table, [self.table]), *layers, (self.head, [self.head])]

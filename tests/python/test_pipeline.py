@@ -11,7 +11,7 @@ from gingham import native, nn
 from gingham.autograd import later
 from gingham.pipeline.orders import order, stages_of
 from gingham.plan.pipeline import SCHEDULES, balance, border_words, bubble
-from pipelines import SHAPE, gpt, sample, sequential, tied
+from pipelines import SHAPE, Ringed, gpt, sample, sequential, tied
 
 MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "none": (1, dict(size=1)),
@@ -21,6 +21,7 @@ MESHES: dict[str, tuple[int, dict[str, Any]]] = {
     "2.5d": (4, dict(size=4, mode="2.5d", depth=4)),
     "1x2x2": (4, dict(grid=(1, 2, 2))),
     "2x1x1": (2, dict(grid=(2, 1, 1))),
+    "sequence": (2, dict(size=2, mode="sequence")),
 }
 QUICK = {("none", 1, "zbv"), ("1d", 2, "1f1b"), ("1d sequence", 1, "dual"), ("2d", 1, "zero_bubble"), ("2.5d", 1, "interleaved")}
 CASES = [
@@ -131,6 +132,38 @@ def test_tied_tables_and_recomputed_blocks(ranks, config: Any, schedule: str) ->
 def test_twenty_steps_in_float32(ranks, schedule: str) -> None:
     answers = ranks(4)(steps, dict(pipeline=2, tensor=dict(size=2, mode="1d")), schedule, 4, 8, gpt, torch.float32, 20)
     compare(answers, 4, 8, gpt, torch.float32, 20)
+
+
+def ringed(rank: int, config: Any, way: dict[str, Any], schedule: str) -> Any:
+    mesh = gingham.init(parallel=config, timeout=30.0)
+    model = gingham.pipeline(Ringed(way), mesh, 2, schedule, dim=1, order=way.get("order"))
+    found = trained(model, model.step, gingham.clip_grad_norm_, 3, 2, 64)
+    model.eval()
+    return found, model(sample(3)[0] % 64)
+
+
+WAYS = [
+    ("2d", dict(size=4, mode="2d"), dict(ring=True, order="zigzag"), "zero_bubble"),
+    ("2x1x2", dict(grid=(2, 1, 2)), dict(ring="heads"), "1f1b"),
+    ("2.5d", dict(size=4, mode="2.5d", depth=4), dict(ring=True), "interleaved"),
+    ("3x1x1", dict(grid=(3, 1, 1)), dict(order="zigzag"), "gpipe"),
+]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "tensor", "way", "schedule"), WAYS, ids=str)
+def test_attention_over_cut_sequences_inside_stages(ranks, name: str, tensor: Any, way: dict[str, Any], schedule: str) -> None:
+    """With one rank's losses, norms, gradients and logits; 8 places do not divide by 3."""
+    config = dict(pipeline=2, tensor=tensor)
+    ((losses, norms, gradients), logits), seen = ranks(1)(ringed, {}, {}, "1f1b")[0], set()
+    for (found, clipped, held), outputs in ranks(2 * tensor_size(config))(ringed, config, way, schedule):
+        assert found == pytest.approx(losses, rel=1e-12) and clipped == pytest.approx(norms, rel=1e-10)
+        assert float((outputs - logits).abs().max() / logits.abs().max()) <= 1e-12
+        for key, gradient in held.items():
+            against = gradients[key.replace(".k.bias", ".q.bias")].norm()
+            assert float((gradient - gradients[key]).norm() / against) <= 1e-11, key
+        seen |= held.keys()
+    assert seen == gradients.keys()
 
 
 def own_rows(rank: int, rows: tuple[int, ...]) -> Any:

@@ -321,6 +321,13 @@ def cuts_of_block(layout: Layout, ndim: int, dim: int = 0) -> Cuts:
     return (layout.features,) if ndim == 1 else layout.cuts(ndim, dim)
 
 
+def row_dim(x: Any, layout: Layout, ids: bool = False) -> int:
+    """Where the rows of a block lie, for layers that do the same with each row: along dim 1 where axes cut a sequence there, else dim 0."""
+    if not isinstance(x, Checked) or layout.time or not layout.rows or x.dim() < (2 if ids else 3):
+        return 0
+    return int(x.cuts == layout.cuts(x.dim(), 1, ids))
+
+
 def install(mesh: Mesh) -> None:
     """For init."""
     if os.environ.get("GINGHAM_CHECK", "") != "0" and mesh.size > 1 and not _compiled:

@@ -27,8 +27,7 @@ TENSOR = {"size", "mode", "depth", "grid", "sequence", "shard_depth", "attention
 def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dict[str, Any]:
     """axes_of's arguments for one stage from the configuration; world: the number of ranks, None where it is not known yet.
 
-    Raises MeshError for what is wrong, naming got, expected and the fix; then NotImplementedError for what is right but
-    not built: a pipeline beside mode "sequence".
+    Raises MeshError for what is wrong, naming got, expected and the fix.
     """
     if not isinstance(parallel, Mapping):
         raise MeshError(f"parallel={parallel!r}: expected dict(pipeline=.., tensor=dict(size=.., mode=..))")
@@ -43,8 +42,6 @@ def parse_parallel(parallel: Mapping[str, Any], world: int | None = None) -> dic
         sizes["data"] = _size("data", data, {"shard"})
     if world is not None:
         sizes["data"] = _data_size(world, sizes)
-    if tensor.get("mode") == "sequence" and sizes["pipeline"] > 1:
-        raise NotImplementedError(f"parallel: pipeline={sizes['pipeline']} beside mode 'sequence' is not built yet; choose one of them")
     if sizes.get("data", 1) > 1:
         tensor |= {"data": sizes["data"], "shard": shard}
     return tensor

@@ -14,6 +14,7 @@ from ..autograd.casts import like, local_of
 from ..autograd.gradients import deferring, sum_or_defer, sum_over_depth
 from ..autograd.linear import settle
 from ..autograd.second_order import gathered, refuse_deferred, replay, shared
+from ..checks import row_dim
 from ..errors import MeshError, ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
@@ -96,7 +97,9 @@ class Embedding(Layer, torch.nn.Embedding):
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         outer = self.mesh.outer
-        return replace(outer, features=()).cuts(x.dim(), ids=True), outer.cuts(x.dim() + 1)
+        ids = replace(outer, features=())
+        dim = row_dim(x, ids, True)
+        return ids.cuts(x.dim(), dim, ids=True), outer.cuts(x.dim() + 1, dim)
 
     def received(self, rows: int, inner: int = 1) -> int:
         return embedding_words(self.mesh, self.count, self.width) * self.weight.element_size()

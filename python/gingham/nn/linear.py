@@ -14,7 +14,7 @@ from ..autograd.casts import local_of
 from ..autograd.kept import kept
 from ..autograd.linear import linear, linear_plan
 from ..autograd.relayout import reshard
-from ..checks import cuts_of_block
+from ..checks import cuts_of_block, row_dim
 from ..errors import MeshError, ShapeError
 from ..mesh import Mesh, current
 from ..mesh.layout import Cuts
@@ -98,7 +98,9 @@ class Linear(Layer, torch.nn.Linear):
             torch.nn.init.zeros_(full)
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
-        return cuts_of_block(self.plan.x[0], x.dim()), cuts_of_block(self.plan.y[0], x.dim())
+        given, made = self.plan.x[0], self.plan.y[0]
+        dim = row_dim(x, given) if self.mesh.outer.rows == self.mesh.inner.rows else 0
+        return cuts_of_block(given, x.dim(), dim), cuts_of_block(made, x.dim(), dim)
 
     def sizes(self) -> tuple[int, ...]:
         return self.in_features, self.out_features

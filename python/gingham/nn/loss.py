@@ -9,7 +9,7 @@ import torch
 from ..autograd.casts import autocast_dtype
 from ..autograd.relayout import relayout
 from ..autograd.second_order import replay, shaped, summed
-from ..checks import cuts_of_block
+from ..checks import cuts_of_block, row_dim
 from ..errors import ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
@@ -123,7 +123,9 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
 
 def _taken(checks: Any, mesh: Mesh, logits: Any, target: Any, layout: str, what: str) -> tuple[Any, Any]:
     """The plain tensors, if they lie where the first step's check expects them."""
-    expected = cuts_of_block(mesh.layout(layout), logits.dim()) if isinstance(logits, torch.Tensor) else None
+    given = mesh.layout(layout)
+    dim = row_dim(logits, given) if mesh.outer.rows == mesh.inner.rows else 0
+    expected = cuts_of_block(given, logits.dim(), dim) if isinstance(logits, torch.Tensor) else None
     fix = f"name the logits' layout: {what}(logits, target, layout='inner') after a Linear that ends in inner or a Classifier"
     return checks.take(logits, expected, f"{what}(layout={layout!r})", fix), checks.take(target, None, what)
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from ..autograd.linear import linear, linear_plan
-from ..checks import cuts_of_block
+from ..checks import cuts_of_block, row_dim
 from ..mesh import Mesh
 from ..mesh.layout import Cuts
 from .dropout import Dropout
@@ -90,7 +90,9 @@ class MLP(Layer):
         return self.plan.received(self.gate, rows, inner) + self.down.received(rows, inner)
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
-        cuts = cuts_of_block(self.mesh.outer, x.dim())
+        outer = self.mesh.outer
+        same = outer.rows == self.mesh.inner.rows and self.dropout is None  # whose index says which dim has the rows
+        cuts = cuts_of_block(outer, x.dim(), row_dim(x, outer) if same else 0)
         return cuts, cuts
 
     def sizes(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import torch
 from ..autograd.casts import autocast_dtype, like, local_of
 from ..autograd.gradients import deferring
 from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
-from ..checks import cuts_of_block
+from ..checks import cuts_of_block, row_dim
 from ..errors import MeshError, ShapeError
 from ..function import Function, asked
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
@@ -56,7 +56,8 @@ class _Norm(Layer):
         full.fill_(1.0 if name == "weight" else 0.0)
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
-        cuts = cuts_of_block(self.mesh.layout(self.layout), x.dim())
+        layout = self.mesh.layout(self.layout)
+        cuts = cuts_of_block(layout, x.dim(), row_dim(x, layout))
         return cuts, cuts
 
     def received(self, rows: int, inner: int = 1) -> int:

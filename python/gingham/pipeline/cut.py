@@ -17,7 +17,7 @@ from ..errors import MeshError
 from ..launch.describe import describe
 from ..plan.pipeline import balance
 from ..plan.workload import Linears
-from .families import BORDER, row_of
+from .families import BORDER, FAMILIES, family_of
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ def parts_of(model: torch.nn.Module) -> list[Part]:
     """Raises NotImplementedError for a model that is not known to be layers in a row, and for one that gingham.parallelize
     has converted and families.py does not know."""
     if hasattr(model, BORDER):
-        known = row_of(model)
-        if known is None:
+        family = family_of(model)
+        if family is None:
             raise NotImplementedError(
-                f"gingham.pipeline of a {type(model).__name__} that gingham.parallelize has converted: of these GPT2LMHeadModel and"
-                " LlamaForCausalLM are known as layers in a row; build others of gingham.nn's layers"
+                f"gingham.pipeline of a {type(model).__name__} that gingham.parallelize has converted: of these {', '.join(FAMILIES)}"
+                " are known as layers in a row; build others of gingham.nn's layers"
             )
-        return [Part(run, tuple(modules)) for run, modules in known]
+        return [Part(run, tuple(modules)) for run, modules in family.row(model)]
     row: Any = getattr(model, "in_a_row", None)
     if row is not None:
         return [Part(run, tuple(modules)) for run, modules in row()]

@@ -1,27 +1,43 @@
-"""Models of transformers, converted by gingham.parallelize, as layers in a row: causal language models of GPT-2 and Llama.
+"""Models of transformers, converted by gingham.parallelize, as layers in a row: GPT-2 and Llama as causal language models, BERT that
+predicts masked tokens or classes of tokens or texts, ViT that names images.
 
-Between the border that parallelize puts around a model, which `step` takes the place of, and its layers stands only what is written here.
-Labels are shifted by one, as the models' own loss does.
+Between the border that parallelize puts around a model, which `step` takes the place of, and its layers stands only what is written here:
+how inputs are cut, positions, and the first token. A causal model's labels are shifted by one, as its own loss does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..checks import plain
+from ..errors import ShapeError
+from ..mesh import Mesh
+from ..mesh.layout import chunks
+from ..nn.sequence import first_of_piece
 
-Row = list[tuple[Callable[[Any], Any], list[torch.nn.Module]]]
+Row = list[tuple[Callable[[Any], Any], Sequence[torch.nn.Module]]]
 BORDER = "_gingham_border"  # what parallelize leaves on a model
 
 
-def row_of(model: Any) -> Row | None:
-    """Of a converted model of a known family, else None."""
-    rows: dict[str, Callable[[Any], Row]] = {"GPT2LMHeadModel": _gpt2, "LlamaForCausalLM": _llama}
+@dataclass(frozen=True)
+class Family:
+    """row(model): its layers; shifts: whether each token's label is the next token; images: whether its input is images; labels: the dims
+    of its labels."""
+
+    row: Callable[[Any], Row]
+    shifts: bool = False
+    images: bool = False
+    labels: int = 2
+
+
+def family_of(model: Any) -> Family | None:
+    """Of a converted model of a known class, else None."""
     names = [kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")]
-    return rows[names[0]](model) if names and names[0] in rows else None
+    return FAMILIES.get(names[0]) if names else None
 
 
 def shifted(labels: torch.Tensor, ignored: int) -> torch.Tensor:
@@ -29,8 +45,42 @@ def shifted(labels: torch.Tensor, ignored: int) -> torch.Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignored)
 
 
+def images_here(mesh: Mesh, x: torch.Tensor, own: bool) -> torch.Tensor:
+    """Of full images those of this rank, whole; own: as scatter's."""
+    if not mesh.outer.time:
+        return mesh.scatter(x, "rows", own=own)
+    return x if own else x.narrow(0, *mesh.interval(len(x), samples_of(mesh)))
+
+
+def samples_of(mesh: Mesh) -> tuple[str, ...]:
+    """The axes that cut samples."""
+    return tuple(name for name in mesh.outer.rows if name not in mesh.outer.time)
+
+
+def check_places(model: Any, mesh: Mesh, x: torch.Tensor) -> None:
+    """Raises ShapeError where a rank would have no place of the sequence."""
+    places, pieces = x.shape[1], mesh.parts(mesh.outer.time)
+    if x.dim() == 4:
+        size = model.config.patch_size
+        high, wide = (size, size) if isinstance(size, int) else size
+        places = (x.shape[2] // high) * (x.shape[3] // wide) + 1
+    if min(chunks(places, [pieces])) == 0:
+        raise ShapeError(f"step: rank {mesh.rank} got sequences of {places} places on {pieces} ranks that cut them: some would have none")
+
+
 def _first(y: Any) -> torch.Tensor:
     return y[0] if isinstance(y, tuple) else y
+
+
+def _positions(model: Any, x: torch.Tensor) -> torch.Tensor:
+    """[1, time here] of ids or activations [batch, time here, ..]."""
+    mesh: Mesh = getattr(model, BORDER).mesh
+    start = first_of_piece(mesh, x.shape[1])
+    return torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
+
+
+def _run(block: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda x: _first(block(x))
 
 
 def _gpt2(model: Any) -> Row:
@@ -38,14 +88,10 @@ def _gpt2(model: Any) -> Row:
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
         ids = plain(ids)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return inner.drop(inner.wte(ids) + inner.wpe(positions))
-
-    def run(block: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-        return lambda x: _first(block(x))
+        return inner.drop(inner.wte(ids) + inner.wpe(_positions(model, ids).expand_as(ids)))
 
     first = (embed, [inner.wte, inner.wpe, inner.drop])
-    return [first, *((run(block), [block]) for block in inner.h), (inner.ln_f, [inner.ln_f]), (model.lm_head, [model.lm_head])]
+    return [first, *((_run(block), [block]) for block in inner.h), (inner.ln_f, [inner.ln_f]), (model.lm_head, [model.lm_head])]
 
 
 def _llama(model: Any) -> Row:
@@ -56,10 +102,42 @@ def _llama(model: Any) -> Row:
 
     def run(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(x: torch.Tensor) -> torch.Tensor:
-            positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+            positions = _positions(model, x)
             return _first(layer(x, position_embeddings=inner.rotary_emb(x, positions), position_ids=positions))
 
         return call
 
     layers = ((run(layer), [layer, inner.rotary_emb]) for layer in inner.layers)
     return [(embed, [inner.embed_tokens]), *layers, (inner.norm, [inner.norm]), (model.lm_head, [model.lm_head])]
+
+
+def _bert(model: Any, *head: torch.nn.Module) -> Row:
+    inner = model.bert
+
+    def embed(ids: torch.Tensor) -> torch.Tensor:
+        ids = plain(ids)
+        return inner.embeddings(input_ids=ids, position_ids=_positions(model, ids))
+
+    layers = ((_run(layer), [layer]) for layer in inner.encoder.layer)
+    return [(embed, [inner.embeddings]), *layers, *((each, [each]) for each in head)]
+
+
+def _vit(model: Any) -> Row:
+    inner = model.vit
+
+    def name(x: torch.Tensor) -> torch.Tensor:
+        return model.classifier(x[:, 0, :])
+
+    layers = ((_run(layer), [layer]) for layer in inner.layers)
+    first = (lambda images: inner.embeddings(plain(images)), [inner.embeddings])
+    return [first, *layers, (inner.layernorm, [inner.layernorm]), (name, [model.classifier])]
+
+
+FAMILIES = {
+    "GPT2LMHeadModel": Family(_gpt2, shifts=True),
+    "LlamaForCausalLM": Family(_llama, shifts=True),
+    "BertForMaskedLM": Family(lambda model: _bert(model, model.cls)),
+    "BertForTokenClassification": Family(lambda model: _bert(model, model.dropout, model.classifier)),
+    "BertForSequenceClassification": Family(lambda model: _bert(model, model.bert.pooler, model.dropout, model.classifier), labels=1),
+    "ViTForImageClassification": Family(_vit, images=True, labels=1),
+}

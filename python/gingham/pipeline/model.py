@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -18,7 +19,7 @@ from ..mesh.layout import members
 from ..nn import cross_entropy
 from ..plan.pipeline import rank_of
 from .cut import Part, cut, drop, parts_of, tied
-from .families import BORDER, shifted
+from .families import BORDER, check_places, family_of, images_here, samples_of, shifted
 from .orders import order, stages_of
 from .run import Runner
 from .wire import Wire
@@ -35,6 +36,8 @@ def pipeline(
     stages: int | None = None,
     loss: Loss | None = None,
     layout: str | None = None,
+    dim: int = 0,
+    order: str | None = None,
 ) -> Any:
     """Cuts a model of layers in a row into stages, keeps this rank's, and gives the model `step`, which trains on a batch. In place; every
     rank calls it alike, on the same whole model (the same seed).
@@ -43,13 +46,14 @@ def pipeline(
         model = gingham.pipeline(model, mesh, microbatches=4, schedule="1f1b")
         loss = model.step(ids, labels)     # forward and backward of all micro-batches; the same number on every rank
 
-    model: a torch.nn.Sequential of gingham's and elementwise layers, one with a method in_a_row() (pipeline/cut.py), or GPT-2's or Llama's
-    causal language model after gingham.parallelize (labels are shifted, as by the original); one tensor passes from each layer to the
+    model: a torch.nn.Sequential of gingham's and elementwise layers, one with a method in_a_row() (pipeline/cut.py), or after
+    gingham.parallelize a model that families.py knows: GPT-2 and Llama (labels are shifted, as by the original), BERT, ViT; one tensor passes from each layer to the
     next. Stages are balanced by the flops of their linears. Without a pipeline in the mesh the same `step` accumulates.
     microbatches: default those of init, else twice the number of ranks; they need not divide the batch. schedule: "gpipe", "1f1b" (the
     default), "interleaved", "zero_bubble", "zbv" or "dual", torch.distributed.pipelining's; stages: of each rank, for the middle two.
     loss(y, labels): the mean over a micro-batch from this rank's blocks of both, weighed by rows; default: cross-entropy, the mean over
-    all labels of the step that are not -100. layout: of the outputs, "outer" | "inner" | "rows"; default what the last linear says.
+    all labels of the step that are not -100. layout: of the outputs, "outer" | "inner" | "rows"; default what the last linear says. dim,
+    order: as scatter's of x and labels, for models whose attention goes over cut sequences: dim=1, order="zigzag".
     Raises MeshError where numbers do not fit, NotImplementedError for a model that is not known to be layers in a row, and on GPUs.
     Bytes: 2 x activations of the batch at each border between ranks (plan/pipeline.py); sums over replicas once a step.
     """
@@ -65,9 +69,9 @@ def pipeline(
         raise NotImplementedError(
             f"gingham.pipeline on {mesh.device}: messages between stages have tags, which NCCL ignores; on GPUs use data and tensor ranks"
         )
-    made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, layout)
+    made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, Cutting(layout, dim, order))
     kind = type(model)
-    methods = _ConvertedMethods if made.shifts else _Methods
+    methods = _ConvertedMethods if made.family is not None else _Methods
     model.__class__ = type(kind.__name__, (methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     object.__setattr__(model, "_pipeline", made)
     return model
@@ -104,19 +108,29 @@ class _ConvertedMethods(_Methods):
         raise NotImplementedError("save_pretrained on a pipeline: gingham.save it, and load it into a model of gingham.parallelize")
 
 
+@dataclass(frozen=True)
+class Cutting:
+    """How inputs and labels are cut (dim, order: scatter's) and outputs are (layout)."""
+
+    layout: str | None
+    dim: int
+    order: str | None
+
+
 class Pipelined:
     """One rank's part of a pipelined model."""
 
     def __init__(
-        self, model: torch.nn.Module, mesh: Mesh, microbatches: int, schedule: str, count: int, loss: Loss | None, layout: str | None
+        self, model: torch.nn.Module, mesh: Mesh, microbatches: int, schedule: str, count: int, loss: Loss | None, cutting: Cutting
     ) -> None:
-        self.model, self.mesh, self.parts, self.loss = model, mesh, microbatches, loss
+        self.model, self.mesh, self.parts, self.loss, self.cutting = model, mesh, microbatches, loss, cutting
         self.size, self.place = mesh.pipeline.size, mesh.pipeline.rank
-        self.schedule, total, self.shifts = schedule, self.size * count, hasattr(model, BORDER)
+        self.schedule, total = schedule, self.size * count
+        self.family = family_of(model) if hasattr(model, BORDER) else None
         stages = cut(model, parts_of(model), total)
         place_of = [rank_of(stage, self.size, schedule) for stage in range(total)]
         mine = [stage for stage in range(total) if place_of[stage] == self.place]
-        self.layout = layout or _layout_of([module for part in stages[-1] for module in part.modules])
+        self.layout = cutting.layout or _layout_of([module for part in stages[-1] for module in part.modules])
         self.ties = _ties(stages, place_of, self.place)
         self.last = place_of[-1]
         self.absent, self.first_keys = _absent(model, stages, mine)
@@ -132,12 +146,15 @@ class Pipelined:
 
     def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
         self._told(lambda: self._compare(x, labels, (own, train)))
-        labels = shifted(labels, IGNORED) if self.shifts else labels
+        self._check(x, labels)
+        labels = shifted(labels, IGNORED) if self.family is not None and self.family.shifts else labels
         xs, targets = self._split(x, "x"), self._split(labels, "labels")
         weights = self._weights(targets, own)
 
         def lose(y: torch.Tensor, part: int) -> torch.Tensor:
-            target = self.mesh.scatter(targets[part], own=own)
+            target = self._scatter(targets[part], own)
+            if self.mesh.outer.time and y.dim() == 2 and target.dim() == 1:
+                target = target[: len(y)]  # of a first token, whose rows are on the rank that has it
             if self.loss is not None:
                 value = self.loss(y, target)
             else:
@@ -158,8 +175,9 @@ class Pipelined:
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
         self._told(lambda: self._compare(x, None, "outputs"))
+        self._check(x, None)
         xs = self._split(x, "x")
-        found = self._told(lambda: self._run(xs, False, lambda y, part: self.mesh.gather(y, self.layout), False))
+        found = self._told(lambda: self._run(xs, False, lambda y, part: self._gather(y), False))
         full = torch.cat(found) if found else None
         if self.mesh.whole is None:
             assert full is not None
@@ -173,8 +191,16 @@ class Pipelined:
         self.mesh.whole.joint(("pipeline",)).broadcast_(full, self.last, counted=False)
         return full
 
+    def _scatter(self, x: torch.Tensor, own: bool) -> torch.Tensor:
+        if self.family is not None and self.family.images and x.dim() == 4:
+            return images_here(self.mesh, x, own)
+        return self.mesh.scatter(x, dim=self.cutting.dim, own=own, order=self.cutting.order)
+
+    def _gather(self, y: torch.Tensor) -> torch.Tensor:
+        return self.mesh.gather(y, self.layout, self.cutting.dim, order=self.cutting.order)
+
     def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool) -> list[torch.Tensor]:
-        inputs: Any = _Scattered(self.mesh, xs, own)
+        inputs: Any = _Scattered(xs, lambda x: self._scatter(x, own))
         kind = self.mesh.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         keys = [(tuple(each.shape), each.dtype, cast) for each in xs]
@@ -212,12 +238,22 @@ class Pipelined:
                 " every stage the same x and labels: seed loaders alike, or use mesh.sampler"
             )
 
+    def _check(self, x: Any, labels: Any) -> None:
+        """Raises ShapeError where inputs or labels do not fit a converted model."""
+        if self.family is None:
+            return
+        for name, each, dims in (("x", x, 4 if self.family.images else 2), ("labels", labels, self.family.labels)):
+            if isinstance(each, torch.Tensor) and each.dim() != dims:
+                got = tuple(each.shape)
+                raise ShapeError(f"step: rank {self.mesh.rank} got {name} {got}, expected {dims} dims for a {type(self.model).__name__}")
+        check_places(self.model, self.mesh, x)
+
     def _split(self, x: torch.Tensor, name: str) -> list[torch.Tensor]:
         if not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) < self.parts:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ShapeError(f"step: rank {self.mesh.rank} got {name} {got}, expected a batch of at least microbatches={self.parts} rows")
-        rows = self.mesh.parts(self.mesh.outer.rows)
-        if self.shifts and len(x) // self.parts < rows:  # models' own code cannot view an empty tensor as heads
+        rows = self.mesh.parts(samples_of(self.mesh))
+        if self.family is not None and len(x) // self.parts < rows:  # models' own code cannot view an empty tensor as heads
             raise ShapeError(
                 f"step: rank {self.mesh.rank} got {len(x)} rows of {name} for {self.parts} micro-batches; a converted model on this"
                 f" mesh needs at least {rows} rows in each: a larger batch, fewer micro-batches or a mesh that cuts fewer rows"
@@ -270,11 +306,11 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.in
 class _Scattered:
     """This rank's blocks of the micro-batches, each cut when it is asked for."""
 
-    def __init__(self, mesh: Mesh, xs: Sequence[torch.Tensor], own: bool) -> None:
-        self.mesh, self.xs, self.own = mesh, xs, own
+    def __init__(self, xs: Sequence[torch.Tensor], scatter: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.xs, self.scatter = xs, scatter
 
     def __getitem__(self, part: int) -> torch.Tensor:
-        return self.mesh.scatter(self.xs[part], own=self.own)
+        return self.scatter(self.xs[part])
 
 
 def _line(mesh: Mesh) -> list[int]:
