@@ -26,7 +26,7 @@ LEGAL: list[tuple[dict[str, Any], int, tuple[int, int, int] | str]] = [
     (dict(tensor=dict(size=4, mode="1d", sequence=True)), 4, (1, 4, 1)),
     (dict(tensor=dict(size=4, mode="sequence")), 4, (4, 1, 1)),
     (dict(data=2, tensor=dict(size=4, mode="sequence")), 8, (8, 1, 1)),
-    (dict(pipeline=2, tensor=dict(size=4, mode="sequence")), 8, "beside mode 'sequence'"),
+    (dict(pipeline=2, tensor=dict(size=4, mode="sequence")), 8, (4, 1, 1)),
     (dict(pipeline=2), 2, (1, 1, 1)),
     (dict(pipeline=dict(size=2)), 2, (1, 1, 1)),
     (dict(pipeline=2, tensor=dict(size=4, mode="2d")), 16, (4, 2, 1)),

@@ -28,6 +28,8 @@ COUNTED: dict[int, list[tuple[int, str | None, int, str, int, dict[str, Any]]]] 
     8: [
         (2, None, 2, "zero_bubble", 4, dict(mode="1d", size=2, sequence=True)),
         (2, "state", 2, "dual", 5, dict(mode="1d", size=2)),
+        (2, None, 2, "1f1b", 4, dict(mode="sequence", size=2)),
+        (1, None, 2, "zbv", 4, dict(mode="sequence", size=4, attention="heads")),
         (2, "all", 2, "interleaved", 4, dict(mode=None, size=2, grid=(1, 1, 2))),
         (1, None, 2, "1f1b", 4, dict(mode="2d", size=4)),
         (1, None, 2, "gpipe", 2, dict(mode="2.5d", size=4, depth=4)),

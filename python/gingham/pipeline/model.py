@@ -47,8 +47,8 @@ def pipeline(
         loss = model.step(ids, labels)     # forward and backward of all micro-batches; the same number on every rank
 
     model: a torch.nn.Sequential of gingham's and elementwise layers, one with a method in_a_row() (pipeline/cut.py), or after
-    gingham.parallelize a model that families.py knows: GPT-2 and Llama (labels are shifted, as by the original), BERT, ViT; one tensor passes from each layer to the
-    next. Stages are balanced by the flops of their linears. Without a pipeline in the mesh the same `step` accumulates.
+    gingham.parallelize one that families.py knows: GPT-2, Llama (labels are shifted, as by the original), BERT, ViT. One tensor passes from
+    each layer to the next. Stages are balanced by the flops of their linears. Without a pipeline the same `step` accumulates.
     microbatches: default those of init, else twice the number of ranks; they need not divide the batch. schedule: "gpipe", "1f1b" (the
     default), "interleaved", "zero_bubble", "zbv" or "dual", torch.distributed.pipelining's; stages: of each rank, for the middle two.
     loss(y, labels): the mean over a micro-batch from this rank's blocks of both, weighed by rows; default: cross-entropy, the mean over

@@ -220,8 +220,6 @@ def _reason(workload: Workload, grid: GridShape, tensor: Mapping[str, Any], pipe
     text = next((text for _, part in workload.parts if (text := impossible(grid, part))), "")
     if text or pipeline == 1:
         return text
-    if tensor.get("mode") == "sequence":
-        return "a pipeline beside mode 'sequence' is not built"
     stages = pipeline * usual_stages(schedule)
     if not workload.row:
         return "the model is not known to be layers in a row, which stages are cut from"
