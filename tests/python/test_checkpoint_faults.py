@@ -15,6 +15,7 @@ import torch
 import gingham
 
 GRID = dict(mode="2.5d", size=8, depth=2)
+HYBRID = dict(pipeline=2, data=dict(size=2, shard="state"), tensor=dict(size=2, mode="1d"))
 
 
 class Small(torch.nn.Module):
@@ -24,20 +25,24 @@ class Small(torch.nn.Module):
         super().__init__()
         linear, norm = (torch.nn.Linear, torch.nn.LayerNorm) if mesh is None else (gingham.nn.Linear, gingham.nn.LayerNorm)
         self.first, self.norm, self.second = linear(width, 36), norm(36), linear(36, width)
+        self.indices = {name: index for index, (name, _) in enumerate(self.named_parameters())}
         self.register_buffer("seen", torch.zeros(3, dtype=torch.int64))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
 
     @torch.no_grad()
     def become(self, step: int) -> None:
         """Numbers that tell the step at every element."""
-        for index, parameter in enumerate(self.parameters()):
-            full = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape) + 1000 * index + step / 64
+        for name, parameter in self.named_parameters():
+            full = torch.arange(parameter.numel(), dtype=torch.float32).view(parameter.shape) + 1000 * self.indices[name] + step / 64
             if hasattr(parameter, "to_local"):
                 from torch.distributed.tensor import distribute_tensor
 
                 full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(full)
         self.seen.fill_(step)
+
+    def in_a_row(self) -> Any:
+        return [(part, [part]) for part in (self.first, self.norm, self.second)]
 
 
 def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
@@ -46,8 +51,9 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def save_until_killed(rank: int, path: Path, flag: Path, step: int) -> None:
-    mesh = gingham.init(mode="2d", size=4)
-    model = Small(mesh=mesh)
+    mesh = gingham.init(mode="2d", size=4) if int(os.environ["WORLD_SIZE"]) == 4 else gingham.init(parallel=HYBRID)
+    model: Any = Small(mesh=mesh)
+    model = model if mesh.whole is None else gingham.pipeline(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
     while True:
         step += 1
@@ -64,8 +70,8 @@ def kill_while_saving(pool: Any, path: Path, flag: Path, step: int, point: int) 
     The moment is a random one at two points of three. At the third it is inside a save for certain: all ranks are
     stopped, and run on until they are stopped with a folder half written.
     """
-    draw = random.Random(point)
-    victims = list(range(4)) if point % 2 == 0 else [draw.randrange(4)]
+    draw, everyone = random.Random(point), list(range(pool.size))
+    victims = everyone if point % 2 == 0 else [draw.choice(everyone)]
     before = flag.read_text() if flag.exists() else ""
 
     def signal_to(ranks: list[int], number: int) -> None:
@@ -77,13 +83,13 @@ def kill_while_saving(pool: Any, path: Path, flag: Path, step: int, point: int) 
             time.sleep(0.001)
         time.sleep(draw.uniform(0.0, 0.4))
         while point % 3 == 0:
-            signal_to([0, 1, 2, 3], signal.SIGSTOP)
+            signal_to(everyone, signal.SIGSTOP)
             if list(path.glob(".writing-*")):
                 break
-            signal_to([0, 1, 2, 3], signal.SIGCONT)
+            signal_to(everyone, signal.SIGCONT)
             time.sleep(draw.uniform(0.0, 0.002))
         signal_to(victims, signal.SIGKILL)
-        signal_to([rank for rank in range(4) if rank not in victims], signal.SIGCONT)
+        signal_to([rank for rank in everyone if rank not in victims], signal.SIGCONT)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -92,16 +98,17 @@ def kill_while_saving(pool: Any, path: Path, flag: Path, step: int, point: int) 
     return outcomes, victims
 
 
-@pytest.mark.parametrize("points", [4, pytest.param(20, marks=pytest.mark.matrix)])
-def test_killed_while_saving_the_previous_or_the_new_one_loads(ranks: Any, tmp_path: Path, points: int) -> None:
+@pytest.mark.parametrize(("size", "points"), [(4, 4), *(pytest.param(size, 20, marks=pytest.mark.matrix) for size in (4, 8))])
+def test_killed_while_saving_the_previous_or_the_new_one_loads(ranks: Any, tmp_path: Path, size: int, points: int) -> None:
+    """On 2d, and on a pipeline of 2 x data of 2 x 1d of 2."""
     path, flag = tmp_path / "run", tmp_path / "flag"
     step, loaded = 0, 0
     for point in range(points):
-        outcomes, victims = kill_while_saving(ranks(4), path, flag, step, point)
+        outcomes, victims = kill_while_saving(ranks(size), path, flag, step, point)
         for rank, outcome in enumerate(outcomes):
             if rank not in victims:
                 assert isinstance(outcome.error, gingham.PeerDied) and outcome.error.rank == victims[0], (rank, outcome)
-        assert point % 3 or len(victims) < 4 or list(path.glob(".writing-*")), "killed inside a save, nothing half written was left"
+        assert point % 3 or len(victims) < size or list(path.glob(".writing-*")), "killed inside a save, nothing half written was left"
         last = int(flag.read_text())
         model, expected = Small(), Small()
         step = gingham.load(model, None, path)

@@ -1,9 +1,14 @@
 """Meshes of data, pipeline and tensor ranks together: gingham's GPT for 20 steps beside one process, and every group of every mesh."""
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +16,7 @@ import torch
 
 import gingham
 from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
+from pool import RankError
 
 SHAPE = Shape(layers=4, width=24, heads=12, context=7, dropout=0.1)
 BATCH, STEPS = 9, 20
@@ -293,3 +299,56 @@ def one_feature(rank: int) -> Any:
 
 def test_a_bias_of_which_some_ranks_have_nothing_is_put_off_alike(ranks) -> None:
     assert ranks(4)(one_feature) == [[18.0]] * 4
+
+
+RESUMED = [(1, "", 1, None, "2d"), (2, "zbv", 2, "all", "-"), (3, "gpipe", 1, None, "1d of 2"), (1, "", 3, "state", "1d of 2")]
+
+
+def saving(rank: int, folder: str, save: int) -> None:
+    """Steps on 2 x 2 x 2 with a save after each; killed inside the save after `save`, by whom this rank waits for in the last one."""
+    mesh = gingham.init(parallel=config((2, "zero_bubble", 2, "state", "1d of 2")), timeout=30.0)
+    torch.manual_seed(3)
+    model = gingham.pipeline(GPT(parallel_kit(mesh), SHAPE), mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for number in range(save + 1):
+        optimizer.zero_grad()
+        model.step(*sample(number))
+        optimizer.step()
+        if number == save and rank == 5:
+            threading.Thread(target=killed_while_writing, args=(folder,), daemon=True).start()
+        gingham.save(model, optimizer, folder, step=number + 1)
+
+
+def killed_while_writing(folder: str) -> None:
+    while not list(Path(folder).glob(".writing-*")):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resumed(rank: int, chosen: Any, folder: str) -> Any:
+    mesh = gingham.init(parallel=config(chosen), timeout=30.0)
+    model = gingham.pipeline(GPT(parallel_kit(mesh), SHAPE), mesh, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    first, losses = gingham.load(model, optimizer, folder), []
+    for number in range(first, STEPS):
+        optimizer.zero_grad()
+        losses.append(model.step(*sample(number)).item())
+        optimizer.step()
+    return first, losses
+
+
+@pytest.mark.matrix
+def test_killed_while_saving_and_resumed_on_another_hybrid(ranks, tmp_path: Path) -> None:
+    folder = str(tmp_path / "run")
+    outcomes = ranks(8)(saving, folder, 3, outcomes=True)
+    # who had ended its part of the save before the kill has nothing to wait for
+    assert isinstance(outcomes[5], RankError)
+    assert all(
+        outcome is None or isinstance(outcome.error, gingham.PeerDied) and outcome.error.rank == 5
+        for outcome in outcomes
+        if outcome is not outcomes[5]
+    )
+    losses, _ = serial(4, torch.float32)
+    for mesh in RESUMED:
+        for first, found in ranks(prod(ranks_of(mesh)))(resumed, mesh, folder):
+            assert first in (3, 4) and found == pytest.approx(losses[first:], rel=1e-5), mesh

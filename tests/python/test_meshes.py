@@ -114,6 +114,60 @@ def test_a_slice_of_a_device_mesh_is_a_mesh(ranks) -> None:
         assert passed == [float(2 * (rank % 4) + 4)] * 2 and whole == tuple(range(rank // 4 * 4, rank // 4 * 4 + 4))
 
 
+SLICES = [
+    (dict(stage=2, data=2, tp=2), ("data", "tp"), 64),
+    *(
+        pytest.param(*each, marks=pytest.mark.matrix)
+        for each in (
+            (dict(data=2, row=2, col=2), ("data", "row", "col"), 32),
+            (dict(data=2, depth=4, row=1, col=1), ("data", "depth", "row", "col"), 128),
+            (dict(k=2, n=1, data=2, m=2), ("k", "n", "data", "m"), 32),
+            (dict(stage=4, data=2), ("data",), 128),
+            (dict(stage=2, data=1, tp=4), ("data", "tp"), 32),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("parent", "names", "held"), SLICES, ids=str)
+def test_a_slice_with_replicas(ranks, parent: dict[str, int], names: tuple[str, ...], held: int) -> None:
+    """Weights are replicated over the dim "data", each of whose ranks may load its own rows."""
+
+    def train(rank: int) -> Any:
+        default_group(rank, 8)
+        whole = init_device_mesh("cpu", tuple(parent.values()), mesh_dim_names=tuple(parent))
+        given = whole[names] if names != tuple(parent) else whole
+        mesh = gingham.init(given)
+        losses = trained(mesh, 1, 3)
+        weight = nn.Linear(8, 16, layout="outer->inner").weight
+        gingham.destroy()
+        dist.destroy_process_group()
+        return losses, mesh.data.size, weight.to_local().numel(), weight.device_mesh == given
+
+    for found in ranks(8)(train):
+        assert found == (pytest.approx(serial(1, 3), rel=1e-5), parent["data"], held, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "message"),
+    [
+        (("stage", "row", "col"), (2, 2, 2), "a mesh is that of one stage; leave stage out"),
+        (("pp", "data", "tp"), (2, 2, 2), "leave pp out"),
+        (("dp", "tp"), (2, 2), "call the dim of replicas 'data' in place of 'dp'"),
+        (("data", "k", "n", "m"), (2, 1, 2, 2), r"in the order of the mesh's axes, \('k', 'n', 'data', 'm'\)"),
+        (("tp", "data"), (2, 2), r"\('data', 'tp'\)"),
+        (("data", "rows"), (2, 2), "expected .tp., .row, col."),
+        (("data", "row", "col"), (2, 1, 2), "row and col must have the same size"),
+    ],
+    ids=str,
+)
+def test_dims_that_are_no_meshs_are_refused(names: tuple[str, ...], shape: tuple[int, ...], message: str) -> None:
+    from gingham.mesh.modes import axes_named
+
+    with pytest.raises(gingham.MeshError, match=message):
+        axes_named(names, shape)
+
+
 def test_a_device_mesh_of_one_groups_ranks_does_not_hang(ranks) -> None:
     def train(rank: int) -> Any:
         default_group(rank, 8)

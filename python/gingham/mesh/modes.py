@@ -232,17 +232,53 @@ def _without_size_one(axes: Axes) -> Axes:
     return replace(axes, m=kept(axes.m), n=kept(axes.n), k=kept(axes.k), depth=kept(axes.depth), outer=outer, inner=inner)
 
 
+DIMS = "(tp), (row, col), (depth, row, col), (k, n, m) or (m), a sequence"
+OTHERS = {
+    "dp": "data",
+    "dp_replicate": "data",
+    "dp_shard": "data",
+    "replicate": "data",
+    "pp": "pipeline",
+    "stage": "pipeline",
+}  # torch's users' names
+
+
 def axes_named(names: Sequence[str], shape: Sequence[int]) -> Axes:
-    """The axes of a torch DeviceMesh, by its dims' names and sizes: (tp), (row, col), (depth, row, col) or (k, n, m)."""
+    """The axes of a torch DeviceMesh, by its dims' names and sizes: (tp), (row, col), (depth, row, col), (k, n, m) or (m), which cuts the
+    sequence, and with replicas of it a dim "data" where the mesh's axis stands: first, in grids before m; or "data" alone. Weights are
+    replicated over it."""
     names, shape = tuple(names), tuple(shape)
+    meant = sorted({name for name in names if OTHERS.get(name, name) == "pipeline"})
+    if meant:
+        raise MeshError(
+            f"DeviceMesh with dims {names}: a mesh is that of one stage; leave {meant[0]} out, parent['data', 'row', 'col'] is this"
+            " rank's slice, or let gingham make the stages: parallel=dict(pipeline=.., data=.., tensor=..)"
+        )
+    if "data" in names:
+        at = names.index("data")
+        return _with_data_dim(names, names[:at] + names[at + 1 :], shape[at], shape[:at] + shape[at + 1 :])
+    replicas = [name for name in names if OTHERS.get(name) == "data"]
+    if replicas:
+        raise MeshError(f"DeviceMesh with dims {names}: call the dim of replicas 'data' in place of {replicas[0]!r}")
     if names == ("k", "n", "m"):
         return axes_of(None, grid=(shape[2], shape[1], shape[0]))
-    modes = {("tp",): "1d", ("row", "col"): "2d", ("depth", "row", "col"): "2.5d"}
+    modes = {("tp",): "1d", ("row", "col"): "2d", ("depth", "row", "col"): "2.5d", ("m",): "sequence"}
     if names not in modes:
-        raise MeshError(f"DeviceMesh with dims {names}: expected (tp), (row, col), (depth, row, col) or (k, n, m)")
+        raise MeshError(f"DeviceMesh with dims {names}: expected {DIMS}, and 'data' beside them")
     if names[-1] == "col" and shape[-1] != shape[-2]:
         raise MeshError(f"DeviceMesh of shape {shape}: row and col must have the same size")
     return axes_of(modes[names], prod(shape), shape[0] if len(shape) == 3 else None)
+
+
+def _with_data_dim(names: Names, others: Names, size: int, shape: tuple[int, ...]) -> Axes:
+    tensor = axes_named(others, shape) if others else replace(axes_of(None, 1), sizes={})
+    made = with_data(tensor, size)
+    if size == 1:  # the DeviceMesh has the dim all the same
+        order = with_data(tensor, 2).sizes
+        made = replace(made, sizes={name: tensor.sizes.get(name, 1) for name in order})
+    if tuple(made.sizes) != names:
+        raise MeshError(f"DeviceMesh with dims {names}: expected them in the order of the mesh's axes, {tuple(made.sizes)}")
+    return made
 
 
 def groups_of(axes: Axes) -> dict[str, Names]:
