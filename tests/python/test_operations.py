@@ -158,21 +158,97 @@ def test_c5_parts_of_a_view_are_written_or_refused(ranks) -> None:
     assert all(found == [3, 5, 40, 47] for found in ranks(4)(written))
 
 
-def test_c5_a_step_of_an_optimizer_meets_no_handler_of_ours(ranks) -> None:
-    def calls(rank: int) -> list[int]:
-        mesh = gingham.init(mode="2d", size=4)
-        layer = nn.Linear(WIDTH, WIDTH)
-        seen: list[Any] = []
-        guard, gingham.operations._kinds = gingham.operations._kinds, lambda *args: seen.append(args) or guard(*args)
-        try:
-            for optimizer in (torch.optim.AdamW(layer.parameters()), torch.optim.SGD(layer.parameters(), 0.1, 0.9, weight_decay=0.1)):
-                for _ in range(2):
-                    for _ in range(2):
-                        mesh.gather(layer(mesh.scatter(torch.ones(4, WIDTH)))).sum().backward()
-                    optimizer.step()
-            torch.add(layer.weight, FULL[0, 0])
-        finally:
-            gingham.operations._kinds = guard
-        return len(seen)
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("AdamW", {}),
+    ("AdamW", dict(fused=True, amsgrad=True)),
+    ("AdamW", dict(foreach=True)),
+    ("SGD", dict(momentum=0.9, weight_decay=0.1, nesterov=True)),
+    ("SGD", dict(momentum=0.9, fused=True)),
+    ("Adagrad", dict(fused=True)),
+    ("RMSprop", dict(centered=True)),
+    ("NAdam", {}),
+    ("RAdam", dict(foreach=True)),
+    ("Adamax", {}),
+    ("Adadelta", {}),
+    ("ASGD", {}),
+]
 
-    assert ranks(4)(calls) == [1] * 4
+
+def test_c5_steps_of_optimizers_are_made_on_the_blocks(ranks) -> None:
+    """Of a layer whose blocks are uneven: one process's numbers, without torch's rules, and without a message."""
+
+    def trained(rank: int) -> list[float]:
+        mesh = gingham.init(mode="2d", size=4)
+        searched: list[Any] = []
+        dispatcher = torch.distributed.tensor.DTensor._op_dispatcher
+        search = dispatcher._propagate_op_sharding_dispatch_slow_path
+        errors = []
+        for name, options in OPTIMIZERS:
+            torch.manual_seed(0)
+            layer = nn.Linear(WIDTH + 1, ROWS + 2)
+            torch.manual_seed(0)
+            serial = torch.nn.Linear(WIDTH + 1, ROWS + 2)
+            mine, theirs = (getattr(torch.optim, name)(each.parameters(), lr=0.01, **options) for each in (layer, serial))
+            for step in range(3):
+                x = torch.randn(4, WIDTH + 1, generator=torch.Generator().manual_seed(step))
+                mesh.gather(layer(mesh.scatter(x))).square().sum().backward()
+                serial(x).square().sum().backward()
+                mesh.traffic(reset=True)
+                if step:
+                    dispatcher._propagate_op_sharding_dispatch_slow_path = lambda *args: searched.append(args[0]) or search(*args)
+                mine.step()
+                dispatcher._propagate_op_sharding_dispatch_slow_path = search
+                assert not any(count["messages"] for count in mesh.traffic().values())
+                theirs.step()
+            errors += [(p.full_tensor() - q).abs().max().item() for p, q in zip(layer.parameters(), serial.parameters(), strict=True)]
+        assert searched == []
+        return errors
+
+    assert max(max(each) for each in ranks(4)(trained)) < 1e-5
+
+
+def test_c5_a_step_that_raises_leaves_the_errors_of_mixtures(ranks) -> None:
+    class Broken(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            raise RuntimeError("no step")
+
+    def mixed(rank: int) -> None:
+        gingham.init(mode="2d", size=4)
+        layer = nn.Linear(WIDTH, WIDTH)
+        with pytest.raises(RuntimeError, match="no step"):
+            Broken(layer.parameters(), 0.1).step()
+        with pytest.raises(gingham.MeshError, match="got a plain tensor"):
+            torch.add(layer.weight, FULL[0])
+
+    ranks(4)(mixed)
+
+
+def test_c5_operands_that_lie_otherwise_go_by_torchs_rules(ranks) -> None:
+    def made(rank: int) -> list[float]:
+        gingham.init(mode="2d", size=4)
+        full = torch.arange(float(WIDTH * ROWS)).view(ROWS, WIDTH) / 100
+        torch.manual_seed(0)
+        w, serial = nn.Linear(WIDTH, ROWS).weight.detach(), torch.nn.Linear(WIDTH, ROWS)
+        w.copy_(full)
+        other = w.redistribute(placements=[torch.distributed.tensor.Replicate()] * 2)
+        found = [
+            w * other,
+            w + w,
+            w > w * 0.5,
+            torch.where(w > 1, w, -w),
+            w.exp().to(torch.float64),
+            torch._foreach_sqrt([w])[0],
+            w * w[:1],
+        ]
+        wanted = [
+            full * full,
+            full + full,
+            full > full * 0.5,
+            torch.where(full > 1, full, -full),
+            full.exp().double(),
+            full.sqrt(),
+            full * full[:1],
+        ]
+        return [(whole(one).double() - two.double()).abs().max().item() for one, two in zip(found, wanted, strict=True)]
+
+    assert max(max(each) for each in ranks(4)(made)) < 1e-6

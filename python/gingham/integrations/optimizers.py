@@ -1,7 +1,7 @@
 """Optimizers whose step DTensor cannot take: made on plain tensors, so that it is the serial one.
 
-Most optimizers work on DTensors as they are. Rprop, and the fused SGD and Adagrad, treat every element for itself: their step is
-made on each rank's own block. Adafactor, Muon, LBFGS and others that look at a whole matrix, or at all of them, make it on the
+Most optimizers work on DTensors as they are, fused ones too (mesh/alike.py). Rprop treats every element for itself: its step is made on
+each rank's own block. Adafactor, Muon, LBFGS and others that look at a whole matrix, or at all of them, make it on the
 full tensors, the same on every rank, which then keeps its block: the bytes of a gather of parameters, gradients and
 state of their shape a step (in mesh.traffic()), and the memory of the full tensors while it lasts, told by a warning once. Their
 other state (row and column means, LBFGS's history) stays whole on every rank. SparseAdam is refused.
@@ -24,7 +24,6 @@ from ..mesh import Mesh, cuts_of, mesh_of
 from ..mesh.layout import block, slices
 
 WHOLE = {"Adafactor", "CAME", "LBFGS", "Muon", "Shampoo", "SOAP"}
-FUSED = {"SGD", "Adagrad"}
 
 
 def _names(optimizer: Any) -> set[str]:
@@ -142,8 +141,7 @@ def _begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         left.end()
     names = _names(optimizer)
     whole = bool(names & WHOLE)
-    fused = bool(names & FUSED) and any(group.get("fused") for group in optimizer.param_groups)
-    if not (whole or fused or names & {"Rprop", "SparseAdam"}):
+    if not (whole or names & {"Rprop", "SparseAdam"}):
         return None
     cut = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor) and mesh_of(p) is not None]
     if not cut:

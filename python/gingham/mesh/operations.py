@@ -6,8 +6,8 @@ torch.unique(w); for row in w; mask.view(-1)[index] = 0    what torch has no rul
 torch.nn.functional.linear(x, w); torch.cat([w, x])        MeshError: of x nobody knows whether it is a block
 
 torch asks a table of handlers before its own rules, so that operations of two tensors or more, which alone can mix, and those whose rules
-are wrong pass through here first; its rules for the others fail in one method. Neither is met by steps of optimizers, or by forward and
-backward passes, but for the sum of two gradients, which is made at once here. DTensors on other meshes are left as they are.
+are wrong pass through here first; its rules for the others fail in one method. What lies alike, as in steps of optimizers, is made at
+once (alike.py). DTensors on other meshes are left as they are.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from ..errors import MeshError
+from . import alike
 from .layout import chunks, words
 from .mesh import Mesh, cuts_of, mesh_of
 from .named import parameter_of
@@ -40,8 +40,6 @@ MASKED = {aten.index, aten.index_put, aten.index_put_}  # weight[mask], and its 
 WRONG_RULES = {*(ONE_SHAPE - {aten.copy_, aten.allclose, aten.dist}), aten.multinomial, aten.convolution, aten.convolution_backward}
 EXTREMES = {aten.max, aten.min, aten.amax, aten.amin, aten.aminmax, aten.argmax, aten.argmin}  # of which a rank without elements has none
 COMPARING = {aten.equal, aten.allclose, aten.isclose, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}  # no gradient goes through them
-# of these steps of optimizers are made, parameter by parameter, and no plain tensor meets a parameter in them
-OF_STEPS = (aten.add.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default, aten.addcdiv_.default, aten.div.Tensor)
 FAMILIES = ("_foreach", "_fused", "_amp", "_cudnn", "_mkldnn", "_nested", "_sparse", "mkldnn", "sparse", "cudnn", "miopen", "quantized")
 
 
@@ -51,18 +49,10 @@ def install() -> None:
     alone = [getattr(packet, name) for packet in EXTREMES for name in packet.overloads() if "out" not in name]
     for op in (*_mixing(), *alone, aten.multinomial.default):
         handlers[op] = partial(_guard, handlers.get(op, _as_torch_does))
-    handlers[aten.add_.Tensor] = _add
+    alike.install(handlers, _as_torch_does)
     fails = getattr(dispatcher, "_propagate_op_sharding_dispatch_slow_path", None)
     if fails is not None:
         dispatcher._propagate_op_sharding_dispatch_slow_path = _without_rule(fails)
-    stepping = {op: handlers[op] for op in (*OF_STEPS, aten.add_.Tensor)}
-
-    def leave_out(*_: Any) -> None:
-        for op in stepping:
-            handlers.pop(op, None)
-
-    register_optimizer_step_pre_hook(leave_out)
-    register_optimizer_step_post_hook(lambda *_: handlers.update(stepping))
 
 
 def told(mesh: Mesh, tensor: DTensor) -> tuple[str, str]:
@@ -121,18 +111,6 @@ def _as_torch_does(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
     finally:
         if mine is not None:
             handlers.setdefault(op, mine)
-
-
-def _add(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """total += gradient, both cut alike: how gradients are gathered up over several backward passes."""
-    one: Any
-    other: Any
-    one, other = args if len(args) == 2 else (None, None)
-    alike = type(one) is DTensor and type(other) is DTensor and one._spec == other._spec
-    if alike and owner_of(one) is not None and not torch.compiler.is_compiling():
-        one._local_tensor.add_(other._local_tensor, **kwargs)
-        return one
-    return _guard(_as_torch_does, op, args, kwargs)
 
 
 def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

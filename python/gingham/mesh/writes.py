@@ -133,7 +133,9 @@ def _writing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         # torch says what is wrong with a leaf that is changed where its gradient would be lost
         if torch.compiler.is_compiling() or torch.is_grad_enabled() and self.requires_grad:
             return method(self, *args, **kwargs)
-        plain = any(map(_is_plain, pytree.tree_leaves((args, kwargs))))
+        given = (*args, *kwargs.values())
+        nested = any(isinstance(each, list | tuple | dict) for each in given)
+        plain = any(map(_is_plain, pytree.tree_leaves(given) if nested else given))
         source = getattr(self, "_part_of", None)
         if by_element and not plain and source is None:
             return method(self, *args, **kwargs)

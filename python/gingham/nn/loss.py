@@ -15,7 +15,7 @@ from ..function import Function
 from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..mesh import Mesh, check_local, current
 from ..mesh.checksums import digest_of
-from ..mesh.layout import Layout
+from ..mesh.layout import Interval, Layout, coordinates_of, members, position
 from .norm import gather_parts
 
 
@@ -81,7 +81,7 @@ def _weighted(
     named, wide = mesh.layout(layout), logits.double()
     made_of = f"weight of {digest_of(weight):08x}"
     label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=}, {made_of})"
-    (start, width), vocabulary = mesh.extents(named, target.numel(), logits.shape[-1], label)[2:]
+    (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
     if tuple(weight.shape) != (vocabulary,):
         raise ShapeError(f"cross_entropy: rank {mesh.rank} got weight {tuple(weight.shape)}, expected the full one, [{vocabulary}]")
     kept = target != ignored
@@ -100,6 +100,27 @@ def _weighted(
     if reduction == "mean":
         total = total / summed(weights.sum(), mesh, named.rows)
     return losses, total.to(logits.dtype)
+
+
+def _columns(mesh: Mesh, named: Layout, rows: int, width: int, label: str) -> tuple[Interval, int]:
+    """(first, number) of this rank's columns of the vocabulary, and its size: a control message among those who hold the other columns,
+    and one among those who hold the same block. Who holds other rows is told the vocabulary with the next call's label."""
+    same = tuple(name for name in mesh.sizes if name not in (*named.rows, *named.features))
+    for axis in mesh.axes_over(same):
+        mesh.say(label)
+        told = axis.sizes([rows, width])
+        if any(each != told[0] for each in told):
+            raise ShapeError(f"{label}: ranks that hold the same rows and columns have [rows, columns] {told}")
+    ordered = tuple(name for name in mesh.sizes if name in named.features)
+    across = mesh.axis(ordered)
+    mesh.say(label, moves=across is not None)
+    widths = [width]
+    if across is not None:
+        places = [coordinates_of(rank, mesh.sizes) for rank in members(ordered, mesh.sizes, mesh.coordinates)]
+        order = [position(named.features, mesh.sizes, place) for place in places]
+        widths = [size for _, (size,) in sorted(zip(order, across.sizes([width]), strict=True))]
+    mesh.say(f"{label} of {sum(widths)} classes", moves=across is not None)
+    return (sum(widths[: position(named.features, mesh.sizes, mesh.coordinates)]), width), sum(widths)
 
 
 def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, name: str) -> tuple[torch.Tensor, bool, Layout, Layout]:
@@ -181,7 +202,7 @@ class _Accuracy(Function):
         x, target = logits.reshape(target.numel(), logits.shape[-1]).double(), target.reshape(-1).long()
         x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
-        _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1], label)
+        (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
         kept = _kept(target, ignore_index, vocabulary, "accuracy")
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)
@@ -203,14 +224,17 @@ class _CrossEntropy(Function):
         named, target_shape = mesh.layout(layout), target.shape
         x, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).long()
         label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=})"
-        _, _, (start, width), vocabulary = mesh.extents(named, len(x), logits.shape[-1], label)
+        (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
         kept = _kept(target, ignored, vocabulary, "cross_entropy")
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)
-        largest = x.amax(1).double() if width else x.new_full((len(x),), -torch.inf, dtype=torch.float64)
-        exponentials = torch.exp(x.double() - largest.unsqueeze(1))
-        hit = torch.where(mine, x.gather(1, column).squeeze(1).double(), 0.0) if width else torch.zeros_like(largest)
-        part = torch.stack([largest, exponentials.sum(1), hit, x.sum(1, dtype=torch.float64)], 1)
+        # whole rows' exponentials need no more digits than torch's own; those of parts are joined by factors
+        wide = x.double() if mesh.axis(named.features) is not None or x.dtype == torch.float64 else x.float()
+        largest = wide.amax(1) if width else wide.new_full((len(x),), -torch.inf)
+        exponentials = torch.exp(wide - largest.unsqueeze(1)).sum(1, dtype=torch.float64)
+        hit = torch.where(mine, x.gather(1, column).squeeze(1).double(), 0.0) if width else torch.zeros_like(exponentials)
+        whole = wide.sum(1, dtype=torch.float64) if smoothing else torch.zeros_like(exponentials)
+        part = torch.stack([largest.double(), exponentials, hit, whole], 1)
         parts = gather_parts(mesh, named.features, part)
         top = parts[..., 0].amax(0)
         total = torch.where(parts[..., 1] > 0, parts[..., 1] * torch.exp(parts[..., 0] - top), 0.0).sum(0)
@@ -223,26 +247,30 @@ class _CrossEntropy(Function):
         divisor = total_of[1] if reduction == "mean" else torch.ones((), dtype=torch.float64, device=x.device)
         ctx.smoothing, ctx.vocabulary, ctx.reduction, ctx.shape = smoothing, vocabulary, reduction, target_shape
         ctx.mesh, ctx.layout = mesh, layout
-        ctx.save_for_backward(logits, normaliser, column, mine & kept, kept, divisor)
+        ctx.save_for_backward(logits, normaliser, column, mine & kept, kept, divisor, top)
         return shaped(losses.to(logits.dtype), target_shape), (total_of[0] / divisor).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
-        logits, normaliser, column, hit, kept, divisor = ctx.saved_tensors
+        logits, normaliser, column, hit, kept, divisor, top = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(ctx, d_losses, d_total)
         x = logits.reshape(len(kept), logits.shape[-1])
         slope = d_losses.reshape(-1).double() if ctx.reduction == "none" else (d_total.double() / divisor).expand(len(x))
         slope = torch.where(kept, slope, 0.0).unsqueeze(1)
-        grad = torch.exp(x.double() - normaliser.unsqueeze(1)) - ctx.smoothing / ctx.vocabulary
+        wide = x.double() if x.dtype == torch.float64 else x.float()
+        # less the largest, then less what is left of the normaliser, neither of which loses digits to an offset of the logits
+        grad = (wide - top.to(wide.dtype).unsqueeze(1)).sub_((normaliser - top).to(wide.dtype).unsqueeze(1)).exp_()
+        if ctx.smoothing:
+            grad.sub_(ctx.smoothing / ctx.vocabulary)
         if x.shape[1]:
-            grad.scatter_add_(1, column, (hit.double() * (ctx.smoothing - 1.0)).unsqueeze(1))
-        return (grad * slope).to(x.dtype).view(logits.shape), *[None] * 6
+            grad.scatter_add_(1, column, (hit.to(wide.dtype) * (ctx.smoothing - 1.0)).unsqueeze(1))
+        return grad.mul_(slope.to(wide.dtype)).to(x.dtype).view(logits.shape), *[None] * 6
 
 
 def _again(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
     """The gradient of the logits as one that has gradients itself."""
-    logits, normaliser, column, hit, kept, divisor = ctx.saved_tensors
+    logits, normaliser, column, hit, kept, divisor, _ = ctx.saved_tensors
     mesh, named = ctx.mesh, ctx.mesh.layout(ctx.layout)
 
     def compose(logits: torch.Tensor) -> list[torch.Tensor]:
@@ -267,7 +295,7 @@ def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
     logits, target = tensors
     rows, outputs = target.numel(), [(target.shape, logits.dtype), ((), logits.dtype)]
     kept = [((rows,), torch.float64), ((rows, 1), torch.int64), ((rows,), torch.bool), ((rows,), torch.bool)]
-    return [*outputs, *kept, ((), torch.float64)]
+    return [*outputs, *kept, ((), torch.float64), ((rows,), torch.float64)]
 
 
 KNOWN["cross_entropy"] = Traced(_CrossEntropy, _arguments, _results)
