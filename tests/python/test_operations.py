@@ -228,7 +228,7 @@ def test_c5_operands_that_lie_otherwise_go_by_torchs_rules(ranks) -> None:
         gingham.init(mode="2d", size=4)
         full = torch.arange(float(WIDTH * ROWS)).view(ROWS, WIDTH) / 100
         torch.manual_seed(0)
-        w, serial = nn.Linear(WIDTH, ROWS).weight.detach(), torch.nn.Linear(WIDTH, ROWS)
+        w = nn.Linear(WIDTH, ROWS).weight.detach()
         w.copy_(full)
         other = w.redistribute(placements=[torch.distributed.tensor.Replicate()] * 2)
         found = [

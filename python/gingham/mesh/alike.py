@@ -74,7 +74,7 @@ def _lies_as(spec: Any, other: Any) -> bool:
 
 
 def _one(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    first = next((each for each in args if type(each) is DTensor), None)
+    first: Any = next((each for each in args if type(each) is DTensor), None)
     if first is None or not _is_cut(first._spec) or any(isinstance(each, torch.Tensor) for each in kwargs.values()):
         return go_on(op, args, kwargs)
     blocks = []
