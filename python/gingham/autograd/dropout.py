@@ -13,6 +13,7 @@ from ..errors import MeshError
 from ..function import Function
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Layout, blocks_from_shapes, odd_ranks
+from .linear import backward_passes
 
 Key = tuple[int, int, int]  # seed, name, call number
 
@@ -32,9 +33,10 @@ masks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # the modules by t
 def dropout(x: torch.Tensor, p: float, key: Key, mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1)) -> torch.Tensor:
     """x * keep / (1 - p), keep drawn by Philox from key = (seed, name, call) and the global index of each element.
 
-    dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset; it
-    carries the seed too, of which rank 0's counts, so that ranks with generators of their own (torch.manual_seed(seed +
-    rank)) draw one mask. Raises MeshError where the ranks differ in p, the name or the call's number.
+    dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset, once for all
+    activations of a forward pass that are cut alike (mesh/told.py); it carries the seed too, of which rank 0's counts, so that ranks
+    with generators of their own (torch.manual_seed(seed + rank)) draw one mask. Raises MeshError where the ranks differ in p, the
+    name or the call's number.
     """
     check_local(x, "dropout's x", mesh)
     key, *place = dropout_place(x, mesh, layout, dims, p, key)
@@ -52,14 +54,22 @@ def dropout_place(
         if row == feature:
             named = Layout(named.rows, ())
         label = f"Dropout(p={p}, layout={layout!r}, dims={dims}, name {key[1]:x})"
+        block = (tuple(shape), row, feature, named, key[0])
+        heard = mesh.told.find(block, key[1], backward_passes()) if x.dim() > 2 else None
+        if heard is not None:
+            seed, shape, start = heard
+            mesh.program.note(native.Label(f"{label} call {key[2]} of a block as told before"))
+            return (seed, *key[1:]), list(shape), list(start)
         if named.time and x.dim() > 2:
-            return _place_in_sequence(shape, mesh, named, row or 1, label, key)
-        sizes = x.shape[row], x.shape[feature] if row != feature else 0
-        rows, total, columns, width, keys = mesh.extents_and(named, *sizes, label, *key)
-        key = _agreed(keys, mesh)
-        start[row], shape[row] = rows[0], total
-        if row != feature:
-            start[feature], shape[feature] = columns[0], width
+            key, shape, start = _place_in_sequence(shape, mesh, named, row or 1, label, key)
+        else:
+            sizes = x.shape[row], x.shape[feature] if row != feature else 0
+            rows, total, columns, width, keys = mesh.extents_and(named, *sizes, label, *key)
+            key = _agreed(keys, mesh)
+            start[row], shape[row] = rows[0], total
+            if row != feature:
+                start[feature], shape[feature] = columns[0], width
+        mesh.told.keep(block, (key[0], list(shape), list(start)))
     return key, shape, start
 
 

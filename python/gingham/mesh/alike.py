@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .mesh import mesh_on
 
@@ -99,7 +100,7 @@ def _each(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], 
         return go_on(op, args, kwargs)
     for tensors in (*args, *kwargs.values()):
         many = isinstance(tensors, list | tuple)
-        for each, first in zip(tensors, firsts, strict=False) if many else [(tensors, None)]:
+        for each, first in zip(tensors, firsts, strict=False) if many else [(tensors, firsts[0])]:
             if isinstance(each, torch.Tensor) and each.dim() and not (many and type(each) is DTensor and _lies_as(each._spec, first._spec)):
                 return go_on(op, args, kwargs)
     blocks = [list(map(_block, tensors)) if isinstance(tensors, list | tuple) else tensors for tensors in args]
@@ -122,3 +123,13 @@ def _is_a_block(found: torch.Tensor, first: Any) -> bool:
 
 def _wrapped(block: torch.Tensor, first: Any) -> DTensor:
     return DTensor.__new__(DTensor, block, first._spec, requires_grad=False)
+
+
+def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step: torch's foreach operations change DTensors without counting up their versions."""
+    if not torch.compiler.is_compiling():
+        changed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor) and p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+
+
+register_optimizer_step_post_hook(_count_steps)

@@ -12,7 +12,6 @@ import torch
 from torch.compiler import is_exporting
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DistributedSampler
 
 from .. import native
@@ -28,6 +27,7 @@ from .modes import axes_of_device_mesh as axes_of_device_mesh
 from .modes import groups_of as groups_of
 from .modes import neighbours as neighbours
 from .scatter import Gather, Scatter, own_cuts
+from .told import Told
 from .zigzag import back_of, is_zigzag, places_of
 
 LABELS = 4096  # kept at a time
@@ -88,6 +88,7 @@ class Mesh(GridShape, Live):
         _alive.append(weakref.ref(self, _alive.remove))
         self._labels: dict[str, native.Label] = {}
         self._next_number = count()
+        self.told = Told()
         self.checks: Any = None  # while the first step is checked: see checks/
         self.depth_sums: Any = None
         self.ended = False
@@ -173,6 +174,7 @@ class Mesh(GridShape, Live):
         if self.checks is not None and isinstance(x, torch.Tensor):
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
+        self.told.scatters += 1
         if self.checks is not None:
             self.checks.alike(x, own)
         operand = operand or ("x" if x.is_floating_point() else "rows")
@@ -382,16 +384,6 @@ def cuts_of(mesh: Mesh, placements: Sequence[Any], ndim: int) -> Cuts:
     """The cuts of a DTensor of the mesh."""
     placed = list(zip(mesh.sizes, placements, strict=True))
     return tuple(tuple(name for name, placement in placed if placement.is_shard(dim)) for dim in range(ndim))
-
-
-def _count_steps(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step: torch's foreach operations change DTensors without counting up their versions."""
-    if not torch.compiler.is_compiling():
-        changed = [p for group in optimizer.param_groups for p in group["params"] if isinstance(p, DTensor) and p.grad is not None]
-        torch.autograd.graph.increment_version(changed)
-
-
-register_optimizer_step_post_hook(_count_steps)
 
 
 def set_current(mesh: Mesh | None) -> None:

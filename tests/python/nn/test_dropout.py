@@ -100,3 +100,66 @@ def _backward(one: torch.Tensor, two: torch.Tensor, x: torch.Tensor) -> torch.Te
     x.grad = None
     (one.sum() + 2 * two.sum()).backward()
     return x.grad.clone()
+
+
+ROWS = ((3, 2), (2, 2), (4, 1), (1, 0))  # of two data ranks, batch by batch
+
+
+def asked_and_drawn(rank: int) -> tuple[list[int], list[torch.Tensor]]:
+    """Of each batch: how often the ranks asked for sizes, and what three layers make of it."""
+    mesh = gingham.init(parallel=dict(data=2, tensor=dict(size=2, mode="1d")))
+    torch.manual_seed(11)
+    layers, asked, found = torch.nn.Sequential(Dropout(0.3), Dropout(0.3), Dropout(0.3)), [], []
+    told = type(mesh).extents_and
+    seen: list[str] = []
+    type(mesh).extents_and = lambda self, layout, *sizes: seen.append(str(sizes)) or told(self, layout, *sizes)  # type: ignore[method-assign]
+    try:
+        for scattered in (True, False):  # False: the ranks make their blocks themselves
+            for rows in ROWS:
+                seen.clear()
+                x = torch.ones(rows[mesh.data.rank], 5, 6)
+                x = mesh.scatter(x, own=True) if scattered else x
+                found.append(mesh.gather(layers(x)))
+                asked.append(len(seen))
+    finally:
+        type(mesh).extents_and = told  # type: ignore[method-assign]
+    return asked, found
+
+
+def test_sizes_are_asked_for_once_a_forward_pass(ranks) -> None:
+    torch.manual_seed(11)
+    layers = torch.nn.Sequential(Dropout(0.3), Dropout(0.3), Dropout(0.3))
+    expected = [layers(torch.ones(sum(rows), 5, 6)) for _ in range(2) for rows in ROWS]
+    for asked, found in ranks(4)(asked_and_drawn):
+        assert asked == [1] * len(expected)
+        assert all(torch.equal(got, wanted) for got, wanted in zip(found, expected, strict=True))
+
+
+def test_a_rank_whose_rows_differ_within_a_pass_is_named(ranks) -> None:
+    def mixed(rank: int) -> str:
+        mesh = gingham.init(parallel=dict(data=2))
+        x = mesh.scatter(torch.ones(3, 5, 6), own=True)
+        first, second = Dropout(0.3), Dropout(0.3)
+        y = first(x)
+        with pytest.raises(gingham.MeshError) as error:
+            mesh.gather(second(y[:2] if rank else y))
+        return str(error.value)
+
+    for said in ranks(2)(mixed):
+        assert "Dropout(p=0.3" in said and "as told before" in said and "rank 1" in said, said
+
+
+def test_selected_tokens_are_asked_for_each_time(ranks) -> None:
+    def selected(rank: int) -> torch.Tensor:
+        mesh = gingham.init(parallel=dict(data=2))
+        torch.manual_seed(11)
+        first, second = Dropout(0.3), Dropout(0.3)
+        x = mesh.scatter(torch.ones(4, 5, 6))
+        h = first(x).flatten(0, 1)
+        return mesh.gather(second(h[: 10 if rank == 0 else 3]))
+
+    torch.manual_seed(11)
+    first, second = Dropout(0.3), Dropout(0.3)
+    h = first(torch.ones(4, 5, 6)).flatten(0, 1)
+    wanted = second(torch.cat([h[:10], h[10:13]]))
+    assert all(torch.equal(found, wanted) for found in ranks(2)(selected))
