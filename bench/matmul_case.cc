@@ -163,7 +163,7 @@ Row run_rank(Job& job, Program& program, const Options& o) {
     }
     bool first = need_x;
     auto allocate = [&](int64_t, int64_t) { return std::exchange(first, false) ? dx.view() : dw.view().t(); };
-    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, allocate});
+    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, true, allocate});
   };
   const double seconds = median_of_rounds(
       o, [] {},

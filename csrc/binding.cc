@@ -187,6 +187,7 @@ void define_program(py::module_& m) {
       .def(
           "pair_with", [](const Member& member, const Member& background) { member.program->pair_with(background.program); }, py::arg("background"))
       .def_property_readonly("epoch", [](const Member& member) { return member.program->epoch(); })
+      .def_property_readonly("spans", [](const Member& member) { return member.program->spans(); })
       .def(
           "enter", [](const Member& member, uint32_t epoch) { member.program->enter(epoch); }, py::arg("epoch"), nogil)
       .def(
@@ -208,6 +209,8 @@ void define_program(py::module_& m) {
            py::arg("members"), py::arg("source") = "window", py::arg("latency") = 0.0, py::arg("bandwidth") = 0.0)
       .def_property_readonly("rank", [](BoundAxis& a) { return a.axis().rank(); })
       .def_property_readonly("size", [](BoundAxis& a) { return a.axis().size(); })
+      .def_property_readonly("calls", [](BoundAxis& a) { return a.axis().calls(); })
+      .def_property_readonly("crosses", [](BoundAxis& a) { return a.axis().crosses_any(); })
       .def("traffic", &traffic_of, py::arg("reset") = false)
       .def("all_gather", &BoundAxis::all_gather, py::arg("x"), py::arg("counted") = true, py::arg("rows") = -1)
       .def("sizes", &BoundAxis::sizes, py::arg("mine"))
@@ -235,7 +238,7 @@ void define_step(py::module_& m) {
            py::arg("n"), py::arg("slices") = 1, py::arg("out_in") = true)
       .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none", py::arg("out_dtype") = "")
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
-           py::arg("reduce_depth") = true);
+           py::arg("reduce_depth") = true, py::arg("reduce_bias") = true);
 }
 
 void define_functions(py::module_& m) {

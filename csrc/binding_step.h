@@ -91,7 +91,7 @@ class BoundStep {
   }
 
   py::tuple backward(const py::object& x, const Objects& ws, const Objects& dys, bool need_x, bool need_w, const std::vector<bool>& need_b,
-                     bool reduce_depth) {
+                     bool reduce_depth, bool reduce_bias) {
     CHECK(ShapeError, ws.size() == maps_ && dys.size() == maps_ && need_b.size() == maps_, "step of ", maps_, " weights got ", dys.size(),
           " gradients");
     const OnCallersStream on_stream(member_);
@@ -117,6 +117,7 @@ class BoundStep {
     call.need_x = need_x;
     call.need_w = need_w;
     call.reduce_depth = reduce_depth;
+    call.reduce_bias = reduce_bias;
     Results made(member_.job);
     call.allocate = [&](int64_t rows, int64_t cols) {
       // dX (and only dX) has the leading dims of X; it is the first tensor made.

@@ -20,7 +20,7 @@ struct Label {
 
 // A step's flags: bits 1 to 7 its slice dim, 8 to 31 the slices, and from 32 on what it computes.
 constexpr uint64_t kStep = uint64_t{1} << 63;
-enum StepBit { kInputGradient, kWeightGradient, kDepthSum, kBiasGradient, kEpilogue = 12, kBias };
+enum StepBit { kInputGradient, kWeightGradient, kDepthSum, kBiasGradient, kBiasSum = 11, kEpilogue = 12, kBias };
 constexpr int kMapBits = 8;  // maps of a step that have bits of their own
 
 // What a rank says of the call it is in; all fields but `rows` must be equal on all ranks of the job.

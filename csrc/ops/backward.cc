@@ -54,6 +54,7 @@ class BackwardRun {
     step_.flag(kInputGradient, call_.need_x);
     step_.flag(kWeightGradient, call_.need_w);
     step_.flag(kDepthSum, call_.reduce_depth);
+    step_.flag(kBiasSum, call_.reduce_bias);
     for (size_t i = 0; i < states_.size(); i++) step_.flag(kBiasGradient + static_cast<int>(i % kMapBits), call_.need_bias[i]);
     step_.begin([&] { validate(); });
     step_.x_cuts = c.x.by_posted_rows() ? step_.learn(*c.x.axis, call_.x.rows) : c.x.offsets;
@@ -177,7 +178,7 @@ class BackwardRun {
       out_.dw.push_back(state.dw);
       out_.db.push_back({});
       if (!call_.need_bias[i]) continue;
-      sum_bias(c.maps[i], state.db_sum);
+      if (call_.reduce_bias) sum_bias(c.maps[i], state.db_sum);
       out_.db.back() = call_.allocate(1, state.db_sum.cols);
       cast(state.db_sum, out_.db.back(), step_.stream);
     }

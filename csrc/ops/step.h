@@ -68,7 +68,7 @@ class Step {
     std::vector<Matrix> w, dy;
     bool need_x = true, need_w = true;
     std::vector<char> need_bias;
-    bool reduce_depth = true;
+    bool reduce_depth = true, reduce_bias = true;
     Allocate allocate;
   };
   struct Gradients {

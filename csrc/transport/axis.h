@@ -109,6 +109,8 @@ class Axis {
     if (reset) traffic_ = {};
     return out;
   }
+  void count_call() { calls_++; }
+  uint64_t calls() const { return calls_; }  // begun on this axis: in each, this rank waits for all others of the axis
   void set_counting(bool on) { counting_ = on; }
 
  protected:
@@ -117,6 +119,7 @@ class Axis {
 
  private:
   bool counting_ = true;
+  uint64_t calls_ = 0;
   Traffic traffic_;
 };
 
@@ -127,6 +130,7 @@ class Axis {
 class Session {
  public:
   explicit Session(Axis& axis, std::span<const Matrix> panels = {}, int64_t rows = -1, bool uneven = false, const Shape& shape = {}) : axis_(axis) {
+    axis.count_call();
     axis.board().post(panels, rows, uneven, shape);
     for (int hop = 1; hop < axis.size(); hop++) axis.board().rows(axis.next(hop));
   }

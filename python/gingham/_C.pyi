@@ -40,6 +40,7 @@ class Program:
     rank: int  # among the members
     size: int
     epoch: int
+    spans: bool  # whether some members are on other hosts
     def __init__(self, job: Job, id: int, members: Sequence[int], lines: Sequence[int], timeout: float = 60.0) -> None: ...
     def pair_with(self, background: Program) -> None: ...
     def enter(self, epoch: int) -> None: ...
@@ -53,6 +54,8 @@ class Program:
 class Axis:
     rank: int
     size: int
+    calls: int  # begun on it; in each this rank waits for all others of the axis
+    crosses: bool  # whether its ranks are on several hosts
     def __init__(
         self, program: Program, index: int, members: Sequence[int], source: str = "window", latency: float = 0.0, bandwidth: float = 0.0
     ) -> None: ...
@@ -156,6 +159,7 @@ class Step:
         need_w: bool,
         need_b: Sequence[bool],
         reduce_depth: bool = True,
+        reduce_bias: bool = True,
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]: ...
 
 def device_report() -> dict[str, Any]: ...

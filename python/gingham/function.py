@@ -44,6 +44,13 @@ def asked(ctx: Any) -> Sequence[bool]:
     return [need and _is_asked(next(found)) for need in needs]
 
 
+def nodes_of(ctx: Any, tensors: Sequence[Any]) -> list[Any]:
+    """The autograd nodes that receive the gradients of the last arguments of forward that are tensors; None of one that has none."""
+    given = [node for node, _ in ctx.next_functions]
+    found = iter(given[len(given) - sum(each is not None for each in tensors) :])
+    return [None if each is None else next(found, None) for each in tensors]
+
+
 def _is_asked(node: Any) -> bool:
     try:
         return bool(_will_execute(node))

@@ -22,7 +22,7 @@ from ..function import Function
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, names_of, traced
 from ..mesh import Mesh, writes
 from ..mesh.layout import Cuts, Names, chunks, position
-from . import gradients
+from . import background, gradients
 from .casts import like, local_of
 from .second_order import alias, check_versions, refuse_deferred, scattered, summed, to_parameter, versions_of
 
@@ -111,12 +111,17 @@ class _Kept(Function):
             piece = scattered(grad.transpose(0, dim), mesh, mesh.axes.kept, lengths).transpose(0, dim)
             return to_parameter(summed(piece, mesh, mesh.axes.depth), parameter), *[None] * 4
         wide = grad if grad.dtype == torch.float64 else grad.float()
+        work, label = _sum_of(mesh, dim, lengths), "the gradient of a weight kept whole over data"
         if gradients.deferring([parameter]):
-            total = _taken_up(parameter, wide, partial(_summed, mesh, dim, lengths))
+            total = _taken_up(parameter, wide, partial(work, mesh.axis))
             if total is None:
                 return like(torch.zeros_like(local_of(parameter)), parameter), *[None] * 4
-            wide = total
-        return like(_summed(mesh, dim, lengths, wide).to(grad.dtype), parameter), *[None] * 4
+            mesh.say(label)
+            total = work(mesh.axis, total)
+        else:
+            mesh.say(label)
+            total = background.summed(mesh, [parameter], [ctx.next_functions[0][0]], wide, work, label)
+        return like(None if total is None else total.to(grad.dtype), parameter), *[None] * 4
 
 
 def _gathered(block: torch.Tensor, mesh: Mesh, dim: int) -> torch.Tensor:
@@ -127,14 +132,16 @@ def _gathered(block: torch.Tensor, mesh: Mesh, dim: int) -> torch.Tensor:
     return torch.cat(parts, dim, out=mesh.empty(shape, block.dtype))
 
 
-def _summed(mesh: Mesh, dim: int, lengths: list[int], grad: torch.Tensor) -> torch.Tensor:
-    """This rank's piece of the sum over data and depth."""
-    mesh.say("the gradient of a weight kept whole over data")
-    piece = mesh.joint(mesh.axes.kept).reduce_scatter(grad.transpose(0, dim).contiguous(), lengths).transpose(0, dim).contiguous()
-    depth = mesh.axis(mesh.axes.depth)
-    if depth is not None:
-        depth.all_reduce_(piece)
-    return piece
+def _sum_of(mesh: Mesh, dim: int, lengths: list[int]) -> background.Work:
+    """The work of the sum over data and depth, of which this rank gets its piece."""
+
+    def work(axis_of: background.AxisOf, grad: torch.Tensor) -> torch.Tensor:
+        kept = axis_of(mesh.axes.kept)
+        assert kept is not None, mesh
+        piece = kept.reduce_scatter(grad.transpose(0, dim).contiguous(), lengths).transpose(0, dim).contiguous()
+        return background.all_reduced(mesh.axes.depth)(axis_of, piece)
+
+    return work
 
 
 def _taken_up(parameter: Any, grad: torch.Tensor, total_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:

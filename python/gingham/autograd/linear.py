@@ -17,13 +17,13 @@ import torch
 
 from .. import graph_ops, native
 from ..errors import MeshError, ShapeError
-from ..function import Function, asked
+from ..function import Function, asked, nodes_of
 from ..graph_ops import traced
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Layout, Names, offsets
 from ..mesh.live import Live
 from ..plan import formulas
-from . import gradients, later, second_order
+from . import background, gradients, later, second_order
 from .casts import as_parameter, autocast_dtype, cast_for_autocast, like, local_of
 from .gradients import deferring, sum_over_depth
 from .ranges import in_range, profiling
@@ -146,12 +146,6 @@ def _points(mesh: Mesh, size: int, names: Names) -> list[int]:
     return offsets(size, [mesh.sizes[name] for name in names])
 
 
-def settle(mesh: Mesh, weight: torch.Tensor) -> None:
-    """Completes a gradient of `weight` that is on its way over depth, before another use's is added to it."""
-    if mesh.depth_sums is not None:
-        mesh.depth_sums.settle(weight)
-
-
 def backward_passes() -> int:
     """How many backward passes of linears this process has made: what one of them used up cannot be used again."""
     return _Linear.passes
@@ -255,27 +249,32 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     put_off = deferring(parameters)
     here = [need and plan.y[1].features == plan.bias_cuts[0] for need in need_b] if put_off else []
     need_b = [need and not mine for need, mine in zip(need_b, here, strict=True)] if put_off else need_b
+    bias_later = background.puts_off(plan.mesh) and x.dtype.itemsize > 2  # sums that would wait for another host
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
     plan.mesh.say(plan.label)
-    threaded = not (put_off or cast or keeps) and bool(wanted) and gradients.has_thread(plan.mesh, wanted)
-    nodes = [node for (node, _), need in zip(ctx.next_functions[1:], need_w, strict=False) if need and threaded]
-    delayed = threaded and gradients.may_sum_later(plan.mesh, wanted, nodes)
-    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast or keeps))
+    threaded = not (put_off or keeps) and bool(wanted) and background.has_thread(plan.mesh, wanted)
+    nodes = nodes_of(ctx, parameters)
+    dx, dws, dbs = plan.step.backward(
+        x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast or keeps), not bias_later
+    )
     for index, mine in enumerate(here):
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
+    over_rows = background.deep_sum(plan.mesh.axes.gathered, plan.mesh.axes.replicas)
+    for at, (index, db) in enumerate(enumerate(dbs), count):
+        if bias_later and need_b[index]:
+            dbs[index] = background.summed(plan.mesh, parameters[at : at + 1], nodes[at : at + 1], db, over_rows, plan.label)
     dws = [as_parameter(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
-    grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
-    for weight, dw in zip(parameters, dws, strict=False) if (threaded or put_off or cast) and not keeps else ():
-        if delayed and dw is not None:
-            gradients.sums_of(plan.mesh).add(weight, dw)
-        elif threaded and dw is not None:
-            gradients.sums_of(plan.mesh).sum_now(dw)
+    over_depth = background.all_reduced(plan.mesh.axes.depth)
+    for index, (weight, dw) in enumerate(zip(parameters, dws, strict=False)) if (threaded or put_off or cast) and not keeps else ():
+        if threaded and dw is not None:
+            dws[index] = background.behind(plan.mesh, [weight], [nodes[index]], dw, over_depth, plan.label)
         elif put_off and dw is not None:
             dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))
         elif cast and dw is not None:
             dw.copy_(sum_over_depth(plan.mesh, dw))
+    grads = [like(dw, weight) for dw, weight in zip(dws, parameters, strict=False)]
     biases = [like(as_parameter(db, bias), bias) for db, bias in zip(dbs, parameters[count:], strict=True)]
     return dx if dx is None or dx.shape == x.shape else dx.view(x.shape), None, None, None, *grads, *biases
 
@@ -350,14 +349,7 @@ def _bias_gradient(plan: LinearPlan, dy: torch.Tensor, bias: torch.Tensor) -> to
     mesh, rows = plan.mesh, plan.y[1].rows
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     part = dy.sum(tuple(range(dy.dim() - 1)), dtype=dtype)
-
-    def total(part: torch.Tensor) -> torch.Tensor:
-        axis = mesh.axis(rows)
-        if axis is not None:
-            axis.all_reduce_(part)
-        return part
-
-    return gradients.sum_or_defer(mesh, rows, bias, part, total)
+    return gradients.sum_or_defer(mesh, rows, bias, part, partial(background.all_reduced(rows), mesh.axis))
 
 
 def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from ..mesh import any_mesh
 from ..mesh.layout import block
@@ -130,7 +132,8 @@ def whole_of(key: str, parts: list[Part], tensor_of: Callable[[Part], torch.Tens
 
 
 def block_of(name: str, tensor: torch.Tensor) -> tuple[Offsets, torch.Tensor]:
-    """(offsets, this rank's block) of a DTensor with Shard and Replicate placements, or of a plain tensor, which is whole."""
+    """(offsets, this rank's block) of a DTensor with Shard and Replicate placements, or those of torch's FSDP2, which cuts blocks again
+    over an outer dim of its mesh; or of a plain tensor, which is whole."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.dim(), tensor.detach()
     mesh, local = tensor.device_mesh, tensor._local_tensor.detach()
@@ -139,19 +142,38 @@ def block_of(name: str, tensor: torch.Tensor) -> tuple[Offsets, torch.Tensor]:
             f"{name}: is one block of {mesh.size()} on a mesh that has ended, {tuple(local.shape)} of {tuple(tensor.shape)}; save before"
             " gingham.destroy(), or load into a model that was made after gingham.init(...)"
         )
-    for placement in tensor.placements:
-        if type(placement) not in (Shard, Replicate):
-            raise CheckpointError(f"{name}: has placements {tensor.placements}, expected Shard and Replicate only")
     axes = {str(axis): size for axis, size in enumerate(mesh.shape)}
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise CheckpointError(f"{name}: its mesh {mesh} does not contain this rank; put every parameter on one mesh")
-    shards = [placement.dim if isinstance(placement, Shard) else None for placement in tensor.placements]
-    cuts = tuple(tuple(axis for axis, of in zip(axes, shards, strict=True) if of == dim) for dim in range(tensor.dim()))
+    cuts = tuple(_cuts_along(name, tensor, dim) for dim in range(tensor.dim()))
     held = block(tensor.shape, cuts, axes, dict(zip(axes, coordinate, strict=True)))
     if tuple(length for _, length in held) != tuple(local.shape):
         raise CheckpointError(f"{name}: its block has shape {tuple(local.shape)}, expected {held} of {tuple(tensor.shape)}")
     return tuple(offset for offset, _ in held), local
+
+
+def _cuts_along(name: str, tensor: DTensor, dim: int) -> tuple[str, ...]:
+    """The dims of its mesh that cut a dim of a DTensor, in their order: those of torch's _StridedShard come after the later ones that
+    their split_factor counts."""
+    kinds: dict[str, Any] = {str(axis): placement for axis, placement in enumerate(tensor.placements)}
+    if any(type(placement) not in (Shard, Replicate, _StridedShard) for placement in kinds.values()):
+        raise CheckpointError(f"{name}: has placements {tensor.placements}, expected Shard, Replicate and those of fully_shard only")
+    here = {axis: placement for axis, placement in kinds.items() if not isinstance(placement, Replicate) and placement.dim == dim}
+    plain = [axis for axis, placement in here.items() if type(placement) is Shard]
+    strided = [axis for axis, placement in here.items() if type(placement) is _StridedShard]
+    later = prod(tensor.device_mesh.size(int(axis)) for axis in plain if strided and int(axis) > int(strided[0]))
+    if (
+        len(strided) > 1
+        or any(here[axis].split_factor != later for axis in strided)
+        or strided
+        and plain
+        and int(plain[0]) < int(strided[0])
+    ):
+        raise CheckpointError(
+            f"{name}: has placements {tensor.placements}, of which dim {dim} is cut in an order that is not fully_shard's"
+        )
+    return (*plain, *strided)
 
 
 class SavePlanner(DefaultSavePlanner):

@@ -6,15 +6,17 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from ..errors import MeshError, PeerDied, PeerStalled
 from ..launch import faults
-from ..mesh import mesh_among
+from ..mesh import Mesh, mesh_among, mesh_of
 
 BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled
 
@@ -24,16 +26,23 @@ class CheckpointError(RuntimeError):
 
 
 class Ranks:
-    """The ranks of the mesh on which tensors of `of` stand, else of gingham.init's, or this process alone where there is none. Raises
-    MeshError for a rank of several that only believes to be alone, whose part would pass for the whole: `what` is about to be done,
-    `writes`: it leaves files."""
+    """The ranks of the mesh on which tensors of `of` stand, else of gingham.init's, or this process alone where there is none; where
+    torch's FSDP2 cuts them over further ranks, those too (`wide`, its DeviceMesh), which torch.distributed joins. Raises MeshError for a
+    rank of several that only believes to be alone, whose part would pass for the whole: `what` is about to be done, `writes`: it leaves
+    files."""
 
     def __init__(self, what: str, writes: bool = False, of: Iterable[Any] = ()) -> None:
+        of = list(of)
         self.what, self._point = what, "save" if writes else "load"
         self.mesh = mesh_among(what, of)
         if self.mesh is not None and self.mesh.whole is not None:  # all stages of a pipeline save and load together
             self.mesh = self.mesh.whole
         self.rank, self.size = (self.mesh.index, self.mesh.size) if self.mesh is not None else (0, 1)
+        self.named: Sequence[int] = (0,) if self.mesh is None else self.mesh.ranks
+        self.wide = wider(of, self.mesh)
+        if self.wide is not None:
+            self.size, self.named = self.wide.size(), self.wide.mesh.flatten().tolist()
+            self.rank = self.named.index(dist.get_rank())
         if self.mesh is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise MeshError(f"{what}: {dist.get_world_size()} ranks without a mesh: call gingham.init(...) before saving or loading")
         world = os.environ.get("WORLD_SIZE", "1")
@@ -48,8 +57,25 @@ class Ranks:
         """Every rank's value, in rank order; pickled, so it may be anything. Not counted as traffic."""
         if self.mesh is None or self.size == 1:
             return [value]
+        if self.wide is not None:
+            return self._told_widely(value)
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.mesh.device)
         return [pickle.loads(part.cpu().numpy().tobytes()) for part in self._gather(mine)]
+
+    def _told_widely(self, value: Any) -> list[Any]:
+        """`tell`, dim by dim of the DeviceMesh, the last first."""
+        assert self.wide is not None
+        found = [value]
+        for dim in reversed(range(self.wide.ndim)):
+            parts: list[Any] = [None] * self.wide.size(dim)
+            try:
+                dist.all_gather_object(parts, found, group=self.wide.get_group(dim))
+            except RuntimeError as error:
+                raise CheckpointError(
+                    f"{self.what}: rank {dist.get_rank()} heard nothing from a rank of {self.wide} ({error}); every rank of it must call it"
+                ) from error
+            found = [each for part in parts for each in part]
+        return found
 
     def _gather(self, mine: torch.Tensor) -> list[torch.Tensor]:
         """Every rank's bytes. An error that a rank elsewhere causes says that all must be here."""
@@ -80,8 +106,7 @@ class Ranks:
         outcomes = self.tell(outcome)
         errors = {rank: error for rank, (_, error) in enumerate(outcomes) if error is not None}
         if errors:
-            named = self.mesh.ranks if self.mesh is not None else (0,)
-            said = "; ".join(f"rank {named[rank]}: {error}" for rank, error in errors.items() if error != errors.get(rank - 1))
+            said = "; ".join(f"rank {self.named[rank]}: {error}" for rank, error in errors.items() if error != errors.get(rank - 1))
             raise CheckpointError(f"{what}: {said}") from (failed[0] if failed else None)
         return [value for value, _ in outcomes]
 
@@ -91,8 +116,7 @@ class Ranks:
 
     def _beside(self, run: Callable[[], None]) -> None:
         """run() on a thread, while this one exchanges a sign of life with the other ranks until all are done."""
-        mesh, done = self.mesh, threading.Event()
-        assert mesh is not None
+        done = threading.Event()
 
         def run_and_say() -> None:
             run()
@@ -101,6 +125,18 @@ class Ranks:
         threading.Thread(target=run_and_say, name="gingham checkpoint", daemon=True).start()
         while True:
             done.wait(BEAT)
-            flag = torch.tensor([done.is_set()], dtype=torch.uint8, device=mesh.device)
-            if bool(torch.cat(self._gather(flag)).all()):
+            if all(self.tell(done.is_set())):
                 return
+
+
+def wider(of: Iterable[Any], mesh: Mesh | None) -> DeviceMesh | None:
+    """The DeviceMesh on which FSDP2 cuts tensors of a model of the mesh over more ranks than the mesh has."""
+    found = {id(each.device_mesh): each.device_mesh for each in of if isinstance(each, DTensor) and mesh_of(each) is None}
+    wide = [
+        each
+        for each in found.values()
+        if mesh is not None and each.size() > mesh.size and set(mesh.ranks) <= set(each.mesh.flatten().tolist())
+    ]
+    if any(each.mesh.tolist() != wide[0].mesh.tolist() for each in wide):
+        raise MeshError(f"parameters of one model lie on several meshes of torch's, {wide[0]} and others: wrap all with one mesh")
+    return wide[0] if wide else None

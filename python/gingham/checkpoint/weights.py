@@ -222,14 +222,19 @@ def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Of
     owner = {place: (rank, lengths) for rank in reversed(range(ranks.size)) for place, lengths in table[rank]}
     arrived: list[torch.Tensor] = []
     coming = [(rank, place, lengths) for place, (rank, lengths) in owner.items() if rank != 0]
-    if ranks.mesh is not None and coming:
+    blocks: dict[Offsets, torch.Tensor] = {}
+    if ranks.wide is not None:
+        for told in ranks.tell({place: whole.tensor(place).cpu() for rank, place, _ in coming if rank == ranks.rank}):
+            blocks |= told
+        coming = []
+    elif ranks.mesh is not None and coming:
         sends = [(0, _view_bytes(whole.tensor(place))) for rank, place, _ in coming if rank == ranks.rank]
         receives = [(rank, [lengths.numel() * line.dtype.itemsize]) for rank, _, lengths in coming] if ranks.rank == 0 else []
         arrived = ranks.mesh.world.exchange(sends, receives, "uint8", counted=False)
     if ranks.rank != 0:
         return None
     full = torch.empty(line.shape, dtype=line.dtype)
-    blocks = {place: whole.tensor(place) for place in whole.chunks}
+    blocks |= {place: whole.tensor(place) for place in whole.chunks}
     for (_, place, lengths), received in zip(coming, arrived, strict=True):
         blocks[place] = received.cpu().view(line.dtype).view(lengths)
     for place, held in blocks.items():

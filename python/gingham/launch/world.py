@@ -253,8 +253,8 @@ def end(ended: Sequence[Mesh]) -> None:
     if not _world.meshes:
         _world.job.close()
     for each in ended:
-        if each.depth_sums is not None:
-            each.depth_sums.stop()
+        if each.sums is not None:
+            each.sums.stop()
         groups = _world.groups.pop(each.handle, [])
         # DTensor takes equal meshes for one: tensors of the other may hold this one's groups
         heir = next((other for other in _world.meshes if other.device_mesh == each.device_mesh), None)

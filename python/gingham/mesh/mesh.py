@@ -63,8 +63,8 @@ class Mesh(GridShape, Live):
         lines = [self.parts(names) for names in groups.values()]
         self.program = native.Program(job, id, self.ranks, lines, timeout)
         self._sums: native.Program | None = None
-        if axes.depth and not job.has_gpu:
-            self._sums = native.Program(job, id + 1, self.ranks, [self.parts(axes.depth)], timeout)
+        if (axes.depth or self.program.spans) and not job.has_gpu:
+            self._sums = native.Program(job, id + 1, self.ranks, lines, timeout)
             self.program.pair_with(self._sums)
         self._axes: dict[frozenset[str], native.Axis] = {}
         self._found: dict[Names, native.Axis | None] = {}  # by the names that were asked for
@@ -77,7 +77,6 @@ class Mesh(GridShape, Live):
                 self._keys[key] = made
             if key != "world":
                 self._axes[frozenset(names)] = made
-        self._depth_key = next((key for key, names in groups.items() if names == axes.depth), "")
         self.timeout = timeout
         self.whole: Mesh | None = None  # of a stage of a pipeline: the mesh of all the job's ranks, whose first axis is "pipeline"
         self.schedule, self.chosen = dict[str, Any](), ""  # of its pipeline, as init was told; what "auto" took, and why
@@ -90,10 +89,10 @@ class Mesh(GridShape, Live):
         self._next_number = count()
         self.told = Told()
         self.checks: Any = None  # while the first step is checked: see checks/
-        self.depth_sums: Any = None
+        self.sums: Any = None  # those behind a backward pass: autograd/background.py
         self.ended = False
         self.one_batch = False  # whether a tool that takes the ranks for one process gives all of them the same batch, with data too
-        self._background: native.Axis | None = None
+        self._groups, self._background = groups, dict[str, native.Axis]()  # of the program of those sums, by key
 
     def __repr__(self) -> str:
         return f"Mesh({', '.join(f'{name}={size}' for name, size in self.sizes.items())}; rank {self.rank} at {self.coordinates})"
@@ -251,7 +250,9 @@ class Mesh(GridShape, Live):
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]
         stride = torch.empty(full.shape, device="meta").stride()
         made = DTensor.from_local(local, self.device_mesh, placements, run_check=False, shape=full.shape, stride=stride)
-        return torch.nn.Parameter(made)
+        parameter = torch.nn.Parameter(made)
+        parameter.made_on = self.handle  # type: ignore[attr-defined]
+        return parameter
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, lasting: bool = False) -> torch.Tensor:
         """Uninitialised tensor in the heap that the ranks share, where peers read it in place; on a GPU mesh, on the GPU; in a process
@@ -281,9 +282,9 @@ class Mesh(GridShape, Live):
         if self.whole is not None:
             counts["pipeline"] = dict(self.borders)
             self.borders = dict.fromkeys(self.borders, 0) if reset else self.borders
-        if self._background is not None:
-            for name, count in self._background.traffic(reset).items():
-                counts[self._depth_key][name] += count
+        for key, axis in self._background.items():
+            for name, number in axis.traffic(reset).items() if key in counts else ():
+                counts[key][name] += number
         return counts
 
     def close(self) -> None:
@@ -294,7 +295,7 @@ class Mesh(GridShape, Live):
 
     @property
     def has_background(self) -> bool:
-        """Whether weight gradients are summed over depth by a thread of their own."""
+        """Whether gradients are summed by a thread of their own."""
         return self._sums is not None
 
     @property
@@ -303,15 +304,16 @@ class Mesh(GridShape, Live):
         assert self._sums is not None, self
         return self._sums
 
-    def background_axis(self) -> native.Axis:
-        """A second communicator over depth, of a program of its own, for a thread beside the main one; counted under depth."""
-        if self._background is None:
-            ranks = members(self.axes.depth, self.sizes, self.coordinates)
-            self._background = native.Axis(self.background, 0, ranks, self.source, *self._link)
-        return self._background
-
-    def background_empty(self, like: torch.Tensor) -> torch.Tensor:
-        return self.background.empty(list(like.shape), str(like.dtype).removeprefix("torch."))
+    def background_axis(self, names: Names) -> native.Axis | None:
+        """`axis`, of the program of a thread beside the main one; counted under the same key."""
+        kept = {name for name in names if self.sizes[name] > 1}
+        key = next((key for key, those in self._groups.items() if kept and {name for name in those if self.sizes[name] > 1} == kept), "")
+        if key and key not in self._background:
+            ranks, index = members(self._groups[key], self.sizes, self.coordinates), list(self._groups).index(key)
+            self._background[key] = native.Axis(self.background, index, ranks, self.source, *self._link)
+        if kept and not key:
+            raise KeyError(names)
+        return self._background.get(key)
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's part of the shared heap: tensors, workspace, workspace_peak; and its allocations."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
+from ..autograd.background import all_reduced, summed
 from ..autograd.casts import like, local_of
 from ..autograd.gradients import deferring, sum_or_defer
 from ..autograd.second_order import refuse_deferred, replay, shared
-from ..function import Function
+from ..function import Function, nodes_of
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, names_of, traced
 from ..mesh import Mesh
 from ..mesh.layout import Layout, Names
@@ -28,19 +30,14 @@ def place_of_features(mesh: Mesh, features: Names, stored: Names, size: int) -> 
     return slice(start - origin, start - origin + length)
 
 
-def sum_over_rows(mesh: Mesh, layout: Layout, stored: Names, sums: torch.Tensor) -> torch.Tensor:
-    """Sums of a layout's rows, in place, over all who hold other rows or other features of the same stored block."""
-    for names in (layout.rows, tuple(name for name in layout.features if name not in stored)):
-        axis = mesh.axis(names)
-        if axis is not None:
-            axis.all_reduce_(sums)
-    return sums
+def users_of(layout: Layout, stored: Names) -> tuple[Names, Names]:
+    """The axes of those who hold other rows, and of those who hold other features of the same stored block."""
+    return layout.rows, tuple(name for name in layout.features if name not in stored)
 
 
-def sum_parts(mesh: Mesh, layout: Layout, stored: Names, parameter: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """sum_over_rows, made or left out by the rule of no_sync."""
-    names = (*layout.rows, *(name for name in layout.features if name not in stored))
-    return sum_or_defer(mesh, names, parameter, sums.contiguous(), lambda part: sum_over_rows(mesh, layout, stored, part))
+def sum_parts(mesh: Mesh, users: tuple[Names, Names], parameter: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Sums of rows over all `users`, made or left out by the rule of no_sync."""
+    return sum_or_defer(mesh, users[0] + users[1], parameter, sums.contiguous(), partial(all_reduced(*users), mesh.axis))
 
 
 def block_of_features(parameter: torch.Tensor, mesh: Mesh, layout: Layout, stored: Names, size: int) -> torch.Tensor:
@@ -69,7 +66,12 @@ class _BlockOfFeatures(Function):
             return *replay(lambda block: [shared(block, mesh, names)[ctx.place]], [ctx.parameter], [True], [grad]), None, None, None, None
         sums = torch.zeros(local.shape, dtype=grad.dtype if grad.dtype == torch.float64 else torch.float32, device=grad.device)
         sums[ctx.place] = grad.to(sums.dtype)
-        return like(sum_parts(mesh, layout, stored, ctx.parameter, sums).to(local.dtype), ctx.parameter), None, None, None, None
+        users, total = users_of(layout, stored), None
+        if deferring([ctx.parameter]):
+            total = sum_parts(mesh, users, ctx.parameter, sums)
+        else:
+            total = summed(mesh, [ctx.parameter], nodes_of(ctx, [ctx.parameter]), sums, all_reduced(*users), "a bias")
+        return like(None if total is None else total.to(local.dtype), ctx.parameter), None, None, None, None
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -11,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..autograd.casts import local_of
 from ..autograd.gradients import owing
 from ..errors import MeshError
-from ..mesh import current, mesh_among
+from ..mesh import current, mesh_among, mesh_of
 
 
 @torch.no_grad()
@@ -26,11 +27,15 @@ def clip_grad_norm_(
     same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
     One gather of 8 bytes a rank over the world, not counted as traffic, and one over the stages of a pipeline, whose joint norm it
-    is. norm_type: a power > 0 or torch.inf. error_if_nonfinite: a norm that is nan or infinite is a RuntimeError, on every rank.
+    is; of parameters that torch's FSDP2 has wrapped, torch's own clip_grad_norm_. norm_type: a power > 0 or torch.inf.
+    error_if_nonfinite: a norm that is nan or infinite is a RuntimeError, on every rank.
     foreach is torch's and changes nothing here. Raises MeshError where gradients are parts of sums that no_sync left out, or the
     ranks ask for other norms or gradients, ValueError for a norm_type <= 0.
     """
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+    if any(isinstance(each, DTensor) and mesh_of(each) is None for each in parameters):  # FSDP2's, whose norms torch knows to join
+        found: Any = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        return (found.full_tensor() if isinstance(found, DTensor) else found).float()
     mesh = current(mesh_among("clip_grad_norm_", parameters))
     max_norm, norm_type = float(max_norm), float(norm_type)
     if not norm_type > 0:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from ..autograd.background import Work, all_reduced, summed
 from ..autograd.casts import like, local_of
-from ..autograd.gradients import deferring, sum_or_defer, sum_over_depth
-from ..autograd.linear import settle
+from ..autograd.gradients import deferring, sum_or_defer
 from ..autograd.second_order import gathered, refuse_deferred, replay, shared
 from ..checks import row_dim
 from ..errors import MeshError, ShapeError
@@ -151,17 +151,31 @@ class _Embedding(Function):
         table.index_add_(0, ids.reshape(-1), wide.reshape(ids.numel(), dy.shape[-1]))
         if layer.padding_idx is not None:
             table[layer.padding_idx] = 0
-        axis = mesh.axis(layer.cut)
-        if axis is not None and layer.summed:
-            mesh.say(ctx.label)
-            table = axis.reduce_scatter(table, chunks(layer.count, [mesh.sizes[name] for name in layer.cut]))
-        elif axis is not None:
+        if mesh.axis(layer.cut) is not None and not layer.summed:
             table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()
-        # a table tied to a classifier may have a gradient on its way over depth: it arrives before autograd adds this one
-        settle(mesh, ctx.weight)
-        if not mesh.axes.kept:  # else where the pieces of the whole are summed
-            table = sum_or_defer(mesh, mesh.axes.depth, ctx.weight, table, partial(sum_over_depth, mesh))
-        return like(table.to(dy.dtype), ctx.weight), None, None
+        if mesh.axis(layer.cut) is not None or mesh.axis(mesh.axes.depth) is not None:
+            mesh.say(ctx.label)
+        depth = () if mesh.axes.kept else mesh.axes.depth  # else where the pieces of the whole are summed
+        if deferring([ctx.weight]):
+            table = sum_or_defer(mesh, depth, ctx.weight, _own_rows(layer)(mesh.axis, table), partial(all_reduced(depth), mesh.axis))
+            return like(table.to(dy.dtype), ctx.weight), None, None
+
+        def work(axis_of: Any, table: torch.Tensor) -> torch.Tensor:
+            return all_reduced(depth)(axis_of, _own_rows(layer)(axis_of, table))
+
+        total = summed(mesh, [ctx.weight], [ctx.next_functions[0][0]], table, work, ctx.label)
+        return like(None if total is None else total.to(dy.dtype), ctx.weight), None, None
+
+
+def _own_rows(layer: Any) -> Work:
+    """The work of the sum of a table's gradient over the ranks that cut its rows: to each its own."""
+    lengths = chunks(layer.count, [layer.mesh.sizes[name] for name in layer.cut])
+
+    def work(axis_of: Any, table: torch.Tensor) -> torch.Tensor:
+        axis = axis_of(layer.cut) if layer.summed else None
+        return table if axis is None else axis.reduce_scatter(table, lengths)
+
+    return work
 
 
 def _look_up(layer: Any, block: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -9,17 +9,19 @@ from typing import Any
 
 import torch
 
+from ..autograd import second_order
+from ..autograd.background import all_reduced, summed
 from ..autograd.casts import autocast_dtype, like, local_of
 from ..autograd.gradients import deferring
-from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, summed, versions_of
+from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, versions_of
 from ..checks import cuts_of_block, row_dim
 from ..errors import MeshError, ShapeError
-from ..function import Function, asked
+from ..function import Function, asked, nodes_of
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Names, coordinates_of, interval, members
 from ..plan.formulas import norm_bytes
-from .bias import place_of_features, stored_axes, sum_over_rows, sum_parts
+from .bias import place_of_features, stored_axes, sum_parts, users_of
 from .layer import Layer, size_of
 from .parameter import Given, make_parameter
 
@@ -246,12 +248,17 @@ class _Normalise(Function):
         for row, part in zip(both, parts, strict=True):
             row[ctx.place] = part
         both = both.to(_wide(ctx.dtype))
+        users = users_of(layout, layer.stored)
+        sums: list[torch.Tensor | None]
         if deferring((weight, bias)):
-            both = torch.stack([sum_parts(layer.mesh, layout, layer.stored, p, row) for p, row in zip(wanted, both, strict=True)])
+            sums = [sum_parts(layer.mesh, users, parameter, row) for parameter, row in zip(wanted, both, strict=True)]
         else:
-            both = sum_over_rows(layer.mesh, layout, layer.stored, both)
-        grads = [None if each is None else both[index if weight is not None else 0] for index, each in enumerate((weight, bias))]
-        return dx, *(like(None if g is None else g.to(p.dtype), p) for g, p in zip(grads, (weight, bias), strict=True)), None, None, None
+            nodes = [node for node, each in zip(nodes_of(ctx, (weight, bias)), (weight, bias), strict=True) if each is not None]
+            part = both if len(wanted) > 1 else both[0]
+            total = summed(layer.mesh, wanted, nodes, part, all_reduced(*users), layer.label)
+            sums = [None] * len(wanted) if total is None else list(total) if len(wanted) > 1 else [total]
+        found = iter(like(None if each is None else each.to(p.dtype), p) for each, p in zip(sums, wanted, strict=True))
+        return dx, *(None if each is None else next(found) for each in (weight, bias)), None, None, None
 
 
 def _apart(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
@@ -318,7 +325,7 @@ def _again(ctx: Any, dy: torch.Tensor) -> Any:
 
     def compose(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> list[torch.Tensor]:
         def mean_of(part: torch.Tensor) -> torch.Tensor:
-            return shared(summed(part.sum(-1, keepdim=True), mesh, layout.features) / layer.features, mesh, layout.features)
+            return shared(second_order.summed(part.sum(-1, keepdim=True), mesh, layout.features) / layer.features, mesh, layout.features)
 
         wide = x.double()
         wide = wide - mean_of(wide) if ctx.centred else wide

@@ -50,3 +50,69 @@ def test_crossed_bytes_of_data_across_hosts(ranks, name: str, shard: str | None,
     words = crossed_words(grid, hosts, (M * K // grid.size, M * N // grid.size, K * N // grid.size))
     assert sum(sum(each.values()) for each in answers) == 4 * words > 0
     assert all(axis in ("data", "replicas", "again", "m", "rows") for each in answers for axis in each), answers
+
+
+def waits(rank: int, config: dict[str, Any], hosts: tuple[int, ...], engine: str) -> tuple[dict[str, dict[str, int]], float]:
+    """How often this rank's main thread waits for ranks of other hosts in each part of a training step, by axis; and the loss."""
+    from gingham.commands.gpt import GPT, Shape, parallel_kit
+
+    with on_host(rank, hosts, engine):
+        mesh = gingham.init(parallel=config, timeout=30.0)
+    torch.manual_seed(0)
+    model = GPT(parallel_kit(mesh), Shape(layers=2, width=32, heads=4, context=16, dropout=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(256, (6, 17), generator=torch.Generator().manual_seed(7))
+    axes = {**mesh._keys, "world": mesh.world}
+    before: dict[str, int] = {}
+    counts: dict[str, dict[str, int]] = {}
+
+    def note(part: str) -> None:
+        now = {name: axis.calls for name, axis in axes.items() if axis.crosses}
+        counts[part] = {name: number - before.get(name, 0) for name, number in now.items() if number != before.get(name, 0)}
+        before.update(now)
+
+    for _ in range(3):
+        optimizer.zero_grad()
+        ids, targets = mesh.scatter(tokens[:, :-1].contiguous()), mesh.scatter(tokens[:, 1:].contiguous())
+        note("between")
+        logits = model(ids)
+        note("forward")
+        loss = model.loss(logits, targets)
+        note("loss")
+        loss.backward()
+        note("backward")
+        optimizer.step()
+        note("step")
+    return counts, loss.item()
+
+
+@pytest.mark.parametrize(("name", "shard"), CASES)
+@pytest.mark.parametrize("engine", ["ucx", pytest.param("gloo", marks=pytest.mark.matrix)])
+def test_no_layer_waits_for_another_host(ranks, name: str, shard: str | None, engine: str) -> None:
+    """But for sizes, once a forward pass, the sum that is the loss, and weights that are gathered as they are used."""
+    size, tensor = TENSOR[name]
+    serial = serial_loss()
+    answers = ranks(2 * size)(waits, dict(data=dict(size=2, shard=shard), tensor=tensor), split(size, size), engine)
+    for counts, loss in answers:
+        assert abs(loss - serial) < 1e-5
+        assert counts["between"] == counts["step"] == {}
+        assert sum(counts["loss"].values()) == 1
+        if shard is None:
+            assert (counts["forward"], counts["backward"]) == ({"world": 1}, {}), counts
+        if shard == "state":
+            assert counts["backward"] == {}, counts
+
+
+def serial_loss() -> float:
+    from gingham.commands.gpt import GPT, Shape, serial_kit
+
+    torch.manual_seed(0)
+    model = GPT(serial_kit(), Shape(layers=2, width=32, heads=4, context=16, dropout=0.1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(256, (6, 17), generator=torch.Generator().manual_seed(7))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model.loss(model(tokens[:, :-1].contiguous()), tokens[:, 1:].contiguous())
+        loss.backward()
+        optimizer.step()
+    return loss.item()

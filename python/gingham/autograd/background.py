@@ -1,0 +1,210 @@
+"""Sums of gradients over ranks that travel behind the rest of the backward pass.
+
+Where weights are replicated over depth, dW must be summed over it before backward() returns, but nobody reads it until then; where the
+mesh lies on several hosts, the same holds for the gradients of biases, norms and tables, each of whose sums would wait for the network. A
+thread of each rank makes the sums, in the order in which the layers ask (the same on every rank), in a program of its own. Autograd gets
+no gradient of such a parameter; a callback at the end of the backward pass waits for the sums and adds them to .grad. Where something may
+read the gradient earlier (a hook, autograd.grad) the layer waits for its sum at once: the same message by the same way, so that a hook may
+stand on one rank only.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial, wraps
+from queue import SimpleQueue
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch.utils.hooks import BackwardHook
+
+from .. import native
+from ..mesh import Mesh
+from ..mesh.layout import Names, chunks
+from .casts import like
+
+AxisOf = Callable[[Names], native.Axis | None]
+Work = Callable[[AxisOf, torch.Tensor], torch.Tensor]  # part -> sum, by the axes of whichever program makes it
+HEARING = 0.05  # seconds between two looks at the other ranks' news while a sum is waited for
+
+
+@dataclass
+class Pending:
+    """A sum on its way. parameters: whose gradient it is, row by row where they are several; none: somebody waits for it."""
+
+    parameters: Sequence[Any]
+    total: torch.Tensor
+    work: Work
+    label: str
+    task: int
+    epoch: int  # of the mesh's program: where memory ran out since, the sum was given up on all ranks
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+
+class Sums:
+    """The thread of one mesh and the gradients it has not delivered."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.pending: list[Pending] = []
+        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gingham sums", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        program = self.mesh.background
+        while (entry := self._queue.get()) is not None:
+            try:
+                program.enter(entry.epoch)
+                try:
+                    program.say(native.Label(entry.label))
+                    with torch.inference_mode(False), torch.no_grad():
+                        entry.total = entry.work(self.mesh.background_axis, entry.total)
+                finally:
+                    program.leave()
+            except BaseException as error:
+                entry.error = error
+            entry.done.set()
+
+    def stop(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _wait(self, entry: Pending) -> torch.Tensor:
+        while not entry.done.wait(HEARING):
+            self.mesh.program.hear()
+        if entry.error is not None:
+            raise entry.error
+        return entry.total
+
+    def now(self, part: torch.Tensor, work: Work, label: str) -> torch.Tensor:
+        """The sum, behind all that was asked for before."""
+        entry = Pending((), part, work, label, -1, self.mesh.program.epoch)
+        self._queue.put(entry)
+        return self._wait(entry)
+
+    def later(self, parameters: Sequence[torch.Tensor], part: torch.Tensor, work: Work, label: str) -> None:
+        task = torch._C._current_graph_task_id()
+        if not any(entry.task == task for entry in self.pending):
+            callback = partial(self._deliver, task)
+            weakref.finalize(callback, self._forget, task)  # a backward pass that raises drops it uncalled
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
+        entry = Pending(parameters, part, work, label, task, self.mesh.program.epoch)
+        self.pending.append(entry)
+        self._queue.put(entry)
+
+    def _forget(self, task: int) -> None:
+        self.pending = [entry for entry in self.pending if entry.task != task]
+
+    @torch.no_grad()
+    def _deliver(self, task: int) -> None:
+        mine = [entry for entry in self.pending if entry.task == task]
+        self._forget(task)
+        for entry in mine:
+            whole, several = self._wait(entry), len(entry.parameters) > 1
+            for parameter, total in zip(entry.parameters, whole.unbind() if several else [whole], strict=True):
+                if parameter.grad is not None:
+                    getattr(parameter.grad, "_local_tensor", parameter.grad).add_(total)
+                    continue
+                parameter.grad = like(total if total.dtype == parameter.dtype else total.to(parameter.dtype), parameter)
+
+
+def sums_of(mesh: Mesh) -> Sums:
+    if mesh.sums is None:
+        mesh.sums = Sums(mesh)
+    return mesh.sums  # type: ignore[no-any-return]
+
+
+def summed(mesh: Mesh, parameters: Sequence[Any], nodes: Sequence[Any], part: torch.Tensor, work: Work, label: str) -> torch.Tensor | None:
+    """The sum over ranks of a part of a parameter's gradient, or of several as rows of one tensor; None where it comes to .grad at the end
+    of this backward pass. nodes: the autograd nodes that receive the gradients."""
+    if not puts_off(mesh):
+        return work(mesh.axis, part)
+    return behind(mesh, parameters, nodes, part, work, label)
+
+
+def behind(mesh: Mesh, parameters: Sequence[Any], nodes: Sequence[Any], part: torch.Tensor, work: Work, label: str) -> torch.Tensor | None:
+    """`summed`, by the thread."""
+    sums = sums_of(mesh)
+    if not all(map(_may_come_later, parameters, nodes)):
+        return sums.now(part, work, label)
+    sums.later(parameters, part, work, label)
+    return None
+
+
+def all_reduced(*names: Names) -> Work:
+    """The work of sums over axes, one set of names after the other."""
+
+    def work(axis_of: AxisOf, part: torch.Tensor) -> torch.Tensor:
+        for each in names:
+            axis = axis_of(each)
+            if axis is not None:
+                axis.all_reduce_(part)
+        return part
+
+    return work
+
+
+def deep_sum(first: Names, deep: Names) -> Work:
+    """The work of the sum of a vector over the axes `first` and `deep`, of which 1 / first travels over deep: a reduce-scatter over first,
+    an all-reduce over deep, an all-gather over first."""
+
+    def work(axis_of: AxisOf, part: torch.Tensor) -> torch.Tensor:
+        one, other = axis_of(first), axis_of(deep)
+        if one is None or other is None:
+            return all_reduced(first, deep)(axis_of, part)
+        own = one.reduce_scatter(part, chunks(len(part), [one.size]))
+        other.all_reduce_(own)
+        return torch.cat(one.all_gather(own))
+
+    return work
+
+
+def puts_off(mesh: Mesh) -> bool:
+    """Whether small sums go by the thread too: on one host the wait costs less than a thread does."""
+    return mesh.has_background and bool(mesh.program.spans)
+
+
+def has_thread(mesh: Mesh, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the sums over depth of these weights' gradients are a thread's: on a GPU they are queued on a stream and need none,
+    those of 16-bit weights are made of wider ones inside the step."""
+    if mesh.axis(mesh.axes.depth) is None or not mesh.has_background:
+        return False
+    return all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+
+
+# Backward hooks of modules that live graphs hold: what such a hook reads must be complete. torch makes one object a call
+# of a module that has hooks, and tells nobody.
+_hooked: WeakSet[BackwardHook] = WeakSet()
+
+
+def _noting(make: Callable[..., None]) -> Callable[..., None]:
+    @wraps(make)
+    def make_and_note(self: BackwardHook, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            _hooked.add(self)
+
+    return make_and_note
+
+
+BackwardHook.__init__ = _noting(BackwardHook.__init__)  # type: ignore[method-assign]
+
+
+def _may_come_later(parameter: torch.Tensor, node: Any) -> bool:
+    """Whether nothing may read the parameter's gradient before the end of this backward pass."""
+    if _hooked or torch.is_grad_enabled() or getattr(node, "variable", None) is not parameter:
+        return False
+    if not hasattr(parameter, "made_on"):  # a tool's own in our place, such as FSDP2's, which it reads as soon as its layer is done
+        return False
+    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf under torch.autograd.grad
+        return False
