@@ -64,7 +64,7 @@ class Program {
   [[noreturn]] void mismatch(const std::vector<int>& members);                                        // judges who differs, tells all ranks, throws
   // An allocation failed here, in a call or before the next.
   void refuse(const std::string& message);
-  // Where depth sums run on a thread: their program, which recovers with this one, and around each sum the epoch it belongs to.
+  // Where sums run on a thread: their program, which recovers with this one, and around each sum the epoch it belongs to.
   void pair_with(std::shared_ptr<Program> background);
   bool beside() const { return beside_; }  // whether it is a background program
   Program* main() const { return main_; }  // and the one it is paired with, while that lives

@@ -173,7 +173,6 @@ class Mesh(GridShape, Live):
         if self.checks is not None and isinstance(x, torch.Tensor):
             x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
         check_local(x, "scatter's x", self)
-        self.told.scatters += 1
         if self.checks is not None:
             self.checks.alike(x, own)
         operand = operand or ("x" if x.is_floating_point() else "rows")
@@ -186,6 +185,7 @@ class Mesh(GridShape, Live):
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
         mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates), own)
+        self.told.scattered(mine.shape[dim] if x.dim() else 0)
         return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 
     def _zigzag(self, time: int, cuts: Cuts, ndim: int, dim: int, what: str) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Sizes of activations that all ranks have told each other, so that a forward pass asks for them once and not at every layer.
 
-Where an activation begins in the whole depends on what the other ranks hold, which may change with every batch. Within one forward pass
-(no module called twice, no scatter, step of an optimizer or backward pass in between) a rank that holds the same block of an activation
-[samples, .., features] as it told before takes what it heard then, and says so without a message: a rank that holds another block asks,
-and the next call that moves something names both. Activations of two dims are asked for each time, since selected tokens, h[mask], have
-two.
+Where an activation begins in the whole depends on what the other ranks hold, which may change with every batch. In one forward pass
+(between two calls of one module, scatters, steps of an optimizer or backward passes) the first caller asks; those that told the same sizes
+as it when they last asked take what was heard and say so without a message, if
+  every rank has told that the activation has the rows of all that it scattered since the last step: no second batch is about, and
+  this rank holds the same block again; one that does not asks, and the next call that moves something names both.
+Activations of two dims are asked for each time, since selected tokens, h[mask], have two.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-MOST = 256  # blocks of a forward pass that are remembered
 _steps = 0
 
 
@@ -31,23 +31,44 @@ class Told:
     """Of one mesh."""
 
     def __init__(self) -> None:
-        self.scatters = 0
+        self._passes = 0  # forward passes that are known to have begun
+        self._rows: set[int] = set()  # of what was scattered since the last step
+        self._step = 0
         self._before: tuple[int, ...] = ()
         self._callers: set[Hashable] = set()
-        self._found: dict[Hashable, Any] = {}
+        self._first: dict[Hashable, Hashable] = {}  # of this pass, the first caller whose ranks told these sizes
+        self._as: dict[Hashable, Hashable] = {}  # of each caller, the one whose ranks told the same when it asked last
+        self._heard: dict[Hashable, Any] = {}  # of this pass, by block and first caller
 
-    def find(self, block: Hashable, caller: Hashable, passes: int) -> Any:
-        """What was heard when this block was told in this forward pass, or None; in a recomputation, in the one before. passes: how many
-        backward passes this process has made."""
+    def begin(self, rows: int) -> None:
+        """A micro-batch of so many rows here comes into a stage of a pipeline."""
+        self._passes += 1
+        self._rows, self._step = {rows}, _steps
+
+    def scattered(self, rows: int) -> None:
+        self._passes += 1
+        if self._step != _steps:
+            self._rows, self._step = set(), _steps
+        self._rows.add(rows)
+
+    def is_the_batch(self, rows: int) -> bool:
+        """Whether an activation has the rows of all that was scattered."""
+        return self._rows == {rows} and self._step == _steps
+
+    def find(self, block: Hashable, caller: Hashable, backward_passes: int) -> Any:
+        """What was heard in this forward pass by the caller that asks for this one, or None; in a recomputation, in the pass before.
+        backward_passes: how many this process has made."""
         if torch._C._current_graph_task_id() == -1:
-            now = self.scatters, _steps, passes
+            now = self._passes, _steps, backward_passes
             if now != self._before or caller in self._callers:
                 self._before = now
-                self._callers.clear()
-                self._found.clear()
+                for each in (self._callers, self._first, self._heard):
+                    each.clear()
             self._callers.add(caller)
-        return self._found.get(block)
+        return self._heard.get((block, self._as.get(caller)))
 
-    def keep(self, block: Hashable, heard: Any) -> None:
-        if len(self._found) < MOST:
-            self._found[block] = heard
+    def keep(self, block: Hashable, caller: Hashable, sizes: Hashable, heard: Any, everywhere: bool) -> None:
+        """sizes: what all ranks told, which all know; heard: what this one makes of it; everywhere: is_the_batch of all ranks."""
+        first = self._as[caller] = self._first.setdefault(sizes, caller)
+        if everywhere:
+            self._heard[block, first] = heard

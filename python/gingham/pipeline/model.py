@@ -138,7 +138,8 @@ class Pipelined:
         self.others = set[int]().union(*used) - set[int]().union(*(used[stage] for stage in mine))
         self.order = order(schedule, self.place, self.size, microbatches, count)
         wire = None if mesh.whole is None else Wire(mesh, _line(mesh), microbatches)
-        self.runner = Runner({stage: stages[stage] for stage in mine}, total, place_of, self.place, microbatches, wire)
+        held: dict[int, Any] = {stage: stages[stage] for stage in mine}
+        self.runner = Runner(held, total, place_of, self.place, microbatches, wire, mesh.told.begin)
 
     def holds(self, path: str) -> bool:
         """Whether this rank's stages use the module of that path; one that no stage uses is everyone's."""
