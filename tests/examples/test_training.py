@@ -56,6 +56,22 @@ def test_hybrid_as_the_serial_model(ranks, schedule: str) -> None:
     assert got == pytest.approx(serial, rel=2e-5) and got[-1] < got[0]
 
 
+def test_zero3_on_two_hosts_as_the_serial_model(ranks) -> None:
+    def on_hosts(rank: int) -> Any:
+        os.environ["GINGHAM_HOST"] = "ab"[rank // 2]
+        try:
+            return run(rank, "zero3", options, parallel)
+        finally:
+            del os.environ["GINGHAM_HOST"]
+
+    options = dict(steps=4, lr=3e-3, text=TEXT)
+    parallel = dict(data=dict(size=2, shard="all"), tensor=dict(size=2, mode="1d"))
+    answers = ranks(4)(on_hosts)
+    got, serial, _ = answers[0]
+    assert got == pytest.approx(serial, rel=2e-5) and got[-1] < got[0]
+    assert all(held < 0.3 for _, _, held in answers)
+
+
 def test_command_line() -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(EXAMPLES / "gpt.py"), "--ranks", "2", "--mode", "1d", "--steps", "2", "--text", TEXT]
