@@ -68,6 +68,12 @@ std::string Call::text() const {
   if (k || n) out += concat(", K=", k, ", N=", n);
   if (rows >= 0) out += concat(", local rows=", rows);
   if (grid[0] * grid[1] * grid[2] > 1) out += concat(", grid=", grid[0], "x", grid[1], "x", grid[2]);
+  if (flags & kAttention) {
+    static const char* options[] = {" causal", " in zigzag order", " with a mask", " with dropout"};
+    out += ", attention";
+    for (int bit = kCausal; bit <= kDropping; bit++) out += flags >> bit & 1 ? options[bit] : "";
+    return out + ")";
+  }
   if (!(flags & kStep)) return out + concat(", axis ", flags, ")");
   auto has = [this](int bit) { return (flags >> (32 + bit) & 1) != 0; };
   out += concat(", slices=", flags >> 8 & 0xffffff, ", of");

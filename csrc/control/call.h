@@ -21,6 +21,9 @@ struct Label {
 // A step's flags: bits 1 to 7 its slice dim, 8 to 31 the slices, and from 32 on what it computes.
 constexpr uint64_t kStep = uint64_t{1} << 63;
 enum StepBit { kInputGradient, kWeightGradient, kDepthSum, kBiasGradient, kBiasSum = 11, kEpilogue = 12, kBias };
+// Of attention over a cut sequence: what it does.
+constexpr uint64_t kAttention = uint64_t{1} << 62;
+enum AttentionBit { kCausal, kZigzag, kMasked, kDropping };
 constexpr int kMapBits = 8;  // maps of a step that have bits of their own
 
 // What a rank says of the call it is in; all fields but `rows` must be equal on all ranks of the job.
@@ -29,7 +32,7 @@ struct Call {
   int32_t dtype = 0;
   int32_t grid[3] = {1, 1, 1};
   int64_t k = 0, n = 0;
-  uint64_t flags = 0;   // of a step see the bits below; else the axis' number
+  uint64_t flags = 0;   // of a step or attention see the bits above; else the axis' number
   int64_t rows = -1;    // local rows; equal only among ranks that share them
   int32_t invalid = 0;  // this rank refused its own arguments: `note` says why
   char note[240] = {};

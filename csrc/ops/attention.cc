@@ -11,8 +11,6 @@
 namespace gingham {
 namespace {
 
-constexpr uint64_t kCausal = 1 << 8, kZigzag = 1 << 9, kMasked = 1 << 10, kDropping = 1 << 11;
-
 int64_t total_of(const std::vector<int64_t>& lengths) {
   int64_t total = 0;
   for (int64_t each : lengths) total += each;
@@ -83,7 +81,8 @@ void RingAttention::begin(const char* name, const Matrix& q, const Matrix& k, co
   call.k = a.batch * a.kv_heads * a.width;
   call.n = a.batch * a.heads * a.width;
   call.rows = q.rows;
-  call.flags = (a.causal ? kCausal : 0) | (call_.zigzag ? kZigzag : 0) | (call_.masked ? kMasked : 0) | (a.dropout.p > 0 ? kDropping : 0);
+  const auto flag = [](bool is, AttentionBit bit) { return static_cast<uint64_t>(is) << bit; };
+  call.flags = kAttention | flag(a.causal, kCausal) | flag(call_.zigzag, kZigzag) | flag(call_.masked, kMasked) | flag(a.dropout.p > 0, kDropping);
   begin_or_refuse(program_, call, name, [&] { check(q, k, v); });
 }
 

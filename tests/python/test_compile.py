@@ -141,22 +141,23 @@ LAYERS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], str, int
         "x",
         1,
     ),
-    "attention by heads": (
-        lambda: nn.SelfAttention(24, 12, dim=1, ring="heads" if current().inner.rows else False, dropout=0.2, rotary=1e4),
-        (1, 24, 24),
-        "x",
-        1,
-    ),
     "attention over sequences": (lambda: nn.SelfAttention(24, 12, dim=1), (1, 24, 24), "x", 1),
     "patches": (lambda: nn.PatchEmbedding(8, 4, 3, 24), (24, 3, 8, 8), "rows", 0),
     "tied": (Tied, (24, 4), "ids", 0),
 }
 
 
+# where axes cut rows
+OVER_ROWS: dict[str, tuple[Callable[[], torch.nn.Module], tuple[int, ...], str, int]] = {
+    "attention by heads": (lambda: nn.SelfAttention(24, 12, dim=1, ring="heads", dropout=0.2, rotary=1e4), (1, 24, 24), "x", 1),
+    "dropout in zigzag order": (lambda: nn.Dropout(0.3, dims=(1, -1), order="zigzag"), (2, 24, 24), "x", 1),
+}
+
+
 def layer_bits(rank: int, options: dict[str, Any], dtype: torch.dtype | None) -> dict[str, bool]:
     mesh = gingham.init(**options)
     found = {}
-    for name, (make, shape, operand, dim) in LAYERS.items():
+    for name, (make, shape, operand, dim) in (LAYERS | (OVER_ROWS if mesh.inner.rows else {})).items():
 
         def build(make: Callable[[], torch.nn.Module] = make) -> tuple[torch.nn.Module, Model]:
             made = make()

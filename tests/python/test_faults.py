@@ -211,7 +211,7 @@ def test_every_call_and_point_can_be_named() -> None:
     root = Path(gingham.__file__).parent
     python = "\n".join(path.read_text() for path in root.rglob("*.py"))
     named = set(re.findall(r'(?:linear_plan|make_step)\((?:[^()]|\([^()]*\))*?"([a-z]\w*)"', python)) - {"auto"}
-    steps = named | {"linear", "matmul", "matmul to float32"}
+    steps = named | {"linear", "matmul", "matmul to float32", "attention"}
     assert {"qkv", "shared", "gated", "patches"} <= steps == set(faults.STEPS)
     core = Path(__file__).parents[2] / "csrc"
     assert set(re.findall(r'begin\("(\w+)"', (core / "binding_axis.h").read_text())) == set(faults.COLLECTIVES)

@@ -73,6 +73,9 @@ MESHES: list[tuple[int, str, int, str | None, str]] = [
     (1, "", 2, None, "sequence of 3"),
     (1, "", 2, "all", "sequence of 4"),
     (1, "", 2, "state", "sequence of 2"),
+    (2, "zbv", 2, "all", "sequence of 2"),
+    (2, "1f1b", 1, None, "sequence of 3"),
+    (3, "interleaved", 1, None, "sequence of 4"),
 ]
 QUICK = {(2, "zero_bubble", 2, None, "1d of 2")}
 

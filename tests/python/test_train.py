@@ -61,6 +61,8 @@ HYBRIDS: list[Any] = [
             dict(grid=(1, 2, 1), data=3, zero=2),
             dict(mode="sequence", ranks=4, data=2, microbatches=2),
             dict(mode="sequence", ranks=3),
+            dict(mode="sequence", ranks=8, pipeline=2, data=2, zero=3, microbatches=5),
+            dict(mode="sequence", ranks=6, pipeline=2, schedule="dual", microbatches=4),
             dict(mode="2d", ranks=4, microbatches=5),
             dict(mode="1d", sequence=True, ranks=4, data=2, zero=1, microbatches=5),
             dict(mode="1d", sequence=True, ranks=8, pipeline=2, data=2, zero=1, schedule="dual"),

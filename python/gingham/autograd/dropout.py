@@ -9,10 +9,10 @@ from weakref import WeakValueDictionary
 import torch
 
 from .. import native
-from ..errors import MeshError
+from ..errors import MeshError, ShapeError
 from ..function import Function
 from ..mesh import Mesh, check_local
-from ..mesh.layout import Layout, blocks_from_shapes, odd_ranks
+from ..mesh.layout import Interval, Layout, blocks_from_shapes, chunks, odd_ranks, runs
 from .linear import backward_passes
 
 Key = tuple[int, int, int]  # seed, name, call number
@@ -30,17 +30,43 @@ class Masks(Protocol):
 masks: WeakValueDictionary[str, Any] = WeakValueDictionary()  # the modules by their handle, for compiled graphs
 
 
-def dropout(x: torch.Tensor, p: float, key: Key, mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1)) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, p: float, key: Key, mesh: Mesh | None, layout: str = "outer", dims: tuple[int, int] = (0, -1), zigzag: bool = False
+) -> torch.Tensor:
     """x * keep / (1 - p), keep drawn by Philox from key = (seed, name, call) and the global index of each element.
 
     dims: the dims of x that hold rows and features. No bytes but the control message that tells the rows' offset, once for all
     activations of a forward pass that are cut alike (mesh/told.py); it carries the seed too, of which rank 0's counts, so that ranks
-    with generators of their own (torch.manual_seed(seed + rank)) draw one mask. Raises MeshError where the ranks differ in p, the
-    name or the call's number.
+    with generators of their own (torch.manual_seed(seed + rank)) draw one mask. zigzag: the rows are a sequence in that order
+    (mesh/zigzag.py), their index is the place in the sequence. Raises MeshError where the ranks differ in p, the name or the call's
+    number.
     """
     check_local(x, "dropout's x", mesh)
-    key, *place = dropout_place(x, mesh, layout, dims, p, key)
-    return _Dropout.apply(x, p, key, *place, None if mesh is None else mesh.program)
+    key, shape, start = dropout_place(x, mesh, layout, dims, p, key)
+    program = None if mesh is None else mesh.program
+    row, runs = row_runs(x, mesh, layout, dims, shape, start, zigzag)
+    parts = x.split([count for _, count in runs], row) if len(runs) > 1 else [x]
+    starts = [[*start[:row], position, *start[row + 1 :]] for position, _ in runs]
+    dropped = [_Dropout.apply(part, p, key, shape, start, program) for part, start in zip(parts, starts, strict=True)]
+    return dropped[0] if len(dropped) == 1 else torch.cat(dropped, row)
+
+
+def row_runs(
+    x: torch.Tensor, mesh: Mesh | None, layout: str, dims: tuple[int, int], shape: list[int], start: list[int], zigzag: bool
+) -> tuple[int, list[Interval]]:
+    """The dim of x's rows, and where they stand in the whole: (position, count) of one run, or of two of a sequence in zigzag order.
+    Raises ShapeError where a rank's rows are not those that scatter gives it."""
+    row, names = dims[0] % x.dim(), () if mesh is None else mesh.layout(layout).rows
+    if mesh is not None and mesh.layout(layout).time and x.dim() > 2:
+        row, names = row or 1, mesh.layout(layout).time
+    if mesh is None or not zigzag or not mesh.parts(names) > 1:
+        return row, [(start[row], x.shape[row])]
+    lengths = chunks(shape[row], [mesh.sizes[name] for name in names])
+    place = mesh.interval(len(lengths), names)[0]
+    if lengths[place] != x.shape[row]:
+        got = f"got {x.shape[row]} along dim {row}"
+        raise ShapeError(f"dropout on rank {mesh.rank}: {got}, expected {lengths[place]} of {shape[row]} places with order='zigzag'")
+    return row, runs(lengths, place, True)
 
 
 def dropout_place(
@@ -104,9 +130,21 @@ def _place_in_sequence(
 
 
 def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:
-    """dropout by numbers [3 + 2 dims]: the key, the global shape and the start; without a gradient."""
-    seed, name, call, *place = numbers.tolist()
-    return native.dropout(x.contiguous(), p, seed, name, call, place[: x.dim()], place[x.dim() :], None if mesh is None else mesh.program)
+    """dropout by `numbers_of`; without a gradient."""
+    (seed, name, call, row, count, second), n = numbers[:6].tolist(), x.dim()
+    shape, start = numbers[6 : 6 + n].tolist(), numbers[6 + n :].tolist()
+    program = None if mesh is None else mesh.program
+    parts = x.split([count, x.shape[row] - count], row) if count < x.shape[row] else [x]
+    starts = [start, [*start[:row], second, *start[row + 1 :]]][: len(parts)]
+    made = [native.dropout(part.contiguous(), p, seed, name, call, shape, at, program) for part, at in zip(parts, starts, strict=True)]
+    return made[0] if len(made) == 1 else torch.cat(made, row)
+
+
+def numbers_of(key: Key, row: int, runs: list[Interval], shape: list[int], start: list[int]) -> torch.Tensor:
+    """[6 + 2 dims]: the key, the dim of the rows, how many of them the first run has, where the second begins, the global shape, and where
+    x begins in it."""
+    (position, count), second = runs[0], runs[-1][0]
+    return torch.tensor([*key, row, count, second, *shape, *start[:row], position, *start[row + 1 :]])
 
 
 class _Dropout(Function):

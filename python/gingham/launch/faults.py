@@ -21,7 +21,8 @@ VARIABLE = "GINGHAM_FAULT"
 KINDS = ("kill", "stop", "raise", "exit", "oom")
 POINTS = ("init", "save", "load")
 MOST = 2**31 - 1  # the last call that can be named
-STEPS = ("linear", "shared", "qkv", "gated", "patches", "matmul", "matmul to float32")  # fused products, .forward and .backward
+# fused products, and attention over a cut sequence by a ring: .forward and .backward
+STEPS = ("linear", "shared", "qkv", "gated", "patches", "matmul", "matmul to float32", "attention")
 PRODUCTS = ("forward", "backward")
 COLLECTIVES = ("all_gather", "all_reduce", "broadcast", "exchange", "reduce_scatter", "sizes")
 INIT = ("init.start", "init.arrive", "init.group", "init.join", "init.mesh")  # after the step of that name

@@ -128,7 +128,7 @@ def _made_stage(plan: world.Plan, count: int, ranks: Sequence[int] | None, defau
         raise MeshError(_wrong_size(each * count, size))
     stages = [tuple(each * stage + place for place in neighbours(plan.axes)) for stage in range(count)]
     around = Axes({"pipeline": count, **plan.axes.sizes}, (), (), (), Layout((), ()), Layout((), ()))
-    whole = _made(replace(plan, axes=around, ranks=tuple(place for stage in stages for place in stage)))
+    whole = _made(replace(plan, axes=around, stage=f"each stage {plan.cuts()}", ranks=tuple(place for stage in stages for place in stage)))
     made = _made(replace(plan, ranks=stages[rank // each], heap=None))
     made.whole = whole
     return made

@@ -50,11 +50,18 @@ class Plan:
     link: tuple[float, float] | None
     device: str
     operands: tuple[int, int, int] | None = None  # words of X, Y and W of a model: its ranks take the order in which least crosses hosts
+    stage: str = ""  # of a mesh of all stages of a pipeline: how each stage's ranks are used
 
     def words(self) -> str:
         """All on which the ranks of the mesh must agree."""
         options = (self.timeout, self.source, self.slices, self.link, self.device)
-        return f"{dict(self.axes.sizes)}, outer {self.axes.outer}, replicated over {self.axes.depth}, options {options}"
+        return f"{dict(self.axes.sizes)}, {self.cuts()}{self.stage}options {options}"
+
+    def cuts(self) -> str:
+        """How the mesh's axes are used."""
+        axes = self.axes
+        used = f"outer {axes.outer}, inner {axes.inner}, replicated over {axes.depth}, kept over {axes.kept}, "
+        return used + ("" if axes.attention is None else f"attention {axes.attention}, ")
 
     def job_words(self) -> str:
         """And those of the job."""

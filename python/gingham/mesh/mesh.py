@@ -56,8 +56,7 @@ class Mesh(GridShape, Live):
         self.ranks, self.rank, self.index = tuple(ranks), job.rank, list(ranks).index(job.rank)
         self.device_mesh, self._link = device_mesh, link
         self.job = job
-        self.device = device
-        self.source, self.slices = source, slices
+        self.device, self.source, self.slices = device, source, slices
         self.coordinates = coordinates_of(self.index, self.sizes)
         groups = groups_of(axes)
         lines = [self.parts(names) for names in groups.values()]
@@ -90,7 +89,7 @@ class Mesh(GridShape, Live):
         self.told = Told()
         self.checks: Any = None  # while the first step is checked: see checks/
         self.sums: Any = None  # those behind a backward pass: autograd/background.py
-        self.ended = False
+        self.ended = self.zigzag = False  # zigzag: whether a sequence was cut in that order
         self.one_batch = False  # whether a tool that takes the ranks for one process gives all of them the same batch, with data too
         self._groups, self._background = groups, dict[str, native.Axis]()  # of the program of those sums, by key
 
@@ -182,6 +181,7 @@ class Mesh(GridShape, Live):
         held = own_cuts(cuts) if own else cuts
         if is_zigzag(order, "scatter", self):
             x = x.index_select(dim, self._zigzag(x.shape[dim], held, x.dim(), dim, "scatter"))
+            self.zigzag = True
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
         mine = Scatter.apply(x, self, held, block(x.shape, held, self.sizes, self.coordinates), own)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..autograd.dropout import dropout, dropout_again, dropout_place, masks
+from ..autograd.dropout import dropout, dropout_again, dropout_place, masks, numbers_of, row_runs
 from ..checks import cuts_of_block, layer_forward
+from ..errors import LayoutError
 from ..graph_ops import define
 from ..mesh import Mesh, current, has_mesh
 from ..mesh.layout import Cuts
@@ -43,8 +44,10 @@ class Dropout(torch.nn.Dropout):
 
     seed: torch.initial_seed(), rank 0's where the ranks have several. name: by default the number of this module among
     those constructed since torch.manual_seed. A forward pass that activation checkpointing repeats reuses its call number (found by torch's
-    random state, which checkpointing restores). layout: of the input; dims: its dims of rows and features. Bytes: none
-    but a control message of 16 bytes a rank that tells the rows' offset, since ranks may hold uneven numbers of rows.
+    random state, which checkpointing restores). layout: of the input; dims: its dims of rows and features.
+    order="zigzag": the rows are a sequence that mesh.scatter(.., order="zigzag") cut; on a mesh that has done so, a cut sequence that is in
+    order needs order="plain". Bytes: none but a control message of 16 bytes a rank that tells the rows' offset, since ranks may hold uneven
+    numbers of rows. Raises LayoutError where the order is left out and not known.
     """
 
     def __init__(
@@ -56,10 +59,14 @@ class Dropout(torch.nn.Dropout):
         dims: tuple[int, int] = (0, -1),
         *,
         inplace: bool = False,
+        order: str | None = None,
     ) -> None:
         super().__init__(p, inplace)
         self.layout, self.dims = layout, dims
         self.mesh = current(mesh) if mesh is not None or has_mesh() else None
+        if order not in (None, "zigzag", "plain"):
+            raise ValueError(f"Dropout: order={order!r}, expected None, 'zigzag' or 'plain'")
+        self.order = order
         self.name = name if name is not None else f"dropout{next(_numbers)}"
         self.calls = 0
         self._call_of_state: OrderedDict[int, int] = OrderedDict()
@@ -84,13 +91,25 @@ class Dropout(torch.nn.Dropout):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training or self.p == 0:
             return x
+        if self.order is None and self.mesh is not None and self.mesh.zigzag:
+            self._refuse_unknown_order(x)
         y = x * 0 if self.p == 1 else self._dropped(x)
         return x.copy_(y) if self.inplace else y
+
+    def _refuse_unknown_order(self, x: torch.Tensor) -> None:
+        """Where the places of a sequence stand says which elements are dropped."""
+        assert self.mesh is not None
+        layout = self.mesh.layout(self.layout)
+        if layout.rows and x.dim() == 3 and (layout.time or self.dims[0] == 1):
+            raise LayoutError(
+                f"Dropout {self.name!r} on rank {self.mesh.rank}: this mesh has cut a sequence with order='zigzag', nothing says how the"
+                f" one of {tuple(x.shape)} lies; give Dropout (or MLP) order='zigzag', or 'plain' for one in order"
+            )
 
     def _dropped(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.gingham.dropout(x.contiguous(), self.p, self.handle)[0]
-        return dropout(x, self.p, self.key(), self.mesh, self.layout, self.dims)
+        return dropout(x, self.p, self.key(), self.mesh, self.layout, self.dims, self.order == "zigzag")
 
     def key(self) -> tuple[int, int, int]:
         """(seed, name, call number) of one call."""
@@ -110,14 +129,15 @@ class Dropout(torch.nn.Dropout):
         return number
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, name={self.name!r}"
+        return f"p={self.p}, name={self.name!r}" + (f", order={self.order!r}" if self.order else "")
 
 
 def _draw(x: torch.Tensor, p: float, handle: str) -> tuple[torch.Tensor, torch.Tensor]:
     """In a compiled graph: the result, and the numbers that make the same mask for the gradient."""
     module = masks[handle]
     key, shape, start = dropout_place(x, module.mesh, module.layout, module.dims, p, module.key())
-    numbers = torch.tensor([*key, *shape, *start])
+    row, runs = row_runs(x, module.mesh, module.layout, module.dims, shape, start, module.order == "zigzag")
+    numbers = numbers_of(key, row, runs, shape, start)
     return dropout_again(x, p, numbers, module.mesh), numbers
 
 
@@ -139,7 +159,7 @@ define(
     "dropout",
     "(Tensor x, float p, str handle) -> (Tensor, Tensor)",
     _draw,
-    lambda x, p, handle: (torch.empty_like(x), torch.empty(3 + 2 * x.dim(), dtype=torch.int64, device="cpu")),
+    lambda x, p, handle: (torch.empty_like(x), torch.empty(6 + 2 * x.dim(), dtype=torch.int64, device="cpu")),
 )
 define(
     "dropout_again",

@@ -30,7 +30,8 @@ class MLP(Layer):
     """x [..., width] -> fc2(act(fc1(x))) -> dropout, outer -> inner -> outer; gated: down(act(gate(x)) * up(x)).
 
     activation: "gelu" (exact; runs inside fc1's step where not gated), "gelu_tanh", "relu", "silu". gated: gate and up
-    share one gather of x. given: full tensors "fc1.weight", "fc1.bias", .. or "gate.weight", .., cut instead of drawn.
+    share one gather of x. dim, order: of the rows by which dropout's masks go, see nn.Dropout. given: full tensors
+    "fc1.weight", "fc1.bias", .. or "gate.weight", .., cut instead of drawn.
     Bytes: those of the Linears, x of gate and up once. swapped: as Linear's, for all; matters only where outer and inner
     are the same. Raises ValueError for another activation.
     """
@@ -47,6 +48,8 @@ class MLP(Layer):
         *,
         activation: str = "gelu",
         gated: bool = False,
+        dim: int = 0,
+        order: str | None = None,
         given: Given = None,
         device: Any = None,
     ) -> None:
@@ -66,7 +69,7 @@ class MLP(Layer):
             self.fused = "gelu" if activation == "gelu" else "none"
             self.fc1 = Linear(width, hidden, bias, mesh, "outer->inner", swapped, self.fused, dtype, given=part_of(given, "fc1"))
             self.fc2 = Linear(hidden, width, bias, mesh, "inner->outer", swapped, "none", dtype, given=part_of(given, "fc2"))
-        self.dropout = Dropout(dropout, mesh=mesh) if dropout else None
+        self.dropout = Dropout(dropout, mesh=mesh, dims=(dim, -1), order=order) if dropout else None
         self.holds(*(part for part in self.children() if isinstance(part, Layer)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -91,7 +94,8 @@ class MLP(Layer):
 
     def ends(self, x: torch.Tensor) -> tuple[Cuts, Cuts]:
         outer = self.mesh.outer
-        same = outer.rows == self.mesh.inner.rows and self.dropout is None  # whose index says which dim has the rows
+        # the index of a dropped element says which dim has the rows
+        same = outer.rows == self.mesh.inner.rows and (self.dropout is None or self.dropout.dims[0] == 1)
         cuts = cuts_of_block(outer, x.dim(), row_dim(x, outer) if same else 0)
         return cuts, cuts
 

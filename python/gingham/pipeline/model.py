@@ -59,8 +59,15 @@ def pipeline(
     """
     mesh = current(mesh)
     schedule = schedule or mesh.schedule.get("schedule") or "1f1b"
+    if microbatches is None:
+        microbatches = mesh.schedule.get("microbatches") or (2 * mesh.pipeline.size if mesh.whole else 1)
+    own = "default" if loss is None else getattr(loss, "__name__", type(loss).__name__)
+    keys = (
+        0 if hasattr(model, "_pipeline") else crc32(repr(sorted(plain_keys(model))).encode())
+    )  # one that is cut has other keys in each stage
+    said = f"schedule={schedule!r}, microbatches={microbatches!r}, stages={stages!r}, layout={layout!r}, loss={own}"
+    alike(mesh, f"gingham.pipeline({type(model).__name__} {keys:08x}, {said})")
     count = stages_of(schedule, stages)
-    microbatches = microbatches or mesh.schedule.get("microbatches") or (2 * mesh.pipeline.size if mesh.whole else 1)
     if not isinstance(microbatches, int) or isinstance(microbatches, bool) or microbatches < 1:
         raise MeshError(f"gingham.pipeline: microbatches={microbatches!r}, expected a number of at least 1")
     if hasattr(model, "step") or hasattr(model, "_pipeline"):
@@ -75,6 +82,15 @@ def pipeline(
     model.__class__ = type(kind.__name__, (methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     object.__setattr__(model, "_pipeline", made)
     return model
+
+
+def alike(mesh: Mesh, call: str) -> None:
+    """Tells all ranks of the job, where one makes another call than the others or gives it other options, whose and which. Raises
+    ShapeError there."""
+    job = mesh.whole or mesh
+    if job.size > 1:
+        job.say(call)
+        job.world.sizes([0])
 
 
 class _Methods:
@@ -146,7 +162,7 @@ class Pipelined:
         return id(self.model.get_submodule(path)) not in self.others
 
     def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
-        self._told(lambda: self._compare(x, labels, (own, train)))
+        self._told(lambda: self._compare(x, labels, f"{'step' if train else 'eval_step'}(own={own}, scaler={type(scaler).__name__})"))
         self._check(x, labels)
         labels = shifted(labels, IGNORED) if self.family is not None and self.family.shifts else labels
         xs, targets = self._split(x, "x"), self._split(labels, "labels")
@@ -175,7 +191,7 @@ class Pipelined:
         return value.to(_DTYPES[int(kind)])
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        self._told(lambda: self._compare(x, None, "outputs"))
+        self._told(lambda: self._compare(x, None, "forward"))
         self._check(x, None)
         xs = self._split(x, "x")
         found = self._told(lambda: self._run(xs, False, lambda y, part: self._gather(y), False))
@@ -224,18 +240,20 @@ class Pipelined:
                 self.mesh.job.fail(rank, f"rank {rank} raised {type(error).__name__} in stage {stage} of a pipeline: {error}")
             raise
 
-    def _compare(self, x: Any, labels: Any, how: Any) -> None:
-        """Raises MeshError where the stages were given different batches: labels of the last would belong to other inputs."""
+    def _compare(self, x: Any, labels: Any, how: str) -> None:
+        """Raises ShapeError where ranks make other calls, MeshError where the stages were given different batches: labels of the last
+        would belong to other inputs."""
+        alike(self.mesh, f"a pipeline's {how}{'' if self.model.training else ' of a model in eval()'}")
         if self.mesh.whole is None:
             return
-        found = crc32(repr((how, self.model.training)).encode())
+        found = 0
         for each in (x, labels):
             if isinstance(each, torch.Tensor):
                 found = checksum(each, crc32(f"{tuple(each.shape)} {each.dtype}".encode(), found))
         told = self.mesh.over_stages(torch.tensor([found], device=self.mesh.device), "the batch of a pipeline's step")
         if len({int(each) for each in told}) > 1:
             raise MeshError(
-                f"gingham.pipeline: ranks {_line(self.mesh)}, the stages of one batch, got different ones (or other options of step); give"
+                f"gingham.pipeline: ranks {_line(self.mesh)}, the stages of one batch, got different ones; give"
                 " every stage the same x and labels: seed loaders alike, or use mesh.sampler"
             )
 

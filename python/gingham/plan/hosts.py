@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from ..mesh.layout import Names, coordinates_of, members, position
-from ..mesh.modes import GridShape
+from ..mesh.modes import GridShape, neighbours
+from .pipeline import borders_of, rank_of
 
 Sizes = tuple[int, int, int]  # of X, Y and W: of all linear maps of a model, or, where none is known, alike
 
@@ -45,10 +46,11 @@ def branches(hosts: Sequence[int], first: int = 0) -> list[int]:
     return branches(hosts[:half], first) + branches(hosts[half:], first + half)
 
 
-def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> dict[Names, Moved]:
+def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1), microbatches: int = 1) -> dict[Names, Moved]:
     """What each axis moves for a pair of linear maps, outer->inner and inner->outer, forward and backward, whose operands have so many
     words a rank: by the terms of formulas.linear_words. The second is swapped where the two layouts differ: what has the slice dim streams,
-    Y of the first and X of the second have not, but for rows that are cut (sequence), where both have."""
+    Y of the first and X of the second have not, but for rows that are cut (sequence), where both have.
+    microbatches: of the rows, each of which gathers and scatters weights, while sums over replicas are made once."""
     x, y, w = operands
     axes, depth = grid.axes, grid.parts(grid.axes.depth)
     kept = grid.parts(axes.kept)
@@ -71,7 +73,7 @@ def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> dict[Names, Move
         else:
             of(second).gathered += y
             of(second).summed += y
-        of(axes.gathered).streamed += 3 * w * depth * kept
+        of(axes.gathered).streamed += 3 * w * depth * kept * microbatches
         of(axes.kept).gathered += w * depth
         of(axes.kept).summed += w * depth
         of(axes.depth).gathered += w
@@ -79,13 +81,27 @@ def axis_words(grid: GridShape, operands: Sizes = (1, 1, 1)) -> dict[Names, Move
     return {names: moved for names, moved in found.items() if moved.words(grid.parts(names))}
 
 
-def crossed_words(grid: GridShape, host_of: Sequence[int], operands: Sizes = (1, 1, 1)) -> int:
+def crossed_words(grid: GridShape, host_of: Sequence[int], operands: Sizes = (1, 1, 1), microbatches: int = 1) -> int:
     """Of axis_words those that come from another host, of all ranks. host_of: of the mesh's ranks, in its order."""
     total = 0
-    for names, moved in axis_words(grid, operands).items():
+    for names, moved in axis_words(grid, operands, microbatches).items():
         lines = {tuple(members(names, grid.sizes, coordinates_of(index, grid.sizes))) for index in range(grid.size)}
         total += sum(moved.crossed([host_of[index] for index in line]) for line in lines)
     return total
+
+
+def crossed_by_stages(
+    grid: GridShape, size: int, schedule: str, host_of: Sequence[int], operands: Sequence[Sizes], passed: Sequence[int], microbatches: int
+) -> int:
+    """crossed_words of a pipeline of `size` ranks, and of what its stages hand on, there and back. grid: of a stage; host_of: of the job's
+    ranks, by pipeline, data and tensor; operands: of each stage; passed: words of a rank's block of all rows behind each."""
+    found, stages = 0, len(operands)
+    hosts = [[host_of[grid.size * place + rank] for rank in neighbours(grid.axes)] for place in range(size)]
+    for stage, sizes in enumerate(operands):
+        found += crossed_words(grid, hosts[rank_of(stage, size, schedule)], sizes, microbatches)
+    for stage, first, second in borders_of(size, schedule, stages // size):
+        found += 2 * passed[stage] * sum(one != other for one, other in zip(hosts[first], hosts[second], strict=True))
+    return found
 
 
 def orders(grid: GridShape) -> list[tuple[int, ...]]:

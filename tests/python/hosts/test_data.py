@@ -1,4 +1,5 @@
-"""Data across hosts and tensor ranks inside: what crosses is what the planner says, to the byte, and all of it over data."""
+"""Data, or stages, across hosts and tensor ranks inside: what crosses is what the planner says, to the byte, and all of it over data, or
+behind stages."""
 
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import gingham
 from gingham.mesh.layout import coordinates_of
 from gingham.mesh.modes import GridShape, axes_of
-from gingham.plan.hosts import crossed_words
+from gingham.plan.hosts import crossed_by_stages, crossed_words
 from virtual import on_host, split
 
 M, K, N = 48, 32, 64
@@ -116,3 +117,37 @@ def serial_loss() -> float:
         loss.backward()
         optimizer.step()
     return loss.item()
+
+
+def staged(rank: int, config: dict[str, Any], schedule: str, hosts: tuple[int, ...]) -> tuple[int, int]:
+    """(bytes that crossed inside stages, bytes received behind them) of a step of two micro-batches through four pairs of linear maps."""
+    with on_host(rank, hosts, "ucx"):
+        mesh = gingham.init(parallel=config, timeout=30.0)
+    model = torch.nn.Sequential(*(gingham.nn.MLP(K, N, bias=False) for _ in range(4)))
+    model = gingham.pipeline(model, mesh, 2, schedule, loss=lambda y, target: y.square().mean(), layout="outer")
+    mesh.traffic(reset=True)
+    model.step(torch.ones(M, K), torch.zeros(M, K))
+    counts = mesh.traffic()
+    return sum(each.get("bytes_crossed", 0) for each in counts.values()), counts["pipeline"]["bytes_received"]
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
+@pytest.mark.parametrize("by", ["stage", "data"])
+@pytest.mark.parametrize("shard", [None, "all", "state"])
+def test_crossed_bytes_of_stages(ranks, shard: str | None, by: str, schedule: str) -> None:
+    """Each host has a stage, or each a data rank of every stage."""
+    config = dict(pipeline=2, data=dict(size=2, shard=shard), tensor=dict(size=2, mode="1d"))
+    hosts = split(4, 4) if by == "stage" else (0, 0, 1, 1, 0, 0, 1, 1)
+    answers = ranks(8)(staged, config, schedule, hosts)
+    grid = GridShape(axes_of(mode="1d", size=2, data=2, shard=shard))
+    stages = 2 if schedule == "1f1b" else 4
+    pairs = 4 // stages
+    sizes = (pairs * M * K // grid.size, pairs * M * N // grid.size, pairs * K * N // grid.size)
+    passed = [M // 2 * K] * stages  # 1d's ranks have all features each
+    words = crossed_by_stages(grid, 2, schedule, hosts, [sizes] * stages, passed, 2)
+    inside, behind = (sum(answer[at] for answer in answers) for at in (0, 1))
+    # the model's input needs no gradient: the first weight is not gathered for it, in neither micro-batch
+    words -= 2 * K * N if shard == "all" and by == "data" else 0
+    assert 4 * words == inside + (behind if by == "stage" else 0) > 0
+    assert inside == 0 if by == "stage" else behind > 0

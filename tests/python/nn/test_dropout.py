@@ -30,6 +30,60 @@ def test_masks_have_the_same_bits_on_every_grid(ranks, name: str) -> None:
         assert all(torch.equal(got, expected) for got, expected in zip(found, serial, strict=True))
 
 
+def sequences(rank: int, options: dict[str, Any], order: str | None) -> list[torch.Tensor]:
+    """Activations [batch, time, features] whose time is cut, through Dropout and an MLP's: outputs, and gradients."""
+    mesh = gingham.init(**options)
+    torch.manual_seed(11)
+    found = []
+    layers = [Dropout(0.3, dims=(1, -1), order=order), MLP(24, 24, 0.4, dim=1, order=order, dtype=torch.float64)]
+    for layer in layers:
+        for shape in ((2, 13, 24), (1, 24, 24), (2, 3, 24)):
+            full = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            y = mesh.gather(layer(mesh.scatter(full, "x", 1, order=order)), "x", 1, order=order)
+            y.pow(2).sum().backward()
+            found += [y.detach(), full.grad]
+    return found
+
+
+SEQUENCES: dict[str, dict[str, Any]] = {
+    "sequence": dict(mode="sequence", size=4),
+    "2d": dict(mode="2d", size=4),
+    "2.5d": dict(mode="2.5d", size=8, depth=2),
+    "3d": dict(mode="3d", size=8),
+    "data": dict(parallel=dict(data=2, tensor=dict(size=2, mode="sequence"))),
+}
+
+
+@pytest.mark.parametrize("order", [None, "zigzag"])
+@pytest.mark.parametrize("name", ["sequence", "2d", *(pytest.param(each, marks=pytest.mark.matrix) for each in ("2.5d", "3d", "data"))])
+def test_masks_go_by_the_place_in_the_sequence(ranks, name: str, order: str | None) -> None:
+    """In zigzag order too; lengths that do not divide, and ranks without a place."""
+    serial = ranks(1)(sequences, {}, None)[0]
+    for found in ranks(SEQUENCES[name].get("size", 4))(sequences, SEQUENCES[name], order):
+        for got, expected in zip(found, serial, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def unknown_order(rank: int) -> str:
+    mesh = gingham.init(grid=(2, 1, 1))
+    mesh.checks = None
+    x = mesh.scatter(torch.ones(1, 8, 4), "x", 1, order="zigzag")
+    with pytest.raises(gingham.LayoutError) as refused:
+        MLP(4, 4, 0.5, dim=1)(x)
+    Dropout(0.5, dims=(1, -1), order="plain")(x)
+    Dropout(0.5)(mesh.scatter(torch.ones(8, 4)))
+    with pytest.raises(gingham.ShapeError, match="expected 4 of 8 places"):
+        Dropout(0.5, dims=(1, -1), order="zigzag")(x[:, :3] if rank else torch.cat([x, x[:, :1]], 1))
+    with pytest.raises(ValueError, match="order='back'"):
+        Dropout(0.5, order="back")
+    return str(refused.value)
+
+
+def test_an_order_that_nobody_says_is_refused(ranks) -> None:
+    for refused in ranks(2)(unknown_order):
+        assert "order='zigzag'" in refused and "'plain'" in refused
+
+
 def test_without_init_as_one_rank() -> None:
     torch.manual_seed(1)
     layer = Dropout(0.25)
