@@ -15,7 +15,7 @@ import torch
 import gingham
 
 GRID = dict(mode="2.5d", size=8, depth=2)
-STAGES = dict(pipeline=2, data=dict(size=2, shard="state"), tensor=dict(size=2, mode="1d"))
+ALL_AXES = dict(pipeline=2, data=dict(size=2, shard="state"), tensor=dict(size=2, mode="1d"))
 
 
 class Small(torch.nn.Module):
@@ -51,7 +51,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def save_until_killed(rank: int, path: Path, flag: Path, step: int) -> None:
-    mesh = gingham.init(mode="2d", size=4) if int(os.environ["WORLD_SIZE"]) == 4 else gingham.init(parallel=STAGES)
+    mesh = gingham.init(mode="2d", size=4) if int(os.environ["WORLD_SIZE"]) == 4 else gingham.init(parallel=ALL_AXES)
     model: Any = Small(mesh=mesh)
     model = model if mesh.whole is None else gingham.pipeline(model, mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
