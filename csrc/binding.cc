@@ -213,6 +213,7 @@ void define_program(py::module_& m) {
       .def_property_readonly("crosses", [](BoundAxis& a) { return a.axis().crosses_any(); })
       .def("traffic", &traffic_of, py::arg("reset") = false)
       .def("all_gather", &BoundAxis::all_gather, py::arg("x"), py::arg("counted") = true, py::arg("rows") = -1)
+      .def("all_gather_into", &BoundAxis::all_gather_into, py::arg("x"), py::arg("outs"), py::arg("counted") = true)
       .def("sizes", &BoundAxis::sizes, py::arg("mine"))
       .def("all_reduce_", &BoundAxis::all_reduce, py::arg("x"), py::arg("counted") = true)
       .def("reduce_scatter", &BoundAxis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("counted") = true)

@@ -68,6 +68,27 @@ class BoundAxis {
     return out;
   }
 
+  // Every member's block of a tensor into one of `outs`, in axis order; all contiguous.
+  void all_gather_into(const py::object& x, const Objects& outs, bool counted) {
+    const OnCallersStream on_stream(member_);
+    const Tensor mine = tensor_of(x, "x", member_.job);
+    CHECK(ShapeError, static_cast<int>(outs.size()) == axis_->size(), "all_gather_into wants a tensor per member");
+    std::vector<Matrix> blocks;
+    int64_t total = 0;
+    for (const auto& each : outs) {
+      const Tensor block = tensor_of(each, "out", member_.job);
+      CHECK(ShapeError, block.dtype == mine.dtype, "all_gather_into of another dtype");
+      blocks.push_back(dense(block.data, 1, block.count(), block.dtype));
+      total += block.count();
+    }
+    CHECK(ShapeError, blocks[static_cast<size_t>(axis_->rank())].cols == mine.count(), "all_gather_into of ", mine.count(), " elements into ",
+          blocks[static_cast<size_t>(axis_->rank())].cols);
+    py::gil_scoped_release nogil;
+    const Uncounted scope(*axis_, counted);
+    begin("all_gather", mine.dtype, total);
+    gingham::all_gather(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), blocks, member_.job->stream());
+  }
+
   // Every member's numbers (at most 8), in axis order: a control message.
   std::vector<std::vector<int64_t>> sizes(const std::vector<int64_t>& mine) {
     const py::gil_scoped_release nogil;

@@ -91,13 +91,13 @@ class _Kept(Function):
         ctx.parameter, ctx.mesh, ctx.dim, ctx.names, ctx.size = parameter, mesh, dim, names, size
         ctx.versions = versions_of([("weight", parameter)])
         if not isinstance(parameter, DTensor):
-            return _gathered(parameter, mesh, dim)
+            return _gathered(parameter, mesh, dim, _lengths(mesh, names, size))
         whole = _whole_of(parameter)
         key = _key(parameter)
         if whole.tensor is None or whole.key != key:
             whole.tensor = None  # its memory may serve again
             with torch.inference_mode(False), torch.no_grad():
-                whole.tensor = _gathered(parameter._local_tensor, mesh, dim)
+                whole.tensor = _gathered(parameter._local_tensor, mesh, dim, _lengths(mesh, names, size))
             whole.key = key
         return alias(whole.tensor)
 
@@ -124,8 +124,12 @@ class _Kept(Function):
         return like(None if total is None else total.to(grad.dtype), parameter), *[None] * 4
 
 
-def _gathered(block: torch.Tensor, mesh: Mesh, dim: int) -> torch.Tensor:
+def _gathered(block: torch.Tensor, mesh: Mesh, dim: int, lengths: list[int]) -> torch.Tensor:
     mesh.say("a weight kept whole over data")
+    if dim == 0:
+        whole = mesh.empty([sum(lengths), *block.shape[1:]], block.dtype)
+        mesh.joint(mesh.axes.kept).all_gather_into(block.contiguous(), whole.split(lengths))
+        return whole
     parts = mesh.joint(mesh.axes.kept).all_gather(block.contiguous())
     shape = list(block.shape)
     shape[dim] = sum(part.shape[dim] for part in parts)

@@ -82,9 +82,10 @@ def linear_plan(
     swapped = formulas.is_swapped(mesh, k, n, layout, swapped)
     given = [mesh.layout(end) for end in ends]
     first, second = (mesh.axes.n, mesh.axes.k) if swapped else (mesh.axes.k, mesh.axes.n)
-    cut_again = mesh.axes.again
+    again = tuple(name for name in mesh.axes.again if name not in mesh.axes.kept)
     x, y = (mesh.inner, mesh.outer) if swapped else (mesh.outer, mesh.inner)
-    out, into = (second + cut_again, first) if swapped else (second, first + cut_again)
+    out, into = (second + again, first) if swapped else (second, first + again)
+    rows, columns = (into, out) if transposed else (out, into)
     plan = LinearPlan(
         mesh,
         make_step(mesh, name, k, n, swapped, (x, y), not transposed),
@@ -93,7 +94,7 @@ def linear_plan(
         swapped,
         (given[0], x),
         (given[1], y),
-        (into, out) if transposed else (out, into),
+        (rows + mesh.axes.kept, columns),  # pieces of whole weights are rows, which lie in one piece of memory
         (second,),
         mesh.interval(k, given[0].features)[1],
         tuple(mesh.interval(size, y.features)[1] for size in n),

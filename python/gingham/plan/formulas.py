@@ -288,9 +288,9 @@ def largest(grid: GridShape, size: int, names: Names) -> int:
 def linear_parameters(grid: GridShape, k: int, n: Sequence[int], swapped: bool, bias: bool) -> int:
     """Words of weights and biases on the rank that holds most: [out, in] cut as docs/theory.md section 1 says."""
     first, second = (grid.axes.n, grid.axes.k) if swapped else (grid.axes.k, grid.axes.n)
-    again = grid.axes.again
+    again, kept = grid.axes.gathered, grid.axes.kept
     out, into = (second + again, first) if swapped else (second, first + again)
-    held = sum(largest(grid, size, out) * largest(grid, k, into) for size in n)
+    held = sum(largest(grid, size, out + kept) * largest(grid, k, into) for size in n)
     return held + (sum(largest(grid, size, second) for size in n) if bias else 0)
 
 
