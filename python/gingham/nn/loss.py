@@ -15,7 +15,7 @@ from ..function import Function
 from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..mesh import Mesh, check_local, current
 from ..mesh.checksums import digest_of
-from ..mesh.layout import Interval, Layout, coordinates_of, members, position
+from ..mesh.layout import Interval, Layout, Names, coordinates_of, members, position
 from .norm import gather_parts
 
 
@@ -130,7 +130,8 @@ def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str
     given, needed = (Layout(rows, ()) for rows in (mesh.outer.rows, mesh.layout(layout).rows))
     if target.is_floating_point():
         raise TypeError(f"{name}: target is {target.dtype}, expected class indices of an integer dtype")
-    moved = target.dim() > 0 and logits.dim() > 1 and given != needed and _cut_as(target, logits, mesh, given)
+    apart = tuple(name for name in given.rows if name not in needed.rows)
+    moved = target.dim() > 0 and logits.dim() > 1 and given != needed and _cut_as(target, logits, mesh, given, apart)
     if moved:
         target = relayout(target.unsqueeze(-1), mesh, given, needed, 1).squeeze(-1)
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
@@ -151,14 +152,15 @@ def _taken(checks: Any, mesh: Mesh, logits: Any, target: Any, layout: str, what:
     return checks.take(logits, expected, f"{what}(layout={layout!r})", fix), checks.take(target, None, what)
 
 
-def _cut_as(target: torch.Tensor, logits: torch.Tensor, mesh: Mesh, given: Layout) -> bool:
-    """Whether the ranks of `given` have pieces of the logits' rows, told by all their sizes: one rank's may fit by chance."""
+def _cut_as(target: torch.Tensor, logits: torch.Tensor, mesh: Mesh, given: Layout, apart: Names) -> bool:
+    """Whether the ranks of `given` have pieces of the logits' rows, told by the sizes of all along `apart`, over which the logits' rows
+    are not cut: one rank's may fit by chance."""
     if torch.compiler.is_compiling():
         return target.shape[0] * mesh.parts(given.rows) == logits.shape[0]
-    axis = mesh.axis(given.rows)
-    if axis is None:
+    axes = mesh.axes_over(apart or given.rows)
+    if not axes:
         return target.shape != logits.shape[:-1]
-    counts = [count for (count,) in axis.sizes([len(target)])]
+    counts = [count for axis in axes for (count,) in axis.sizes([len(target)])]
     return any(count != logits.shape[0] for count in counts)
 
 
