@@ -142,7 +142,7 @@ def check_wrong(ranks: Any, name: str) -> None:
             assert abs(line - first) <= 3 or "Plain" in inspect.getsource(WRONG[case][1]) or "labels" in text, (case, line, first, text)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("2d", "3d") else [pytest.mark.matrix]) for name in KINDS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "2d" else [pytest.mark.matrix]) for name in KINDS])
 def test_a9_a12_a13_wrong_programs_are_told(ranks, name: str) -> None:
     check_wrong(ranks, name)
 
@@ -298,7 +298,7 @@ def passed(rank: int, options: dict[str, Any], names: list[str]) -> dict[str, st
     return wrong
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in ("2d", "3d") else [pytest.mark.matrix]) for name in KINDS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "2d" else [pytest.mark.matrix]) for name in KINDS])
 def test_right_programs_pass(ranks, name: str) -> None:
     names = list(RIGHT) if name != "3x2x2" else [case for case in RIGHT if case != "attention by hand"]
     for found in ranks(ranks_of(name))(passed, GRIDS[name], names):

@@ -105,7 +105,7 @@ def every_layer(rank: int, options: dict[str, Any], compiled: bool, names: list[
 
 
 LAYERS = [name for name in CASES if not name.startswith(("cross_entropy", "MLP gelu_tanh", "MLP relu"))]
-EVERY = [pytest.param(name, marks=[] if name in ("2d", "1d sequence") else [pytest.mark.matrix]) for name in ALL]
+EVERY = [pytest.param(name, marks=[] if name == "2d" else [pytest.mark.matrix]) for name in ALL]
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -132,11 +132,16 @@ class Ranks:
 def wider(of: Iterable[Any], mesh: Mesh | None) -> DeviceMesh | None:
     """The DeviceMesh on which FSDP2 cuts tensors of a model of the mesh over more ranks than the mesh has."""
     found = {id(each.device_mesh): each.device_mesh for each in of if isinstance(each, DTensor) and mesh_of(each) is None}
-    wide = [
-        each
-        for each in found.values()
-        if mesh is not None and each.size() > mesh.size and set(mesh.ranks) <= set(each.mesh.flatten().tolist())
-    ]
+    wide = [each for each in found.values() if mesh is not None and each.size() > mesh.size and _has_groups(each)]
+    wide = [each for each in wide if mesh is not None and set(mesh.ranks) <= set(each.mesh.flatten().tolist())]
     if any(each.mesh.tolist() != wide[0].mesh.tolist() for each in wide):
         raise MeshError(f"parameters of one model lie on several meshes of torch's, {wide[0]} and others: wrap all with one mesh")
     return wide[0] if wide else None
+
+
+def _has_groups(mesh: DeviceMesh) -> bool:
+    """Whether its ranks can still talk: those of a mesh of gingham's that has ended cannot."""
+    try:
+        return all(mesh.get_group(dim) is not None for dim in range(mesh.ndim))
+    except (RuntimeError, ValueError):
+        return False
