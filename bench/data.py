@@ -29,7 +29,7 @@ import gingham
 from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
 
 Run = Callable[[], float]
-SHARDS = {"gingham": None, "gingham all": "all"}
+SHARDS = {"gingham": None, "gingham state": "state", "gingham all": "all"}
 GPT_SHAPE, GPT_ROWS, WIDTH, HIDDEN, MLP_ROWS = Shape(dropout=0.0), 4, 1024, 4096, 256
 
 
