@@ -1,16 +1,18 @@
 """Data parallelism beside torch's: a training step (forward, backward, AdamW) of the demo's GPT and of a wide MLP on 2 and 4 ranks.
 
-    python bench/data.py [--ranks 2,4] [--rounds 15] [--case gpt,mlp]
+    python bench/data.py [--ranks 2,4] [--rounds 15] [--case gpt,mlp] [--phases]
 
 Every candidate of a case lives in the same processes, one thread a rank, and each round runs all of them, one after the other, between
 barriers; the time of a run is that of the slowest rank. Candidates: gingham with weights replicated over data, kept whole for the step
 (shard="state") and cut (shard="all"); torch's DistributedDataParallel over Gloo, and FSDP2 (fully_shard) over Gloo, which cuts them.
-Bytes are what a rank of gingham received in a step. All start from the same weights, and their losses are compared first.
+Bytes are what a rank of gingham received in a step. --phases: the medians of forward, backward and the optimizer's step, of rank 0. All
+start from the same weights, and their losses are compared first.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
@@ -38,11 +40,18 @@ def stepping(model: Any, loss: Callable[[], torch.Tensor]) -> Run:
 
     def run() -> float:
         optimizer.zero_grad()
+        at = [time.perf_counter()]
         value = loss()
+        at.append(time.perf_counter())
         value.backward()
+        at.append(time.perf_counter())
         optimizer.step()
+        at.append(time.perf_counter())
+        phases.append([end - begin for begin, end in itertools.pairwise(at)])
         return float(value.detach())
 
+    phases: list[list[float]] = []
+    run.phases = phases  # type: ignore[attr-defined]
     return run
 
 
@@ -93,7 +102,8 @@ def matrices(world: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(MLP_ROWS * world, WIDTH, generator=generator), torch.randn(MLP_ROWS * world, WIDTH, generator=generator)
 
 
-def serve(rank: int, ranks: int, case: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, int]]:
+def serve(rank: int, ranks: int, case: str, rounds: int) -> tuple[dict[str, list[float]], dict[str, int], dict[str, list[float]]]:
+    """Seconds of each candidate's rounds, bytes received, and the medians of its phases."""
     torch.set_num_threads(1)
     meshes: list[Any] = []
     runs: dict[str, Run] = {name: of_gingham(case, ranks, shard, meshes) for name, shard in SHARDS.items()}
@@ -120,7 +130,8 @@ def serve(rank: int, ranks: int, case: str, rounds: int) -> tuple[dict[str, list
             if at >= 0:
                 times[name].append(spent.item())
     gingham.destroy()
-    return times, bytes_received
+    phases: dict[str, Any] = {name: run.phases[-rounds:] for name, run in runs.items()}  # type: ignore[attr-defined]
+    return times, bytes_received, {name: [statistics.median(each) for each in zip(*found, strict=True)] for name, found in phases.items()}
 
 
 def main() -> None:
@@ -128,6 +139,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--case", default="gpt,mlp")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--phases", action="store_true")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     print(f"commit {commit}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} cores, {options.rounds} rounds\n")
@@ -135,7 +147,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for case in options.case.split(","):
         for ranks in map(int, options.ranks.split(",")):
-            times, received = gingham.spawn(serve, ranks, ranks, case, options.rounds)[0]
+            times, received, phases = gingham.spawn(serve, ranks, ranks, case, options.rounds)[0]
             middles = {name: statistics.median(each) for name, each in times.items()}
             for name, each in times.items():
                 low, middle, high = (f"{1e3 * value:.1f}" for value in statistics.quantiles(each, n=4))
@@ -144,6 +156,8 @@ def main() -> None:
                     f"| {case} | {ranks} | {name} | {middle} | {low} .. {high} | {ratios} | {received.get(name, '')} |",
                     flush=True,
                 )
+            for name, each in phases.items() if options.phases else ():
+                print(f"{name}: forward, backward, step {', '.join(f'{1e3 * value:.1f}' for value in each)} ms", flush=True)
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ void define_program(py::module_& m) {
       .def(
           "pair_with", [](const Member& member, const Member& background) { member.program->pair_with(background.program); }, py::arg("background"))
       .def_property_readonly("epoch", [](const Member& member) { return member.program->epoch(); })
+      .def_property_readonly("awaited", [](const Member& member) { return member.program->awaited(); })
       .def_property_readonly("spans", [](const Member& member) { return member.program->spans(); })
       .def(
           "enter", [](const Member& member, uint32_t epoch) { member.program->enter(epoch); }, py::arg("epoch"), nogil)

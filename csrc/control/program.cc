@@ -161,6 +161,13 @@ void Program::share(char* bytes, size_t count) {
   memcpy(bytes, block_->notice, count);
 }
 
+bool Program::awaited() const {
+  const uint32_t mine = record(rank_).sequence.load();
+  for (int rank = 0; rank < size(); rank++)
+    if (here(rank) && static_cast<int32_t>(record(rank).sequence.load() - mine) > 0) return true;
+  return false;
+}
+
 int Program::behind() const {
   int odd = rank_;
   for (int r = 0; r < size(); r++) {

@@ -59,6 +59,7 @@ class Program {
   void sleep_until(double time);
   void check();                           // throws the job's error, and a refusal of the call begun last
   void share(char* bytes, size_t count);  // the first member's bytes (at most 128) to all, once
+  bool awaited() const;                   // whether a member on this host has begun more calls than this rank
   int behind() const;                     // the rank that has made the fewest calls, or has left; as the job counts
   void fail(Kind kind, int rank, const std::string& message) { control_.fail(kind, rank, message); }  // rank: as the job counts
   [[noreturn]] void mismatch(const std::vector<int>& members);                                        // judges who differs, tells all ranks, throws

@@ -10,12 +10,13 @@ stand on one rank only.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any
 from weakref import WeakSet
 
@@ -29,6 +30,7 @@ from .casts import like
 
 AxisOf = Callable[[Names], native.Axis | None]
 Work = Callable[[AxisOf, torch.Tensor], torch.Tensor]  # part -> sum, by the axes of whichever program makes it
+LOOKING = 0.05  # seconds between two looks at whether another rank waits for a sum that is kept back
 HEARING = 0.05  # seconds between two looks at the other ranks' news while a sum is waited for
 
 
@@ -52,13 +54,27 @@ class Sums:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.pending: list[Pending] = []
-        self._queue: SimpleQueue[Pending | None] = SimpleQueue()
+        self._kept_back: list[Pending] = []
+        self._at_once = bool(mesh.program.spans) or has_idle_cores(mesh)
+        self._lock = threading.Lock()
+        self._queue: SimpleQueue[Pending | str | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gingham sums", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         program = self.mesh.background
-        while (entry := self._queue.get()) is not None:
+        while True:
+            try:
+                entry = self._queue.get(timeout=LOOKING if self._kept_back else None)
+            except Empty:
+                if program.awaited:
+                    self._at_once = True  # a rank that reads its gradients in between is likely to go on doing so
+                    self._let_go()
+                continue
+            if entry is None:
+                return
+            if isinstance(entry, str):
+                continue
             try:
                 program.enter(entry.epoch)
                 try:
@@ -85,8 +101,21 @@ class Sums:
     def now(self, part: torch.Tensor, work: Work, label: str) -> torch.Tensor:
         """The sum, behind all that was asked for before."""
         entry = Pending((), part, work, label, -1, self.mesh.program.epoch)
-        self._queue.put(entry)
+        self._let_go(entry)
         return self._wait(entry)
+
+    def _let_go(self, *last: Pending) -> None:
+        """Gives the thread what was kept back, in its order."""
+        with self._lock:
+            for entry in (*self._kept_back, *last):
+                self._queue.put(entry)
+            self._kept_back.clear()
+
+    def _keep_back(self, entry: Pending) -> None:
+        with self._lock:
+            self._kept_back.append(entry)
+            if len(self._kept_back) == 1:
+                self._queue.put("look")  # from now on, whether another rank waits
 
     def later(self, parameters: Sequence[torch.Tensor], part: torch.Tensor, work: Work, label: str) -> None:
         task = torch._C._current_graph_task_id()
@@ -96,7 +125,10 @@ class Sums:
             torch.autograd.Variable._execution_engine.queue_callback(callback)
         entry = Pending(parameters, part, work, label, task, self.mesh.program.epoch)
         self.pending.append(entry)
-        self._queue.put(entry)
+        if self._at_once:
+            self._let_go(entry)
+        else:
+            self._keep_back(entry)
 
     def _forget(self, task: int) -> None:
         self.pending = [entry for entry in self.pending if entry.task != task]
@@ -105,6 +137,9 @@ class Sums:
     def _deliver(self, task: int) -> None:
         mine = [entry for entry in self.pending if entry.task == task]
         self._forget(task)
+        self._let_go()
+        for entry in reversed(mine):  # the last first, so that this thread wakes once
+            self._wait(entry)
         for entry in mine:
             whole, several = self._wait(entry), len(entry.parameters) > 1
             for parameter, total in zip(entry.parameters, whole.unbind() if several else [whole], strict=True):
@@ -112,6 +147,12 @@ class Sums:
                     getattr(parameter.grad, "_local_tensor", parameter.grad).add_(total)
                     continue
                 parameter.grad = like(total if total.dtype == parameter.dtype else total.to(parameter.dtype), parameter)
+
+
+def has_idle_cores(mesh: Mesh) -> bool:
+    """Whether a host that has all the ranks has cores for their threads beside those that compute. Where it has not, sums behind a backward
+    pass take time from it and wait for their turns on the cores: they are made at its end, when nothing else is done."""
+    return len(os.sched_getaffinity(0)) >= mesh.job.size * (torch.get_num_threads() + 1)
 
 
 def sums_of(mesh: Mesh) -> Sums:
