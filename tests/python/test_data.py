@@ -14,7 +14,7 @@ import gingham
 from gingham import nn
 from gingham.mesh.layout import coordinates_of, members
 from gingham.mesh.mesh import groups_of
-from gingham.mesh.modes import GridShape, axes_of
+from gingham.mesh.modes import axes_of
 from pool import RankError
 
 SHAPE = dict(layers=2, width=32, heads=4, context=16, dropout=0.1)
@@ -393,30 +393,3 @@ def test_the_sampler_deals_the_data_out_to_data_ranks(ranks) -> None:
     assert len(taken) == 2 and sorted(taken[0] + taken[1]) == list(range(10))
     assert all(drawn == taken[data] for data, drawn, _ in answers)
     assert "own=True" in answers[0][2][0]
-
-
-def held_at_rest(rank: int, config: dict[str, Any]) -> float:
-    """Parameters, gradients and AdamW's states of a GPT of width 256 on this rank, as a part of all."""
-    from gingham.commands.gpt import GPT, Shape, parallel_kit
-
-    mesh = gingham.init(parallel=config)
-    model = GPT(parallel_kit(mesh), Shape(layers=2, width=256, heads=8, context=16, dropout=0.0))
-    optimizer = torch.optim.AdamW(model.parameters())
-    tokens = torch.randint(256, (16, 17), generator=torch.Generator().manual_seed(1))
-    model.loss(model(mesh.scatter(tokens[:, :-1].contiguous())), mesh.scatter(tokens[:, 1:].contiguous())).backward()
-    optimizer.step()
-    held = 0
-    for parameter in model.parameters():
-        states = [value for name, value in optimizer.state[parameter].items() if name != "step"]
-        held += sum(each.to_local().numel() for each in (parameter, parameter.grad, *states))
-    return held / (4 * sum(parameter.numel() for parameter in model.parameters()))
-
-
-@pytest.mark.matrix
-@pytest.mark.parametrize("name", TENSOR)
-def test_memory_at_rest_with_cut_weights(ranks, name: str) -> None:
-    """Within 1.1 of a part for each rank; where depth holds replicas, of each of its lines."""
-    size = TENSOR[name][0] * 2
-    axes = axes_of(**{"mode": None, **TENSOR[name][1]}, data=2, shard="all")
-    replicas = GridShape(axes).parts(axes.depth)
-    assert max(ranks(size)(held_at_rest, parallel(name, "all", 2))) <= 1.1 * replicas / size
