@@ -15,26 +15,10 @@ from gingham import nn
 from gingham.mesh.layout import coordinates_of, members
 from gingham.mesh.mesh import groups_of
 from gingham.mesh.modes import axes_of
+from grids import TENSOR
 from pool import RankError
 
 SHAPE = dict(layers=2, width=32, heads=4, context=16, dropout=0.1)
-TENSOR: dict[str, tuple[int, dict[str, Any]]] = {
-    "none": (1, dict(size=1)),
-    "1d": (2, dict(size=2, mode="1d")),
-    "1d sequence": (2, dict(size=2, mode="1d", sequence=True)),
-    "2d": (4, dict(size=4, mode="2d")),
-    "2.5d": (4, dict(size=4, mode="2.5d", depth=4)),
-    "2.5d of 8": (8, dict(size=8, mode="2.5d", depth=2)),
-    "2.5d sharded": (4, dict(size=4, mode="2.5d", depth=4, shard_depth=True)),
-    "3d": (8, dict(size=8, mode="3d")),
-    "1x2x1": (2, dict(grid=(1, 2, 1))),
-    "1x1x2": (2, dict(grid=(1, 1, 2))),
-    "1x2x2": (4, dict(grid=(1, 2, 2))),
-    "2x2x1": (4, dict(grid=(2, 2, 1))),
-    "2x1x1": (2, dict(grid=(2, 1, 1))),
-    "sequence": (2, dict(size=2, mode="sequence")),
-    "sequence of 3": (3, dict(size=3, mode="sequence")),
-}
 QUICK = {("none", None, 2), ("1d", "all", 2), ("1d sequence", "all", 2), ("2d", "all", 2), ("2.5d", None, 2), ("1x2x2", "all", 2)}
 QUICK |= {("2x1x1", None, 3), ("none", "state", 2), ("2d", "state", 2), ("sequence", None, 2)}
 CASES = [

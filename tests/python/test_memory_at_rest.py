@@ -8,20 +8,7 @@ import torch
 import gingham
 from gingham.commands.gpt import GPT, Shape, parallel_kit
 from gingham.mesh.modes import GridShape, axes_of
-
-TENSOR: dict[str, tuple[int, dict[str, Any]]] = {
-    "none": (1, dict(size=1)),
-    "1d": (2, dict(size=2, mode="1d")),
-    "1d sequence": (2, dict(size=2, mode="1d", sequence=True)),
-    "2d": (4, dict(size=4, mode="2d")),
-    "2.5d": (4, dict(size=4, mode="2.5d", depth=4)),
-    "2.5d of 8": (8, dict(size=8, mode="2.5d", depth=2)),
-    "2.5d sharded": (4, dict(size=4, mode="2.5d", depth=4, shard_depth=True)),
-    "3d": (8, dict(size=8, mode="3d")),
-    "1x2x2": (4, dict(grid=(1, 2, 2))),
-    "2x2x1": (4, dict(grid=(2, 2, 1))),
-    "sequence of 3": (3, dict(size=3, mode="sequence")),
-}
+from grids import TENSOR
 
 
 def held_at_rest(rank: int, config: dict[str, Any]) -> float:

@@ -82,7 +82,7 @@ def linear_plan(
     swapped = formulas.is_swapped(mesh, k, n, layout, swapped)
     given = [mesh.layout(end) for end in ends]
     first, second = (mesh.axes.n, mesh.axes.k) if swapped else (mesh.axes.k, mesh.axes.n)
-    again = tuple(name for name in mesh.axes.again if name not in mesh.axes.kept)
+    again = mesh.axes.gathered
     x, y = (mesh.inner, mesh.outer) if swapped else (mesh.outer, mesh.inner)
     out, into = (second + again, first) if swapped else (second, first + again)
     rows, columns = (into, out) if transposed else (out, into)
@@ -255,7 +255,7 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
     plan.mesh.say(plan.label)
     threaded = not (put_off or keeps) and bool(wanted) and background.has_thread(plan.mesh, wanted)
-    nodes = nodes_of(ctx, parameters)
+    nodes = nodes_of(ctx, parameters) if threaded or bias_later else []
     dx, dws, dbs = plan.step.backward(
         x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast or keeps), not bias_later
     )
@@ -263,9 +263,10 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
     over_rows = background.deep_sum(plan.mesh.axes.gathered, plan.mesh.axes.replicas)
-    for at, (index, db) in enumerate(enumerate(dbs), count):
-        if bias_later and need_b[index]:
-            dbs[index] = background.summed(plan.mesh, parameters[at : at + 1], nodes[at : at + 1], db, over_rows, plan.label)
+    for index, need in enumerate(need_b):
+        if need and bias_later:
+            bias, node = parameters[count + index], nodes[count + index]
+            dbs[index] = background.summed(plan.mesh, [bias], [node], dbs[index], over_rows, plan.label)
     dws = [as_parameter(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
     over_depth = background.all_reduced(plan.mesh.axes.depth)
     for index, (weight, dw) in enumerate(zip(parameters, dws, strict=False)) if (threaded or put_off or cast) and not keeps else ():

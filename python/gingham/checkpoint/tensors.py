@@ -162,14 +162,8 @@ def _cuts_along(name: str, tensor: DTensor, dim: int) -> tuple[str, ...]:
     here = {axis: placement for axis, placement in kinds.items() if not isinstance(placement, Replicate) and placement.dim == dim}
     plain = [axis for axis, placement in here.items() if type(placement) is Shard]
     strided = [axis for axis, placement in here.items() if type(placement) is _StridedShard]
-    later = prod(tensor.device_mesh.size(int(axis)) for axis in plain if strided and int(axis) > int(strided[0]))
-    if (
-        len(strided) > 1
-        or any(here[axis].split_factor != later for axis in strided)
-        or strided
-        and plain
-        and int(plain[0]) < int(strided[0])
-    ):
+    inside = prod(tensor.device_mesh.size(int(axis)) for axis in plain)
+    if len(strided) > 1 or strided and (here[strided[0]].split_factor != inside or strided[0] != next(iter(here))):
         raise CheckpointError(
             f"{name}: has placements {tensor.placements}, of which dim {dim} is cut in an order that is not fully_shard's"
         )

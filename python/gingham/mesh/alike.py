@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from .mesh import mesh_on
+from .writes import owner_of
 
 Operation = Any  # torch._ops.OpOverload
 Handler = Callable[[Operation, tuple[Any, ...], dict[str, Any]], Any]
@@ -54,13 +54,12 @@ def _lists() -> Iterator[Operation]:
         yield from (getattr(packet, overload) for overload in packet.overloads() if "out" not in overload)
 
 
-def _is_cut(spec: Any) -> bool:
-    """Whether a DTensor lies on a mesh of ours as parameters do: dims cut or whole, no parts of sums. Looked up once a spec."""
-    known = vars(spec).get("_cut_on")
-    if known is None:
-        plain = all(type(place) in (Shard, Replicate) for place in spec.placements)
-        known = vars(spec)["_cut_on"] = plain and mesh_on(spec.mesh) is not None
-    return bool(known)
+def _is_cut(tensor: DTensor) -> bool:
+    """Whether it lies on a mesh of ours as parameters do. Looked up once a spec."""
+    kept = vars(tensor._spec)
+    if "_cut" not in kept:
+        kept["_cut"] = owner_of(tensor) is not None
+    return bool(kept["_cut"])
 
 
 def _lies_as(spec: Any, other: Any) -> bool:
@@ -76,7 +75,7 @@ def _lies_as(spec: Any, other: Any) -> bool:
 
 def _one(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     first: Any = next((each for each in args if type(each) is DTensor), None)
-    if first is None or not _is_cut(first._spec) or any(isinstance(each, torch.Tensor) for each in kwargs.values()):
+    if first is None or not _is_cut(first) or any(isinstance(each, torch.Tensor) for each in kwargs.values()):
         return go_on(op, args, kwargs)
     blocks = []
     for each in args:
@@ -96,7 +95,7 @@ def _one(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], k
 
 def _each(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     firsts = args[0]
-    if not all(type(each) is DTensor and _is_cut(each._spec) for each in firsts):
+    if not all(type(each) is DTensor and _is_cut(each) for each in firsts):
         return go_on(op, args, kwargs)
     for tensors in (*args, *kwargs.values()):
         many = isinstance(tensors, list | tuple)

@@ -15,7 +15,7 @@ from ..function import Function
 from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..mesh import Mesh, check_local, current
 from ..mesh.checksums import digest_of
-from ..mesh.layout import Interval, Layout, Names, coordinates_of, members, position
+from ..mesh.layout import Interval, Layout, Names, blocks_from_shapes
 from .norm import gather_parts
 
 
@@ -111,16 +111,15 @@ def _columns(mesh: Mesh, named: Layout, rows: int, width: int, label: str) -> tu
         told = axis.sizes([rows, width])
         if any(each != told[0] for each in told):
             raise ShapeError(f"{label}: ranks that hold the same rows and columns have [rows, columns] {told}")
-    ordered = tuple(name for name in mesh.sizes if name in named.features)
-    across = mesh.axis(ordered)
+    sizes = {name: size for name, size in mesh.sizes.items() if name in named.features}
+    across = mesh.axis(tuple(sizes))
     mesh.say(label, moves=across is not None)
-    widths = [width]
+    mine, vocabulary = (0, width), width
     if across is not None:
-        places = [coordinates_of(rank, mesh.sizes) for rank in members(ordered, mesh.sizes, mesh.coordinates)]
-        order = [position(named.features, mesh.sizes, place) for place in places]
-        widths = [size for _, (size,) in sorted(zip(order, across.sizes([width]), strict=True))]
-    mesh.say(f"{label} of {sum(widths)} classes", moves=across is not None)
-    return (sum(widths[: position(named.features, mesh.sizes, mesh.coordinates)]), width), sum(widths)
+        (vocabulary,), blocks = blocks_from_shapes(across.sizes([width]), (named.features,), sizes)
+        (mine,) = blocks[across.rank]
+    mesh.say(f"{label} of {vocabulary} classes", moves=across is not None)
+    return mine, vocabulary
 
 
 def _fitting(logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, name: str) -> tuple[torch.Tensor, bool, Layout, Layout]:

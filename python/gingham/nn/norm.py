@@ -253,9 +253,8 @@ class _Normalise(Function):
         if deferring((weight, bias)):
             sums = [sum_parts(layer.mesh, users, parameter, row) for parameter, row in zip(wanted, both, strict=True)]
         else:
-            nodes = [node for node, each in zip(nodes_of(ctx, (weight, bias)), (weight, bias), strict=True) if each is not None]
             part = both if len(wanted) > 1 else both[0]
-            total = summed(layer.mesh, wanted, nodes, part, all_reduced(*users), layer.label)
+            total = summed(layer.mesh, wanted, nodes_of(ctx, wanted), part, all_reduced(*users), layer.label)
             sums = [None] * len(wanted) if total is None else list(total) if len(wanted) > 1 else [total]
         found = iter(like(None if each is None else each.to(p.dtype), p) for each, p in zip(sums, wanted, strict=True))
         return dx, *(None if each is None else next(found) for each in (weight, bias)), None, None, None
