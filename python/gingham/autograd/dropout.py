@@ -86,17 +86,19 @@ def dropout_place(
             seed, shape, start = heard
             mesh.program.note(native.Label(f"{label} call {key[2]} of a block as told before"))
             return (seed, *key[1:]), list(shape), list(start)
+        places: tuple[int, ...] = row, feature
+        cuts = named.rows, named.features
         if named.time and x.dim() > 2:
-            key, shape, start, told = _place_in_sequence(shape, mesh, named, row or 1, label, key)
-        else:
-            sizes = x.shape[row], x.shape[feature] if row != feature else 0
-            rows, total, columns, width, told = mesh.extents_and(named, *sizes, label, *key, *sizes, mesh.told.is_the_batch(sizes[0]))
-            key = _agreed([each[:3] for each in told], mesh)
-            start[row], shape[row] = rows[0], total
-            if row != feature:
-                start[feature], shape[feature] = columns[0], width
-        same = (row, feature, named, *(each[3:5] for each in told))
-        mesh.told.keep(block, key[1], same, (key[0], list(shape), list(start)), all(each[5] for each in told))
+            places, cuts = (0, row or 1), (tuple(name for name in named.rows if name not in named.time), named.time)
+        places = places[:1] if places[0] == places[1] else places
+        mesh.say(label)
+        told = mesh.world.sizes([*key, mesh.told.is_the_batch(shape[places[0]]), *(shape[dim] for dim in places)])
+        total, blocks = blocks_from_shapes([each[4:] for each in told], cuts[: len(places)], mesh.sizes)
+        key = _agreed([(seed, name, call) for seed, name, call, *_ in told], mesh)
+        for dim, size, (first, _) in zip(places, total, blocks[mesh.index], strict=True):
+            shape[dim], start[dim] = size, first
+        same = (places, named, *(tuple(each[4:]) for each in told))
+        mesh.told.keep(block, key[1], same, (key[0], list(shape), list(start)), all(each[3] for each in told))
     return key, shape, start
 
 
@@ -111,22 +113,6 @@ def _agreed(keys: Sequence[Key], mesh: Mesh) -> Key:
             " every rank must make the same calls in training mode"
         )
     return keys[0]
-
-
-def _place_in_sequence(
-    shape: list[int], mesh: Mesh, layout: Layout, time: int, label: str, key: Key
-) -> tuple[Key, list[int], list[int], list[tuple[int, ...]]]:
-    """`dropout_place` where axes cut samples, dim 0, and others the sequence; and of every rank its key, samples, positions and whether
-    they are the batch's."""
-    mesh.say(label)
-    told = mesh.world.sizes([shape[0], shape[time], *key, mesh.told.is_the_batch(shape[0])])
-    samples = tuple(name for name in layout.rows if name not in layout.time)
-    total, blocks = blocks_from_shapes([each[:2] for each in told], (samples, layout.time), mesh.sizes)
-    full, start = list(shape), [0] * len(shape)
-    for dim, size, (first, _) in zip((0, time), total, blocks[mesh.index], strict=True):
-        full[dim], start[dim] = size, first
-    keys = [(seed, name, call) for _, _, seed, name, call, _ in told]
-    return _agreed(keys, mesh), full, start, [(*one, *each[:2], each[5]) for one, each in zip(keys, told, strict=True)]
 
 
 def dropout_again(x: torch.Tensor, p: float, numbers: torch.Tensor, mesh: Mesh | None) -> torch.Tensor:

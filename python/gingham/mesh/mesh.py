@@ -18,7 +18,7 @@ from .. import native
 from ..errors import MeshError, ShapeError
 from ..function import untraceable
 from ..graph_ops import keep, traced
-from .layout import Cuts, Interval, Layout, Names, block, blocks_from_shapes, coordinates_of, dims_of_axes, interval, members, slices
+from .layout import Cuts, Interval, Names, block, coordinates_of, dims_of_axes, interval, members, slices
 from .live import Live
 from .modes import Axes as Axes
 from .modes import GridShape, Place
@@ -224,21 +224,6 @@ class Mesh(GridShape, Live):
         if features not in (None, full.shape[-1]):
             raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
         return full
-
-    def extents(self, layout: Layout, rows: int, features: int, label: str = "sizes") -> tuple[Interval, int, Interval, int]:
-        """From every rank's own sizes: my rows' (offset, length) and the global number of rows, the same of features.
-        A control message over the world; not cached, since a peer's size may change."""
-        return self.extents_and(layout, rows, features, label)[:4]
-
-    def extents_and(self, layout: Layout, rows: int, features: int, label: str, *numbers: int) -> tuple[Any, ...]:
-        """`extents`, and every rank's `numbers` (at most 6) as a list in rank order: they ride in the same message."""
-        if self.size == 1:
-            return (0, rows), rows, (0, features), features, [numbers]
-        self.say(label)
-        told = self.world.sizes([rows, features, *numbers])
-        total, blocks = blocks_from_shapes([each[:2] for each in told], (layout.rows, layout.features), self.sizes)
-        mine = blocks[self.index]
-        return mine[0], total[0], mine[1], total[1], [tuple(each[2:]) for each in told]
 
     def parameter(self, full: torch.Tensor, cuts: Cuts) -> torch.nn.Parameter:
         """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
