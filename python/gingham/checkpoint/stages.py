@@ -29,6 +29,11 @@ def is_absent(model: torch.nn.Module, key: str) -> bool:
     return key in absent or of in absent and of not in first_keys(model).values()
 
 
+def absent(model: torch.nn.Module) -> set[str]:
+    """The keys of the whole model that only other stages hold."""
+    return set(_note(model).absent) if is_staged(model) else set()
+
+
 def first_keys(model: torch.nn.Module) -> dict[str, str]:
     """Of tied parameters, by the keys that are here, the first that the whole model has."""
     return dict(_note(model).first_keys) if is_staged(model) else {}

@@ -124,7 +124,9 @@ def whole_of(key: str, parts: list[Part], tensor_of: Callable[[Part], torch.Tens
     for part, tensor in zip(parts, tensors, strict=True):
         offsets, local = block_of(part.name, tensor)
         if local.is_meta:
-            raise CheckpointError(f"{part.name}: is on the meta device and holds nothing; materialise the model first")
+            raise CheckpointError(
+                f"{part.name}: is on the meta device and holds nothing; materialise the model first (gingham.pipeline does)"
+            )
         if local.numel() or not tensor.numel():
             place = [offset + part.start * (len(parts) > 1 and dim == part.dim) for dim, offset in enumerate(offsets)]
             made.chunks[tuple(place)] = (local.shape, local)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
-from . import folders, hub
+from . import folders, hub, stages
 from .blocks import Summed
 from .metadata import uncovered
 from .stages import is_staged
@@ -174,7 +174,7 @@ def export_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], sha
 def _refuse_stages(what: str, model: torch.nn.Module) -> None:
     if is_staged(model):
         raise NotImplementedError(
-            f"{what}: a rank of a pipeline holds its stages only; import before gingham.pipeline, and export by gingham.save and then"
+            f"{what}: a rank of a pipeline holds its stages only; export by gingham.save and then"
             " `python -m gingham ckpt convert`, or gingham.load into a model without a pipeline"
         )
 
@@ -252,7 +252,7 @@ def _narrowed(full: torch.Tensor, place: Offsets, lengths: torch.Size) -> torch.
 
 def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], strict: bool = True) -> None:
     """Fills the model from safetensors files with plain torch keys, such as Hugging Face's save_pretrained writes: a folder
-    or one file. Every rank reads its own blocks and nothing else. Bytes between ranks: none.
+    or one file. Every rank reads its own blocks and nothing else, of a pipeline those of its stages. Bytes between ranks: none.
 
     Keys may carry or lack the model's `base_model_prefix` or be names that transformers has since changed; a tensor with two
     keys needs one of them. Everything is
@@ -262,7 +262,6 @@ def import_safetensors(model: torch.nn.Module, path: str | os.PathLike[str], str
     what is there, and casts. Names in an index with folders in them and links that leave the folder are refused.
     """
     what = f"gingham.import_safetensors from {path}"
-    _refuse_stages(what, model)
     ranks = Ranks(what, of=model.parameters())
     found: list[tuple[Stored, list[tuple[str, Whole]]]] = []
 
@@ -295,9 +294,10 @@ def _matched(model: torch.nn.Module, stored: Stored, strict: bool) -> list[tuple
     here: dict[tuple[int, ...], list[str]] = {}
     renamed = hub.keys_in_files(model, stored.places)
     by_key = {key: name for name, key in renamed.items()}
-    used: set[str] = set()
+    firsts = stages.first_keys(model)  # a tied tensor may have one of its keys in the files, which another stage has
+    used = {name for key in stages.absent(model) if (name := hub.own_key(key, model, by_key)) is not None}
     for key, parts in keys.items():
-        name = hub.own_key(key, model, by_key)
+        name = hub.own_key(key, model, by_key) or hub.own_key(firsts.get(key, key), model, by_key)
         here.setdefault(_identity(parts), []).extend([] if name is None else [name])
         if name is None:
             continue

@@ -14,6 +14,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,8 @@ def run(rank: int, options: Namespace, grid: dict[str, Any], noted: str | None =
     """One rank's training run; only rank 0's report is looked at. noted: the file that says Ctrl-C."""
     mesh = gingham.init(**init_arguments(grid), device=options.device)
     job, shape = world_of(mesh), shape_of(options)
-    model = build(parallel_kit(mesh), shape, options)
+    with torch.device("meta") if mesh.whole is not None else nullcontext():  # gingham.pipeline makes this rank's stages alone
+        model = build(parallel_kit(mesh), shape, options)
     planned = layers.plan(model, mesh, options.batch, options.context, ("inner", VOCABULARY), grid)
     if "pipeline" in grid:
         model = gingham.pipeline(model, mesh)

@@ -48,6 +48,7 @@ def agree(model: torch.nn.Module, mesh: Mesh) -> None:
 def agreed_seed(mesh: Mesh) -> int:
     """Rank 0's torch.initial_seed(), from which models on meta are drawn; warns where another rank has another."""
     seed = torch.initial_seed() % (1 << 64)
+    mesh = mesh.whole or mesh  # of all stages of a pipeline
     if mesh.size == 1:
         return seed
     seeds = [(high << 32) | low for high, low in mesh.world.sizes([seed >> 32, seed & 0xFFFFFFFF])]

@@ -18,7 +18,7 @@ from ..autograd.second_order import alias, check_versions, summed, to_parameter,
 from ..errors import ShapeError
 from ..function import Function
 from ..graph_ops import KNOWN, Traced, block_of, find, names_of, own, traced
-from ..mesh import Mesh
+from ..mesh import Mesh, promised
 from ..mesh.layout import Cuts, Names
 
 
@@ -34,7 +34,7 @@ def hold(
     old = module._parameters[name]
     assert old is not None
     if held is None:
-        parameter = mesh.parameter(old.data, cuts)
+        parameter = promised.parameter(mesh, old.data, cuts)
         parameter.requires_grad_(old.requires_grad)
     else:
         parameter = held

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..autograd.casts import local_of
-from ..mesh import Mesh
+from ..mesh import Mesh, promised
 from ..mesh.layout import Block, block
 from .loose import cuts_of
 
@@ -125,11 +125,14 @@ def _pieces(model: torch.nn.Module, old: dict[str, torch.nn.Parameter]) -> Itera
 @torch.no_grad()
 def _fill(parameter: Any, place: Block, shape: tuple[int, ...], name: str, recipe: Recipe, mesh: Mesh, seed: int) -> None:
     """place: of the whole parameter in the original one of `shape`, whose elements are counted."""
+    if not recipe:
+        raise NotImplementedError(f"{name}: nothing in the model initialises it; load a checkpoint into it, or build the model on the CPU")
+    if promised.waits(parameter):
+        promised.note(parameter, lambda made: _fill(made, place, shape, name, recipe, mesh, seed))
+        return
     local = local_of(parameter)
     mine = block(parameter.shape, cuts_of(mesh, parameter), mesh.sizes, mesh.coordinates)
     here = tuple((start + origin, length) for (start, length), (origin, _) in zip(mine, place, strict=True))
-    if not recipe:
-        raise NotImplementedError(f"{name}: nothing in the model initialises it; load a checkpoint into it, or build the model on the CPU")
     for func, args in recipe:
         if func is aten.normal_.default:
             mean, deviation = (*args, 0.0, 1.0)[:2] if len(args) != 1 else (args[0], 1.0)
@@ -180,4 +183,5 @@ def _buffers(model: Any, mesh: Mesh) -> None:
         for name in names:
             module._buffers[name] = torch.full_like(module._buffers[name], -1, device=mesh.device)
             module._buffers[name]._is_hf_initialized = False
-        model._init_weights(module)
+        with torch.device(mesh.device):  # also inside torch.device("meta")
+            model._init_weights(module)

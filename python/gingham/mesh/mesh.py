@@ -225,11 +225,12 @@ class Mesh(GridShape, Live):
             raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
         return full
 
-    def parameter(self, full: torch.Tensor, cuts: Cuts) -> torch.nn.Parameter:
+    def parameter(self, full: torch.Tensor, cuts: Cuts, wait: bool = False) -> torch.nn.Parameter:
         """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
-        the block is allocated only."""
+        the block is allocated only, or with wait=True stays on meta (mesh/promised.py)."""
         mine = block(full.shape, cuts, self.sizes, self.coordinates)
-        local = self.empty([length for _, length in mine], full.dtype, lasting=True)
+        lengths = [length for _, length in mine]
+        local = torch.empty(lengths, dtype=full.dtype, device="meta") if wait else self.empty(lengths, full.dtype, lasting=True)
         if not full.is_meta:
             local.copy_(full[slices(mine)])
         placements = [Replicate() if dim is None else Shard(dim) for dim in dims_of_axes(tuple(self.sizes), cuts)]

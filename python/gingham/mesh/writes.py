@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 from ..errors import MeshError, ShapeError
+from . import promised
 from .layout import block, slices
 from .mesh import Mesh, cuts_of, mesh_of
 
@@ -97,6 +98,8 @@ def fill(mesh: Mesh, parameter: Any, full: torch.Tensor) -> None:
     """Puts this rank's block of a full tensor into a DTensor of the mesh."""
     if tuple(full.shape) != tuple(parameter.shape):
         raise ShapeError(f"rank {mesh.rank} got a full tensor {tuple(full.shape)} for a parameter {tuple(parameter.shape)}")
+    if promised.waits(parameter):
+        promised.keep(parameter)
     if owner_of(parameter) is None:
         everywhere = [Replicate()] * len(parameter.placements)
         mine = DTensor.from_local(full, parameter.device_mesh, everywhere, run_check=False).redistribute(placements=parameter.placements)
@@ -133,6 +136,8 @@ def _writing(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         # torch says what is wrong with a leaf that is changed where its gradient would be lost
         if torch.compiler.is_compiling() or torch.is_grad_enabled() and self.requires_grad:
             return method(self, *args, **kwargs)
+        if self._local_tensor.is_meta and promised.waits(self):
+            return promised.write(self, name, method, args, kwargs)
         given = (*args, *kwargs.values())
         nested = any(isinstance(each, list | tuple | dict) for each in given)
         plain = any(map(_is_plain, pytree.tree_leaves(given) if nested else given))
@@ -162,6 +167,10 @@ def _counting(foreach: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(foreach)
     def change(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            for each in tensors:
+                if isinstance(each, DTensor) and each._local_tensor.is_meta and promised.waits(each):
+                    raise _foreach_on_meta(foreach.__name__, each)
         result = foreach(tensors, *args, **kwargs)
         if not torch.compiler.is_compiling():
             _note_writes(tensors)
@@ -171,6 +180,13 @@ def _counting(foreach: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return change
+
+
+def _foreach_on_meta(name: str, parameter: DTensor) -> MeshError:
+    return MeshError(
+        f"torch.{name} on a parameter {tuple(parameter.shape)} that was built under torch.device('meta') on the mesh of a pipeline: it has"
+        " no values yet; call gingham.pipeline first"
+    )
 
 
 def _write_back(mesh: Mesh, part: DTensor, owner: DTensor, how: Any) -> None:
@@ -202,6 +218,8 @@ def _get_data(self: DTensor) -> Any:
     found = _data.__get__(self)
     if hasattr(self, "_part_of") and not torch.compiler.is_compiling():
         found._part_of = self._part_of
+    if "_promise" in self.__dict__:
+        found._promise = promised.promise_of(self)
     return found
 
 
@@ -224,6 +242,11 @@ def _set_data(self: DTensor, new: torch.Tensor) -> None:
         new = _cut_here(self, mesh, "data", "tensor", new)
     elif new.placements != self.placements and new.shape == self.shape:
         new = new.redistribute(self.device_mesh, self.placements)
+    promise = promised.promise_of(new) if promised.waits(new) else None
+    if promise is None:
+        promised.drop(self)
+    elif promise is not getattr(self, "_promise", None):
+        self._promise = promise.copy()  # type: ignore[attr-defined]
     held: Any = new.detach()
     _data.__set__(self, held)
     self._local_tensor, self._spec = held._local_tensor, held._spec

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from ..mesh import mesh_of
+from ..mesh import mesh_of, promised
 from ..mesh.writes import fill
+from .layer import drawing_device
 
 WHOLE = ("dirac_", "eye_", "orthogonal_", "sparse_", "trunc_normal_")  # of torch.nn.init: look at more than one element
 
@@ -31,7 +32,10 @@ def _whole(function: Callable[..., Any]) -> Callable[..., Any]:
         mesh = mesh_of(tensor)
         if mesh is None:
             return function(tensor, *args, **kwargs)
-        full = torch.empty(tensor.shape, dtype=tensor.dtype)
+        if promised.waits(tensor):
+            promised.note(tensor, lambda made: initialise(made, *args, **kwargs), lambda full: function(full, *args, **kwargs))
+            return tensor
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=drawing_device())
         function(full, *args, **kwargs)
         fill(mesh, tensor, full)
         return tensor

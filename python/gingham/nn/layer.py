@@ -25,7 +25,7 @@ from ..checks import layer_forward
 from ..errors import MeshError, ShapeError
 from ..function import untraceable
 from ..graph_ops import own
-from ..mesh import Mesh, current, cuts_of
+from ..mesh import Mesh, current, cuts_of, promised
 from ..mesh.layout import Cuts, block
 from ..mesh.named import path_of
 from ..mesh.writes import cut_as, fill
@@ -154,6 +154,8 @@ class Layer(torch.nn.Module):
         if isinstance(param, DTensor):
             self._placed.setdefault(name, param.placements)
             self._shapes[name] = param.shape
+            if promised.waits(param):
+                promised.guard(self, param)
 
     def _cut(self, old: DTensor, full: torch.nn.Parameter) -> torch.nn.Parameter:
         """The same DTensor for every layer that is given the same Parameter."""
@@ -207,9 +209,16 @@ class Layer(torch.nn.Module):
         """Draws the layer's own parameters again, in place: the bits of torch.nn's reset_parameters after the same seed."""
         for name, parameter in self._parameters.items():
             if parameter is not None:
-                full = torch.empty(parameter.shape, dtype=parameter.dtype, device=drawing_device())
-                self.draw(name, full)
-                fill(self.mesh, parameter, full)
+                _draw_again(self, name, parameter)
+
+
+def _draw_again(layer: Layer, name: str, parameter: Any) -> None:
+    if promised.waits(parameter):
+        promised.note(parameter, lambda made: _draw_again(layer, name, made), lambda full: layer.draw(name, full))
+        return
+    full = torch.empty(parameter.shape, dtype=parameter.dtype, device=drawing_device())
+    layer.draw(name, full)
+    fill(layer.mesh, parameter, full)
 
 
 def bound_of(fan_in: int) -> float:

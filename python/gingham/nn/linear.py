@@ -16,7 +16,7 @@ from ..autograd.linear import linear, linear_plan
 from ..autograd.relayout import reshard
 from ..checks import cuts_of_block, row_dim
 from ..errors import MeshError, ShapeError
-from ..mesh import Mesh, current
+from ..mesh import Mesh, current, promised
 from ..mesh.layout import Cuts
 from ..plan.formulas import feature_words, reshard_words
 from .bias import block_of_features, stored_axes
@@ -175,7 +175,10 @@ def _cut_again(layer: Linear, swapped: bool) -> None:
 
 
 def _recut(mesh: Mesh, parameter: Any, source: Cuts, target: Cuts) -> torch.nn.Parameter:
-    new = mesh.parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), target)
+    meta = torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+    if promised.waits(parameter):
+        return promised.cut_again(mesh, parameter, meta, target)
+    new = mesh.parameter(meta, target)
     local_of(new).copy_(reshard(parameter, mesh, source, target))
     new.requires_grad_(parameter.requires_grad)
     return new

@@ -18,6 +18,7 @@ from ..mesh.checksums import checksum
 from ..mesh.layout import members
 from ..nn import cross_entropy
 from ..plan.pipeline import rank_of
+from .build import built, fill
 from .cut import Part, cut, drop, parts_of, tied
 from .families import BORDER, check_places, family_of, images_here, samples_of, shifted
 from .orders import order, stages_of
@@ -29,7 +30,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def pipeline(
-    model: torch.nn.Module,
+    model: torch.nn.Module | Callable[[], torch.nn.Module],
     mesh: Mesh | None = None,
     microbatches: int | None = None,
     schedule: str | None = None,
@@ -40,7 +41,8 @@ def pipeline(
     order: str | None = None,
 ) -> Any:
     """Cuts a model of layers in a row into stages, keeps this rank's, and gives the model `step`, which trains on a batch. In place; every
-    rank calls it alike, on the same whole model (the same seed).
+    rank calls it alike, on the same whole model (the same seed). Of a model built under torch.device("meta"), or given as the function
+    that builds it, each rank makes its stages alone, with the weights of one process after the same seed.
 
         mesh = gingham.init(parallel=dict(pipeline=2, data=2, tensor=dict(size=2, mode="1d")))     # 8 ranks
         model = gingham.pipeline(model, mesh, microbatches=4, schedule="1f1b")
@@ -61,10 +63,10 @@ def pipeline(
     schedule = schedule or mesh.schedule.get("schedule") or "1f1b"
     if microbatches is None:
         microbatches = mesh.schedule.get("microbatches") or (2 * mesh.pipeline.size if mesh.whole else 1)
+    model, tape = (model, None) if isinstance(model, torch.nn.Module) else built(model)
     own = "default" if loss is None else getattr(loss, "__name__", type(loss).__name__)
-    keys = (
-        0 if hasattr(model, "_pipeline") else crc32(repr(sorted(plain_keys(model))).encode())
-    )  # one that is cut has other keys in each stage
+    # one that is cut has other keys in each stage
+    keys = 0 if hasattr(model, "_pipeline") else crc32(repr((sorted(plain_keys(model)), _made_of(model))).encode())
     said = f"schedule={schedule!r}, microbatches={microbatches!r}, stages={stages!r}, layout={layout!r}, loss={own}"
     alike(mesh, f"gingham.pipeline({type(model).__name__} {keys:08x}, {said})")
     count = stages_of(schedule, stages)
@@ -77,6 +79,7 @@ def pipeline(
             f"gingham.pipeline on {mesh.device}: messages between stages have tags, which NCCL ignores; on GPUs use data and tensor ranks"
         )
     made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, Cutting(layout, dim, order))
+    fill(model, tape)
     kind = type(model)
     methods = _ConvertedMethods if made.family is not None else _Methods
     model.__class__ = type(kind.__name__, (methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
@@ -91,6 +94,12 @@ def alike(mesh: Mesh, call: str) -> None:
     if job.size > 1:
         job.say(call)
         job.world.sizes([0])
+
+
+def _made_of(model: torch.nn.Module) -> list[int]:
+    """Digests of what its layers were made with, but of parameters that were written to since: not alike where ranks had other seeds."""
+    drawn = [(each, getattr(each, "_drawn", (None, None))) for each in model.parameters()]
+    return [digest for each, (digest, version) in drawn if digest is not None and version == each._version]
 
 
 class _Methods:
