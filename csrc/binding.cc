@@ -6,6 +6,7 @@
 #include "base/memory.h"
 #include "binding_attention.h"
 #include "binding_engine.h"
+#include "binding_layers.h"
 #include "binding_step.h"
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
@@ -272,5 +273,6 @@ PYBIND11_MODULE(_C, m) {
   define_step(m);
   define_functions(m);
   define_attention(m);
+  define_layers(m);
   define_engine(m);
 }

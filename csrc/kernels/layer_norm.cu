@@ -1,5 +1,6 @@
 // One block a row. Statistics read the row twice, the second time from L1 or L2 (a row of 12288 in bf16 is 24 KiB): first the mean, then the
 // sum of squares around it, which no mean however large can cancel. All is limited by memory: forward 2 x sizeof(T) bytes an element.
+#include "kernels/accumulate.h"
 #include "kernels/cast.h"
 #include "kernels/column_slabs.cuh"
 #include "kernels/layer_norm.h"
@@ -45,13 +46,14 @@ __device__ inline Pack<Wide<T>, W> weights(const View<T>& v, int64_t j, Wide<T> 
 }
 
 template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 4) statistics_kernel(View<T> x, View<double> out, int64_t cols) {
+__global__ void __launch_bounds__(kRowThreads, 4) statistics_kernel(View<T> x, View<double> out, int64_t cols, bool centred) {
   const int64_t i = blockIdx.x;
   Wide<T> sum = 0;
-  along_row<W>(cols, [&](auto width, int64_t j) {
-    const auto in = x.template load<decltype(width)::value>(i, j);
-    for (const T& v : in.at) sum += widen(v);
-  });
+  if (centred)
+    along_row<W>(cols, [&](auto width, int64_t j) {
+      const auto in = x.template load<decltype(width)::value>(i, j);
+      for (const T& v : in.at) sum += widen(v);
+    });
   double mean[1] = {static_cast<double>(sum)};
   block_sum(mean);
   mean[0] /= static_cast<double>(cols);
@@ -68,7 +70,7 @@ __global__ void __launch_bounds__(kRowThreads, 4) statistics_kernel(View<T> x, V
   double total[2] = {static_cast<double>(squares), static_cast<double>(rest)};
   block_sum(total);
   if (threadIdx.x == 0) {
-    const double shift = total[1] / static_cast<double>(cols);
+    const double shift = centred ? total[1] / static_cast<double>(cols) : 0.0;
     *out.to(i, 0) = mean[0] + shift;
     *out.to(i, 1) = total[0] - shift * total[1];
   }
@@ -100,7 +102,8 @@ __global__ void __launch_bounds__(kRowThreads, 4) layer_norm_kernel(View<T> x, N
 }
 
 template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 3) pieces_kernel(View<T> dy, View<T> x, NormViews<T> norm, View<double> pieces, int64_t cols) {
+__global__ void __launch_bounds__(kRowThreads, 3)
+    pieces_kernel(View<T> dy, View<T> x, NormViews<T> norm, View<double> pieces, int64_t cols, bool centred) {
   const int64_t i = blockIdx.x;
   const auto row = row_norm(norm, i);
   Wide<T> sum = 0, with_x = 0;
@@ -114,7 +117,7 @@ __global__ void __launch_bounds__(kRowThreads, 3) pieces_kernel(View<T> dy, View
       with_x += g * row.xhat(widen(in.at[k]));
     }
   });
-  double total[2] = {static_cast<double>(sum), static_cast<double>(with_x)};
+  double total[2] = {centred ? static_cast<double>(sum) : 0.0, static_cast<double>(with_x)};
   block_sum(total);
   if (threadIdx.x == 0)
     for (int n = 0; n < 2; n++) *pieces.to(i, n) = total[n];
@@ -153,14 +156,14 @@ dim3 rows_of(const Matrix& x) { return dim3(blocks(x.rows)); }
 
 }  // namespace
 
-void row_statistics(const Matrix& x, const Matrix& statistics, const Stream& stream) {
+void row_statistics(const Matrix& x, bool centred, const Matrix& statistics, const Stream& stream) {
   if (x.rows == 0) return;
   if (x.cols == 0) return gingham::fill_zero(statistics, stream);
   with_real(x.dtype, "layer norm", [&](auto tag) {
     using T = typename decltype(tag)::type;
     with_width<T>({&x}, [&](auto w) {
       launch(stream, statistics_kernel<decltype(w)::value, T>, rows_of(x), row_threads<T>(x.cols), kRowShared, View<T>(x), View<double>(statistics),
-             x.cols);
+             x.cols, centred);
     });
   });
 }
@@ -188,7 +191,7 @@ void layer_norm_pieces(const Matrix& dy, const Matrix& x, const Norm& norm, cons
     using T = typename decltype(tag)::type;
     with_width<T>({&x, &dy, &norm.gamma}, [&](auto w) {
       launch(stream, pieces_kernel<decltype(w)::value, T>, rows_of(x), row_threads<T>(x.cols), kRowShared, View<T>(dy), View<T>(x),
-             NormViews<T>(norm), View<double>(pieces), x.cols);
+             NormViews<T>(norm), View<double>(pieces), x.cols, norm.centred);
     });
   });
 }
@@ -204,17 +207,30 @@ void layer_norm_backward(const Matrix& dy, const Matrix& x, const Norm& norm, co
   });
 }
 
-void layer_norm_weights(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& dgamma, bool add, const Stream& stream) {
-  if (x.cols == 0) return;
-  if (x.rows == 0) {
-    if (!add) gingham::fill_zero(dgamma, stream);
-    return;
-  }
+void layer_norm_weights(const Matrix& dy, const Matrix& x, const Norm& norm, const NormWeights& out, const Stream& stream) {
+  if (out.dbeta.data) cuda::column_sums(dy, out.dbeta, false, stream);
+  if (!out.dgamma.data || x.cols == 0) return;
+  if (x.rows == 0) return gingham::fill_zero(out.dgamma, stream);
   with_real(x.dtype, "layer norm", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    sum_slabs<16 / static_cast<int>(sizeof(T))>(GammaGradient<T>{View<T>(dy), View<T>(x), NormViews<T>(norm)}, x.rows, dgamma, add, {&dy, &x},
+    sum_slabs<16 / static_cast<int>(sizeof(T))>(GammaGradient<T>{View<T>(dy), View<T>(x), NormViews<T>(norm)}, x.rows, out.dgamma, false, {&dy, &x},
                                                 stream);
   });
+}
+
+void layer_norm_whole(const Matrix& x, const Norm& norm, const Matrix& y, const Stream& stream) {
+  cuda::row_statistics(x, norm.centred, norm.statistics, stream);
+  cuda::layer_norm(x, norm, y, stream);
+}
+
+void layer_norm_whole_backward(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& dx, const NormWeights& out, const Stream& stream) {
+  if (dx.data) {
+    const Scratch room(stream, static_cast<size_t>(x.rows) * 2 * sizeof(double));
+    const Matrix pieces = dense(room.data(), x.rows, 2, DType::f64);
+    cuda::layer_norm_pieces(dy, x, norm, pieces, stream);
+    cuda::layer_norm_backward(dy, x, norm, pieces, dx, stream);
+  }
+  cuda::layer_norm_weights(dy, x, norm, out, stream);
 }
 
 }  // namespace gingham::cuda

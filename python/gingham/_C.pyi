@@ -178,6 +178,34 @@ def dropout(
     offsets: Sequence[int],
     program: Program | None = None,
 ) -> Tensor: ...
+def norm_statistics(program: Program, x: Tensor, centred: bool) -> Tensor: ...
+def norm_forward(
+    program: Program,
+    x: Tensor,
+    parts: Sequence[Tensor],
+    counts: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor]: ...
+def norm_pieces(
+    program: Program, dy: Tensor, x: Tensor, statistics: Tensor, weight: Tensor | None, features: int, eps: float, centred: bool
+) -> Tensor: ...
+def norm_backward(
+    program: Program,
+    dy: Tensor,
+    x: Tensor,
+    statistics: Tensor,
+    pieces: Sequence[Tensor],
+    weight: Tensor | None,
+    features: int,
+    eps: float,
+    centred: bool,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None]: ...
 def crc32c(data: Any, before: int = 0) -> int: ...
 
 max_ranks: int  # of a job

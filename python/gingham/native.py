@@ -18,6 +18,10 @@ from ._C import hopper_status as hopper_status
 from ._C import keep_links_alive as keep_links_alive
 from ._C import max_host_ranks as max_host_ranks
 from ._C import max_ranks as max_ranks
+from ._C import norm_backward as norm_backward
+from ._C import norm_forward as norm_forward
+from ._C import norm_pieces as norm_pieces
+from ._C import norm_statistics as norm_statistics
 from ._C import set_nccl_path as set_nccl_path
 from ._C import set_num_threads as set_num_threads
 from ._C import set_ucx_path as set_ucx_path

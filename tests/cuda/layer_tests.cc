@@ -72,39 +72,42 @@ void layer_norms() {
   std::mt19937 random(3);
   for (const DType dtype : kReal)
     for (const Size& s : kSizes)
-      for (const double offset : {0.0, 100.0})
-        on_both([&](const Stream& stream, const std::string& where) {
+      for (const auto& [offset, centred] : {std::pair{0.0, true}, {100.0, true}, {1.0, false}})
+        on_both([&, offset = offset, centred = centred](const Stream& stream, const std::string& where) {
           const Layout layout = kLayouts[s.rows % 3];
           const Buffer x(s.rows, s.cols, dtype, layout, random), dy(s.rows, s.cols, dtype, layout, random), y = x.copy(), dx = x.copy();
           for (int64_t i = 0; i < s.rows; i++)
             for (int64_t j = 0; j < s.cols; j++) store(x.view(), i, j, load(x.view(), i, j) + offset);
           const Buffer gamma(1, s.cols, dtype, {}, random), beta(1, s.cols, dtype, {}, random), dgamma(1, s.cols, accumulator(dtype), {}, random);
+          const Buffer dbeta = dgamma.copy();
           const int64_t half = s.cols / 2;
           const Buffer left(s.rows, 2, DType::f64, {}, random), right(s.rows, 2, DType::f64, {}, random);
-          row_statistics(x.view().slice(1, 0, half), left.view(), stream);
-          row_statistics(x.view().slice(1, half, s.cols), right.view(), stream);
+          row_statistics(x.view().slice(1, 0, half), centred, left.view(), stream);
+          row_statistics(x.view().slice(1, half, s.cols), centred, right.view(), stream);
           merge_statistics(left.view(), half, right.view(), s.cols - half, stream);
-          const Norm norm{right.view(), s.cols, 1e-5, gamma.view(), beta.view()};
+          const Norm norm{right.view(), s.cols, 1e-5, gamma.view(), beta.view(), centred};
           layer_norm(x.view(), norm, y.view(), stream);
           const Buffer pieces(s.rows, 2, DType::f64, {}, random);
           layer_norm_pieces(dy.view(), x.view(), norm, pieces.view(), stream);
           layer_norm_backward(dy.view(), x.view(), norm, pieces.view(), dx.view(), stream);
-          layer_norm_weights(dy.view(), x.view(), norm, dgamma.view(), false, stream);
+          layer_norm_weights(dy.view(), x.view(), norm, {dgamma.view(), dbeta.view()}, stream);
           std::vector<double> in = x.values(), grad = dy.values(), want_y = in, want_dx = in, want_dgamma(static_cast<size_t>(s.cols), 0.0);
+          std::vector<double> want_dbeta = want_dgamma;
           std::vector<double> statistics;
           const size_t n = static_cast<size_t>(s.cols);
           for (size_t i = 0; i < static_cast<size_t>(s.rows); i++) {
             double mean = 0, m2 = 0, g_sum = 0, gx_sum = 0;
-            for (size_t j = 0; j < n; j++) mean += in[i * n + j] / static_cast<double>(n);
+            for (size_t j = 0; j < n && centred; j++) mean += in[i * n + j] / static_cast<double>(n);
             for (size_t j = 0; j < n; j++) m2 += (in[i * n + j] - mean) * (in[i * n + j] - mean);
             const double rstd = 1 / std::sqrt(m2 / static_cast<double>(n) + 1e-5);
             statistics.insert(statistics.end(), {mean, m2});
             const auto g = [&](size_t j) { return grad[i * n + j] * load(gamma.view(), 0, static_cast<int64_t>(j)); };
             const auto xhat = [&](size_t j) { return (in[i * n + j] - mean) * rstd; };
             for (size_t j = 0; j < n; j++) {
-              g_sum += g(j);
+              g_sum += centred ? g(j) : 0;
               gx_sum += g(j) * xhat(j);
               want_dgamma[j] += grad[i * n + j] * xhat(j);
+              want_dbeta[j] += grad[i * n + j];
               want_y[i * n + j] = xhat(j) * load(gamma.view(), 0, static_cast<int64_t>(j)) + load(beta.view(), 0, static_cast<int64_t>(j));
             }
             for (size_t j = 0; j < n; j++) want_dx[i * n + j] = rstd * (g(j) - (g_sum + xhat(j) * gx_sum) / static_cast<double>(n));
@@ -117,7 +120,22 @@ void layer_norms() {
           report("layer_norm_backward" + where, type, shape, error_of(dx.values(), want_dx), bound);
           report("layer_norm_weights" + where, type, shape, error_of(dgamma.values(), want_dgamma),
                  dtype == DType::f64 ? 1e-12 : (s.cols == 1 ? 1 : 5e-6));
-          expect(y.same_padding(dx) && y.view().rows == s.rows, "layer_norm wrote beside its output");
+          report("layer_norm_weights, dbeta" + where, type, shape, error_of(dbeta.values(), want_dbeta), dtype == DType::f64 ? 1e-12 : 5e-6);
+          // Rows that lie whole in one place, in one call a direction; the weights' gradients alone are the same bits as beside dx.
+          const Buffer found(s.rows, 2, DType::f64, {}, random), whole_y = y.copy(), whole_dx = dx.copy(), whole_dgamma = dgamma.copy();
+          const Buffer whole_dbeta = dbeta.copy(), alone = dgamma.copy();
+          const Norm whole{found.view(), s.cols, 1e-5, gamma.view(), beta.view(), centred};
+          layer_norm_whole(x.view(), whole, whole_y.view(), stream);
+          layer_norm_whole_backward(dy.view(), x.view(), whole, whole_dx.view(), {whole_dgamma.view(), whole_dbeta.view()}, stream);
+          layer_norm_whole_backward(dy.view(), x.view(), whole, {}, {alone.view(), {}}, stream);
+          report("layer_norm_whole" + where, type, shape, error_of(whole_y.values(), want_y), bound);
+          report("layer_norm_whole_backward" + where, type, shape, error_of(whole_dx.values(), want_dx), bound);
+          report("layer_norm_whole_backward, dgamma" + where, type, shape, error_of(whole_dgamma.values(), want_dgamma),
+                 dtype == DType::f64 ? 1e-12 : (s.cols == 1 ? 1 : 5e-6));
+          report("layer_norm_whole_backward, dbeta" + where, type, shape, error_of(whole_dbeta.values(), want_dbeta),
+                 dtype == DType::f64 ? 1e-12 : 5e-6);
+          expect(alone.values() == whole_dgamma.values(), "layer_norm_whole_backward: dgamma alone is another");
+          expect(y.same_padding(dx) && whole_y.same_padding(whole_dx) && y.view().rows == s.rows, "layer_norm wrote beside its output");
         });
 }
 

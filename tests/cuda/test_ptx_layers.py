@@ -14,10 +14,10 @@ STEP = {"bf16": 2.0**-8, "f16": 2.0**-10, "f32": 2.0**-20, "f64": 2.0**-45}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm(report: Report, dtype: str) -> None:
-    for rows, cols in ((5, 70), (3, 256)):
-        for name, got, expected in layers.layer_norm(Host(seed=rows, groups=3), rows, cols, dtype):
+    for rows, cols, centred in ((5, 70, True), (3, 256, True), (3, 70, False)):
+        for name, got, expected in layers.layer_norm(Host(seed=rows, groups=3), rows, cols, dtype, centred):
             limit = STEP[dtype] if name in ("y", "dx") else max(STEP["f32"], 1e-15) if dtype != "f64" else STEP["f64"]
-            report.check(f"layer norm {dtype} {rows}x{cols}: {name}", got, expected, limit)
+            report.check(f"{'layer' if centred else 'RMS'} norm {dtype} {rows}x{cols}: {name}", got, expected, limit)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import native
 from ..autograd import second_order
 from ..autograd.background import all_reduced, summed
 from ..autograd.casts import autocast_dtype, like, local_of
@@ -49,6 +50,9 @@ class _Norm(Layer):
         self.place = SimpleNamespace(mesh=mesh, layout=layout, stored=self.stored, features=self.features, label=type(self).__name__)
         self.place.held = mesh.interval(self.features, names)[1]
         self.place.block = place_of_features(mesh, names, self.stored, self.features)
+        ordered = tuple(name for name in mesh.sizes if name in names)
+        places = [coordinates_of(rank, mesh.sizes) for rank in members(ordered, mesh.sizes, mesh.coordinates)]
+        self.place.counts = [interval(self.features, names, mesh.sizes, place)[1] for place in places]
         self.handle = register(mesh, self.place)
 
     def _parameter(self, name: str, dtype: torch.dtype | None, given: Given) -> torch.nn.Parameter:
@@ -177,33 +181,6 @@ def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
     return torch.stack(axis.all_gather(part, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
 
 
-def merge(mesh: Mesh, names: Names, features: int, mean: torch.Tensor, m2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance of all features from each member's (mean, M2), by Chan's formula; float64."""
-    parts = gather_parts(mesh, names, torch.stack([mean, m2], -1))
-    if len(parts) == 1:
-        return mean, m2 / features
-    ordered = tuple(name for name in mesh.sizes if name in names)
-    places = [coordinates_of(rank, mesh.sizes) for rank in members(ordered, mesh.sizes, mesh.coordinates)]
-    counts = torch.tensor([interval(features, names, mesh.sizes, place)[1] for place in places], dtype=torch.float64, device=mean.device)
-    counts = counts.view(-1, *[1] * mean.dim())
-    means = parts[..., 0]
-    total = (counts * means).sum(0) / features
-    return total, (parts[..., 1] + counts * (means - total) ** 2).sum(0) / features
-
-
-def _moments(x: torch.Tensor, mesh: Mesh, names: Names, features: int, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean (0 where not centred) and mean square about it of whole rows, [...] in float64."""
-    if not centred:
-        squares = gather_parts(mesh, names, (x * x).sum(-1)).sum(0) / features
-        return torch.zeros_like(squares), squares
-    if not x.numel():
-        mean = m2 = x.new_zeros(x.shape[:-1])
-    else:
-        variance, mean = torch.var_mean(x, -1, correction=0)
-        m2 = variance * x.shape[-1]
-    return merge(mesh, names, features, mean, m2)
-
-
 class _Normalise(Function):
     """y = (x - mean) / sqrt(mean square + eps) * gamma + beta; each of gamma, beta may be None."""
 
@@ -218,18 +195,16 @@ class _Normalise(Function):
         ctx.eps, ctx.versions = eps, versions_of(read)
         ctx.place = layer.block
         gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
-        mesh.say(layer.label, moves=mesh.axis(names) is not None)
-        if mesh.axis(names) is None:
-            y, mean, scale, *shift = _normalise_whole(x, gamma, beta, centred, eps)
-        else:
-            wide = x.double()
-            mean, variance = _moments(wide, mesh, names, layer.features, centred)
-            scale, shift = (variance + eps).rsqrt().unsqueeze(-1), []
-            y = ((wide - mean.unsqueeze(-1)) * scale).to(_wide(x.dtype))
-            y = y if gamma is None else y * gamma
-            y = y if beta is None else y + beta
-        ctx.save_for_backward(x, mean, scale, gamma, *shift)
-        return y.to(x.dtype)
+        axis = mesh.axis(names)
+        mesh.say(layer.label, moves=axis is not None)
+        (given,), (gamma_like, beta_like) = _fitting(x, (gamma, beta))
+        parts: list[torch.Tensor] = []
+        if axis is not None:
+            mine = native.norm_statistics(mesh.program, given, centred)
+            parts = axis.all_gather(mine, rows=mine.shape[0])
+        y, statistics = native.norm_forward(mesh.program, given, parts, layer.counts if parts else (), gamma_like, beta_like, eps, centred)
+        ctx.save_for_backward(x, statistics, gamma)
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -239,15 +214,14 @@ class _Normalise(Function):
             return _again(ctx, dy)
         layout = layer.mesh.layout(layer.layout)
         wanted = [each for each in (weight, bias) if each is not None]
-        apart = _apart_whole if layer.mesh.axis(layout.features) is None else _apart
         need_x, *needs = asked(ctx)[:3]
-        dx, parts = apart(ctx, dy, need_x, bool(wanted) and any(needs))
-        if not parts:
+        summed_here = any(need for need, each in zip(needs, (weight, bias), strict=True) if each is not None)
+        dx, both = _apart(ctx, dy, need_x, summed_here)
+        if both is None:
             return dx, *[None] * 5
-        both = parts[0].new_zeros(len(wanted), len(local_of(wanted[0])))
-        for row, part in zip(both, parts, strict=True):
-            row[ctx.place] = part
-        both = both.to(_wide(ctx.dtype))
+        if both.shape[1] != len(local_of(wanted[0])):
+            part, both = both, both.new_zeros(len(wanted), len(local_of(wanted[0])))
+            both[:, ctx.place] = part
         users = users_of(layout, layer.stored)
         sums: list[torch.Tensor | None]
         if deferring((weight, bias)):
@@ -260,59 +234,19 @@ class _Normalise(Function):
         return dx, *(None if each is None else next(found) for each in (weight, bias)), None, None, None
 
 
-def _apart(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """dx, and where asked for this rank's sums of dgamma and dbeta, for features that lie on several ranks, in float64."""
+def _apart(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dx, and where asked for this rank's sums of dgamma and dbeta, those that there are."""
     layer, (weight, bias) = ctx.layer, ctx.parameters
-    x, mean, scale, gamma = ctx.saved_tensors
-    normal, wide, dx = (x.double() - mean.unsqueeze(-1)) * scale, dy.double(), None
-    if need_x:
-        slope = wide if gamma is None else wide * gamma
-        sums = [slope.sum(-1)] * ctx.centred + [(slope * normal).sum(-1)]
-        names = layer.mesh.layout(layer.layout).features
-        sums = gather_parts(layer.mesh, names, torch.stack(sums, -1)).sum(0) / layer.features
-        dx = slope - normal * sums[..., -1:]
-        dx = ((dx - sums[..., :1] if ctx.centred else dx) * scale).to(ctx.dtype)
-    rows = tuple(range(dy.dim() - 1))
-    parts = [wide * normal] * (weight is not None) + [wide] * (bias is not None) if parameters else []
-    return dx, [part.sum(rows) for part in parts]
-
-
-def _normalise_whole(
-    x: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None, centred: bool, eps: float
-) -> tuple[torch.Tensor, ...]:
-    """Where all features are here: y, mean, 1 / sqrt(mean square + eps) and, where centred, what x was shifted by before. Torch's own
-    kernel, which loses digits to an offset, sees each row about its rounded mean."""
-    wide = x.to(_wide(x.dtype))
-    gamma, beta = (None if each is None else each.to(wide.dtype) for each in (gamma, beta))
-    if centred:
-        shift = wide.mean(-1, keepdim=True)
-        return *torch.native_layer_norm(wide - shift, [wide.shape[-1]], gamma, beta, eps), shift
-    scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    normal = wide * scale
-    return normal if gamma is None else normal.mul_(gamma), scale.new_zeros(scale.shape), scale
-
-
-def _apart_whole(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """What _apart gives, where all features are here."""
-    weight, bias = ctx.parameters
-    x, mean, scale, gamma, *shift = ctx.saved_tensors
-    wide, slope = x.to(_wide(x.dtype)), dy.to(_wide(x.dtype))
-    gamma = None if gamma is None else gamma.to(wide.dtype)
-    if ctx.centred:
-        wide = wide - shift[0]
-        wanted = (need_x, parameters, parameters)
-        ones = torch.ones(wide.shape[-1], dtype=wide.dtype, device=x.device) if gamma is None else gamma
-        dx, *parts = torch.ops.aten.native_layer_norm_backward(slope.contiguous(), wide, [wide.shape[-1]], mean, scale, ones, ones, wanted)
-        found = [part for part, each in zip(parts, (weight, bias), strict=True) if parameters and each is not None]
-        return None if dx is None else dx.to(ctx.dtype), found
-    normal = wide * scale
-    part = slope * normal
-    found = [part.sum(tuple(range(dy.dim() - 1)))] if parameters else []
-    if not need_x:
-        return None, found
-    if gamma is not None:
-        slope, part = slope * gamma, part.mul_(gamma)
-    return normal.mul_(part.mean(-1, keepdim=True)).neg_().add_(slope).mul_(scale).to(ctx.dtype), found
+    mesh, (x, statistics, gamma) = layer.mesh, ctx.saved_tensors
+    (given, slope), (gamma,) = _fitting(x, (gamma,), dy)
+    axis, rest = mesh.axis(mesh.layout(layer.layout).features), (gamma, layer.features, ctx.eps, ctx.centred)
+    pieces: list[torch.Tensor] = []
+    if axis is not None and need_x:
+        mine = native.norm_pieces(mesh.program, slope, given, statistics, *rest)
+        pieces = axis.all_gather(mine, rows=mine.shape[0])
+    sums = [parameters and each is not None for each in (weight, bias)]
+    dx, both = native.norm_backward(mesh.program, slope, given, statistics, pieces, *rest, need_x, *sums)
+    return None if dx is None else dx if dx.dtype == ctx.dtype else dx.to(ctx.dtype), both
 
 
 def _again(ctx: Any, dy: torch.Tensor) -> Any:
@@ -336,6 +270,18 @@ def _again(ctx: Any, dy: torch.Tensor) -> Any:
     return *replay(compose, (x, *ctx.parameters), asked(ctx)[:3], [dy]), None, None, None
 
 
+def _fitting(
+    x: torch.Tensor, weights: Sequence[torch.Tensor | None], *others: torch.Tensor
+) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
+    """x and the others, contiguous, and the weights in dtypes that the kernels take together."""
+    given = [x, *others]
+    if any(each is not None and each.dtype != x.dtype for each in weights):
+        weights = [None if each is None else each.to(_wide(x.dtype)) for each in weights]
+        if x.device.type != "cpu":  # kernels of GPUs take one dtype
+            given = [each.to(_wide(x.dtype)) for each in given]
+    return [each.resolve_neg().contiguous() for each in given], weights
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
@@ -346,13 +292,10 @@ def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
 
 
 def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
-    x, weight, _, layer, centred, _ = _arguments(words, tensors)
-    rows, whole = x.shape[:-1], layer.mesh.axis(layer.mesh.layout(layer.layout).features) is None
-    wide = _wide(x.dtype) if whole else torch.float64
-    found: list[Meta] = [(x.shape, x.dtype), ((*rows, 1) if whole else rows, wide), ((*rows, 1), wide)]
+    x, weight, *_ = _arguments(words, tensors)
+    found: list[Meta] = [(x.shape, x.dtype), ((*x.shape[:-1], 2), torch.float64)]
     # a part of gamma is copied for backward; the whole is the input itself
-    found += [] if weight is None or weight.shape[0] == x.shape[-1] else [([x.shape[-1]], weight.dtype)]
-    return [*found, ((*rows, 1), wide)] if whole and centred else found
+    return found + ([] if weight is None or weight.shape[0] == x.shape[-1] else [([x.shape[-1]], weight.dtype)])
 
 
 def _read(words: list[str], needs: Sequence[bool]) -> Sequence[int]:

@@ -11,17 +11,17 @@ extern "C" {
 
 // Two ranks' columns of one layer norm, halves of x: statistics apart, merged, and everything after with the merged ones.
 int host_layer_norm(const Matrix* x, const Matrix* dy, const Matrix* gamma, const Matrix* beta, const Matrix* statistics, const Matrix* others,
-                    const Matrix* y, const Matrix* pieces, const Matrix* dx, const Matrix* dgamma, double eps) {
+                    const Matrix* y, const Matrix* pieces, const Matrix* dx, const Matrix* dgamma, const Matrix* dbeta, double eps, int centred) {
   return guarded(false, [&](const Stream& stream) {
     const int64_t half = x->cols / 2;
-    cuda::row_statistics(x->slice(1, 0, half), *statistics, stream);
-    cuda::row_statistics(x->slice(1, half, x->cols), *others, stream);
+    cuda::row_statistics(x->slice(1, 0, half), centred != 0, *statistics, stream);
+    cuda::row_statistics(x->slice(1, half, x->cols), centred != 0, *others, stream);
     cuda::merge_statistics(*others, x->cols - half, *statistics, half, stream);
-    const Norm norm{*statistics, x->cols, eps, *gamma, *beta};
+    const Norm norm{*statistics, x->cols, eps, *gamma, *beta, centred != 0};
     cuda::layer_norm(*x, norm, *y, stream);
     cuda::layer_norm_pieces(*dy, *x, norm, *pieces, stream);
     cuda::layer_norm_backward(*dy, *x, norm, *pieces, *dx, stream);
-    cuda::layer_norm_weights(*dy, *x, norm, *dgamma, false, stream);
+    cuda::layer_norm_weights(*dy, *x, norm, {*dgamma, *dbeta}, stream);
   });
 }
 

@@ -1,0 +1,152 @@
+#include "binding_layers.h"
+
+#include <pybind11/stl.h>
+
+#include "kernels/accumulate.h"
+#include "kernels/cast.h"
+#include "kernels/layer_norm.h"
+
+namespace gingham {
+namespace {
+
+using Objects = std::vector<py::object>;
+
+Matrix optional_of(const py::object& x, const char* name, const Member& member) {
+  return x.is_none() ? Matrix{} : tensor_of(x, name, member.job).matrix();
+}
+
+// Two float64 a row that ranks exchange, of an RMS norm the second alone, since its first is 0: [..., 2] or [..., 1] for x [..., features].
+Made exchanged(const Tensor& x, bool centred, const Member& member) {
+  std::vector<int64_t> shape = x.shape;
+  shape.back() = centred ? 2 : 1;
+  return make_tensor(member.job, shape, "float64");
+}
+
+Matrix pairs_at(void* data, int64_t rows) { return dense(data, rows, 2, DType::f64); }
+Matrix exchanged_of(const Matrix& pairs, bool centred) { return centred ? pairs : pairs.slice(1, 1, 2); }
+
+// What make(pairs) makes of x's rows, as it is exchanged.
+template <class Make>
+py::object exchange_of(const Member& member, const Tensor& x, bool centred, const Make& make) {
+  const Made out = exchanged(x, centred, member);
+  {
+    py::gil_scoped_release nogil;
+    const int64_t rows = x.matrix().rows;
+    const Stream& stream = member.job->stream();
+    const Scratch room(stream, static_cast<size_t>(rows) * 2 * sizeof(double));
+    const Matrix pairs = pairs_at(room.data(), rows), to = dense(out.data, rows, centred ? 2 : 1, DType::f64);
+    make(pairs, stream);
+    cast(exchanged_of(pairs, centred), to, stream);
+  }
+  return out.object;
+}
+
+Tensor rows_of(const py::object& x, const char* name, const Member& member) {
+  Tensor t = tensor_of(x, name, member.job);
+  CHECK(ShapeError, !t.shape.empty(), name, " has no dims, expected [..., features]");
+  return t;
+}
+
+void check_alike(const Tensor& dy, const Tensor& x) {
+  CHECK(ShapeError, dy.shape == x.shape && dy.dtype == x.dtype, "norm: the gradient and x differ in shape or dtype");
+}
+
+py::object norm_statistics(const Member& member, const py::object& x, bool centred) {
+  const OnCallersStream on_stream(member);
+  const Tensor in = rows_of(x, "x", member);
+  return exchange_of(member, in, centred, [&](const Matrix& pairs, const Stream& stream) { row_statistics(in.matrix(), centred, pairs, stream); });
+}
+
+// parts: every rank's statistics, of counts columns each; none: all columns are here. Gives y and the statistics of whole rows.
+py::tuple norm_forward(const Member& member, const py::object& x, const Objects& parts, const std::vector<int64_t>& counts, const py::object& gamma,
+                       const py::object& beta, double eps, bool centred) {
+  const OnCallersStream on_stream(member);
+  const Tensor in = rows_of(x, "x", member);
+  CHECK(ShapeError, parts.size() == counts.size(), "norm: ", parts.size(), " parts of ", counts.size(), " sizes");
+  std::vector<int64_t> shape = in.shape;
+  shape.back() = 2;
+  const Made y = make_tensor(member.job, in.shape, in.dtype_name), statistics = make_tensor(member.job, shape, "float64");
+  std::vector<Matrix> others;
+  for (const py::object& part : parts) others.push_back(tensor_of(part, "statistics", member.job).matrix());
+  Norm norm{{}, in.shape.back(), eps, optional_of(gamma, "weight", member), optional_of(beta, "bias", member), centred};
+  {
+    py::gil_scoped_release nogil;
+    const Matrix m = in.matrix(), out = dense(y.data, m.rows, m.cols, m.dtype);
+    const Stream& stream = member.job->stream();
+    norm.statistics = pairs_at(statistics.data, m.rows);
+    if (parts.empty()) {
+      layer_norm_whole(m, norm, out, stream);
+    } else {
+      fill_zero(norm.statistics, stream);
+      norm.count = 0;
+      for (size_t i = 0; i < others.size(); i++) {
+        if (!centred)
+          accumulate(others[i], exchanged_of(norm.statistics, centred), stream);
+        else if (counts[i] > 0)
+          merge_statistics(others[i], counts[i], norm.statistics, norm.count, stream);
+        norm.count += counts[i];
+      }
+      layer_norm(m, norm, out, stream);
+    }
+  }
+  return py::make_tuple(y.object, statistics.object);
+}
+
+py::object norm_pieces(const Member& member, const py::object& dy, const py::object& x, const py::object& statistics, const py::object& gamma,
+                       int64_t count, double eps, bool centred) {
+  const OnCallersStream on_stream(member);
+  const Tensor in = rows_of(x, "x", member), grad = rows_of(dy, "dy", member);
+  check_alike(grad, in);
+  const Norm norm{tensor_of(statistics, "statistics", member.job).matrix(), count, eps, optional_of(gamma, "weight", member), {}, centred};
+  return exchange_of(member, in, centred,
+                     [&](const Matrix& pairs, const Stream& stream) { layer_norm_pieces(grad.matrix(), in.matrix(), norm, pairs, stream); });
+}
+
+// pieces: every rank's; none: all columns are here. Gives dx or None, and the sums that are asked for of dgamma and dbeta, [how many, features]
+// in the accumulator of x, or None.
+py::tuple norm_backward(const Member& member, const py::object& dy, const py::object& x, const py::object& statistics, const Objects& pieces,
+                        const py::object& gamma, int64_t count, double eps, bool centred, bool need_x, bool need_gamma, bool need_beta) {
+  const OnCallersStream on_stream(member);
+  const Tensor in = rows_of(x, "x", member), grad = rows_of(dy, "dy", member);
+  check_alike(grad, in);
+  const Norm norm{tensor_of(statistics, "statistics", member.job).matrix(), count, eps, optional_of(gamma, "weight", member), {}, centred};
+  std::vector<Matrix> others;
+  for (const py::object& part : pieces) others.push_back(tensor_of(part, "pieces", member.job).matrix());
+  const int64_t features = in.shape.back(), asked = int64_t{need_gamma} + int64_t{need_beta};
+  const Made none{py::none(), nullptr};
+  const Made dx = need_x ? make_tensor(member.job, in.shape, in.dtype_name) : none;
+  const std::string wide = in.dtype == DType::f64 ? "float64" : "float32";
+  const Made sums = asked ? make_tensor(member.job, {asked, features}, wide, Heap::Kind::lasting) : none;
+  {
+    py::gil_scoped_release nogil;
+    const Stream& stream = member.job->stream();
+    const Matrix m = in.matrix(), slope = grad.matrix(), all = dense(sums.data, asked, features, dtype_of(wide));
+    const Matrix to = need_x ? dense(dx.data, m.rows, m.cols, m.dtype) : Matrix{};
+    const NormWeights weights{need_gamma ? all.slice(0, 0, 1) : Matrix{}, need_beta ? all.slice(0, asked - 1, asked) : Matrix{}};
+    if (pieces.empty()) {
+      layer_norm_whole_backward(slope, m, norm, to, weights, stream);
+    } else {
+      const Scratch room(stream, static_cast<size_t>(m.rows) * 2 * sizeof(double));
+      const Matrix total = pairs_at(room.data(), m.rows);
+      fill_zero(total, stream);
+      for (const Matrix& other : others) accumulate(other, exchanged_of(total, centred), stream);
+      layer_norm_backward(slope, m, norm, total, to, stream);
+      layer_norm_weights(slope, m, norm, weights, stream);
+    }
+  }
+  return py::make_tuple(dx.object, sums.object);
+}
+
+}  // namespace
+
+void define_layers(py::module_& m) {
+  m.def("norm_statistics", &norm_statistics, py::arg("program"), py::arg("x"), py::arg("centred"));
+  m.def("norm_forward", &norm_forward, py::arg("program"), py::arg("x"), py::arg("parts"), py::arg("counts"), py::arg("weight"), py::arg("bias"),
+        py::arg("eps"), py::arg("centred"));
+  m.def("norm_pieces", &norm_pieces, py::arg("program"), py::arg("dy"), py::arg("x"), py::arg("statistics"), py::arg("weight"), py::arg("features"),
+        py::arg("eps"), py::arg("centred"));
+  m.def("norm_backward", &norm_backward, py::arg("program"), py::arg("dy"), py::arg("x"), py::arg("statistics"), py::arg("pieces"), py::arg("weight"),
+        py::arg("features"), py::arg("eps"), py::arg("centred"), py::arg("need_x"), py::arg("need_weight"), py::arg("need_bias"));
+}
+
+}  // namespace gingham
