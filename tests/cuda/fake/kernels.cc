@@ -11,6 +11,7 @@
 #include "kernels/epilogue.h"
 #include "kernels/gemm.h"
 #include "kernels/gemm_sm90.cuh"
+#include "kernels/layer_norm.h"
 
 void shim_enqueue(cudaStream_t stream, std::function<void()> work);
 
@@ -60,6 +61,31 @@ void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, co
 }
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
   later(stream, [=] { gingham::gemm(a, b, c, accumulate, tail, kHost); });
+}
+
+void row_statistics(const Matrix& x, bool centred, const Matrix& statistics, const Stream& stream) {
+  later(stream, [=] { gingham::row_statistics(x, centred, statistics, kHost); });
+}
+void merge_statistics(const Matrix& other, int64_t other_count, const Matrix& into, int64_t into_count, const Stream& stream) {
+  later(stream, [=] { gingham::merge_statistics(other, other_count, into, into_count, kHost); });
+}
+void layer_norm(const Matrix& x, const Norm& norm, const Matrix& y, const Stream& stream) {
+  later(stream, [=] { gingham::layer_norm(x, norm, y, kHost); });
+}
+void layer_norm_pieces(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& pieces, const Stream& stream) {
+  later(stream, [=] { gingham::layer_norm_pieces(dy, x, norm, pieces, kHost); });
+}
+void layer_norm_backward(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& pieces, const Matrix& dx, const Stream& stream) {
+  later(stream, [=] { gingham::layer_norm_backward(dy, x, norm, pieces, dx, kHost); });
+}
+void layer_norm_weights(const Matrix& dy, const Matrix& x, const Norm& norm, const NormWeights& out, const Stream& stream) {
+  later(stream, [=] { gingham::layer_norm_weights(dy, x, norm, out, kHost); });
+}
+void layer_norm_whole(const Matrix& x, const Norm& norm, const Matrix& y, const Stream& stream) {
+  later(stream, [=] { gingham::layer_norm_whole(x, norm, y, kHost); });
+}
+void layer_norm_whole_backward(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& dx, const NormWeights& out, const Stream& stream) {
+  later(stream, [=] { gingham::layer_norm_whole_backward(dy, x, norm, dx, out, kHost); });
 }
 
 bool sm90_checked(const Stream&) { return false; }
