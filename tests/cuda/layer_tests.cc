@@ -67,7 +67,62 @@ void quantised() {
       expect(encode(Code::e4m3, decode(Code::e4m3, static_cast<uint8_t>(bits))) == bits, "e4m3 code " + std::to_string(bits));
 }
 
-// Columns cut in two, as over two ranks.
+// What a norm of rows gives, in float64.
+struct NormTwin {
+  std::vector<double> statistics, y, dx, dgamma, dbeta;
+
+  NormTwin(const Buffer& x, const Buffer& slope, const Buffer& gamma, const Buffer& beta, double eps, bool centred)
+      : y(x.values()), dx(y), dgamma(gamma.values().size(), 0.0), dbeta(dgamma) {
+    const std::vector<double> in = x.values(), grad = slope.values(), scale = gamma.values(), shift = beta.values();
+    const size_t n = scale.size();
+    const double count = static_cast<double>(n);
+    for (size_t i = 0; i < in.size() / n; i++) {
+      double mean = 0, m2 = 0, g_sum = 0, gx_sum = 0;
+      for (size_t j = 0; j < n && centred; j++) mean += in[i * n + j] / count;
+      for (size_t j = 0; j < n; j++) m2 += (in[i * n + j] - mean) * (in[i * n + j] - mean);
+      const double rstd = 1 / std::sqrt(m2 / count + eps);
+      statistics.insert(statistics.end(), {mean, m2});
+      const auto g = [&](size_t j) { return grad[i * n + j] * scale[j]; };
+      const auto xhat = [&](size_t j) { return (in[i * n + j] - mean) * rstd; };
+      for (size_t j = 0; j < n; j++) {
+        g_sum += centred ? g(j) : 0;
+        gx_sum += g(j) * xhat(j);
+        dgamma[j] += grad[i * n + j] * xhat(j);
+        dbeta[j] += grad[i * n + j];
+        y[i * n + j] = xhat(j) * scale[j] + shift[j];
+      }
+      for (size_t j = 0; j < n; j++) dx[i * n + j] = rstd * (g(j) - (g_sum + xhat(j) * gx_sum) / count);
+    }
+  }
+};
+
+// Where a norm's results go.
+struct NormResults {
+  Buffer statistics, y, dx, dgamma, dbeta;
+
+  NormResults(const Buffer& x, std::mt19937& random)
+      : statistics(x.view().rows, 2, DType::f64, {}, random),
+        y(x.copy()),
+        dx(x.copy()),
+        dgamma(1, x.view().cols, accumulator(x.view().dtype), {}, random),
+        dbeta(dgamma.copy()) {}
+  NormWeights weights() const { return {dgamma.view(), dbeta.view()}; }
+  void compare(const std::string& name, const std::string& where, const NormTwin& want) const {
+    const DType dtype = y.view().dtype;
+    const bool wide = dtype == DType::f64, lone = y.view().cols == 1;
+    // A lone column normalises to nothing: its gradient is all rounding.
+    const double bound = rounding(dtype) * (lone ? 1e6 : wide ? 100 : 4);
+    const std::string type = name_of(dtype), shape = shape_of({y.view().rows, y.view().cols});
+    report(name + ": statistics" + where, type, shape, error_of(statistics.values(), want.statistics), wide ? 1e-12 : 1e-6);
+    report(name + where, type, shape, error_of(y.values(), want.y), bound);
+    report(name + "_backward" + where, type, shape, error_of(dx.values(), want.dx), bound);
+    report(name + "_weights" + where, type, shape, error_of(dgamma.values(), want.dgamma), wide ? 1e-12 : lone ? 1 : 5e-6);
+    report(name + "_weights, dbeta" + where, type, shape, error_of(dbeta.values(), want.dbeta), wide ? 1e-12 : 5e-6);
+    expect(y.same_padding(dx), name + " wrote beside its output");
+  }
+};
+
+// Columns cut in two, as over two ranks, and rows that lie whole in one place.
 void layer_norms() {
   std::mt19937 random(3);
   for (const DType dtype : kReal)
@@ -75,67 +130,29 @@ void layer_norms() {
       for (const auto& [offset, centred] : {std::pair{0.0, true}, {100.0, true}, {1.0, false}})
         on_both([&, offset = offset, centred = centred](const Stream& stream, const std::string& where) {
           const Layout layout = kLayouts[s.rows % 3];
-          const Buffer x(s.rows, s.cols, dtype, layout, random), dy(s.rows, s.cols, dtype, layout, random), y = x.copy(), dx = x.copy();
+          const Buffer x(s.rows, s.cols, dtype, layout, random), dy(s.rows, s.cols, dtype, layout, random);
           for (int64_t i = 0; i < s.rows; i++)
             for (int64_t j = 0; j < s.cols; j++) store(x.view(), i, j, load(x.view(), i, j) + offset);
-          const Buffer gamma(1, s.cols, dtype, {}, random), beta(1, s.cols, dtype, {}, random), dgamma(1, s.cols, accumulator(dtype), {}, random);
-          const Buffer dbeta = dgamma.copy();
+          const Buffer gamma(1, s.cols, dtype, {}, random), beta(1, s.cols, dtype, {}, random);
+          const NormTwin twin(x, dy, gamma, beta, 1e-5, centred);
+          const NormResults cut(x, random), whole(x, random);
+          const Buffer left(s.rows, 2, DType::f64, {}, random), pieces = left.copy(), alone = whole.dgamma.copy();
           const int64_t half = s.cols / 2;
-          const Buffer left(s.rows, 2, DType::f64, {}, random), right(s.rows, 2, DType::f64, {}, random);
           row_statistics(x.view().slice(1, 0, half), centred, left.view(), stream);
-          row_statistics(x.view().slice(1, half, s.cols), centred, right.view(), stream);
-          merge_statistics(left.view(), half, right.view(), s.cols - half, stream);
-          const Norm norm{right.view(), s.cols, 1e-5, gamma.view(), beta.view(), centred};
-          layer_norm(x.view(), norm, y.view(), stream);
-          const Buffer pieces(s.rows, 2, DType::f64, {}, random);
+          row_statistics(x.view().slice(1, half, s.cols), centred, cut.statistics.view(), stream);
+          merge_statistics(left.view(), half, cut.statistics.view(), s.cols - half, stream);
+          Norm norm{cut.statistics.view(), s.cols, 1e-5, gamma.view(), beta.view(), centred};
+          layer_norm(x.view(), norm, cut.y.view(), stream);
           layer_norm_pieces(dy.view(), x.view(), norm, pieces.view(), stream);
-          layer_norm_backward(dy.view(), x.view(), norm, pieces.view(), dx.view(), stream);
-          layer_norm_weights(dy.view(), x.view(), norm, {dgamma.view(), dbeta.view()}, stream);
-          std::vector<double> in = x.values(), grad = dy.values(), want_y = in, want_dx = in, want_dgamma(static_cast<size_t>(s.cols), 0.0);
-          std::vector<double> want_dbeta = want_dgamma;
-          std::vector<double> statistics;
-          const size_t n = static_cast<size_t>(s.cols);
-          for (size_t i = 0; i < static_cast<size_t>(s.rows); i++) {
-            double mean = 0, m2 = 0, g_sum = 0, gx_sum = 0;
-            for (size_t j = 0; j < n && centred; j++) mean += in[i * n + j] / static_cast<double>(n);
-            for (size_t j = 0; j < n; j++) m2 += (in[i * n + j] - mean) * (in[i * n + j] - mean);
-            const double rstd = 1 / std::sqrt(m2 / static_cast<double>(n) + 1e-5);
-            statistics.insert(statistics.end(), {mean, m2});
-            const auto g = [&](size_t j) { return grad[i * n + j] * load(gamma.view(), 0, static_cast<int64_t>(j)); };
-            const auto xhat = [&](size_t j) { return (in[i * n + j] - mean) * rstd; };
-            for (size_t j = 0; j < n; j++) {
-              g_sum += centred ? g(j) : 0;
-              gx_sum += g(j) * xhat(j);
-              want_dgamma[j] += grad[i * n + j] * xhat(j);
-              want_dbeta[j] += grad[i * n + j];
-              want_y[i * n + j] = xhat(j) * load(gamma.view(), 0, static_cast<int64_t>(j)) + load(beta.view(), 0, static_cast<int64_t>(j));
-            }
-            for (size_t j = 0; j < n; j++) want_dx[i * n + j] = rstd * (g(j) - (g_sum + xhat(j) * gx_sum) / static_cast<double>(n));
-          }
-          const std::string shape = shape_of({s.rows, s.cols}), type = name_of(dtype);
-          // A lone column normalises to nothing: its gradient is all rounding.
-          const double bound = rounding(dtype) * (s.cols == 1 ? 1e6 : (dtype == DType::f64 ? 100 : 4));
-          report("row_statistics" + where, type, shape, error_of(right.values(), statistics), dtype == DType::f64 ? 1e-12 : 1e-6);
-          report("layer_norm" + where, type, shape, error_of(y.values(), want_y), bound);
-          report("layer_norm_backward" + where, type, shape, error_of(dx.values(), want_dx), bound);
-          report("layer_norm_weights" + where, type, shape, error_of(dgamma.values(), want_dgamma),
-                 dtype == DType::f64 ? 1e-12 : (s.cols == 1 ? 1 : 5e-6));
-          report("layer_norm_weights, dbeta" + where, type, shape, error_of(dbeta.values(), want_dbeta), dtype == DType::f64 ? 1e-12 : 5e-6);
-          // Rows that lie whole in one place, in one call a direction; the weights' gradients alone are the same bits as beside dx.
-          const Buffer found(s.rows, 2, DType::f64, {}, random), whole_y = y.copy(), whole_dx = dx.copy(), whole_dgamma = dgamma.copy();
-          const Buffer whole_dbeta = dbeta.copy(), alone = dgamma.copy();
-          const Norm whole{found.view(), s.cols, 1e-5, gamma.view(), beta.view(), centred};
-          layer_norm_whole(x.view(), whole, whole_y.view(), stream);
-          layer_norm_whole_backward(dy.view(), x.view(), whole, whole_dx.view(), {whole_dgamma.view(), whole_dbeta.view()}, stream);
-          layer_norm_whole_backward(dy.view(), x.view(), whole, {}, {alone.view(), {}}, stream);
-          report("layer_norm_whole" + where, type, shape, error_of(whole_y.values(), want_y), bound);
-          report("layer_norm_whole_backward" + where, type, shape, error_of(whole_dx.values(), want_dx), bound);
-          report("layer_norm_whole_backward, dgamma" + where, type, shape, error_of(whole_dgamma.values(), want_dgamma),
-                 dtype == DType::f64 ? 1e-12 : (s.cols == 1 ? 1 : 5e-6));
-          report("layer_norm_whole_backward, dbeta" + where, type, shape, error_of(whole_dbeta.values(), want_dbeta),
-                 dtype == DType::f64 ? 1e-12 : 5e-6);
-          expect(alone.values() == whole_dgamma.values(), "layer_norm_whole_backward: dgamma alone is another");
-          expect(y.same_padding(dx) && whole_y.same_padding(whole_dx) && y.view().rows == s.rows, "layer_norm wrote beside its output");
+          layer_norm_backward(dy.view(), x.view(), norm, pieces.view(), cut.dx.view(), stream);
+          layer_norm_weights(dy.view(), x.view(), norm, cut.weights(), stream);
+          cut.compare(centred ? "layer_norm" : "rms_norm", where, twin);
+          norm.statistics = whole.statistics.view();
+          layer_norm_whole(x.view(), norm, whole.y.view(), stream);
+          layer_norm_whole_backward(dy.view(), x.view(), norm, whole.dx.view(), whole.weights(), stream);
+          layer_norm_whole_backward(dy.view(), x.view(), norm, {}, {alone.view(), {}}, stream);
+          whole.compare(centred ? "layer_norm_whole" : "rms_norm_whole", where, twin);
+          expect(alone.values() == whole.dgamma.values(), "layer_norm_whole_backward: dgamma alone is another");
         });
 }
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from .. import native
 from ..autograd import second_order
 from ..autograd.background import all_reduced, summed
 from ..autograd.casts import autocast_dtype, like, local_of
 from ..autograd.gradients import deferring
+from ..autograd.norm import norm_gradients, normalise, wide_of
 from ..autograd.second_order import check_versions, refuse_deferred, replay, shared, versions_of
 from ..checks import cuts_of_block, row_dim
 from ..errors import MeshError, ShapeError
@@ -98,7 +98,7 @@ class _Norm(Layer):
             raise self.named(error) from None
 
     def _normalise(self, x: torch.Tensor, centred: bool, eps: float | None) -> torch.Tensor:
-        eps = torch.finfo(_wide(x.dtype)).eps if eps is None else eps
+        eps = torch.finfo(wide_of(x.dtype)).eps if eps is None else eps
         weight, bias = self.operand("weight"), self.operand("bias")
         if not torch.compiler.is_compiling():
             self.place.label = self.label()
@@ -195,16 +195,10 @@ class _Normalise(Function):
         ctx.eps, ctx.versions = eps, versions_of(read)
         ctx.place = layer.block
         gamma, beta = (None if each is None else local_of(each)[ctx.place] for each in (weight, bias))
-        axis = mesh.axis(names)
-        mesh.say(layer.label, moves=axis is not None)
-        (given,), (gamma_like, beta_like) = _fitting(x, (gamma, beta))
-        parts: list[torch.Tensor] = []
-        if axis is not None:
-            mine = native.norm_statistics(mesh.program, given, centred)
-            parts = axis.all_gather(mine, rows=mine.shape[0])
-        y, statistics = native.norm_forward(mesh.program, given, parts, layer.counts if parts else (), gamma_like, beta_like, eps, centred)
+        mesh.say(layer.label, moves=mesh.axis(names) is not None)
+        y, statistics = normalise(mesh, mesh.axis(names), layer.counts, x, gamma, beta, eps, centred)
         ctx.save_for_backward(x, statistics, gamma)
-        return y if y.dtype == x.dtype else y.to(x.dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -216,37 +210,25 @@ class _Normalise(Function):
         wanted = [each for each in (weight, bias) if each is not None]
         need_x, *needs = asked(ctx)[:3]
         summed_here = any(need for need, each in zip(needs, (weight, bias), strict=True) if each is not None)
-        dx, both = _apart(ctx, dy, need_x, summed_here)
+        x, statistics, gamma = ctx.saved_tensors
+        sums = [summed_here and each is not None for each in (weight, bias)]
+        axis, rest = layer.mesh.axis(layout.features), (gamma, layer.features, ctx.eps, ctx.centred)
+        dx, both = norm_gradients(layer.mesh, axis, dy, x, statistics, *rest, (need_x, *sums))
         if both is None:
             return dx, *[None] * 5
         if both.shape[1] != len(local_of(wanted[0])):
             part, both = both, both.new_zeros(len(wanted), len(local_of(wanted[0])))
             both[:, ctx.place] = part
         users = users_of(layout, layer.stored)
-        sums: list[torch.Tensor | None]
+        found: list[torch.Tensor | None]
         if deferring((weight, bias)):
-            sums = [sum_parts(layer.mesh, users, parameter, row) for parameter, row in zip(wanted, both, strict=True)]
+            found = [sum_parts(layer.mesh, users, parameter, row) for parameter, row in zip(wanted, both, strict=True)]
         else:
             part = both if len(wanted) > 1 else both[0]
             total = summed(layer.mesh, wanted, nodes_of(ctx, wanted), part, all_reduced(*users), layer.label)
-            sums = [None] * len(wanted) if total is None else list(total) if len(wanted) > 1 else [total]
-        found = iter(like(None if each is None else each.to(p.dtype), p) for each, p in zip(sums, wanted, strict=True))
-        return dx, *(None if each is None else next(found) for each in (weight, bias)), None, None, None
-
-
-def _apart(ctx: Any, dy: torch.Tensor, need_x: bool, parameters: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dx, and where asked for this rank's sums of dgamma and dbeta, those that there are."""
-    layer, (weight, bias) = ctx.layer, ctx.parameters
-    mesh, (x, statistics, gamma) = layer.mesh, ctx.saved_tensors
-    (given, slope), (gamma,) = _fitting(x, (gamma,), dy)
-    axis, rest = mesh.axis(mesh.layout(layer.layout).features), (gamma, layer.features, ctx.eps, ctx.centred)
-    pieces: list[torch.Tensor] = []
-    if axis is not None and need_x:
-        mine = native.norm_pieces(mesh.program, slope, given, statistics, *rest)
-        pieces = axis.all_gather(mine, rows=mine.shape[0])
-    sums = [parameters and each is not None for each in (weight, bias)]
-    dx, both = native.norm_backward(mesh.program, slope, given, statistics, pieces, *rest, need_x, *sums)
-    return None if dx is None else dx if dx.dtype == ctx.dtype else dx.to(ctx.dtype), both
+            found = [None] * len(wanted) if total is None else list(total) if len(wanted) > 1 else [total]
+        gradients = iter(like(None if each is None else each.to(p.dtype), p) for each, p in zip(found, wanted, strict=True))
+        return dx, *(None if each is None else next(gradients) for each in (weight, bias)), None, None, None
 
 
 def _again(ctx: Any, dy: torch.Tensor) -> Any:
@@ -262,28 +244,12 @@ def _again(ctx: Any, dy: torch.Tensor) -> Any:
 
         wide = x.double()
         wide = wide - mean_of(wide) if ctx.centred else wide
-        y = (wide * (mean_of(wide * wide) + ctx.eps).rsqrt()).to(_wide(x.dtype))
+        y = (wide * (mean_of(wide * wide) + ctx.eps).rsqrt()).to(wide_of(x.dtype))
         y = y if weight is None else y * shared(weight, mesh, users)[place]
         return [(y if bias is None else y + shared(bias, mesh, users)[place]).to(x.dtype)]
 
     x, *_ = ctx.saved_tensors
     return *replay(compose, (x, *ctx.parameters), asked(ctx)[:3], [dy]), None, None, None
-
-
-def _fitting(
-    x: torch.Tensor, weights: Sequence[torch.Tensor | None], *others: torch.Tensor
-) -> tuple[list[torch.Tensor], Sequence[torch.Tensor | None]]:
-    """x and the others, contiguous, and the weights in dtypes that the kernels take together."""
-    given = [x, *others]
-    if any(each is not None and each.dtype != x.dtype for each in weights):
-        weights = [None if each is None else each.to(_wide(x.dtype)) for each in weights]
-        if x.device.type != "cpu":  # kernels of GPUs take one dtype
-            given = [each.to(_wide(x.dtype)) for each in given]
-    return [each.resolve_neg().contiguous() for each in given], weights
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype == torch.float64 else torch.float32
 
 
 def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:

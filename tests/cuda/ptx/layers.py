@@ -21,9 +21,10 @@ def layer_norm(host: Host, rows: int, cols: int, dtype: str, centred: bool = Tru
     x, dy = host.matrix(normal(rows, cols, 1) * 0.5 + 3, dtype), host.matrix(normal(rows, cols, 2), dtype)
     gamma, beta = host.matrix(normal(1, cols, 3), dtype), host.matrix(normal(1, cols, 4), dtype)
     statistics, others, pieces = (host.empty(rows, 2, "f64") for _ in range(3))
-    y, dx, dgamma, dbeta = host.empty(rows, cols, dtype), host.empty(rows, cols, dtype), host.empty(1, cols, wide), host.empty(1, cols, wide)
-    last = ctypes.c_double(eps), ctypes.c_int(centred)
-    host.run("layer_norm", x, dy, gamma, beta, statistics, others, y, pieces, dx, dgamma, dbeta, *last)
+    y, dx = (host.empty(rows, cols, dtype) for _ in range(2))
+    dgamma, dbeta = (host.empty(1, cols, wide) for _ in range(2))
+    results = (statistics, others, y, pieces, dx, dgamma, dbeta)
+    host.run("layer_norm", x, dy, gamma, beta, *results, ctypes.c_double(eps), ctypes.c_int(centred))
     values, grad, g = host.read(x), host.read(dy), host.read(dy) * host.read(gamma)
     mean = values.mean(1, keepdims=True) * centred
     square = ((values - mean) ** 2).mean(1, keepdims=True)
