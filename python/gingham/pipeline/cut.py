@@ -18,6 +18,7 @@ from ..launch.describe import describe
 from ..plan.pipeline import balance
 from ..plan.workload import Linears
 from .families import BORDER, FAMILIES, family_of
+from .given import Given
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class Part:
     modules: Sequence[torch.nn.Module]
 
 
-def parts_of(model: torch.nn.Module) -> list[Part]:
-    """Raises NotImplementedError for a model that is not known to be layers in a row, and for one that gingham.parallelize
-    has converted and families.py does not know."""
+def parts_of(model: torch.nn.Module, given: Given) -> list[Part]:
+    """given: what a converted model's parts take beside their input. Raises NotImplementedError for a model that is not known to be layers
+    in a row, and for one that gingham.parallelize has converted and families.py does not know."""
     if hasattr(model, BORDER):
         family = family_of(model)
         if family is None:
@@ -36,7 +37,7 @@ def parts_of(model: torch.nn.Module) -> list[Part]:
                 f"gingham.pipeline of a {type(model).__name__} that gingham.parallelize has converted: of these {', '.join(FAMILIES)}"
                 " are known as layers in a row; build others of gingham.nn's layers"
             )
-        return [Part(run, tuple(modules)) for run, modules in family.row(model)]
+        return [Part(run, tuple(modules)) for run, modules in family.row(model, given)]
     row: Any = getattr(model, "in_a_row", None)
     if row is not None:
         return [Part(run, tuple(modules)) for run, modules in row()]

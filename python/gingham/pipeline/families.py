@@ -17,7 +17,7 @@ from ..checks import plain
 from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import chunks
-from ..nn.sequence import first_of_piece
+from .given import MASK, POSITIONS, TYPES, Given
 
 Row = list[tuple[Callable[[Any], Any], Sequence[torch.nn.Module]]]
 BORDER = "_gingham_border"  # what parallelize leaves on a model
@@ -25,13 +25,14 @@ BORDER = "_gingham_border"  # what parallelize leaves on a model
 
 @dataclass(frozen=True)
 class Family:
-    """row(model): its layers; shifts: whether each token's label is the next token; images: whether its input is images; labels: the dims
-    of its labels."""
+    """row(model, given): its layers; shifts: whether each token's label is the next token; images: whether its input is images; labels: the
+    dims of its labels; takes: what it takes beside its input."""
 
-    row: Callable[[Any], Row]
+    row: Callable[[Any, Given], Row]
     shifts: bool = False
     images: bool = False
     labels: int = 2
+    takes: tuple[str, ...] = ()
 
 
 def family_of(model: Any) -> Family | None:
@@ -52,9 +53,9 @@ def images_here(mesh: Mesh, x: torch.Tensor, own: bool) -> torch.Tensor:
     return x if own else x.narrow(0, *mesh.interval(len(x), samples_of(mesh)))
 
 
-def samples_of(mesh: Mesh) -> tuple[str, ...]:
-    """The axes that cut samples."""
-    return tuple(name for name in mesh.outer.rows if name not in mesh.outer.time)
+def samples_of(mesh: Mesh, own: bool = False) -> tuple[str, ...]:
+    """The axes that cut samples; own: of what is this data rank's."""
+    return tuple(name for name in mesh.outer.rows if name not in mesh.outer.time and not (own and name == "data"))
 
 
 def check_places(model: Any, mesh: Mesh, x: torch.Tensor) -> None:
@@ -72,29 +73,22 @@ def _first(y: Any) -> torch.Tensor:
     return y[0] if isinstance(y, tuple) else y
 
 
-def _positions(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """[1, time here] of ids or activations [batch, time here, ..]."""
-    mesh: Mesh = getattr(model, BORDER).mesh
-    start = first_of_piece(mesh, x.shape[1])
-    return torch.arange(start, start + x.shape[1], device=x.device).unsqueeze(0)
-
-
-def _run(block: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda x: _first(block(x))
-
-
-def _gpt2(model: Any) -> Row:
+def _gpt2(model: Any, given: Given) -> Row:
     inner = model.transformer
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
-        ids = plain(ids)
-        return inner.drop(inner.wte(ids) + inner.wpe(_positions(model, ids).expand_as(ids)))
+        ids, types = plain(ids), given.now.get(TYPES)
+        x = inner.wte(ids) + inner.wpe(given.positions(ids).expand_as(ids))
+        return inner.drop(x if types is None else x + inner.wte(types))
+
+    def run(block: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: _first(block(x, attention_mask=given.mask(inner, x, True)))
 
     first = (embed, [inner.wte, inner.wpe, inner.drop])
-    return [first, *((_run(block), [block]) for block in inner.h), (inner.ln_f, [inner.ln_f]), (model.lm_head, [model.lm_head])]
+    return [first, *((run(block), [block]) for block in inner.h), (inner.ln_f, [inner.ln_f]), (model.lm_head, [model.lm_head])]
 
 
-def _llama(model: Any) -> Row:
+def _llama(model: Any, given: Given) -> Row:
     inner = model.model
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
@@ -102,8 +96,9 @@ def _llama(model: Any) -> Row:
 
     def run(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def call(x: torch.Tensor) -> torch.Tensor:
-            positions = _positions(model, x)
-            return _first(layer(x, position_embeddings=inner.rotary_emb(x, positions), position_ids=positions))
+            positions, mask = given.positions(x), given.mask(inner, x, True)
+            turned = inner.rotary_emb(x, positions)
+            return _first(layer(x, attention_mask=mask, position_embeddings=turned, position_ids=positions))
 
         return call
 
@@ -111,33 +106,42 @@ def _llama(model: Any) -> Row:
     return [(embed, [inner.embed_tokens]), *layers, (inner.norm, [inner.norm]), (model.lm_head, [model.lm_head])]
 
 
-def _bert(model: Any, *head: torch.nn.Module) -> Row:
+def _bert(model: Any, given: Given, *head: torch.nn.Module) -> Row:
     inner = model.bert
 
     def embed(ids: torch.Tensor) -> torch.Tensor:
         ids = plain(ids)
-        return inner.embeddings(input_ids=ids, position_ids=_positions(model, ids))
+        return inner.embeddings(input_ids=ids, token_type_ids=given.now.get(TYPES), position_ids=given.positions(ids))
 
-    layers = ((_run(layer), [layer]) for layer in inner.encoder.layer)
+    def run(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: _first(layer(x, given.mask(inner, x, bool(inner.config.is_decoder))))
+
+    layers = ((run(layer), [layer]) for layer in inner.encoder.layer)
     return [(embed, [inner.embeddings]), *layers, *((each, [each]) for each in head)]
 
 
-def _vit(model: Any) -> Row:
+def _vit(model: Any, given: Given) -> Row:
     inner = model.vit
 
     def name(x: torch.Tensor) -> torch.Tensor:
         return model.classifier(x[:, 0, :])
 
-    layers = ((_run(layer), [layer]) for layer in inner.layers)
+    def run(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda x: _first(layer(x))
+
+    layers = ((run(layer), [layer]) for layer in inner.layers)
     first = (lambda images: inner.embeddings(plain(images)), [inner.embeddings])
     return [first, *layers, (inner.layernorm, [inner.layernorm]), (name, [model.classifier])]
 
 
+TEXT = (MASK, POSITIONS, TYPES)
 FAMILIES = {
-    "GPT2LMHeadModel": Family(_gpt2, shifts=True),
-    "LlamaForCausalLM": Family(_llama, shifts=True),
-    "BertForMaskedLM": Family(lambda model: _bert(model, model.cls)),
-    "BertForTokenClassification": Family(lambda model: _bert(model, model.dropout, model.classifier)),
-    "BertForSequenceClassification": Family(lambda model: _bert(model, model.bert.pooler, model.dropout, model.classifier), labels=1),
+    "GPT2LMHeadModel": Family(_gpt2, shifts=True, takes=TEXT),
+    "LlamaForCausalLM": Family(_llama, shifts=True, takes=(MASK, POSITIONS)),
+    "BertForMaskedLM": Family(lambda model, given: _bert(model, given, model.cls), takes=TEXT),
+    "BertForTokenClassification": Family(lambda model, given: _bert(model, given, model.dropout, model.classifier), takes=TEXT),
+    "BertForSequenceClassification": Family(
+        lambda model, given: _bert(model, given, model.bert.pooler, model.dropout, model.classifier), labels=1, takes=TEXT
+    ),
     "ViTForImageClassification": Family(_vit, images=True, labels=1),
 }

@@ -8,21 +8,22 @@ from typing import Any
 from zlib import crc32
 
 import torch
-import torch.distributed as dist
 
 from ..autograd.gradients import make_sums, no_sync
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError
 from ..mesh import Mesh, current
 from ..mesh.checksums import checksum
-from ..mesh.layout import members
 from ..nn import cross_entropy
 from ..plan.pipeline import rank_of
 from .build import built, fill
-from .cut import Part, cut, drop, parts_of, tied
+from .cut import Part, cut, drop, parts_of
 from .families import BORDER, check_places, family_of, images_here, samples_of, shifted
+from .given import Given, check, split
+from .given import cut as cut_given
 from .orders import order, stages_of
 from .run import Runner
+from .ties import line_of, sum_ties, ties_of
 from .wire import Wire
 
 IGNORED = -100
@@ -107,20 +108,22 @@ class _Methods:
 
     _pipeline: Pipelined
 
-    def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool = False, scaler: Any = None) -> torch.Tensor:
+    def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool = False, scaler: Any = None, **given: Any) -> torch.Tensor:
         """Forward and backward passes of all micro-batches; gradients are added to .grad. Returns the loss of the batch, [], the same on
-        every rank. x, labels: full, alike on all ranks, or with own=True this data rank's. scaler: a gingham.GradScaler that scales it."""
-        return self._pipeline.step(x, labels, own, scaler)
+        every rank. x, labels: full, alike on all ranks, or with own=True this data rank's. scaler: a gingham.GradScaler that scales it.
+        given: what a converted model takes beside x, of the same batch: attention_mask ([rows, time], or [rows, 1, time, time]),
+        position_ids and, of GPT-2 and BERT, token_type_ids. Padded tokens count unless their labels are -100, as in the original."""
+        return self._pipeline.step(x, labels, own, scaler, given)
 
-    def eval_step(self, x: torch.Tensor, labels: torch.Tensor, own: bool = False) -> torch.Tensor:
+    def eval_step(self, x: torch.Tensor, labels: torch.Tensor, own: bool = False, **given: Any) -> torch.Tensor:
         """`step`'s loss without gradients."""
         with torch.no_grad():
-            return self._pipeline.step(x, labels, own, None, train=False)
+            return self._pipeline.step(x, labels, own, None, given, train=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Full x, alike on all ranks, to full outputs, on every rank; without gradients, which `step` makes."""
+    def forward(self, x: torch.Tensor, **given: Any) -> torch.Tensor:
+        """Full x, alike on all ranks, to full outputs, on every rank; without gradients, which `step` makes. given: as `step`'s."""
         with torch.no_grad():
-            return self._pipeline.outputs(x)
+            return self._pipeline.outputs(x, given)
 
 
 class _ConvertedMethods(_Methods):
@@ -152,29 +155,34 @@ class Pipelined:
         self.size, self.place = mesh.pipeline.size, mesh.pipeline.rank
         self.schedule, total = schedule, self.size * count
         self.family = family_of(model) if hasattr(model, BORDER) else None
-        stages = cut(model, parts_of(model), total)
+        self.given = Given(mesh)
+        stages = cut(model, parts_of(model, self.given), total)
         place_of = [rank_of(stage, self.size, schedule) for stage in range(total)]
         mine = [stage for stage in range(total) if place_of[stage] == self.place]
         self.layout = cutting.layout or _layout_of([module for part in stages[-1] for module in part.modules])
-        self.ties = _ties(stages, place_of, self.place)
+        self.ties = ties_of(stages, place_of, self.place)
         self.last = place_of[-1]
         self.absent, self.first_keys = _absent(model, stages, mine)
         used = [{id(each) for part in stage for outer in part.modules for each in outer.modules()} for stage in stages]
         self.others = set[int]().union(*used) - set[int]().union(*(used[stage] for stage in mine))
         self.order = order(schedule, self.place, self.size, microbatches, count)
-        wire = None if mesh.whole is None else Wire(mesh, _line(mesh), microbatches)
+        wire = None if mesh.whole is None else Wire(mesh, line_of(mesh), microbatches)
         held: dict[int, Any] = {stage: stages[stage] for stage in mine}
-        self.runner = Runner(held, total, place_of, self.place, microbatches, wire, mesh.told.begin)
+        self.runner = Runner(held, total, place_of, self.place, microbatches, wire, self._begin)
+        self.parts_given: list[dict[str, torch.Tensor]] = []  # of the batch under way, by micro-batch
 
     def holds(self, path: str) -> bool:
         """Whether this rank's stages use the module of that path; one that no stage uses is everyone's."""
         return id(self.model.get_submodule(path)) not in self.others
 
-    def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, train: bool = True) -> torch.Tensor:
-        self._told(lambda: self._compare(x, labels, f"{'step' if train else 'eval_step'}(own={own}, scaler={type(scaler).__name__})"))
-        self._check(x, labels)
+    def step(self, x: torch.Tensor, labels: torch.Tensor, own: bool, scaler: Any, given: Any, train: bool = True) -> torch.Tensor:
+        how = (
+            f"{'step' if train else 'eval_step'}(own={own}, scaler={type(scaler).__name__}{''.join(f', {name}' for name in sorted(given))})"
+        )
+        self._told(lambda: self._compare([x, labels, *(given[name] for name in sorted(given))], how))
+        self._check(x, labels, given)
         labels = shifted(labels, IGNORED) if self.family is not None and self.family.shifts else labels
-        xs, targets = self._split(x, "x"), self._split(labels, "labels")
+        xs, targets = self._split(x, "x", own), self._split(labels, "labels", own)
         weights = self._weights(targets, own)
 
         def lose(y: torch.Tensor, part: int) -> torch.Tensor:
@@ -193,17 +201,18 @@ class Pipelined:
             scaler.scale(torch.zeros((), device=self.mesh.device))
         shares: dict[int, torch.Tensor] = {}
         kinds = [0]
-        self._told(lambda: self._run(xs, own, lose, train))
+        self._told(lambda: self._run(xs, own, lose, train, given))
         total = sum((shares[part] for part in sorted(shares)), torch.zeros((), dtype=torch.float64, device=self.mesh.device))
         told = self.mesh.over_stages(torch.stack([total, total.new_tensor(kinds[0])]), "the loss of a pipeline's step")
         value, kind = told[self.last]
         return value.to(_DTYPES[int(kind)])
 
-    def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        self._told(lambda: self._compare(x, None, "forward"))
-        self._check(x, None)
-        xs = self._split(x, "x")
-        found = self._told(lambda: self._run(xs, False, lambda y, part: self._gather(y), False))
+    def outputs(self, x: torch.Tensor, given: Any) -> torch.Tensor:
+        how = f"forward({', '.join(sorted(given))})"
+        self._told(lambda: self._compare([x, *(given[name] for name in sorted(given))], how))
+        self._check(x, None, given)
+        xs = self._split(x, "x", False)
+        found = self._told(lambda: self._run(xs, False, lambda y, part: self._gather(y), False, given))
         full = torch.cat(found) if found else None
         if self.mesh.whole is None:
             assert full is not None
@@ -225,16 +234,26 @@ class Pipelined:
     def _gather(self, y: torch.Tensor) -> torch.Tensor:
         return self.mesh.gather(y, self.layout, self.cutting.dim, order=self.cutting.order)
 
-    def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool) -> list[torch.Tensor]:
+    def _begin(self, rows: int, part: int) -> None:
+        """A micro-batch comes into a stage."""
+        self.given.now = self.parts_given[part]
+        if rows:
+            self.mesh.told.begin(rows)
+
+    def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool, given: Any) -> list[torch.Tensor]:
+        rows, samples = [len(each) for each in xs], samples_of(self.mesh, own)
+        parts = split(given, sum(rows), self.parts)
+        self.parts_given = [cut_given(self.mesh, each, count, samples) for each, count in zip(parts, rows, strict=True)]
         inputs: Any = _Scattered(xs, lambda x: self._scatter(x, own))
         kind = self.mesh.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         keys = [(tuple(each.shape), each.dtype, cast) for each in xs]
         with no_sync(self.model):
             found = self.runner.run(self.order, inputs, keys, lose, train)
+        self.given.now, self.parts_given = {}, []
         if train:
             make_sums(self.model.parameters())
-            self._tie()
+            sum_ties(self.mesh, self.ties, self.place, self.runner.wire)
         return found
 
     def _told(self, work: Callable[[], Any]) -> Any:
@@ -249,38 +268,41 @@ class Pipelined:
                 self.mesh.job.fail(rank, f"rank {rank} raised {type(error).__name__} in stage {stage} of a pipeline: {error}")
             raise
 
-    def _compare(self, x: Any, labels: Any, how: str) -> None:
+    def _compare(self, batch: Sequence[Any], how: str) -> None:
         """Raises ShapeError where ranks make other calls, MeshError where the stages were given different batches: labels of the last
         would belong to other inputs."""
         alike(self.mesh, f"a pipeline's {how}{'' if self.model.training else ' of a model in eval()'}")
         if self.mesh.whole is None:
             return
         found = 0
-        for each in (x, labels):
+        for each in batch:
             if isinstance(each, torch.Tensor):
                 found = checksum(each, crc32(f"{tuple(each.shape)} {each.dtype}".encode(), found))
         told = self.mesh.over_stages(torch.tensor([found], device=self.mesh.device), "the batch of a pipeline's step")
         if len({int(each) for each in told}) > 1:
             raise MeshError(
-                f"gingham.pipeline: ranks {_line(self.mesh)}, the stages of one batch, got different ones; give"
+                f"gingham.pipeline: ranks {line_of(self.mesh)}, the stages of one batch, got different ones; give"
                 " every stage the same x and labels: seed loaders alike, or use mesh.sampler"
             )
 
-    def _check(self, x: Any, labels: Any) -> None:
-        """Raises ShapeError where inputs or labels do not fit a converted model."""
+    def _check(self, x: Any, labels: Any, given: Any) -> None:
+        """Raises ShapeError where inputs, labels or what is given beside them do not fit a converted model, TypeError for what it does not
+        take."""
         if self.family is None:
+            check(type(self.model).__name__, self.mesh, x, given, ())
             return
         for name, each, dims in (("x", x, 4 if self.family.images else 2), ("labels", labels, self.family.labels)):
             if isinstance(each, torch.Tensor) and each.dim() != dims:
                 got = tuple(each.shape)
                 raise ShapeError(f"step: rank {self.mesh.rank} got {name} {got}, expected {dims} dims for a {type(self.model).__name__}")
+        check(type(self.model).__name__, self.mesh, x, given, self.family.takes)
         check_places(self.model, self.mesh, x)
 
-    def _split(self, x: torch.Tensor, name: str) -> list[torch.Tensor]:
+    def _split(self, x: torch.Tensor, name: str, own: bool) -> list[torch.Tensor]:
         if not isinstance(x, torch.Tensor) or x.dim() < 1 or len(x) < self.parts:
             got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
             raise ShapeError(f"step: rank {self.mesh.rank} got {name} {got}, expected a batch of at least microbatches={self.parts} rows")
-        rows = self.mesh.parts(samples_of(self.mesh))
+        rows = self.mesh.parts(samples_of(self.mesh, own))
         if self.family is not None and len(x) // self.parts < rows:  # models' own code cannot view an empty tensor as heads
             raise ShapeError(
                 f"step: rank {self.mesh.rank} got {len(x)} rows of {name} for {self.parts} micro-batches; a converted model on this"
@@ -302,32 +324,7 @@ class Pipelined:
         scale = 1 / total if total else float("nan")
         return [count * scale for count in counts] if self.loss is not None else [scale] * len(counts)
 
-    def _tie(self) -> None:
-        """Adds up the gradients of parameters that stages of several ranks have, on each of them."""
-        assert self.mesh.whole is not None or not self.ties
-        line = _line(self.mesh) if self.ties else []
-        for parameter, places in self.ties:
-            if self.place not in places:
-                continue
-            held = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-            local = getattr(held, "_local_tensor", held)
-            mine, others = local.clone(), [place for place in places if place != self.place]
-            found = {place: torch.empty_like(mine) for place in others}
-            works = [dist.isend(mine, line[place], tag=_TIES) for place in others]
-            works += [dist.irecv(found[place], line[place], tag=_TIES) for place in others]
-            wire = self.runner.wire
-            assert wire is not None
-            for work, place in zip(works, others * 2, strict=True):
-                wire._wait(work, place)
-            found[self.place] = mine
-            local.copy_(sum(found[place] for place in sorted(found)))  # type: ignore[arg-type]
-            parameter.grad = held
-            for name, count in (("bytes_sent", len(others)), ("bytes_received", len(others))):
-                self.mesh.borders[name] += count * mine.numel() * mine.element_size()
-            self.mesh.borders["messages"] += len(others)
 
-
-_TIES = (1 << 30) + 1
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 
 
@@ -341,13 +338,6 @@ class _Scattered:
         return self.scatter(self.xs[part])
 
 
-def _line(mesh: Mesh) -> list[int]:
-    """The job's ranks at this one's place in each stage mesh."""
-    whole = mesh.whole
-    assert whole is not None
-    return [whole.ranks[each] for each in members(("pipeline",), whole.sizes, whole.coordinates)]
-
-
 def _layout_of(modules: Sequence[torch.nn.Module]) -> str:
     """Of the outputs of the last layer that says one."""
     found = "outer"
@@ -355,18 +345,6 @@ def _layout_of(modules: Sequence[torch.nn.Module]) -> str:
         for each in module.modules():
             said = getattr(each, "layout", None)
             found = said.rpartition("->")[2] if isinstance(said, str) else found
-    return found
-
-
-def _ties(stages: Sequence[Sequence[Part]], place_of: Sequence[int], place: int) -> list[tuple[torch.nn.Parameter, list[int]]]:
-    """Parameters that stages of several pipeline ranks use, and those ranks; all but the first mark theirs as a copy."""
-    found = []
-    for parameter, users in tied(stages):
-        places = list(dict.fromkeys(place_of[stage] for stage in users))
-        if len(places) > 1:
-            found.append((parameter, places))
-            if place != places[0]:
-                parameter.tied_to_earlier_stage = True  # type: ignore[attr-defined]
     return found
 
 

@@ -29,7 +29,7 @@ class Held:
 
 class Runner:
     """stages: of this rank, by number; total: of all ranks; place_of: the pipeline rank of each; parts: the number of micro-batches;
-    begin: told the rows of each that comes into a stage."""
+    begin: told the rows and the number of each that comes into a stage."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Runner:
         place: int,
         parts: int,
         wire: Wire | None,
-        begin: Callable[[int], None],
+        begin: Callable[[int, int], None],
     ):
         self.begin = begin
         self.stages, self.total, self.place_of, self.place, self.parts, self.wire = stages, total, place_of, place, parts, wire
@@ -107,8 +107,7 @@ class Runner:
     def _forward(self, action: Action) -> None:
         stage, part = action.stage, action.part
         x = self.inputs[part] if stage == 0 else self._arrived(action)
-        if isinstance(x, torch.Tensor) and x.dim():
-            self.begin(x.shape[0])
+        self.begin(x.shape[0] if isinstance(x, torch.Tensor) and x.dim() else 0, part)
         if stage and self.train and x.is_floating_point():
             x.requires_grad_()
         y = x

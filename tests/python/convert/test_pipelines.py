@@ -8,31 +8,9 @@ import torch
 
 import gingham
 from grids import whole
+from pipelines import original
 
 BATCH = (16, 12)
-
-
-def original(name: str) -> Any:
-    import transformers
-
-    torch.manual_seed(0)
-    common = dict(vocab_size=64, bos_token_id=0, eos_token_id=0)
-    if name == "gpt2":
-        dropout = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0)
-        return transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(n_embd=32, n_layer=4, n_head=4, n_positions=16, **common, **dropout)
-        ).double()
-    if name.startswith("Bert"):
-        drops = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=16, num_labels=5)
-        config = transformers.BertConfig(
-            hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, **drops, **common
-        )
-        return getattr(transformers, name)(config).double()
-    if name == "vit":
-        sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=8, patch_size=2)
-        return transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, num_labels=5)).double()
-    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, max_position_embeddings=16, **common)).double()
 
 
 def batch(name: str) -> tuple[torch.Tensor, torch.Tensor]:
