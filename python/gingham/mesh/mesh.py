@@ -263,7 +263,8 @@ class Mesh(GridShape, Live):
 
     def traffic(self, reset: bool = False) -> dict[str, dict[str, int]]:
         """Payload of steps and layers by axis: bytes_sent, bytes_received, messages (received) of this rank since the
-        last reset; scatter, gather and control messages are not in it. "pipeline": what crossed the borders of stages."""
+        last reset; scatter, gather and control messages are not in it. "pipeline": what crossed the borders of stages.
+        Where the job is on several hosts bytes_crossed too: of those received what came from another host."""
         counts = {key: axis.traffic(reset) for key, axis in self._keys.items()}
         if self.whole is not None:
             counts["pipeline"] = dict(self.borders)

@@ -55,6 +55,5 @@ def sum_ties(mesh: Mesh, ties: Ties, place: int, wire: Wire | None) -> None:
         found[place] = mine
         local.copy_(sum(found[each] for each in sorted(found)))  # type: ignore[arg-type]
         parameter.grad = held
-        for name in ("bytes_sent", "bytes_received"):
-            mesh.borders[name] += len(others) * mine.numel() * mine.element_size()
-        mesh.borders["messages"] += len(others)
+        for each in others:
+            wire.count(each, mine, mine)

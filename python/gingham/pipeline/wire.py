@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import MeshError, PeerStalled
+from ..launch import world
+from ..launch.hosts import host_numbers
 from ..mesh import Mesh
 
 LOOK = 0.02  # seconds between two looks at the job while a message is waited for
@@ -31,6 +33,12 @@ class Wire:
 
     def __init__(self, mesh: Mesh, ranks: list[int], parts: int) -> None:
         self.mesh, self.ranks, self.parts = mesh, ranks, parts
+        job = world.current()
+        assert job is not None
+        host_of = host_numbers(job.hosts)
+        self.elsewhere = [host_of[rank] != host_of[mesh.rank] for rank in ranks]
+        if len(job.hosts) > 1:
+            mesh.borders.setdefault("bytes_crossed", 0)
         self.known: dict[Hashable, tuple[tuple[int, ...], torch.dtype]] = {}
         self.told: set[Hashable] = set()  # keys whose header was sent
         self.asked: set[Hashable] = set()  # or asked for
@@ -45,7 +53,7 @@ class Wire:
             self._post(dist.isend, _header(x, self.mesh), place, 2 * tag + 1)
             self.told.add(key)
         self._post(dist.isend, x, place, 2 * tag)
-        self.mesh.borders["bytes_sent"] += x.numel() * x.element_size()
+        self.count(place, sent=x)
 
     def receive(self, place: int, tag: int, key: Hashable) -> Any:
         """Begins to receive what a pipeline rank sends; `wait` of the result gives the tensor."""
@@ -66,9 +74,20 @@ class Wire:
             count, kind, *dims = x.tolist()
             self.known[key] = tuple(dims[:count]), DTYPES[kind]
             return self.wait(self._begin(place, tag, key))
-        self.mesh.borders["bytes_received"] += x.numel() * x.element_size()
-        self.mesh.borders["messages"] += 1
-        return x
+        self.count(place, received=x)
+        return x  # type: ignore[no-any-return]
+
+    def count(self, place: int, sent: torch.Tensor | None = None, received: torch.Tensor | None = None) -> None:
+        """What went to a pipeline rank, or came from it."""
+        borders = self.mesh.borders
+        if sent is not None:
+            borders["bytes_sent"] += sent.numel() * sent.element_size()
+        if received is not None:
+            size = received.numel() * received.element_size()
+            borders["bytes_received"] += size
+            borders["messages"] += 1
+            if self.elsewhere[place]:
+                borders["bytes_crossed"] += size
 
     def finish(self) -> None:
         """Waits until all that was sent has gone."""

@@ -119,8 +119,9 @@ def serial_loss() -> float:
     return loss.item()
 
 
-def staged(rank: int, config: dict[str, Any], schedule: str, hosts: tuple[int, ...]) -> tuple[int, int]:
-    """(bytes that crossed inside stages, bytes received behind them) of a step of two micro-batches through four pairs of linear maps."""
+def staged(rank: int, config: dict[str, Any], schedule: str, hosts: tuple[int, ...]) -> tuple[int, int, int]:
+    """(bytes that crossed inside stages, and behind them, bytes received behind them) of a step of two micro-batches through four pairs of
+    linear maps."""
     with on_host(rank, hosts, "ucx"):
         mesh = gingham.init(parallel=config, timeout=30.0)
     model = torch.nn.Sequential(*(gingham.nn.MLP(K, N, bias=False) for _ in range(4)))
@@ -128,17 +129,24 @@ def staged(rank: int, config: dict[str, Any], schedule: str, hosts: tuple[int, .
     mesh.traffic(reset=True)
     model.step(torch.ones(M, K), torch.zeros(M, K))
     counts = mesh.traffic()
-    return sum(each.get("bytes_crossed", 0) for each in counts.values()), counts["pipeline"]["bytes_received"]
+    behind = counts.pop("pipeline")
+    return sum(each.get("bytes_crossed", 0) for each in counts.values()), behind["bytes_crossed"], behind["bytes_received"]
 
 
-@pytest.mark.matrix
-@pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
-@pytest.mark.parametrize("by", ["stage", "data"])
-@pytest.mark.parametrize("shard", [None, "all", "state"])
+STAGED = [
+    pytest.param(shard, by, schedule, marks=[] if (shard, by, schedule) == (None, "stage", "zbv") else [pytest.mark.matrix])
+    for shard in (None, "all", "state")
+    for by in ("stage", "data", "mixed")
+    for schedule in ("1f1b", "zbv")
+]
+
+
+@pytest.mark.parametrize(("shard", "by", "schedule"), STAGED)
 def test_crossed_bytes_of_stages(ranks, shard: str | None, by: str, schedule: str) -> None:
-    """Each host has a stage, or each a data rank of every stage."""
+    """Each host has a stage, or each a data rank of every stage; mixed: one data rank of the last stage lies on a host of
+    its own."""
     config = dict(pipeline=2, data=dict(size=2, shard=shard), tensor=dict(size=2, mode="1d"))
-    hosts = split(4, 4) if by == "stage" else (0, 0, 1, 1, 0, 0, 1, 1)
+    hosts = {"stage": split(4, 4), "data": (0, 0, 1, 1, 0, 0, 1, 1), "mixed": split(6, 2)}[by]
     answers = ranks(8)(staged, config, schedule, hosts)
     grid = GridShape(axes_of(mode="1d", size=2, data=2, shard=shard))
     stages = 2 if schedule == "1f1b" else 4
@@ -146,8 +154,9 @@ def test_crossed_bytes_of_stages(ranks, shard: str | None, by: str, schedule: st
     sizes = (pairs * M * K // grid.size, pairs * M * N // grid.size, pairs * K * N // grid.size)
     passed = [M // 2 * K] * stages  # 1d's ranks have all features each
     words = crossed_by_stages(grid, 2, schedule, hosts, [sizes] * stages, passed, 2)
-    inside, behind = (sum(answer[at] for answer in answers) for at in (0, 1))
+    inside, crossed, behind = (sum(answer[at] for answer in answers) for at in range(3))
     # the model's input needs no gradient: the first weight is not gathered for it, in neither micro-batch
     words -= 2 * K * N if shard == "all" and by == "data" else 0
-    assert 4 * words == inside + (behind if by == "stage" else 0) > 0
-    assert inside == 0 if by == "stage" else behind > 0
+    assert 4 * words == inside + crossed > 0
+    assert behind > 0 and crossed == {"stage": behind, "data": 0, "mixed": behind // 2}[by]
+    assert inside == 0 or by != "stage"
