@@ -151,6 +151,10 @@ def test_the_plan_command_shows_hybrids(capsys: Any, monkeypatch: pytest.MonkeyP
         all(f" {tables.amount(planned.received[axis] / 4)} " in line for axis in ("data", "pipeline")) and f"{planned.bubble:.0%}" in line
     )
     assert main([*size, "--mode", "sequence"]) == 0 and "sequence of 4" in capsys.readouterr().out
+    assert main([*size, "--hosts", "2", "--between", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "from other hosts" in out and "on 2 hosts, parallel={'data'" in out and "parallel='auto'" not in out
+    assert main([*size, "--hosts", "3"]) == 2 and "--hosts 3 must divide the 4 ranks" in capsys.readouterr().err
     assert main([*size, "--hybrids", "--memory", "0.0001"]) == 1 and "needs" in capsys.readouterr().out
 
 

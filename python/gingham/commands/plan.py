@@ -51,10 +51,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--schedule", choices=SCHEDULES, help="of stages (default: each)")
     parser.add_argument("--microbatches", type=whole(1), metavar="M", help="of a step (default: 1, 2, 4 and 8 times the pipeline's ranks)")
     parser.add_argument("--mode", choices=MODES, help="of the tensor ranks (default: every grid)")
+    parser.add_argument("--hosts", type=whole(1), default=1, metavar="H", help="hybrids whose ranks lie on so many hosts, as many on each")
     usual = Machine()
     parser.add_argument("--memory", type=number(0), default=usual.memory / 1e9, metavar="GB", help="of tensors a rank may hold")
     parser.add_argument("--latency", type=number(0, equal=True), default=usual.latency, metavar="S", help="seconds a message")
     parser.add_argument("--bandwidth", type=number(0), default=usual.bandwidth / 1e9, metavar="GB/S", help="that a rank receives")
+    parser.add_argument("--between", type=number(0), metavar="GB/S", help="that a rank receives from other hosts (default: --bandwidth)")
     parser.add_argument("--speed", type=number(0), default=usual.speed / 1e12, metavar="TFLOP/S", help="of a rank")
 
 
@@ -63,10 +65,11 @@ def run(options: Namespace) -> int:
     if options.width % options.heads:
         print(f"gingham plan: --heads {options.heads} must divide --width {options.width}", file=sys.stderr)
         return 2
-    machine = Machine(options.latency, options.bandwidth * 1e9, options.speed * 1e12, options.memory * 1e9)
+    between = None if options.between is None else options.between * 1e9
+    machine = Machine(options.latency, options.bandwidth * 1e9, options.speed * 1e12, options.memory * 1e9, between)
     workload = gpt(options.layers, options.width, options.heads, options.batch, options.context, options.vocabulary)
     given = [options.data, options.zero, options.pipeline, options.schedule, options.microbatches, options.mode]
-    if options.hybrids or any(value is not None for value in given):
+    if options.hybrids or options.hosts > 1 or any(value is not None for value in given):
         return _hybrids(options, workload, machine)
     ranked = plans(workload, options.ranks, machine, sequence=True)
     # choices of the same cost are one line: a mode and the grid that it is, grids whose axes trade places
@@ -106,15 +109,20 @@ def _title(options: Namespace, workload: Workload) -> str:
 def _hybrids(options: Namespace, workload: Workload, machine: Machine) -> int:
     """The table of hybrids, of each shape the cheapest schedule and number of micro-batches; 1 where none is possible, 2 where the
     options do not fit together."""
-    pipeline = options.pipeline or (None if options.hybrids else 1)
+    every = options.hybrids or options.hosts > 1
+    pipeline = options.pipeline or (None if every else 1)
     wish = Wish(
-        data=options.data or (None if options.hybrids else 1),
+        data=options.data or (None if every else 1),
         shards=SHARDS if options.zero is None else (ZERO[options.zero],),
         pipeline=pipeline,
         schedules=SCHEDULES if options.schedule is None else (options.schedule,),
         microbatches=options.microbatches,
         mode=options.mode,
+        hosts=options.hosts,
     )
+    if options.ranks % options.hosts:
+        print(f"gingham plan: --hosts {options.hosts} must divide the {options.ranks} ranks", file=sys.stderr)
+        return 2
     ranked = hybrids(workload, options.ranks, machine, wish)
     wrong = "" if ranked else "no data x pipeline x tensor ranks of these numbers and mode"
     wrong = wrong or ("--schedule orders the passes of stages: give --pipeline, at least 2" if options.schedule and pipeline == 1 else "")
@@ -126,14 +134,17 @@ def _hybrids(options: Namespace, workload: Workload, machine: Machine) -> int:
     for each in ranked:
         shapes.setdefault((each.pipeline, each.data, each.shard, each.tensor["mode"], each.name.rpartition(" x ")[2], each.reason), each)
     possible = [each for each in shapes.values() if not each.reason]
-    rows = [_cells(each) for each in possible[:LINES]]
-    headings = ("pipeline x data x tensor", *(f"{axis} bytes" for axis in AXES), "messages", "memory a rank", "idle", "seconds")
+    rows = [_cells(each, options.hosts) for each in possible[:LINES]]
+    far = ("from other hosts",) if options.hosts > 1 else ()
+    headings = ("pipeline x data x tensor", *(f"{axis} bytes" for axis in AXES), *far, "messages", "memory a rank", "idle", "seconds")
     console = Console()
     show(console, _title(options, workload) + "; bytes received a rank and step", headings, rows, right=headings[1:])
     if len(possible) > LINES:
         console.print(f"and {len(possible) - LINES} dearer shapes", markup=False)
     if possible:
-        console.print(f"parallel='auto' takes the cheapest. {why(ranked)}", markup=False)
+        # init chooses before it knows the hosts
+        told = "parallel='auto' takes" if options.hosts == 1 else f"on {options.hosts} hosts, parallel={possible[0].parallel} is"
+        console.print(f"{told} the cheapest. {why(ranked)}", markup=False)
     for reason in dict.fromkeys(each.reason for each in ranked if each.reason):
         names = list(dict.fromkeys(each.name for each in ranked if each.reason == reason))
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -141,7 +152,8 @@ def _hybrids(options: Namespace, workload: Workload, machine: Machine) -> int:
     return 0 if possible else 1
 
 
-def _cells(each: Hybrid) -> tuple[str, ...]:
+def _cells(each: Hybrid, hosts: int) -> tuple[str, ...]:
     received = [amount(each.received[axis] / each.ranks) for axis in AXES]
+    received += [amount(sum(each.crossed.values()) / each.ranks)] if hosts > 1 else []
     memory, messages = amount(sum(each.memory.values())), f"{sum(each.messages.values()):,}"
     return each.name, *received, messages, memory, f"{each.bubble:.0%}", f"{each.seconds:#.3g}"

@@ -22,16 +22,18 @@ from .workload import Workload
 @dataclass(frozen=True)
 class Machine:
     """latency: seconds a message; bandwidth: bytes a second that a rank receives; speed: its flops a second; memory: bytes
-    of tensors that a rank may hold."""
+    of tensors that a rank may hold; between: bytes a second that a rank receives from other hosts (None: bandwidth)."""
 
     latency: float = 5e-6
     bandwidth: float = 45e9
     speed: float = 100e12
     memory: float = float("inf")
+    between: float | None = None
 
-    def seconds(self, flops: float, messages: float, received: float) -> float:
-        """Of a rank, nothing overlapping."""
-        return flops / self.speed + messages * self.latency + received / self.bandwidth
+    def seconds(self, flops: float, messages: float, received: float, crossed: float = 0.0) -> float:
+        """Of a rank, nothing overlapping; crossed: of the bytes received those from other hosts."""
+        far = crossed / (self.between or self.bandwidth)
+        return flops / self.speed + messages * self.latency + (received - crossed) / self.bandwidth + far
 
     def lacks(self, memory: float) -> str:
         """Why a rank cannot hold so many bytes; "" where it can."""

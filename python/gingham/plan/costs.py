@@ -87,7 +87,7 @@ def _saved(grid: GridShape, part: Part, workload: Workload, parts: int) -> tuple
     """(bytes of all ranks, messages of one) that a step of so many micro-batches receives less than as many steps."""
     item, depth, kept = workload.item, grid.parts(grid.axes.depth), grid.parts(grid.axes.kept)
     if isinstance(part, Linears):
-        swapped = _swapped(grid, part)
+        swapped = is_swapped(grid, part)
         words = formulas.linear_saved(grid, part.k, part.n, swapped, part.bias, parts)
         return item * words, formulas.linear_messages_saved(grid, len(part.n), swapped, part.bias, parts)
     if isinstance(part, Table):
@@ -155,12 +155,13 @@ def _block(grid: GridShape, workload: Workload, features: int, layout: Layout) -
     return largest(grid, workload.batch, rows) * time * largest(grid, features, layout.features)
 
 
-def _swapped(grid: GridShape, part: Linears) -> bool:
+def is_swapped(grid: GridShape, part: Linears) -> bool:
+    """As the layer of such a part trades n and k."""
     return formulas.is_swapped(grid, part.k, part.n, part.layout, None if part.layout == "outer->outer" else "auto")
 
 
 def _linears_cost(grid: GridShape, part: Linears, workload: Workload) -> Cost:
-    swapped = _swapped(grid, part)
+    swapped = is_swapped(grid, part)
     given, into = (grid.layout(end) for end in part.layout.split("->"))
     x, y = (grid.inner, grid.outer) if swapped else (grid.outer, grid.inner)
     moved = formulas.linear_relayouts(grid, workload.batch, part.k, part.n, (given, x), (y, into))

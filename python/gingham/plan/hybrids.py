@@ -10,7 +10,7 @@ all micro-batches that are under way at once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import MeshError
@@ -18,6 +18,7 @@ from ..mesh.layout import chunks
 from ..mesh.modes import GridShape
 from .choose import Machine, every_grid, name_of
 from .costs import Cost, impossible, shape_of, stretch_cost
+from .crossing import stages_crossed
 from .pipeline import SCHEDULES, balance, border_bytes, borders_of, bubble, in_flight, rank_of, refused, sizes_of_parts, usual_stages
 from .workload import Linears, Norm, Part, Table, Workload, merged
 
@@ -30,7 +31,8 @@ TIMES = (1, 2, 4, 8)  # micro-batches that are tried, as many times the pipeline
 class Hybrid:
     """A hybrid and what a step costs on it. tensor: axes_of's arguments of a data rank; received: bytes of all ranks, by axis; messages: of
     the rank that receives most, by axis; memory: bytes by kind of the rank that holds most, one of the pipeline rank `fullest`; bubble: the
-    share of a step in which a rank waits for others; reason: why it is not possible, "" where it is."""
+    share of a step in which a rank waits for others; reason: why it is not possible, "" where it is; crossed: of `received` what comes from
+    other hosts."""
 
     tensor: Mapping[str, Any]
     data: int
@@ -46,6 +48,7 @@ class Hybrid:
     seconds: float
     reason: str = ""
     fullest: int = 0
+    crossed: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(AXES, 0))
 
     @property
     def ranks(self) -> int:
@@ -81,7 +84,7 @@ class Hybrid:
 @dataclass(frozen=True)
 class Wish:
     """What is said of a hybrid; None: anything. tensor: axes_of's arguments; microbatches: None: those of TIMES; shards: of data above 1;
-    mode, size: of the tensor mesh, where the rest of it is open."""
+    mode, size: of the tensor mesh, where the rest of it is open; hosts: of as many ranks each."""
 
     data: int | None = None
     shards: Sequence[str | None] = SHARDS
@@ -91,6 +94,7 @@ class Wish:
     tensor: Mapping[str, Any] | None = None
     mode: str | None = None
     size: int | None = None
+    hosts: int = 1
 
 
 def hybrids(workload: Workload, ranks: int, machine: Machine | None = None, wish: Wish | None = None) -> list[Hybrid]:
@@ -157,7 +161,9 @@ def _costs(workload: Workload, machine: Machine, wish: Wish, pipeline: int, data
     for shard in [shard for shard in wish.shards if data > 1] or [None]:
         for schedule in wish.schedules if pipeline > 1 else ["1f1b"]:
             for count in counts:
-                yield hybrid_cost(workload, machine, tensor, data, shard, pipeline, schedule, count)
+                ranks = pipeline * shape_of(tensor, data, shard).size
+                hosts = [rank * wish.hosts // ranks for rank in range(ranks)] if wish.hosts > 1 else ()
+                yield hybrid_cost(workload, machine, tensor, data, shard, pipeline, schedule, count, hosts)
 
 
 def hybrid_cost(
@@ -169,8 +175,10 @@ def hybrid_cost(
     pipeline: int = 1,
     schedule: str = "1f1b",
     microbatches: int = 1,
+    hosts: Sequence[int] = (),
 ) -> Hybrid:
-    """Of one hybrid; with a pipeline or several micro-batches as gingham.pipeline's step makes them."""
+    """Of one hybrid; with a pipeline or several micro-batches as gingham.pipeline makes them. hosts: of the job's ranks, by pipeline,
+    data and tensor, where they are on several."""
     grid, alone = shape_of(tensor, data, shard), shape_of(tensor)
     rows, accumulates = sizes_of_parts(workload.batch, microbatches), pipeline > 1 or microbatches > 1
     reason = _reason(workload, grid, tensor, pipeline, schedule, microbatches)
@@ -198,20 +206,46 @@ def hybrid_cost(
         for rank, mine in enumerate(of_rank)
     ]
     idle = bubble(schedule, pipeline, microbatches, usual_stages(schedule)) if pipeline > 1 else 0.0
+    far, unknown = _far(grid, parts, ends, workload, rows, hosts, pipeline, schedule)
+    reason = reason or unknown
     busy = [
         machine.seconds(
             sum(costs[stage].flops for stage in mine),
             sum(costs[stage].messages for stage in mine) + borders[rank],
             (sum(costs[stage].received for stage in mine) + _of_rank(crossed, rank, pipeline, schedule, stages)) / grid.size,
+            (sum(far[stage][axis] for stage in mine for axis in ("tensor", "data")) + _of_rank(behind, rank, pipeline, schedule, stages))
+            / grid.size,
         )
+        for behind in [[each["pipeline"] for each in far]]
         for rank, mine in enumerate(of_rank)
     ]
     fullest = max(range(pipeline), key=lambda rank: sum(memories[rank].values()))
     memory, seconds = memories[fullest], max(busy) / (1 - idle)
     reason = reason or machine.lacks(sum(memory.values()))
+    across = {axis: sum(each[axis] for each in far) for axis in AXES}
     return Hybrid(
-        tensor, data, shard, pipeline, schedule, microbatches, grid.grid, received, messages, memory, idle, seconds, reason, fullest
+        tensor, data, shard, pipeline, schedule, microbatches, grid.grid, received, messages, memory, idle, seconds, reason, fullest, across
     )
+
+
+def _far(
+    grid: GridShape,
+    parts: Sequence[Sequence[tuple[int, Part]]],
+    ends: Sequence[tuple[int, str]],
+    workload: Workload,
+    rows: Sequence[int],
+    hosts: Sequence[int],
+    pipeline: int,
+    schedule: str,
+) -> tuple[list[dict[str, int]], str]:
+    """What comes from other hosts by stage and axis, and why it is not known, "" where it is."""
+    nothing = [dict.fromkeys(AXES, 0) for _ in parts]
+    if len(set(hosts)) < 2:
+        return nothing, ""
+    try:
+        return stages_crossed(grid, parts, ends, workload, rows, hosts, pipeline, schedule), ""
+    except NotImplementedError as error:
+        return nothing, str(error)
 
 
 def _reason(workload: Workload, grid: GridShape, tensor: Mapping[str, Any], pipeline: int, schedule: str, microbatches: int) -> str:
