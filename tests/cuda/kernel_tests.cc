@@ -1,5 +1,5 @@
 // Runs the device kernels in the host shim against float64 references.
-//   kernel_tests [--full] [--seeds N] [--only SUBSTRING]     prints one line per kernel, dtype and shape; exit 1 when one fails
+//   kernel_tests [--full] [--seeds N] [--only SUBSTRING] [--not SUBSTRING]     prints one line per kernel, dtype and shape; exit 1 when one fails
 #include "kernel_tests.h"
 
 #include <cmath>
@@ -155,10 +155,12 @@ std::vector<Case>& cases() {
   return all;
 }
 
-int run_all(const std::string& only) {
+int run_all(const std::string& only, const std::string& not_these) {
   for (const Case& test : cases()) {
     const std::string name = test.name;
-    if (name.find(only) == std::string::npos || (name.find("provoked") == 0 && only.empty())) continue;
+    if (name.find(only) == std::string::npos || (!not_these.empty() && name.find(not_these) != std::string::npos) ||
+        (name.find("provoked") == 0 && only.empty()))
+      continue;
     try {
       test.run();
     } catch (const std::exception& error) {
@@ -187,12 +189,13 @@ int run_all(const std::string& only) {
 }  // namespace gingham::tests
 
 int main(int argc, char** argv) {
-  std::string only;
+  std::string only, not_these;
   for (int i = 1; i < argc; i++) {
     const std::string word = argv[i];
     if (word == "--full") gingham::tests::run_full = true;
     if (word == "--seeds" && i + 1 < argc) gingham::tests::seeds = atoi(argv[++i]);
     if (word == "--only" && i + 1 < argc) only = argv[++i];
+    if (word == "--not" && i + 1 < argc) not_these = argv[++i];
   }
-  return gingham::tests::run_all(only);
+  return gingham::tests::run_all(only, not_these);
 }

@@ -19,6 +19,7 @@ from pathlib import Path
 from cuda import nvcc, shim_build
 from cuda.kernel_faults import FAULTS
 from cuda.mutation import Mutation, Outcome
+from cuda.ptx import build as ptx_build
 
 FOLDER = nvcc.ROOT / "build" / "mutations"
 SECONDS = 240
@@ -79,6 +80,14 @@ def shim(csrc: Path, unit: str, checks: tuple[str, ...]) -> tuple[int, str]:
     return 0, ""
 
 
+def prepare(chosen: list[Mutation]) -> None:
+    """Builds what several faults share, once, so that they can be put in side by side."""
+    if any(mutation.rung == 4 for mutation in chosen):
+        ptx_build.build()
+    if any(mutation.rung == 3 for mutation in chosen):
+        shim_build.build("plain")
+
+
 RUNGS: dict[int, Callable[[Path, str, tuple[str, ...]], tuple[int, str]]] = {3: shim, 4: interpreter}
 
 
@@ -101,6 +110,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 def main(names: list[str]) -> int:
     chosen = [mutation for mutation in FAULTS if not names or mutation.name in names]
+    prepare(chosen)
     with ThreadPoolExecutor(2) as pool:
         outcomes = list(pool.map(run, chosen))
     print(table(outcomes))

@@ -1,6 +1,7 @@
 """The tests of the tests: every fault of kernel_faults.py is found by its rung, and where nothing was changed nothing is found."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -21,9 +22,14 @@ SAMPLE = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(request: pytest.FixtureRequest) -> Iterator[list[Outcome]]:
-    kept: list[Outcome] = []
-    yield kept
+def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
+    """Of the faults that were asked for, which are put in two at a time: each is mostly one run of a compiler."""
+    asked = [item.callspec.params["fault"] for item in request.session.items if getattr(item, "function", None) is test_the_fault_is_found]
+    mutations.prepare(asked)
+    with ThreadPoolExecutor(2) as pool:
+        running = {fault.name: pool.submit(mutations.run, fault) for fault in asked}
+        yield running
+    kept = [outcome.result() for outcome in running.values() if not outcome.exception()]
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     if capture and kept:
         with capture.global_and_fixture_disabled():
@@ -38,9 +44,8 @@ def test_names_are_apart_and_the_sample_exists() -> None:
 @pytest.mark.parametrize(
     "fault", [pytest.param(fault, id=fault.name, marks=() if fault.name in SAMPLE else pytest.mark.matrix) for fault in FAULTS]
 )
-def test_the_fault_is_found(outcomes: list[Outcome], fault: Mutation) -> None:
-    outcome = mutations.run(fault)
-    outcomes.append(outcome)
+def test_the_fault_is_found(outcomes: dict[str, Future[Outcome]], fault: Mutation) -> None:
+    outcome = outcomes[fault.name].result()
     assert outcome.caught, outcome.said or "every check passed"
 
 
