@@ -59,6 +59,7 @@ std::vector<Row> start(const Options& options, const RankBody& body);
 
 Measured run_matmul(const Options& options);      // name: matmul | dx | dw | backward
 Measured run_kernel(const Options& options);      // name: gemm (one rank's product) | kernels (each beside its CPU twin)
+Measured run_attention(const Options& options);   // forward and backward over a ring: m places, n heads of k numbers
 Measured run_collective(const Options& options);  // name: all_gather | reduce_scatter | all_reduce | broadcast | reduce
 
 }  // namespace gingham

@@ -75,6 +75,23 @@ else
   say "One GPU: NCCL refuses two ranks on it, so that the NCCL transport was NOT run here."
 fi
 
+say ""; say "## Checks: attention over a ring, forward and backward, bytes equal to the formula"
+for dtype in float32 bfloat16 float16 float64; do
+  for shape in 515,64,4 130,128,2 37,20,3; do
+    part $BENCH attention --check --ranks 4 --shape $shape --dtype $dtype --rounds 3 --device cuda --transport copy --as threads
+  done
+done
+[ "$GPUS" -gt 1 ] && part $BENCH attention --check --ranks "$GPUS" --shape 515,64,4 --dtype bfloat16 --rounds 3 --device cuda --transport nccl
+
+say ""; say "## Attention, causal, one rank and a ring (useful flops: half of the square)"
+for dtype in bfloat16 float32; do
+  for shape in 8192,64,16 8192,128,16; do
+    for ranks in 1 4; do
+      part $BENCH attention --ranks $ranks --shape $shape --dtype $dtype --rounds "$ROUNDS" --device cuda --transport copy --as threads
+    done
+  done
+done
+
 say ""; say "## Products: gingham, then cuBLASLt (GFLOP/s)"
 for dtype in bfloat16 float16 float32 float64; do
   for n in 1024 4096 8192; do

@@ -24,6 +24,7 @@ const char* kUsage =
     "  all_gather, reduce_scatter, all_reduce, broadcast, reduce\n"
     "  all                           each of the above\n"
     "  overlap                       a product behind a link as slow as itself, in 1, 2, 4 and 8 slices\n"
+    "  attention                     causal, forward and backward over a ring in zigzag order: --shape TIME,WIDTH,HEADS (--sizes: 8 heads of 64)\n"
     "  gemm                          one rank's product\n"
     "  kernels                       each GPU kernel beside its CPU twin\n"
     "\n"
@@ -50,7 +51,7 @@ const char* kUsage =
     "GINGHAM_BLAS names the BLAS: a path, for instance torch/lib/libtorch_cpu.so, or plain.\n";
 
 const std::vector<std::string> kCases{"matmul",    "dx",     "dw",  "backward", "all_gather", "reduce_scatter", "all_reduce",
-                                      "broadcast", "reduce", "all", "overlap",  "gemm",       "kernels"};
+                                      "broadcast", "reduce", "all", "overlap",  "gemm",       "kernels",        "attention"};
 
 std::string joined(const std::vector<std::string>& words) {
   std::string out;
@@ -183,11 +184,17 @@ void header() {
          "GFLOP/s", "algbw GB/s", "busbw GB/s", "bytes recv", "formula", "messages", "#wrong", "workspace");
 }
 
+Measured measure(const Options& o) {
+  if (is_matmul(o.name)) return run_matmul(o);
+  if (is_kernel(o.name)) return run_kernel(o);
+  return o.name == "attention" ? run_attention(o) : run_collective(o);
+}
+
 // Returns whether everything checked was right and every byte as the formula says.
 bool report(const Options& o) {
-  const Measured m = is_matmul(o.name) ? run_matmul(o) : is_kernel(o.name) ? run_kernel(o) : run_collective(o);
+  const Measured m = measure(o);
   char size[64], wrong[32];
-  if (is_matmul(o.name) || o.name == "gemm")
+  if (is_matmul(o.name) || o.name == "gemm" || o.name == "attention")
     snprintf(size, sizeof(size), "%lldx%lldx%lld", static_cast<long long>(o.m), static_cast<long long>(o.k), static_cast<long long>(o.n));
   else
     snprintf(size, sizeof(size), "%lld", static_cast<long long>(o.n));
@@ -258,6 +265,10 @@ int main_of(int argc, char** argv) {
       Options o = command.options;
       o.name = name;
       if (!command.shaped) o.m = o.k = o.n = n;
+      if (name == "attention") {
+        o.source = Source::ring;
+        if (!command.shaped) o.k = 64, o.n = 8;
+      }
       if (is_matmul(name) || is_kernel(name))
         o.ranks = is_kernel(name) ? 1 : 0;
       else if (name != "overlap" && o.ranks == 0)

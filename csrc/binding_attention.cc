@@ -13,6 +13,9 @@ void define_attention(py::module_& m) {
            py::arg("scale") = 1.0, py::arg("zigzag") = false, py::arg("past") = 0, py::arg("p") = 0.0, py::arg("dropout") = std::vector<int64_t>())
       .def("forward", &BoundAttention::forward, py::arg("q"), py::arg("k"), py::arg("v"))
       .def("backward", &BoundAttention::backward, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dout"))
+      .def_static(
+          "widest_head", [](const Member& member, const std::string& dtype) { return widest_head(dtype_of(dtype), member.job->stream()); },
+          py::arg("program"), py::arg("dtype"))                           // that the kernels of the program's device take
       .def_property_readonly("multiplied", &BoundAttention::multiplied);  // multiply-adds of its calls
 }
 

@@ -301,7 +301,13 @@ bool sees(const Attention& a, const Run& queries, const Run& keys) {
   return queries.count > 0 && keys.count > 0 && (!a.causal || keys.position < queries.position + queries.count);
 }
 
+int64_t widest_head([[maybe_unused]] DType dtype, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, widest_head(dtype, stream));
+  return std::numeric_limits<int64_t>::max();
+}
+
 void attention_begin(const AttentionSums& sums, const Stream& stream) {
+  DISPATCH_DEVICE(stream, attention_begin(sums, stream));
   fill_zero(sums.out, stream);
   fill_zero(sums.sum, stream);
   DISPATCH(sums.top.dtype, T, std::fill_n(static_cast<T*>(sums.top.data), sums.top.count(), kNothing<T>));
@@ -310,10 +316,13 @@ void attention_begin(const AttentionSums& sums, const Stream& stream) {
 void attention_forward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
                        const AttentionSums& sums, const Stream& stream) {
   check_block(a, q, queries, k, v, keys);
-  if (sees(a, queries, keys)) DISPATCH(accumulator(q.dtype), T, forward<T>(a, q, queries, k, v, keys, sums, stream));
+  if (!sees(a, queries, keys)) return;
+  DISPATCH_DEVICE(stream, attention_forward(a, q, queries, k, v, keys, sums, stream));
+  DISPATCH(accumulator(q.dtype), T, forward<T>(a, q, queries, k, v, keys, sums, stream));
 }
 
-void attention_finish(const Attention& a, const AttentionSums& sums, const Stream&) {
+void attention_finish(const Attention& a, const AttentionSums& sums, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, attention_finish(a, sums, stream));
   DISPATCH(sums.out.dtype, T, {
     for (int64_t i = 0; i < sums.out.rows; i++)
       for (int64_t line = 0; line < a.batch * a.heads; line++) {
@@ -326,13 +335,16 @@ void attention_finish(const Attention& a, const AttentionSums& sums, const Strea
 }
 
 void attention_delta(const Attention& a, const Matrix& dout, const Matrix& out, const Matrix& delta, const Stream& stream) {
+  DISPATCH_DEVICE(stream, attention_delta(a, dout, out, delta, stream));
   DISPATCH(accumulator(out.dtype), T, delta_of<T>(a, dout, out, delta, stream));
 }
 
 void attention_backward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
                         const Matrix& dout, const Matrix& lse, const Matrix& delta, const AttentionGradients& sums, const Stream& stream) {
   check_block(a, q, queries, k, v, keys);
-  if (sees(a, queries, keys)) DISPATCH(accumulator(q.dtype), T, backward<T>(a, q, queries, k, v, keys, dout, lse, delta, sums, stream));
+  if (!sees(a, queries, keys)) return;
+  DISPATCH_DEVICE(stream, attention_backward(a, q, queries, k, v, keys, dout, lse, delta, sums, stream));
+  DISPATCH(accumulator(q.dtype), T, backward<T>(a, q, queries, k, v, keys, dout, lse, delta, sums, stream));
 }
 
 }  // namespace gingham

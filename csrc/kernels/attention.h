@@ -26,7 +26,7 @@ struct Attention {
   // p > 0: dropout; where this rank's part begins in the global tensor, and that one's heads and time.
   DropoutKey dropout{0, 0, 0, 0.0};
   int64_t first_batch = 0, first_head = 0, all_heads = 1, time = 0;
-  int64_t* multiplied = nullptr;  // counts multiply-adds: of a tile of scores 2 rows cols width forward, 5 backward
+  int64_t* multiplied = nullptr;  // counts multiply-adds: of a tile of scores 2 rows cols width forward, 5 backward, 7 on GPUs
 };
 
 // Rows [row, row + count) that stand at positions [position, position + count) of the sequence; column: of the first of them, as keys, in
@@ -39,6 +39,9 @@ struct Run {
 struct AttentionSums {
   Matrix out, top, sum;
 };
+
+// The widest head that this device's kernels take.
+int64_t widest_head(DType dtype, const Stream& stream);
 
 // Whether a query of one run may see a key of the other.
 bool sees(const Attention& a, const Run& queries, const Run& keys);
@@ -56,5 +59,16 @@ struct AttentionGradients {
 };
 void attention_backward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
                         const Matrix& dout, const Matrix& lse, const Matrix& delta, const AttentionGradients& sums, const Stream& stream);
+
+namespace cuda {
+int64_t widest_head(DType dtype, const Stream& stream);
+void attention_begin(const AttentionSums& sums, const Stream& stream);
+void attention_forward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
+                       const AttentionSums& sums, const Stream& stream);
+void attention_finish(const Attention& a, const AttentionSums& sums, const Stream& stream);
+void attention_delta(const Attention& a, const Matrix& dout, const Matrix& out, const Matrix& delta, const Stream& stream);
+void attention_backward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
+                        const Matrix& dout, const Matrix& lse, const Matrix& delta, const AttentionGradients& sums, const Stream& stream);
+}  // namespace cuda
 
 }  // namespace gingham

@@ -1,29 +1,11 @@
 // The same bits as dropout.cc: every thread draws one counter, four words for the four elements of the global tensor that share it. Some 160
 // integer instructions a counter: about what memory allows in fp32 (8 bytes an element), half of that in 16 bits.
 #include "kernels/dropout.h"
+#include "kernels/philox.cuh"
 #include "kernels/sweep.cuh"
 
 namespace gingham::cuda {
 namespace {
-
-struct Counter {
-  uint32_t at[4];
-};
-
-__device__ inline Counter philox(uint64_t n, uint64_t call, uint32_t k0, uint32_t k1) {
-  uint32_t c0 = static_cast<uint32_t>(n), c1 = static_cast<uint32_t>(n >> 32), c2 = static_cast<uint32_t>(call),
-           c3 = static_cast<uint32_t>(call >> 32);
-  for (int round = 0; round < 10; round++) {
-    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
-    c1 = static_cast<uint32_t>(b);
-    c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9;
-    k1 += 0xBB67AE85;
-  }
-  return {{c0, c1, c2, c3}};
-}
 
 template <class T>
 __device__ inline T scaled(T x, bool kept, Wide<T> keep) {
@@ -55,8 +37,7 @@ __global__ void __launch_bounds__(kSweepThreads) dropout_kernel(const T* x, T* y
       const int begin = at < 0 ? static_cast<int>(-at) : 0, end = runs.length - at < 4 ? static_cast<int>(runs.length - at) : 4;
 #pragma unroll 1  // unrolled, these stores would be merged with those above and none would be whole
       for (int k = begin; k < end; k++) {
-        const uint32_t word = k < 2 ? (k == 0 ? words.at[0] : words.at[1]) : (k == 2 ? words.at[2] : words.at[3]);
-        to[k] = scaled(from[k], word >= draw.threshold, keep);
+        to[k] = scaled(from[k], word_of(words, k) >= draw.threshold, keep);
       }
     }
   }

@@ -19,6 +19,11 @@ struct View {
   View() = default;
   explicit View(const Matrix& m) : data(static_cast<T*>(m.data)), row_stride(m.row_stride), col_stride(m.col_stride) {}
   __device__ T* to(int64_t i, int64_t j) const { return data + i * row_stride + j * col_stride; }
+  __device__ View from(int64_t i, int64_t j) const {
+    View out = *this;
+    out.data = to(i, j);
+    return out;
+  }
   template <int W>
   __device__ Pack<T, W> load(int64_t i, int64_t j) const {
     return load_pack<W>(to(i, j));

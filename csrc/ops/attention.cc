@@ -64,6 +64,8 @@ void RingAttention::check(const Matrix& q, const Matrix& k, const Matrix& v) con
         "; cast them alike");
   CHECK(ShapeError, a.kv_heads > 0 && a.heads % a.kv_heads == 0, a.heads, " heads share ", a.kv_heads,
         " heads of keys and values; those must divide them");
+  CHECK(ShapeError, a.width <= widest_head(q.dtype, stream_), "heads of ", a.width, " ", name_of(q.dtype), " numbers on a GPU, whose kernels take ",
+        widest_head(q.dtype, stream_), "; ring=False, without order='zigzag', leaves attention to torch");
   const int64_t own = call_.lengths[static_cast<size_t>(call_.place)], keys = axis_ ? own : call_.past + total_of(call_.lengths);
   CHECK(ShapeError, q.rows == own && k.rows == keys && v.rows == keys, "q, k, v have ", q.rows, ", ", k.rows, ", ", v.rows,
         " places of the sequence, expected ", own, ", ", keys, ", ", keys);

@@ -128,6 +128,52 @@ class RingPanels : public Panels {
   int received_ = 0, consumed_ = 0;
 };
 
+// On a ring that queues (GPUs): hop h + 1 is queued before the kernels of hop h, beside which it travels. What comes into a buffer waits for the
+// kernels queued before, among them the last that read it. All four messages of a hop are one group: no rank waits for another's second.
+class QueuedPanels : public Panels {
+ public:
+  QueuedPanels(const PanelCall& call, const Pair& own)
+      : call_(call), axis_(call.axis), ring_(call.axis.ring()), own_{packed(own.k, 0), packed(own.v, 1)} {
+    room_ = pair_in(nullptr, *std::max_element(call.lengths.begin(), call.lengths.end()), own).bytes();
+    buffers_ = Scratch(call.stream, room_ * static_cast<size_t>(std::min(kBuffers, axis_.size() - 1)));
+  }
+
+  void begin() override { exchange(1); }
+  Pair at(int hop) override {
+    ring_.arrived(kPanelLane);
+    if (hop + 1 < axis_.size()) exchange(hop + 1);
+    return in_buffer(hop);
+  }
+  void end() override { ring_.drain(axis_.next(), kPanelLane); }
+
+ private:
+  static constexpr int kBuffers = 2;
+  Matrix packed(const Matrix& m, int which) {
+    if (m.empty() || m.flat()) return m;
+    copies_[which] = Scratch(call_.stream, m.bytes());
+    const Matrix out = dense(copies_[which].data(), m.rows, m.cols, m.dtype);
+    cast(m, out, call_.stream);
+    return out;
+  }
+  Pair in_buffer(int hop) const { return pair_in(buffers_.data() + static_cast<size_t>((hop - 1) % kBuffers) * room_, call_.length(hop), own_); }
+  void exchange(int hop) {
+    const Pair from = hop == 1 ? own_ : in_buffer(hop - 1), to = in_buffer(hop);
+    if (hop > kBuffers) ring_.drain(axis_.next(), kPanelLane);  // what was sent from the buffer, in the last group, has been taken
+    ring_.group_start();
+    for (const Matrix& m : {from.k, from.v}) ring_.send(axis_.next(), m.data, m.bytes(), kPanelLane);
+    for (const Matrix& m : {to.k, to.v}) ring_.recv(axis_.next(-1), m.data, m.bytes(), kPanelLane);
+    ring_.group_end();
+  }
+
+  const PanelCall& call_;
+  Axis& axis_;
+  Ring& ring_;
+  Scratch copies_[2];
+  Pair own_;
+  size_t room_ = 0;
+  Scratch buffers_;
+};
+
 // A run's sums begin with the first rank, in the order of hops, that looks at it, and come home if any did: as few receptions as there are
 // ranks that add to them.
 class WindowSums : public Sums {
@@ -202,14 +248,21 @@ class RingSums : public Sums {
 
   void expect(int hop) override {
     sums_ = pair_in(relay_.next(), call_.length(hop), like_);
-    if (hop > 1) ring_.expect(call_.axis.next(-1), sums_.k.data, sums_.bytes(), kSumLane);
+    if (hop == 1) return;
+    if (ring_.queues())
+      ring_.recv(call_.axis.next(-1), sums_.k.data, sums_.bytes(), kSumLane);  // it travels beside the product
+    else
+      ring_.expect(call_.axis.next(-1), sums_.k.data, sums_.bytes(), kSumLane);
   }
   void add(int hop, const Pair& product) override {
     if (hop == 1) {
       cast(product.k, sums_.k, call_.stream);
       cast(product.v, sums_.v, call_.stream);
     } else {
-      ring_.take(call_.axis.next(-1), sums_.k.data, sums_.bytes(), kSumLane);
+      if (ring_.queues())
+        ring_.arrived(kSumLane);
+      else
+        ring_.take(call_.axis.next(-1), sums_.k.data, sums_.bytes(), kSumLane);
       for (const Run& run : call_.of(hop)) {
         accumulate(product.of(run).k, sums_.of(run).k, call_.stream);
         accumulate(product.of(run).v, sums_.of(run).v, call_.stream);
@@ -238,7 +291,10 @@ class RingSums : public Sums {
 }  // namespace
 
 std::unique_ptr<Panels> window_panels(const PanelCall& call, int panel) { return std::make_unique<WindowPanels>(call, panel); }
-std::unique_ptr<Panels> ring_panels(const PanelCall& call, const Pair& own) { return std::make_unique<RingPanels>(call, own); }
+std::unique_ptr<Panels> ring_panels(const PanelCall& call, const Pair& own) {
+  if (call.axis.ring().queues()) return std::make_unique<QueuedPanels>(call, own);
+  return std::make_unique<RingPanels>(call, own);
+}
 std::unique_ptr<Sums> window_sums(const PanelCall& call, const Pair& room, int panel) { return std::make_unique<WindowSums>(call, room, panel); }
 std::unique_ptr<Sums> ring_sums(const PanelCall& call, const Pair& like) { return std::make_unique<RingSums>(call, like); }
 

@@ -35,6 +35,10 @@ def host(name: str, kind: str, file: str, old: str, new: str, *checks: str) -> M
     return Mutation(name, kind, file, old, new, 5, "", checks)
 
 
+PANELS, RINGS, RING_COPIES = "ops/panels.cc", "attention", "attention over copies"
+RECEIVED = "    for (const Matrix& m : {to.k, to.v}) ring_.recv(axis_.next(-1), m.data, m.bytes(), kPanelLane);\n"
+RECEIVED += "    ring_.group_end();\n"
+APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
 FAULTS = [
@@ -68,7 +72,7 @@ FAULTS = [
         "",
         "one communicator at a time",
     ),
-    host("bytes received are not counted", "count", QUEUED, "  count_received(bytes);\n", "", BYTES),
+    host("bytes received are not counted", "count", QUEUED, "  count_received(bytes, crosses(peer));\n", "", BYTES),
     host(
         "a copy does not wait for its sender",
         "event",
@@ -95,6 +99,17 @@ FAULTS = [
         "for (int r = 0; r <= rank; r++) data +=",
         NCCL_PRODUCTS,
     ),
+    host("keys of a hop are used before they are here", "ring", PANELS, "    ring_.arrived(kPanelLane);\n", "", JITTER),
+    host(
+        "a hop's buffer is used again too early",
+        "ring",
+        PANELS,
+        "    if (hop > kBuffers) ring_.drain",
+        "    if (hop < 0) ring_.drain",
+        RING_COPIES,
+    ),
+    host("a hop is sent before it is received", "group", PANELS, RECEIVED, APART + RECEIVED, RINGS),
+    host("gradients are added before they are here", "ring", PANELS, "        ring_.arrived(kSumLane);\n", "        (void)0;\n", JITTER),
     host("a partial sum is added before it is here", "ring", OUTPUT, "    if (round_ > 0) axis_.ring().arrived(lane_);\n", "", JITTER),
     host(
         "the ring of sums is left early",

@@ -1,11 +1,13 @@
 """Faults of the kernels. What only the inline PTX shows belongs to rung 4, what only lanes that run apart show to rung 3."""
 
+from cuda.attention_faults import ATTENTION
 from cuda.mutation import Mutation
 
 TILE, DEVICE, STORE, PLAIN = "kernels/gemm_tile.cuh", "kernels/device.cuh", "kernels/gemm_store.cuh", "kernels/gemm_plain.cu"
 CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/column_slabs.cuh", "kernels/tail.cuh"
 ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
 LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
+PANEL = "kernels/panel.cuh"
 SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
 
 
@@ -31,12 +33,12 @@ FAULTS = [
     gemm("missing commit", TILE, "    cp_async_commit();  // empty ones too: the wait below counts groups\n", ""),
     gemm(
         "swizzle of the store, not of the load",
-        TILE,
+        PANEL,
         "(shared + at(first + i * step, chunk),",
         "(shared + ((first + i * step) * chunks + chunk) * 16,",
     ),
-    gemm("missing bounds check of lines", TILE, "valid > 0 && first + i * step < lines_left;", "valid > 0;"),
-    gemm("missing bounds check along lines", TILE, "const int left = length_left - chunk * elements,", "const int left = elements,"),
+    gemm("missing bounds check of lines", PANEL, "valid > 0 && first + i * step < lines_left;", "valid > 0;"),
+    gemm("missing bounds check along lines", PANEL, "const int left = length_left - chunk * elements,", "const int left = elements,"),
     gemm(
         "dropped barrier before the slabs",
         TILE,
@@ -113,5 +115,6 @@ FAULTS = [
     other("softmax: lanes of a warp left out", "loss", "cross_entropy", REDUCE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
     other("softmax: target of the group's first", "loss", "cross_entropy", LOSS, "id - targets.first - j;", "id - targets.first;"),
     other("embedding: ids of other ranks", "embedding", "embedding", EMBED, "at >= 0 && at < rows ?", "at < rows ?"),
+    *ATTENTION,
     other("quantise: largest of half a block", "quantise", "quantise", QUANTISE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
 ]

@@ -39,6 +39,7 @@ SHOWN = re.compile(
     r"tile_kernel<(Bf16|float), .*true>$|sm90_kernel<Bf16|plain_kernel|dropout_kernel<(Bf16|float)>|(quantise|dequantise)_kernel<Bf16>"
     r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|SoftmaxGradient|AddChain)<Bf16>)>"
     r"|sweep_kernel<4, (Sum<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
+    r"|attention_(forward|backward)_kernel<(Bf16|float), |delta_kernel<8, Bf16>"
     r"|slab_kernel<8, (Column|GammaGradient)<Bf16>>|(statistics|layer_norm|pieces|backward|maxima|softmax)_kernel<8, Bf16>"
 )
 Row = dict[str, Any]
@@ -110,10 +111,29 @@ def block_of(name: str) -> tuple[int, int] | None:
     if name.startswith("plain_kernel"):
         element = 8 if "double" in name else 4
         return 256, 2 * 2 * 16 * (2 * 16 * 16 // element + 16 // element) * element
+    attention = re.match(r"attention_(forward|backward)_kernel<(\w+), (\d+)(?:, (true|false))?>", name)
+    if attention:
+        return attention_block(attention[2], int(attention[3]), attention[1] == "backward", attention[4] == "true")
     wide = re.match(r"slab_kernel<(\d+),", name)
     if wide:
         return 256, 8 * 8 * 32 * int(wide[1])
     return None if name.startswith("sm90_kernel") else (256, 0)
+
+
+def attention_block(element: str, width: int, backward: bool, of_keys: bool) -> tuple[int, int]:
+    """Threads and shared memory without a mask, after ForwardShape and BackwardShape of csrc/kernels."""
+    size = {"Bf16": 2, "F16": 2, "float": 4, "double": 8}[element]
+    tensor, wide = size == 2, max(size, 4)
+    warps, stages = (2, 1) if width * size >= 1024 else (4, 2)
+    pitch = width * size + (0 if tensor else 16)
+    if backward:
+        most = (64 if size == 8 else 128) if of_keys else width
+        other = (16 if size == 8 else 64 if width * size <= 128 else 32) // (2 if of_keys and width >= most else 1)
+    else:
+        other = 16 if size == 8 else 64 if tensor and width <= 128 else 32
+    stage = 2 * other * pitch + (2 * other * wide if backward else 0)
+    slabs = 0 if tensor else warps * 16 * (other + 4) * size
+    return 32 * warps, (2 if backward else 1) * 16 * warps * pitch + stages * stage + slabs
 
 
 def occupancy(name: str, registers: int, arch: str) -> int | None:

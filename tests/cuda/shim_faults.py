@@ -40,10 +40,10 @@ MUTATIONS = [
         "gemm_bf16.cu",
     ),
     Mutation("no barrier within the stores", "gemm_tile.cuh", "    warp_barrier();\n#pragma unroll 1", "#pragma unroll 1", "gemm_bf16.cu"),
-    Mutation("no twist", "gemm_tile.cuh", ": line & 7;", ": 0;", "gemm_bf16.cu", "gemm tiles"),
+    Mutation("no twist", "panel.cuh", ": line & 7;", ": 0;", "gemm_bf16.cu", "gemm tiles"),
     Mutation(
         "no .trans for A",
-        "gemm_tile.cuh",
+        "panel.cuh",
         "ldmatrix_x4_trans(out, panel + P::at(kc * P::elements + (lane & 7)",
         "ldmatrix_x4(out, panel + P::at(kc * P::elements + (lane & 7)",
         "gemm_bf16.cu",
@@ -55,13 +55,13 @@ MUTATIONS = [
         "fb[j / 2][j % 2 * 2 + 1], fb[j / 2][j % 2 * 2]",
         "gemm_bf16.cu",
     ),
-    Mutation("lines past the end are read", "gemm_tile.cuh", "valid > 0 && first + i * step < lines_left", "valid > 0", "gemm_bf16.cu"),
+    Mutation("lines past the end are read", "panel.cuh", "valid > 0 && first + i * step < lines_left", "valid > 0", "gemm_bf16.cu"),
     Mutation(
-        "elements past the end are read", "gemm_tile.cuh", "left <= 0 ? 0 : (left < elements ? left : elements)", "elements", "gemm_bf16.cu"
+        "elements past the end are read", "panel.cuh", "left <= 0 ? 0 : (left < elements ? left : elements)", "elements", "gemm_bf16.cu"
     ),
     Mutation("rows past the end are stored", "gemm_tile.cuh", "if (at_row < m) store", "store", "gemm_bf16.cu"),
     Mutation("columns past the end are stored", "gemm_store.cuh", "if (j + k < n) put<1>", "put<1>", "gemm_bf16.cu"),
-    Mutation("operands not rounded to tf32", "gemm_tile.cuh", "word = to_tf32(word)", "word = word + 0", "gemm_tf32.cu"),
+    Mutation("operands not rounded to tf32", "panel.cuh", "word = to_tf32(word)", "word = word + 0", "gemm_tf32.cu"),
     Mutation(
         "one buffer, not two",
         "gemm_plain.cu",

@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-FAULTS, VIRTUAL = (Path(__file__).parent / "fake" / name for name in ("faults.py", "hosts.py"))
+FAULTS, VIRTUAL, REFUSED = (Path(__file__).parent / "fake" / name for name in ("faults.py", "hosts.py", "refused.py"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_products_and_collectives(package: Path) -> None:
 def test_simulated_kernels_in_the_pipeline() -> None:
     """The .cu files' own code, launched by the real step."""
     folder = fake_build.build("simulated")
-    for name in ("collectives", "a step could be captured"):
+    for name in ("collectives", "a step could be captured", "attention"):
         print(run([str(folder / "pipeline_tests"), name], fake_build.environment(folder)))
 
 
@@ -57,12 +57,15 @@ def test_thread_sanitizer() -> None:
     """Ranks as threads: a missing event between streams is a data race, which ThreadSanitizer names. `make sanitize` runs the same."""
     folder = fake_build.build("cpu", "thread")
     environment = fake_build.environment(folder, FAKE_CUDA_JITTER="100")
-    print(run([str(folder / "pipeline_tests"), "products over copies"], environment | {"TSAN_OPTIONS": "halt_on_error=1"}))
+    for name in ("products over copies", "attention over copies"):
+        print(run([str(folder / "pipeline_tests"), name], environment | {"TSAN_OPTIONS": "halt_on_error=1"}))
 
 
+RINGS = ("the_ring_against_float64", "dropout_by_global_index_and_second_gradients")
 PYTHON_TESTS = {
     "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
     "model": ["tests/python/test_gpt.py"],
+    "rings": [f"tests/python/nn/test_ring.py::test_{name}" for name in RINGS],
 }
 MORE_PYTHON_TESTS = {
     "products": PYTHON_TESTS["products"],
@@ -107,6 +110,15 @@ def test_virtual_hosts_of_fake_devices(package: Path) -> None:
     """Two hosts of fake GPUs: keys between them on the engine, bytes by the fake NCCL; bits and counts are those of one host."""
     out = run([sys.executable, str(VIRTUAL)], fake_build.package_environment(package), limit=300)
     assert json.loads(out.splitlines()[-1]) == []
+
+
+def test_what_attention_on_gpus_refuses(package: Path) -> None:
+    """Heads wider than the kernels take: rings by name, gathered keys go to torch, and the core itself on every rank."""
+    out = run([sys.executable, str(REFUSED)], fake_build.package_environment(package), limit=120)
+    for ring, order, same, core in json.loads(out.splitlines()[-1]):
+        assert "heads of 264" in ring and "at most 256" in ring and "ring=False" in ring, ring
+        assert "too wide for GPUs" in order and "rank 1" in core and "heads of 264 float32" in core, (order, core)
+        assert same
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,11 @@ class Way:
         return torch.tensor([*key, start[0], start[1] + first, full[1], total])
 
 
+def widest_head(mesh: Mesh, dtype: torch.dtype) -> int:
+    """The most numbers a head may have: GPUs' kernels have an end, the CPU's none."""
+    return int(native.Attention.widest_head(mesh.program, str(dtype).removeprefix("torch.")))
+
+
 def attend_cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, way: Way) -> torch.Tensor:
     """softmax(q k^T scale + mask) v of q [time here, batch, heads, width], k and v [time here, or all, batch, kv heads, width] -> as q.
 
@@ -108,6 +113,8 @@ def attend_cut(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Te
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(torch.float64 if q.dtype == torch.float64 else torch.float32)
     if torch.compiler.is_compiling():
+        if way.p and q.device.type != "cpu":  # the mask's numbers stay on the host, which a graph's results on a GPU do not
+            raise NotImplementedError(f"{way.owner}: torch.compile of dropout on attention's probabilities on a GPU; leave either out")
         at = way.sequence
         names = ",".join(at.names)
         handle = "" if way.dropout is None else way.dropout.handle
@@ -149,13 +156,14 @@ def _plain(q: Any, k: Any, v: Any, mask: torch.Tensor | None, way: Way, numbers:
     qh, kh, vh = (part.to(wide).permute(1, 2, 0, 3) for part in (q, k, v))
     kh, vh = (part.repeat_interleave(shared, 1) for part in (kh, vh))
     scores = qh @ kh.transpose(-2, -1) * way.scale
-    keys = torch.tensor(at.positions(), dtype=torch.int64)
-    queries = torch.tensor([place for start, count in at.runs() for place in range(start, start + count)], dtype=torch.int64)
+    keys = torch.tensor(at.positions(), dtype=torch.int64, device=q.device)
+    places = [place for start, count in at.runs() for place in range(start, start + count)]
+    queries = torch.tensor(places, dtype=torch.int64, device=q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if way.causal:
         scores = scores.masked_fill(keys > queries.unsqueeze(1), -torch.inf)
-    blind = scores.detach().amax(-1, keepdim=True) == -torch.inf if scores.numel() else torch.zeros(())
+    blind = scores.detach().amax(-1, keepdim=True) == -torch.inf if scores.numel() else torch.zeros((), device=q.device)
     probabilities = scores.masked_fill(blind, 0.0).softmax(-1).masked_fill(blind, 0.0) if scores.numel() else scores
     if numbers is not None:
         probabilities = probabilities * _factors(probabilities, at, way.p, numbers.tolist(), keys)
@@ -167,7 +175,7 @@ def _factors(x: torch.Tensor, at: CutSequence, p: float, numbers: Sequence[int],
     seed, name, call, sample, head, heads, time = numbers
     parts = []
     for position, count in at.runs():
-        ones = torch.ones(*x.shape[:2], count, time, dtype=x.dtype)
+        ones = torch.ones(*x.shape[:2], count, time, dtype=x.dtype, device=x.device)
         full, start = [sample + x.shape[0], heads, time, time], [sample, head, position, 0]
         parts.append(native.dropout(ones, p, seed, name, call, full, start, at.mesh.program))
     return torch.cat(parts, 2).index_select(3, keys)

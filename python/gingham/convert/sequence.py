@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..autograd.ring import CutSequence, Way
+from ..autograd.ring import CutSequence, Way, widest_head
 from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import chunks
@@ -168,10 +168,13 @@ def prepare(module: Any, mesh: Mesh) -> None:
     config, what = module.config, f"{type(module).__name__} on {mesh}"
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    item = next(module.parameters()).itemsize
+    dtype, width = next(module.parameters()).dtype, getattr(config, "head_dim", None) or config.hidden_size // heads
+    most = widest_head(mesh, dtype)
+    if width > most:
+        raise NotImplementedError(f"{what}: rank {mesh.rank} got heads of {width} {dtype} numbers on a GPU, expected at most {most}")
     causal = bool(getattr(module, "is_causal", True))
     module.sequence_mesh = mesh
-    module.sequence_way = way_of(asked_way(mesh), mesh, heads, kv_heads, causal, False, item, what)
+    module.sequence_way = way_of(asked_way(mesh), mesh, heads, kv_heads, width, causal, False, dtype, what)
     config._attn_implementation = NAME
 
 

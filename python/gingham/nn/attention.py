@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..autograd.casts import autocast_dtype
 from ..autograd.linear import linear, linear_plan
-from ..autograd.ring import CutSequence, Way
+from ..autograd.ring import CutSequence, Way, widest_head
 from ..errors import ShapeError
 from ..mesh import Mesh, check_local, is_zigzag
 from ..mesh.layout import Cuts, chunks
@@ -40,11 +40,12 @@ class SelfAttention(Layer):
     those. ring="auto": what moves the fewest bytes of those that keep at most 1.5 times a ring's (plan/formulas.cheapest_way); `way` says
     which. order="zigzag": the sequence was cut by mesh.scatter(x, dim=1, order="zigzag"), so that
     under a causal mask all ranks have the same work; masks stay in the order of the sequence, but for this rank's rows. Scores exist for
-    tiles only; a cache, a mask with a gradient and GPUs take the gathered way, with scores of this rank's heads and rows.
+    tiles only; a cache, a mask with a gradient and heads of more than 256 numbers on GPUs (128 in float64) take the gathered way, with
+    scores of this rank's heads and rows.
     Bytes: those of the projections, and with dim=1 over r row ranks, kv = 2 batch time kv_heads head_dim words, kv (r-1)/P words each
     way, by a ring 2 kv (r-1)/P backward, by heads (2 q + kv) (r-1)/(r P) each way, q = batch time heads head_dim; a causal ring
     through windows moves only what is looked at, zigzag 3/4 of it. Otherwise attention moves nothing. Raises NotImplementedError where
-    ring and heads have no form: a mask with a gradient, GPUs.
+    ring and heads have no form: a mask with a gradient, and on GPUs such wide heads.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class SelfAttention(Layer):
         self.zigzag = is_zigzag(order, "SelfAttention", mesh)
         self.asked = asked_way(mesh) if sequence and ring is None else _asked(ring, self.dim, mesh)
         dtype_ = dtype or torch.get_default_dtype()
-        self.way = way_of(self.asked, mesh, heads, kv_heads, causal, self.zigzag, dtype_.itemsize, "SelfAttention")
         self.head_dim = width // heads if head_dim is None else head_dim
+        self.way = way_of(self.asked, mesh, heads, kv_heads, self.head_dim, causal, self.zigzag, dtype_, "SelfAttention")
+        self.too_wide = self.head_dim > widest_head(mesh, dtype_)  # for the core's attention
         self.rotary, self.scale = rotary, self.head_dim**-0.5 if scale is None else scale
         if rotary is not None and self.head_dim % 2:
             raise ShapeError(f"SelfAttention: rank {mesh.rank} got rotary with head_dim {self.head_dim}, expected an even one")
@@ -119,7 +121,8 @@ class SelfAttention(Layer):
         return self._rows_first(self.o(y.flatten(2)))
 
     def _has_kernel(self, mask: torch.Tensor | None) -> bool:
-        """Whether attention over a cut sequence runs in the core: on the CPU, and without a gradient for the mask."""
+        """Whether attention over a cut sequence runs in the core: without a gradient for the mask, and on GPUs with heads that its kernels
+        take."""
         learned = mask is not None and mask.requires_grad
         if learned and self.asked in ("ring", "heads"):
             raise self.named(
@@ -127,7 +130,7 @@ class SelfAttention(Layer):
                     f"{self.asked}: the mask needs a gradient, which only gathered keys and values give: ring=False, or mask.detach()"
                 )
             )
-        return not learned and self.mesh.device.type == "cpu"
+        return not learned and not self.too_wide
 
     def _along(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, lengths: list[int]) -> torch.Tensor:
         """Attention over a sequence of these pieces; all [time, batch, heads here, head_dim]."""
@@ -144,7 +147,11 @@ class SelfAttention(Layer):
     ) -> torch.Tensor:
         """Attention where k and v are whole, or are gathered and kept in a cache."""
         if self.zigzag and lengths:
-            raise self.named(NotImplementedError("order='zigzag' with a cache, or a mask that needs a gradient: scatter in order"))
+            raise self.named(
+                NotImplementedError(
+                    "order='zigzag' with a cache, a mask that needs a gradient, or heads too wide for GPUs: scatter in order"
+                )
+            )
         # to [batch, heads here, time, head_dim]
         order = (0, 2, 1, 3) if self.dim == 0 else (1, 2, 0, 3)
         start = past + sum(lengths[: self.pieces[1]])

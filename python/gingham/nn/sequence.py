@@ -10,7 +10,7 @@ import torch
 
 from ..autograd.heads import attend_by_heads, cut_heads
 from ..autograd.relayout import relayout
-from ..autograd.ring import Way, attend_cut
+from ..autograd.ring import Way, attend_cut, widest_head
 from ..autograd.second_order import scattered
 from ..errors import ShapeError
 from ..function import Function
@@ -72,18 +72,20 @@ def asked_way(mesh: Mesh) -> str:
     return mesh.axes.attention or "ring"
 
 
-def way_of(asked: str, mesh: Mesh, heads: int, kv_heads: int, causal: bool, zigzag: bool, item: int, what: str) -> str:
-    """The one of formulas.WAYS that is asked for, or that "auto" takes; heads: of the model. Raises ShapeError where the heads do not do,
-    NotImplementedError on GPUs."""
+def way_of(asked: str, mesh: Mesh, heads: int, kv_heads: int, width: int, causal: bool, zigzag: bool, dtype: torch.dtype, what: str) -> str:
+    """The one of formulas.WAYS that is asked for, or that "auto" takes; heads: of the model, of `width` numbers each. Raises ShapeError
+    where the heads do not do, NotImplementedError where they are wider than the kernels of GPUs take."""
     size, features = mesh.parts(time_axes(mesh)), mesh.parts(mesh.inner.features)
-    if mesh.device.type != "cpu" and asked in ("ring", "heads"):
+    most = widest_head(mesh, dtype)
+    if width > most and asked in ("ring", "heads"):
         raise NotImplementedError(
-            f"{what}: attention by {asked!r} on {mesh.device} is not built yet; ring=False (attention='gathered') gathers keys and values"
+            f"{what}: rank {mesh.rank} got attention by {asked!r} with heads of {width} {dtype} numbers on a GPU, expected at most {most};"
+            f" ring=False (attention='gathered') gathers keys and values and leaves attention to torch"
         )
     if asked == "auto":
-        if mesh.device.type != "cpu" or size == 1:
+        if width > most or size == 1:
             return "gathered"
-        return cheapest_way(size, heads // features, kv_heads // features, item, mesh.source == "window", causal, zigzag)
+        return cheapest_way(size, heads // features, kv_heads // features, dtype.itemsize, mesh.source == "window", causal, zigzag)
     if asked == "heads" and size > 1:
         cut_heads(kv_heads // features, size, what, mesh.rank)
     return asked
@@ -96,7 +98,7 @@ def attend_sequence(name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
     if name == "heads":
         return attend_by_heads(q, k, v, mask, replace(way, ring=False))
     if mask is not None and at.zigzag and mask.shape[-1] > 1:
-        mask = mask.index_select(-1, torch.tensor(at.positions()))
+        mask = mask.index_select(-1, torch.tensor(at.positions(), device=mask.device))
     if name == "gathered":
         k, v = gather_time(torch.cat([k, v], -1), at.mesh, list(at.lengths), at.names).split(k.shape[-1], -1)
     return attend_cut(q, k, v, mask, replace(way, ring=name == "ring"))

@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "kernels/accumulate.h"
+#include "kernels/attention.h"
 #include "kernels/cast.h"
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
@@ -61,6 +62,24 @@ void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, co
 }
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
   later(stream, [=] { gingham::gemm(a, b, c, accumulate, tail, kHost); });
+}
+int64_t widest_head(DType dtype, const Stream&) { return dtype == DType::f64 ? 128 : 256; }
+void attention_begin(const AttentionSums& sums, const Stream& stream) {
+  later(stream, [=] { gingham::attention_begin(sums, kHost); });
+}
+void attention_forward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
+                       const AttentionSums& sums, const Stream& stream) {
+  later(stream, [=] { gingham::attention_forward(a, q, queries, k, v, keys, sums, kHost); });
+}
+void attention_finish(const Attention& a, const AttentionSums& sums, const Stream& stream) {
+  later(stream, [=] { gingham::attention_finish(a, sums, kHost); });
+}
+void attention_delta(const Attention& a, const Matrix& dout, const Matrix& out, const Matrix& delta, const Stream& stream) {
+  later(stream, [=] { gingham::attention_delta(a, dout, out, delta, kHost); });
+}
+void attention_backward(const Attention& a, const Matrix& q, const Run& queries, const Matrix& k, const Matrix& v, const Run& keys,
+                        const Matrix& dout, const Matrix& lse, const Matrix& delta, const AttentionGradients& sums, const Stream& stream) {
+  later(stream, [=] { gingham::attention_backward(a, q, queries, k, v, keys, dout, lse, delta, sums, kHost); });
 }
 
 void row_statistics(const Matrix& x, bool centred, const Matrix& statistics, const Stream& stream) {

@@ -45,9 +45,15 @@ Options options(Carrier carrier, std::array<int, 3> grid) {
   return o;
 }
 
+Measured measure(const Options& o) {
+  if (o.name == "attention") return run_attention(o);
+  return o.ranks ? run_collective(o) : run_matmul(o);
+}
+
 void expect_right(const Options& o) {
-  const Measured m = o.ranks ? run_collective(o) : run_matmul(o);
-  EXPECT(m.wrong == 0, o.name, " grid ", o.grid[0], o.grid[1], o.grid[2], " slices ", o.slices);
+  const Measured m = measure(o);
+  EXPECT(m.wrong == 0, o.name, " grid ", o.grid[0], o.grid[1], o.grid[2], " ranks ", o.ranks, " m ", o.m, " ", name_of(o.dtype), " slices ",
+         o.slices);
   EXPECT(m.bytes == m.formula, o.name, " moved ", m.bytes, " bytes, formula ", m.formula);
 }
 
@@ -76,6 +82,24 @@ void every_collective(Carrier carrier) {
       }
 }
 
+Options ring_of(Carrier carrier, int ranks, int64_t time, DType dtype = DType::f32) {
+  Options o = options(carrier, {1, 1, 1});
+  o.name = "attention";
+  o.ranks = ranks;
+  o.m = time;
+  o.k = 5;
+  o.n = 2;
+  o.dtype = dtype;
+  return o;
+}
+
+// Pieces that differ, some without a place.
+void every_ring(Carrier carrier) {
+  for (int ranks : {2, 3, 4})
+    for (int64_t time : {3, 37})
+      for (DType dtype : {DType::f32, DType::bf16}) expect_right(ring_of(carrier, ranks, time, dtype));
+}
+
 // 2d, 2.5d or 3d, 1d and an uneven grid.
 const std::vector<std::array<int, 3>> kGrids{{2, 2, 1}, {2, 2, 2}, {1, 4, 1}, {1, 2, 1}, {4, 1, 2}};
 
@@ -101,8 +125,14 @@ void collectives() {
   every_collective(Carrier::nccl);
   every_collective(Carrier::copy);
 }
+void attention() {
+  every_ring(Carrier::nccl);
+  every_ring(Carrier::copy);
+}
+void attention_over_copies() { every_ring(Carrier::copy); }
 void one_communicator_at_a_time() {
   const With alone("FAKE_NCCL_ONE_AT_A_TIME", "1"), jitter("FAKE_CUDA_JITTER", "200");
+  every_ring(Carrier::nccl);
   every_product(Carrier::nccl, {{2, 2, 1}, {2, 2, 2}});
   every_collective(Carrier::nccl);
 }
@@ -113,6 +143,7 @@ void with_buffering() {
 void with_jitter() {
   for (const char* seed : {"1", "2", "3"}) {
     const With jitter("FAKE_CUDA_JITTER", "500"), seeded("FAKE_CUDA_SEED", seed);
+    every_ring(Carrier::nccl);
     every_product(Carrier::copy, {{2, 2, 1}});
     every_product(Carrier::nccl, {{2, 2, 2}});
   }
@@ -148,14 +179,15 @@ void a_step_could_be_captured() {
     o.ranks = 4;
     expect_capturable(o);
   }
+  expect_capturable(ring_of(Carrier::nccl, 4, 37));
 }
 
 // What NCCL moved is what the transport counted, and the formula of docs/theory.md: forward and backward, summed over the ranks.
 void bytes_are_nccls() {
   auto* received = static_cast<std::atomic<uint64_t>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
-  for (const char* name : kCases) {
+  for (const char* name : {"matmul", "dx", "dw", "backward", "attention"}) {
     *received = 0;
-    Options o = options(Carrier::nccl, {2, 2, 2});
+    Options o = strcmp(name, "attention") == 0 ? ring_of(Carrier::nccl, 4, 37, DType::bf16) : options(Carrier::nccl, {2, 2, 2});
     o.name = name;
     o.rounds = 1;
     o.warmup = 0;
@@ -163,7 +195,7 @@ void bytes_are_nccls() {
       job.gpu()->synchronize();
       *received += fake_nccl_received();
     };
-    const Measured m = run_matmul(o);
+    const Measured m = measure(o);
     EXPECT(static_cast<double>(received->load()) == m.formula && m.bytes == m.formula, name, ": NCCL moved ", received->load(), " bytes, counted ",
            m.bytes, ", formula ", m.formula);
   }
@@ -177,6 +209,8 @@ struct Test {
 const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"products over copies", products_over_copies},
                        {"collectives", collectives},
+                       {"attention", attention},
+                       {"attention over copies", attention_over_copies},
                        {"one communicator at a time", one_communicator_at_a_time},
                        {"with buffering", with_buffering},
                        {"with jitter", with_jitter},

@@ -86,6 +86,8 @@ def load(m: Machine, instr: Instr) -> Step:
 
     def run(sel: Sel) -> None:
         source, at = places(m, space, where(sel), width * vector, READ, sel)
+        if source is m.memory and space in ("global", "generic"):
+            m.counts.read += width * vector * m.size(sel)
         values = source.load(at, raw, vector)
         if source is m.shared:
             count_conflicts(m, instr, at % m.shared.stride, width * vector, sel)
@@ -109,6 +111,8 @@ def store(m: Machine, instr: Instr) -> Step:
 
     def run(sel: Sel) -> None:
         target, at = places(m, space, where(sel), width * vector, WRITE, sel)
+        if target is m.memory:
+            m.counts.written += width * vector * m.size(sel)
         if target is m.shared:
             count_conflicts(m, instr, at % m.shared.stride, width * vector, sel)
         if vector == 1:

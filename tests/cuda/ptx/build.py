@@ -107,6 +107,7 @@ def build(csrc: Path = CSRC, unit: str = "") -> Built:
         *(CSRC / "base" / f"{name}.cc" for name in BASE),
         HERE / "host.cc",
         HERE / "host_layers.cc",
+        HERE / "host_attention.cc",
     ]
     with ThreadPoolExecutor(2) as pool:
         made = dict(zip([source.stem for source in kernels], pool.map(lambda source: kernel(source, home(source)), kernels), strict=True))

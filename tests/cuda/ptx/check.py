@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from . import layers
+from .attention import Case, attention
 from .host import Host
 from .machine import Fault
 from .memory import Array
@@ -141,6 +142,13 @@ class Checks:
         for host in self.hosts():
             for name, got, expected in make(host):
                 close(name, got, expected, limit)
+
+    def attention(self) -> None:
+        """Two keys' runs, the second of which finds sums; two tiles of keys in the first."""
+        case = Case(queries=10, keys=150, causal=True)
+        for host in list(self.hosts())[::3]:
+            for name, got, expected in attention(host, case, "bf16"):
+                close(name, got, expected, 1e-2 if name != "lse" else 1e-6)
 
     def layer_norm(self) -> None:
         self.pairs(lambda host: layers.layer_norm(host, 5, 270, "f32"), 1e-5)

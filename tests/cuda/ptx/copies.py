@@ -37,6 +37,7 @@ class Copies:
         self.group[:] = 0
 
     def issue(self, copy: Copy) -> None:
+        self.m.counts.read += int(copy.bytes.sum())
         if self.m.launch.timing == "early":
             self.land(copy)
         else:

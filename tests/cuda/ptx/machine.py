@@ -87,6 +87,8 @@ class Launch:
 @dataclass
 class Counts:
     instructions: int = 0
+    read: int = 0  # bytes of global memory, by all threads
+    written: int = 0
     opcodes: dict[str, int] = field(default_factory=dict)
 
 

@@ -1,0 +1,8 @@
+#include "kernels/attention_widths.cuh"
+
+namespace gingham::cuda {
+
+void attention_forward(const AttentionPart& p, const ForwardViews<F16>& views, const Stream& stream) { forward_of_width(p, views, stream); }
+void attention_backward(const AttentionPart& p, const BackwardViews<F16>& views, const Stream& stream) { backward_of_width(p, views, stream); }
+
+}  // namespace gingham::cuda

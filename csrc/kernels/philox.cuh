@@ -1,0 +1,31 @@
+// Philox4x32-10 (dropout.h): the four words of one counter, and of one call.
+#pragma once
+#include "kernels/device.cuh"
+
+namespace gingham::cuda {
+
+struct Counter {
+  uint32_t at[4];
+};
+
+__device__ inline Counter philox(uint64_t n, uint64_t call, uint32_t k0, uint32_t k1) {
+  uint32_t c0 = static_cast<uint32_t>(n), c1 = static_cast<uint32_t>(n >> 32), c2 = static_cast<uint32_t>(call),
+           c3 = static_cast<uint32_t>(call >> 32);
+  for (int round = 0; round < 10; round++) {
+    const uint64_t a = uint64_t{0xD2511F53} * c0, b = uint64_t{0xCD9E8D57} * c2;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c1 = static_cast<uint32_t>(b);
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// By a number that is known at run time only; words.at[k] would put them into memory.
+__device__ inline uint32_t word_of(const Counter& words, int k) {
+  return k < 2 ? (k == 0 ? words.at[0] : words.at[1]) : (k == 2 ? words.at[2] : words.at[3]);
+}
+
+}  // namespace gingham::cuda
