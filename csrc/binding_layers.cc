@@ -4,6 +4,7 @@
 
 #include "kernels/accumulate.h"
 #include "kernels/cast.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/layer_norm.h"
 
 namespace gingham {
@@ -137,6 +138,70 @@ py::tuple norm_backward(const Member& member, const py::object& dy, const py::ob
   return py::make_tuple(dx.object, sums.object);
 }
 
+// Of rows whose targets are ids, [rows] int64.
+Targets targets_of(const Tensor& ids, int64_t rows, int64_t ignore, int64_t first, int64_t vocabulary, double smoothing) {
+  CHECK(ShapeError, ids.count() == rows && ids.dtype_name == "int64", "loss: ", ids.count(), " targets of ", ids.dtype_name, " for ", rows,
+        " rows, expected as many of int64");
+  return {static_cast<const int64_t*>(ids.data), ignore, first, vocabulary, smoothing};
+}
+
+void check_ids(const Targets& targets, int64_t rows, int rank) {
+  for (int64_t i = 0; i < rows; i++)
+    CHECK(ShapeError, targets.ids[i] == targets.ignore || (targets.ids[i] >= 0 && targets.ids[i] < targets.vocabulary), "cross_entropy: rank ", rank,
+          ": a target lies outside 0..", targets.vocabulary - 1, " and is not ignore_index=", targets.ignore, ": row ", i, " has ", targets.ids[i]);
+}
+
+// [rows, 4] float64 of this rank's columns: the largest m, and S, T, A about it (kernels/cross_entropy.h).
+py::object loss_parts(const Member& member, const py::object& logits, const py::object& target, int64_t ignore, int64_t first, int64_t vocabulary,
+                      double smoothing) {
+  const OnCallersStream on_stream(member);
+  const Tensor in = rows_of(logits, "logits", member), ids = tensor_of(target, "target", member.job);
+  const Matrix x = in.matrix();
+  const Targets targets = targets_of(ids, x.rows, ignore, first, vocabulary, smoothing);
+  const Stream& stream = member.job->stream();
+  if (stream.device() == Device::cpu) check_ids(targets, x.rows, member.program->rank());
+  const Made out = make_tensor(member.job, {x.rows, 4}, "float64");
+  {
+    py::gil_scoped_release nogil;
+    const Matrix all = dense(out.data, x.rows, 4, DType::f64), maxima = all.slice(1, 0, 1);
+    row_maxima(x, maxima, stream);
+    softmax_pieces(x, maxima, targets, all.slice(1, 1, 4), stream);
+  }
+  return out.object;
+}
+
+// parts as joined over the ranks, [rows, 4]. Gives [rows, 2], each row's loss and whether it counts, and the sums of both, [1, 2]; float64.
+py::tuple loss_sums(const Member& member, const py::object& parts, const py::object& target, int64_t ignore, int64_t vocabulary, double smoothing) {
+  const OnCallersStream on_stream(member);
+  const Matrix all = rows_of(parts, "parts", member).matrix();
+  const Tensor ids = tensor_of(target, "target", member.job);
+  const Targets targets = targets_of(ids, all.rows, ignore, 0, vocabulary, smoothing);
+  const Made out = make_tensor(member.job, {all.rows, 2}, "float64"), sums = make_tensor(member.job, {1, 2}, "float64");
+  {
+    py::gil_scoped_release nogil;
+    const Matrix rows = dense(out.data, all.rows, 2, DType::f64);
+    losses(all.slice(1, 1, 4), targets, rows, member.job->stream());
+    column_sums(rows, dense(sums.data, 1, 2, DType::f64), false, member.job->stream());
+  }
+  return py::make_tuple(out.object, sums.object);
+}
+
+// scale: [1], or one a row.
+py::object loss_gradient(const Member& member, const py::object& logits, const py::object& parts, const py::object& target, const py::object& scale,
+                         int64_t ignore, int64_t first, int64_t vocabulary, double smoothing) {
+  const OnCallersStream on_stream(member);
+  const Tensor in = rows_of(logits, "logits", member), ids = tensor_of(target, "target", member.job), by = tensor_of(scale, "scale", member.job);
+  const Matrix all = rows_of(parts, "parts", member).matrix();
+  const Made out = make_tensor(member.job, in.shape, in.dtype_name);
+  {
+    py::gil_scoped_release nogil;
+    const Matrix x = in.matrix(), to = dense(out.data, x.rows, x.cols, x.dtype), scales = dense(by.data, by.count(), 1, by.dtype);
+    const Targets targets = targets_of(ids, x.rows, ignore, first, vocabulary, smoothing);
+    softmax_gradient(x, all.slice(1, 0, 1), all.slice(1, 1, 4), targets, scales, to, member.job->stream());
+  }
+  return out.object;
+}
+
 }  // namespace
 
 void define_layers(py::module_& m) {
@@ -147,6 +212,12 @@ void define_layers(py::module_& m) {
         py::arg("eps"), py::arg("centred"));
   m.def("norm_backward", &norm_backward, py::arg("program"), py::arg("dy"), py::arg("x"), py::arg("statistics"), py::arg("pieces"), py::arg("weight"),
         py::arg("features"), py::arg("eps"), py::arg("centred"), py::arg("need_x"), py::arg("need_weight"), py::arg("need_bias"));
+  m.def("loss_parts", &loss_parts, py::arg("program"), py::arg("logits"), py::arg("target"), py::arg("ignore_index"), py::arg("first"),
+        py::arg("vocabulary"), py::arg("smoothing"));
+  m.def("loss_sums", &loss_sums, py::arg("program"), py::arg("parts"), py::arg("target"), py::arg("ignore_index"), py::arg("vocabulary"),
+        py::arg("smoothing"));
+  m.def("loss_gradient", &loss_gradient, py::arg("program"), py::arg("logits"), py::arg("parts"), py::arg("target"), py::arg("scale"),
+        py::arg("ignore_index"), py::arg("first"), py::arg("vocabulary"), py::arg("smoothing"));
 }
 
 }  // namespace gingham

@@ -43,16 +43,19 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   const bool here = id != targets.ignore && target >= 0 && target < cols;
   *pieces.to(i, 0) = total[0];
   *pieces.to(i, 1) = here ? static_cast<double>(widen(*logits.to(i, target)) - most) : 0.0;
-  *pieces.to(i, 2) = total[1];
+  *pieces.to(i, 2) = targets.smoothing > 0 ? total[1] : 0.0;
 }
 
 struct Loss {
   View<double> pieces, out;
   Targets targets;
+  bool counted;
   template <int W>
   __device__ void at(int64_t i, int64_t) const {
     const double smooth = targets.smoothing > 0 ? targets.smoothing * *pieces.to(i, 2) / static_cast<double>(targets.vocabulary) : 0.0;
-    *out.to(i, 0) = targets.ids[i] == targets.ignore ? 0.0 : log(*pieces.to(i, 0)) - (1 - targets.smoothing) * *pieces.to(i, 1) - smooth;
+    const bool counts = targets.ids[i] != targets.ignore;
+    if (counted) *out.to(i, 1) = counts ? 1.0 : 0.0;
+    *out.to(i, 0) = !counts ? 0.0 : log(*pieces.to(i, 0)) - (1 - targets.smoothing) * *pieces.to(i, 1) - smooth;
   }
 };
 
@@ -61,13 +64,15 @@ struct SoftmaxGradient {
   View<T> logits, out;
   View<double> maxima, pieces;
   Targets targets;
-  const double* scale;
+  View<double> scale;
+  int64_t scales;  // one, or one a row
 
   template <int W>
   __device__ void at(int64_t i, int64_t j) const {
     using A = Wide<T>;
     const int64_t id = targets.ids[i], target = id - targets.first - j;  // counted from this group on
-    const A most = static_cast<A>(*maxima.to(i, 0)), by = static_cast<A>(*scale), part = static_cast<A>(1.0 / *pieces.to(i, 0));
+    const A most = static_cast<A>(*maxima.to(i, 0)), by = static_cast<A>(*scale.to(scales == 1 ? 0 : i, 0)),
+            part = static_cast<A>(1.0 / *pieces.to(i, 0));
     const A even = targets.smoothing > 0 ? static_cast<A>(targets.smoothing / static_cast<double>(targets.vocabulary)) : A(0);
     const A whole = static_cast<A>(1 - targets.smoothing);
     const Pack<T, W> in = logits.template load<W>(i, j);
@@ -108,14 +113,15 @@ void softmax_pieces(const Matrix& logits, const Matrix& maxima, const Targets& t
 
 void losses(const Matrix& pieces, const Targets& targets, const Matrix& out, const Stream& stream) {
   if (out.rows == 0) return;
-  sweep_width<1>(Loss{View<double>(pieces), View<double>(out), targets}, out.rows, 1, stream);
+  sweep_width<1>(Loss{View<double>(pieces), View<double>(out), targets, out.cols == 2}, out.rows, 1, stream);
 }
 
-void softmax_gradient(const Matrix& logits, const Matrix& maxima, const Matrix& pieces, const Targets& targets, const double* scale,
+void softmax_gradient(const Matrix& logits, const Matrix& maxima, const Matrix& pieces, const Targets& targets, const Matrix& scale,
                       const Matrix& gradient, const Stream& stream) {
   with_real(logits.dtype, "cross entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const SoftmaxGradient<T> op{View<T>(logits), View<T>(gradient), View<double>(maxima), View<double>(pieces), targets, scale};
+    const SoftmaxGradient<T> op{View<T>(logits),     View<T>(gradient), View<double>(maxima), View<double>(pieces), targets,
+                                View<double>(scale), scale.rows};
     sweep<16 / static_cast<int>(sizeof(T))>(op, logits.rows, logits.cols, {&logits, &gradient}, stream);
   });
 }

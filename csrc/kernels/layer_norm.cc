@@ -1,5 +1,5 @@
 // Statistics are summed in float64. The backward pass's sums are kept in the rows' accumulator for no more than kRun numbers, and those sums
-// in float64. A row that lies dense in its accumulator is read and written in place; others pass through a buffer.
+// in float64.
 #include "kernels/layer_norm.h"
 
 #include <algorithm>
@@ -159,33 +159,6 @@ VECTORISED void move_sums(T* from, double* to, int64_t n) {
     from[j] = 0;
   }
 }
-
-// The rows of a matrix in its accumulator T.
-template <class T>
-class Rows {
- public:
-  Rows(const Matrix& m, const Stream& stream) : m_(m), stream_(stream), direct_(m.col_stride == 1 && size_of(m.dtype) == sizeof(T)) {
-    if (!direct_) room_.resize(static_cast<size_t>(m.cols));
-  }
-  // To read: as it is.
-  const T* read(int64_t i) {
-    if (direct_) return at(i);
-    load_row(m_, i, room_.data(), stream_);
-    return room_.data();
-  }
-  // To write; written(i) puts it there.
-  T* write(int64_t i) { return direct_ ? at(i) : room_.data(); }
-  void written(int64_t i) {
-    if (!direct_) store_row(room_.data(), m_, i, stream_);
-  }
-
- private:
-  T* at(int64_t i) const { return static_cast<T*>(m_.data) + i * m_.row_stride; }
-  const Matrix& m_;
-  const Stream& stream_;
-  bool direct_;
-  std::vector<T> room_;
-};
 
 // gamma or beta, or what stands for it.
 template <class T>

@@ -208,6 +208,23 @@ def norm_backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor | None, Tensor | None]: ...
+def loss_parts(
+    program: Program, logits: Tensor, target: Tensor, ignore_index: int, first: int, vocabulary: int, smoothing: float
+) -> Tensor: ...
+def loss_sums(
+    program: Program, parts: Tensor, target: Tensor, ignore_index: int, vocabulary: int, smoothing: float
+) -> tuple[Tensor, Tensor]: ...
+def loss_gradient(
+    program: Program,
+    logits: Tensor,
+    parts: Tensor,
+    target: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    first: int,
+    vocabulary: int,
+    smoothing: float,
+) -> Tensor: ...
 def crc32c(data: Any, before: int = 0) -> int: ...
 
 max_ranks: int  # of a job

@@ -16,6 +16,9 @@ from ._C import gelu_backward as gelu_backward
 from ._C import handed_engine as handed_engine
 from ._C import hopper_status as hopper_status
 from ._C import keep_links_alive as keep_links_alive
+from ._C import loss_gradient as loss_gradient
+from ._C import loss_parts as loss_parts
+from ._C import loss_sums as loss_sums
 from ._C import max_host_ranks as max_host_ranks
 from ._C import max_ranks as max_ranks
 from ._C import norm_backward as norm_backward

@@ -180,11 +180,14 @@ void cross_entropies() {
           softmax_pieces(l, maxima.view(), here, pieces.view(), stream);
           softmax_pieces(r, maxima.view(), there, more.view(), stream);
           accumulate(more.view(), pieces.view(), stream);
-          const Buffer loss(s.rows, 1, DType::f64, {}, random);
+          const Buffer loss(s.rows, 1, DType::f64, {}, random), counted(s.rows, 2, DType::f64, {}, random);
           losses(pieces.view(), here, loss.view(), stream);
-          const double scale = 0.25;
-          softmax_gradient(l, maxima.view(), pieces.view(), here, &scale, gradient.view().slice(1, 0, half), stream);
-          softmax_gradient(r, maxima.view(), pieces.view(), there, &scale, gradient.view().slice(1, half, s.cols), stream);
+          losses(pieces.view(), here, counted.view(), stream);
+          // one scale for all rows, then each row's own
+          const Buffer scales(s.cols % 2 ? 1 : s.rows, 1, DType::f64, {}, random);
+          softmax_gradient(l, maxima.view(), pieces.view(), here, scales.view(), gradient.view().slice(1, 0, half), stream);
+          softmax_gradient(r, maxima.view(), pieces.view(), there, scales.view(), gradient.view().slice(1, half, s.cols), stream);
+          const std::vector<double> by = scales.values(), beside = counted.values();
           std::vector<double> x = logits.values(), want_loss, want_gradient(x.size(), 0.0);
           const size_t n = static_cast<size_t>(s.cols);
           for (size_t i = 0; i < ids.size(); i++) {
@@ -193,9 +196,10 @@ void cross_entropies() {
             for (size_t j = 0; j < n; j++) {
               const double q = (static_cast<int64_t>(j) == ids[i] ? 1 - smoothing : 0) + smoothing / static_cast<double>(n);
               value -= q * (x[i * n + j] - 50 - std::log(sum));
-              want_gradient[i * n + j] = ids[i] == -100 ? 0 : scale * (std::exp(x[i * n + j] - 50) / sum - q);
+              want_gradient[i * n + j] = ids[i] == -100 ? 0 : by[by.size() == 1 ? 0 : i] * (std::exp(x[i * n + j] - 50) / sum - q);
             }
             want_loss.push_back(ids[i] == -100 ? 0 : value);
+            expect(beside[2 * i] == loss.values()[i] && beside[2 * i + 1] == (ids[i] == -100 ? 0 : 1), "losses: what counts is miscounted");
           }
           const std::string shape = shape_of({s.rows, s.cols}), type = name_of(dtype);
           std::vector<double> got_loss = loss.values();

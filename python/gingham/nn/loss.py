@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..autograd.casts import autocast_dtype
+from ..autograd.loss import Classes, loss_gradient, losses_of, softmax_parts
 from ..autograd.relayout import relayout
 from ..autograd.second_order import replay, shaped, summed
 from ..checks import cuts_of_block, row_dim
@@ -222,57 +223,37 @@ class _CrossEntropy(Function):
     def forward(
         ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignored: int, smoothing: float, reduction: str
     ) -> Any:
-        named, target_shape = mesh.layout(layout), target.shape
+        named, target_shape, given = mesh.layout(layout), target.shape, target
         x, target = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1).long()
         label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=})"
         (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
-        kept = _kept(target, ignored, vocabulary, "cross_entropy")
-        mine = (target >= start) & (target < start + width)
-        column = torch.where(mine, target - start, 0).unsqueeze(1)
-        # whole rows' exponentials need no more digits than torch's own; those of parts are joined by factors
-        wide = x.double() if mesh.axis(named.features) is not None or x.dtype == torch.float64 else x.float()
-        largest = wide.amax(1) if width else wide.new_full((len(x),), -torch.inf)
-        exponentials = torch.exp(wide - largest.unsqueeze(1)).sum(1, dtype=torch.float64)
-        hit = torch.where(mine, x.gather(1, column).squeeze(1).double(), 0.0) if width else torch.zeros_like(exponentials)
-        whole = wide.sum(1, dtype=torch.float64) if smoothing else torch.zeros_like(exponentials)
-        part = torch.stack([largest.double(), exponentials, hit, whole], 1)
-        parts = gather_parts(mesh, named.features, part)
-        top = parts[..., 0].amax(0)
-        total = torch.where(parts[..., 1] > 0, parts[..., 1] * torch.exp(parts[..., 0] - top), 0.0).sum(0)
-        normaliser = top + total.log()
-        losses = normaliser - (1 - smoothing) * parts[..., 2].sum(0)
-        if smoothing:
-            losses = losses - smoothing / vocabulary * parts[..., 3].sum(0)
-        losses = torch.where(kept, losses, 0.0)
-        total_of = gather_parts(mesh, named.rows, torch.stack([losses.sum(), kept.sum().double()])).sum(0)
-        divisor = total_of[1] if reduction == "mean" else torch.ones((), dtype=torch.float64, device=x.device)
-        ctx.smoothing, ctx.vocabulary, ctx.reduction, ctx.shape = smoothing, vocabulary, reduction, target_shape
-        ctx.mesh, ctx.layout = mesh, layout
-        ctx.save_for_backward(logits, normaliser, column, mine & kept, kept, divisor, top)
-        return shaped(losses.to(logits.dtype), target_shape), (total_of[0] / divisor).to(logits.dtype)
+        ctx.classes = Classes(start, width, vocabulary, ignored, smoothing)
+        parts = softmax_parts(mesh, mesh.axis(named.features), x, target, ctx.classes)
+        losses, sums = losses_of(mesh, parts, target, ctx.classes)
+        total, counted = gather_parts(mesh, named.rows, sums).sum(0)
+        divisor = counted if reduction == "mean" else torch.ones_like(counted)
+        ctx.reduction, ctx.mesh, ctx.layout, ctx.shape = reduction, mesh, layout, target_shape
+        ctx.save_for_backward(logits, given, parts, divisor)
+        return shaped(losses.to(logits.dtype), target_shape), (total / divisor).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
-        logits, normaliser, column, hit, kept, divisor, top = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _again(ctx, d_losses, d_total)
-        x = logits.reshape(len(kept), logits.shape[-1])
-        slope = d_losses.reshape(-1).double() if ctx.reduction == "none" else (d_total.double() / divisor).expand(len(x))
-        slope = torch.where(kept, slope, 0.0).unsqueeze(1)
-        wide = x.double() if x.dtype == torch.float64 else x.float()
-        # less the largest, then less what is left of the normaliser, neither of which loses digits to an offset of the logits
-        grad = (wide - top.to(wide.dtype).unsqueeze(1)).sub_((normaliser - top).to(wide.dtype).unsqueeze(1)).exp_()
-        if ctx.smoothing:
-            grad.sub_(ctx.smoothing / ctx.vocabulary)
-        if x.shape[1]:
-            grad.scatter_add_(1, column, (hit.to(wide.dtype) * (ctx.smoothing - 1.0)).unsqueeze(1))
-        return grad.mul_(slope.to(wide.dtype)).to(x.dtype).view(logits.shape), *[None] * 6
+        logits, target, parts, divisor = ctx.saved_tensors
+        ids = target.reshape(-1).long()
+        scale = d_losses.reshape(-1).double() if ctx.reduction == "none" else (d_total.double() / divisor).reshape(1)
+        grad = loss_gradient(ctx.mesh, logits.reshape(len(ids), logits.shape[-1]), parts, ids, scale, ctx.classes)
+        return grad.view(logits.shape), *[None] * 6
 
 
 def _again(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
     """The gradient of the logits as one that has gradients itself."""
-    logits, normaliser, column, hit, kept, divisor, _ = ctx.saved_tensors
-    mesh, named = ctx.mesh, ctx.mesh.layout(ctx.layout)
+    logits, target, parts, divisor = ctx.saved_tensors
+    mesh, named, classes, ids = ctx.mesh, ctx.mesh.layout(ctx.layout), ctx.classes, target.reshape(-1).long()
+    normaliser, kept = parts[:, 0] + parts[:, 1].log(), ids != classes.ignored
+    hit = kept & (ids >= classes.first) & (ids < classes.first + classes.width)
+    column = torch.where(hit, ids - classes.first, 0).unsqueeze(1)
 
     def compose(logits: torch.Tensor) -> list[torch.Tensor]:
         x = logits.reshape(len(kept), logits.shape[-1]).double()
@@ -280,7 +261,8 @@ def _again(ctx: Any, d_losses: torch.Tensor, d_total: torch.Tensor) -> Any:
         exponentials = torch.exp(x - normaliser.unsqueeze(1)).sum(1)
         target = torch.where(hit, x.gather(1, column).squeeze(1), 0.0) if x.shape[1] else x.sum(1)
         sums = summed(torch.stack([exponentials, target, x.sum(1)]), mesh, named.features)
-        losses = normaliser + sums[0].log() - (1 - ctx.smoothing) * sums[1] - ctx.smoothing / ctx.vocabulary * sums[2]
+        smoothing = classes.smoothing
+        losses = normaliser + sums[0].log() - (1 - smoothing) * sums[1] - smoothing / classes.vocabulary * sums[2]
         losses = torch.where(kept, losses, 0.0)
         total = summed(losses.sum(), mesh, named.rows) / divisor
         return [losses.to(logits.dtype).view(ctx.shape), total.to(logits.dtype)]
@@ -294,9 +276,8 @@ def _arguments(words: list[str], tensors: list[torch.Tensor]) -> list[Any]:
 
 def _results(words: list[str], tensors: list[torch.Tensor]) -> list[Meta]:
     logits, target = tensors
-    rows, outputs = target.numel(), [(target.shape, logits.dtype), ((), logits.dtype)]
-    kept = [((rows,), torch.float64), ((rows, 1), torch.int64), ((rows,), torch.bool), ((rows,), torch.bool)]
-    return [*outputs, *kept, ((), torch.float64), ((rows,), torch.float64)]
+    outputs = [(target.shape, logits.dtype), ((), logits.dtype)]
+    return [*outputs, ((target.numel(), 4), torch.float64), ((), torch.float64)]
 
 
 KNOWN["cross_entropy"] = Traced(_CrossEntropy, _arguments, _results)

@@ -8,6 +8,7 @@
 #include "kernels/accumulate.h"
 #include "kernels/attention.h"
 #include "kernels/cast.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
 #include "kernels/gemm.h"
@@ -105,6 +106,20 @@ void layer_norm_whole(const Matrix& x, const Norm& norm, const Matrix& y, const 
 }
 void layer_norm_whole_backward(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& dx, const NormWeights& out, const Stream& stream) {
   later(stream, [=] { gingham::layer_norm_whole_backward(dy, x, norm, dx, out, kHost); });
+}
+
+void row_maxima(const Matrix& logits, const Matrix& maxima, const Stream& stream) {
+  later(stream, [=] { gingham::row_maxima(logits, maxima, kHost); });
+}
+void softmax_pieces(const Matrix& logits, const Matrix& maxima, const Targets& targets, const Matrix& pieces, const Stream& stream) {
+  later(stream, [=] { gingham::softmax_pieces(logits, maxima, targets, pieces, kHost); });
+}
+void losses(const Matrix& pieces, const Targets& targets, const Matrix& out, const Stream& stream) {
+  later(stream, [=] { gingham::losses(pieces, targets, out, kHost); });
+}
+void softmax_gradient(const Matrix& logits, const Matrix& maxima, const Matrix& pieces, const Targets& targets, const Matrix& scale,
+                      const Matrix& gradient, const Stream& stream) {
+  later(stream, [=] { gingham::softmax_gradient(logits, maxima, pieces, targets, scale, gradient, kHost); });
 }
 
 bool sm90_checked(const Stream&) { return false; }

@@ -26,13 +26,13 @@ int host_layer_norm(const Matrix* x, const Matrix* dy, const Matrix* gamma, cons
 }
 
 int host_cross_entropy(const Matrix* logits, const int64_t* ids, double smoothing, const Matrix* maxima, const Matrix* pieces, const Matrix* out,
-                       const double* scale, const Matrix* gradient) {
+                       const Matrix* scale, const Matrix* gradient) {
   return guarded(false, [&](const Stream& stream) {
     const Targets targets{ids, -100, 0, logits->cols, smoothing};
     cuda::row_maxima(*logits, *maxima, stream);
     cuda::softmax_pieces(*logits, *maxima, targets, *pieces, stream);
     cuda::losses(*pieces, targets, *out, stream);
-    cuda::softmax_gradient(*logits, *maxima, *pieces, targets, scale, *gradient, stream);
+    cuda::softmax_gradient(*logits, *maxima, *pieces, targets, *scale, *gradient, stream);
   });
 }
 

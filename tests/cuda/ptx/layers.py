@@ -42,16 +42,16 @@ def cross_entropy(host: Host, rows: int, cols: int, dtype: str, smoothing: float
     logits = host.matrix(normal(rows, cols, 1) * 3, dtype)
     ids = np.random.default_rng(2).integers(0, cols, rows)
     ids[rows // 2] = -100
-    maxima, pieces, out = host.empty(rows, 1, "f64"), host.empty(rows, 3, "f64"), host.empty(rows, 1, "f64")
-    gradient, scale = host.empty(rows, cols, dtype), host.matrix(np.full((1, 1), 0.25), "f64")
+    maxima, pieces, out = host.empty(rows, 1, "f64"), host.empty(rows, 3, "f64"), host.empty(rows, 2, "f64")
+    by = normal(1 if smoothing else rows, 1, 3)
+    gradient, scale = host.empty(rows, cols, dtype), host.matrix(by, "f64")
     host.call(
         "host_cross_entropy",
         ctypes.byref(logits.matrix),
         host.integers(ids),
         ctypes.c_double(smoothing),
         *(ctypes.byref(view.matrix) for view in (maxima, pieces, out)),
-        ctypes.c_void_p(scale.address),
-        ctypes.byref(gradient.matrix),
+        *(ctypes.byref(view.matrix) for view in (scale, gradient)),
     )
     x = host.read(logits)
     shifted = x - x.max(1, keepdims=True)
@@ -60,8 +60,8 @@ def cross_entropy(host: Host, rows: int, cols: int, dtype: str, smoothing: float
     wanted[np.arange(rows), np.maximum(ids, 0)] += 1 - smoothing
     counts = (ids >= 0)[:, None]
     yield "maxima", host.read(maxima), x.max(1, keepdims=True)
-    yield "losses", host.read(out), -(wanted * log_p).sum(1, keepdims=True) * counts
-    yield "gradient", host.read(gradient), 0.25 * (np.exp(log_p) - wanted) * counts
+    yield "losses", host.read(out), np.hstack([-(wanted * log_p).sum(1, keepdims=True) * counts, counts])
+    yield "gradient", host.read(gradient), by * (np.exp(log_p) - wanted) * counts
 
 
 def embedding(host: Host, rows: int, cols: int, count: int, dtype: str) -> Iterator[Pair]:
