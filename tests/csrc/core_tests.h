@@ -28,6 +28,7 @@ std::vector<Test> attention_tests();
 std::vector<Test> engine_tests();
 std::vector<Test> hosts_error_tests();
 std::vector<Test> hosts_tests();
+std::vector<Test> kernel_tests();
 std::vector<Test> memory_tests();
 std::vector<Test> verdict_tests();
 
