@@ -61,6 +61,8 @@ class Block(torch.nn.Module):
 class GPT(torch.nn.Module):
     """ids [batch, time] -> logits [batch, time, VOCABULARY]; with the parallel kit both are this rank's blocks."""
 
+    cuts_sequences = True  # positions begin at those of this rank's piece
+
     def __init__(self, kit: Kit, shape: Shape) -> None:
         super().__init__()
         self.token = kit.embedding(VOCABULARY, shape.width)

@@ -71,7 +71,7 @@ def run(options: Namespace) -> int:
     given = [options.data, options.zero, options.pipeline, options.schedule, options.microbatches, options.mode]
     if options.hybrids or options.hosts > 1 or any(value is not None for value in given):
         return _hybrids(options, workload, machine)
-    ranked = plans(workload, options.ranks, machine, sequence=True)
+    ranked = plans(workload, options.ranks, machine)
     # choices of the same cost are one line: a mode and the grid that it is, grids whose axes trade places
     lines: dict[tuple[str, ...], list[Choice]] = {}
     for choice in ranked:
@@ -86,14 +86,8 @@ def run(options: Namespace) -> int:
     console = Console()
     pale = [index for index, key in enumerate(lines) if key[-1]]
     show(console, title, headings, rows, right=headings[2:], dim=pale)
-    taken = next((choice for choice in ranked if choice.arguments["mode"] != "sequence"), ranked[0])
-    if not taken.reason:
-        line = (
-            "the first line, the cheapest"
-            if taken is ranked[0]
-            else "the cheapest but for sequence, which cuts what code between layers sees"
-        )
-        console.print(f"mode='auto' takes {line}: {taken.name} {_grids([taken])}", markup=False)
+    if not ranked[0].reason:
+        console.print(f"mode='auto' takes the first line, the cheapest: {ranked[0].name} {_grids(ranked[:1])}", markup=False)
     for reason in dict.fromkeys(reason for _, reason in reasons):
         which = ", ".join(name for name, why in reasons if why == reason)
         console.print(f"not possible ({which}): {reason}", markup=False)

@@ -16,7 +16,17 @@ FUSED = {"c_attn": 3, "qkv": 3, "qkv_proj": 3, "query_key_value": 3}
 ROWS = {
     "GPT2LMHeadModel": (("transformer.wte", "transformer.wpe"), "transformer.h", ("transformer.ln_f",), ("lm_head",)),
     "LlamaForCausalLM": (("model.embed_tokens",), "model.layers", ("model.norm",), ("lm_head",)),
+    "BertForMaskedLM": (("bert.embeddings",), "bert.encoder.layer", ("cls",)),
+    "BertForTokenClassification": (("bert.embeddings",), "bert.encoder.layer", ("dropout",), ("classifier",)),
+    "BertForSequenceClassification": (("bert.embeddings",), "bert.encoder.layer", ("bert.pooler",), ("dropout",), ("classifier",)),
+    "ViTForImageClassification": (("vit.embeddings",), "vit.layers", ("vit.layernorm",), ("classifier",)),
 }
+# those that gingham.parallelize takes in mode "sequence"; others are refused there (convert/sequence.py)
+SEQUENCES = (
+    *("GPT2Model", "GPT2LMHeadModel", "LlamaModel", "LlamaForCausalLM", "ViTModel", "ViTForImageClassification"),
+    *("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification"),
+    *("BertForTokenClassification", "BertForQuestionAnswering"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,37 @@ def describe(model: torch.nn.Module, batch: int, context: int, states: int = 2) 
     item = first.element_size() if first is not None else 4
     known = bool(row) and all(at >= 0 for at, *_ in found)
     ordered = tuple(merged([[(times, part) for place, times, part in found if place == at]]) for at in range(len(row))) if known else ()
-    return Workload(merged([[(times, part) for _, times, part in found]]), batch, context, item, states, ordered)
+    return Workload(
+        merged([[(times, part) for _, times, part in found]]),
+        batch,
+        context,
+        item,
+        states,
+        ordered,
+        cuts_sequences(model),
+        hasattr(model, "base_model_prefix"),
+        _ties(row) if known else (),
+    )
+
+
+def _ties(row: list[list[torch.nn.Module]]) -> tuple[tuple[Table, tuple[int, ...]], ...]:
+    users: dict[int, tuple[torch.Tensor, list[int]]] = {}
+    for at, modules in enumerate(row):
+        for parameter in {id(each): each for module in modules for each in module.parameters()}.values():
+            users.setdefault(id(parameter), (parameter, []))[1].append(at)
+    shared = [(parameter, places) for parameter, places in users.values() if len(places) > 1 and parameter.dim() == 2]
+    return tuple((Table(parameter.shape[0], parameter.shape[1]), tuple(places)) for parameter, places in shared)
+
+
+def cuts_sequences(model: Any) -> bool:
+    """Whether a model may see a part of each sequence on each rank: Hugging Face's that parallelize takes in mode "sequence", and one of
+    gingham's layers that says so by an attribute `cuts_sequences`, since its code asks for its positions (gingham.nn's attention does)."""
+    if getattr(model, "cuts_sequences", False) is True:
+        return True
+    config = getattr(model, "config", None)
+    name = next((kind.__name__ for kind in type(model).__mro__ if kind.__module__.startswith("transformers.")), "")
+    decodes = getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False)
+    return name in SEQUENCES and not decodes
 
 
 def _row(model: Any) -> list[list[torch.nn.Module]]:

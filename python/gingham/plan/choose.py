@@ -64,10 +64,11 @@ def name_of(arguments: dict[str, Any]) -> str:
     return " ".join([arguments.get("mode") or "grid", *extras, *[name for name in ("sequence", "shard_depth") if arguments.get(name)]])
 
 
-def every_grid(ranks: int) -> Iterator[dict[str, Any]]:
-    """init's arguments of every grid that `ranks` ranks can form, modes first; sizes that no mode has are left out."""
+def every_grid(ranks: int, samples: bool = False) -> Iterator[dict[str, Any]]:
+    """init's arguments of every grid that `ranks` ranks can form, modes first; sizes that no mode has are left out. samples: of those whose
+    rows are whole samples."""
     yield dict(mode="1d", size=ranks)
-    if ranks > 1:
+    if ranks > 1 and not samples:
         yield dict(mode="1d", size=ranks, sequence=True)
     if isqrt(ranks) ** 2 == ranks:
         yield dict(mode="2d", size=ranks)
@@ -83,11 +84,16 @@ def every_grid(ranks: int) -> Iterator[dict[str, Any]]:
                 yield dict(mode=None, size=ranks, grid=(pm, pn, ranks // (pm * pn)))
 
 
-def plans(workload: Workload, ranks: int, machine: Machine | None = None, sequence: bool = False) -> list[Choice]:
-    """Every grid of `ranks` ranks, the possible ones first, cheapest first. sequence: mode "sequence" too, which mode="auto" does not
-    choose, since code between the layers sees a part of each sequence there."""
+def of_sequence(ranks: int) -> dict[str, Any]:
+    """init's arguments of mode "sequence"."""
+    return dict(mode="sequence", size=ranks, attention="auto")
+
+
+def plans(workload: Workload, ranks: int, machine: Machine | None = None) -> list[Choice]:
+    """Every grid of `ranks` ranks, and mode "sequence" where the model's code may see a part of each sequence; the possible ones first,
+    cheapest first."""
     machine = machine or Machine()
-    arguments = [*every_grid(ranks), *([dict(mode="sequence", size=ranks)] if sequence and ranks > 1 else [])]
+    arguments = [*every_grid(ranks, workload.samples), *([of_sequence(ranks)] if workload.sequences and ranks > 1 else [])]
     found = [_cost(each, workload, machine) for each in arguments]
     return sorted(found, key=lambda choice: (bool(choice.reason), choice.seconds))
 
@@ -105,6 +111,6 @@ def _cost(arguments: dict[str, Any], workload: Workload, machine: Machine) -> Ch
     grid = GridShape(axes_of(**arguments))
     cost = stretch_cost(grid, workload.parts, workload, [workload.batch])
     memory = workload.item * ((2 + workload.states) * cost.held + cost.kept)
-    reason = next((text for _, part in workload.parts if (text := impossible(grid, part))), "")
+    reason = next((text for _, part in workload.parts if (text := impossible(grid, part, workload.context))), "")
     seconds = machine.seconds(cost.flops, cost.messages, cost.received / grid.size)
     return Choice(arguments, grid.grid, cost.received, cost.messages, memory, seconds, reason or machine.lacks(memory))

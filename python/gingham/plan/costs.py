@@ -73,9 +73,11 @@ def _known_cost(grid: GridShape, part: Part, batch: int, context: int, item: int
     return _part_cost(grid, part, Workload((), batch, context, item), accumulates)
 
 
-def impossible(grid: GridShape, part: Part) -> str:
-    """Why the grid cannot have such a part; "" where it can."""
+def impossible(grid: GridShape, part: Part, context: int) -> str:
+    """Why the grid cannot have such a part, over sequences of `context` places; "" where it can."""
     if isinstance(part, Attention):
+        if min(chunks(context, [grid.parts(grid.inner.time)])) == 0:
+            return f"{context} places of a sequence on {grid.parts(grid.inner.time)} ranks that cut it: some would have none"
         ranks = grid.parts(grid.inner.features)
         for name, heads in (("heads", part.heads), ("key and value heads", part.kv_heads)):
             if heads % ranks:

@@ -17,7 +17,7 @@ from ..mesh.modes import GridShape, groups_of, neighbours
 from . import formulas
 from .costs import is_swapped
 from .hosts import branches
-from .pipeline import borders_of, rank_of
+from .pipeline import balance, borders_of, rank_of
 from .workload import Attention, Linears, Loss, Norm, Part, Table, Workload
 
 Words = Callable[[int], int]  # of the block of the rank at a place of the mesh
@@ -251,6 +251,27 @@ def step_crossed(
     return total
 
 
+def tied_words(grid: GridShape, table: Table, place: int) -> int:
+    """Of the block of a table at rest."""
+    cut = formulas.table_axes(grid)[0] + grid.axes.kept
+    return _piece(grid, table.count, cut, place) * _piece(grid, table.width, grid.outer.features, place)
+
+
+def tied_places(workload: Workload, stages: int, pipeline: int, schedule: str) -> list[tuple[Table, list[int]]]:
+    """Tied tables that several pipeline ranks have, with those ranks, which tell each other their gradients."""
+    begins, found = begins_of(workload, stages) if workload.ties else [], []
+    for table, at in workload.ties:
+        users = [max(stage for stage in range(stages) if begins[stage] <= each) for each in at]
+        found.append((table, list(dict.fromkeys(rank_of(stage, pipeline, schedule) for stage in users))))
+    return [(table, places) for table, places in found if len(places) > 1]
+
+
+def begins_of(workload: Workload, stages: int) -> list[int]:
+    """Where each stage begins in the row, as pipeline/cut.py cuts it, and the row's length."""
+    flops = [float(sum(times * 2 * part.k * sum(part.n) for times, part in parts if isinstance(part, Linears))) for parts in workload.row]
+    return balance(flops, stages)
+
+
 def stages_crossed(
     grid: GridShape,
     stages: Sequence[Sequence[tuple[int, Part]]],
@@ -268,8 +289,13 @@ def stages_crossed(
     found = [step_crossed(grid, each, workload, rows, of[rank_of(at, pipeline, schedule)], accumulates) for at, each in enumerate(stages)]
     for each in found:
         each["pipeline"] = 0
+    for table, places in tied_places(workload, count, pipeline, schedule) if pipeline > 1 else []:
+        for first in places:
+            for second in (each for each in places if each != first):
+                apart = [place for place in range(grid.size) if of[first][place] != of[second][place]]
+                found[0]["pipeline"] += workload.item * sum(tied_words(grid, table, place) for place in apart)
     for stage, first, second in borders_of(pipeline, schedule, count // pipeline) if pipeline > 1 else []:
-        found[stage]["pipeline"] = borders_crossed(grid, rows, workload.context, *ends[stage], workload.item, of[first], of[second])
+        found[stage]["pipeline"] += borders_crossed(grid, rows, workload.context, *ends[stage], workload.item, of[first], of[second])
     return found
 
 

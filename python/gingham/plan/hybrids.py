@@ -16,10 +16,10 @@ from typing import Any
 from ..errors import MeshError
 from ..mesh.layout import chunks
 from ..mesh.modes import GridShape
-from .choose import Machine, every_grid, name_of
+from .choose import Machine, every_grid, name_of, of_sequence
 from .costs import Cost, impossible, shape_of, stretch_cost
-from .crossing import stages_crossed
-from .pipeline import SCHEDULES, balance, border_bytes, borders_of, bubble, in_flight, rank_of, refused, sizes_of_parts, usual_stages
+from .crossing import begins_of, stages_crossed, tied_places, tied_words
+from .pipeline import SCHEDULES, border_bytes, borders_of, bubble, in_flight, rank_of, refused, sizes_of_parts, usual_stages
 from .workload import Linears, Norm, Part, Table, Workload, merged
 
 AXES = ("tensor", "data", "pipeline")
@@ -101,7 +101,7 @@ def hybrids(workload: Workload, ranks: int, machine: Machine | None = None, wish
     """Every hybrid of `ranks` ranks that a wish allows, the possible ones first, cheapest first; at a tie the one that holds less,
     then fewer pipeline ranks, fewer data ranks, weights that are cut less."""
     machine, wish = machine or Machine(), wish or Wish()
-    found = [hybrid for arguments in _every(ranks, wish) for hybrid in _costs(workload, machine, wish, *arguments)]
+    found = [hybrid for arguments in _every(ranks, wish, workload) for hybrid in _costs(workload, machine, wish, *arguments)]
 
     def order(each: Hybrid) -> tuple[bool, float, int, int, int, int]:
         return bool(each.reason), each.seconds, sum(each.memory.values()), each.pipeline, each.data, SHARDS.index(each.shard)
@@ -131,8 +131,8 @@ def why(ranked: Sequence[Hybrid]) -> str:
     return text + (f"; {out} more are not possible, for example {ranked[-1].name}: {ranked[-1].reason}" if out else "")
 
 
-def _every(ranks: int, wish: Wish) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(pipeline, data, tensor) whose product is `ranks`."""
+def _every(ranks: int, wish: Wish, workload: Workload) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(pipeline, data, tensor) whose product is `ranks`, as far as the model may be cut so."""
     sizes = [count for count in range(1, ranks + 1) if ranks % count == 0]
     for pipeline in sizes if wish.pipeline is None else [wish.pipeline]:
         for data in sizes if wish.data is None else [wish.data]:
@@ -143,11 +143,12 @@ def _every(ranks: int, wish: Wish) -> Iterator[tuple[int, int, dict[str, Any]]]:
                 if shape_of(wish.tensor).size == size:
                     yield pipeline, data, {"size": size, **wish.tensor}
             elif wish.mode == "sequence":
-                yield pipeline, data, {"mode": "sequence", "size": size}
+                yield pipeline, data, of_sequence(size)
             elif wish.size in (None, size):
                 # grids that are a mode under another name are left out
                 seen = set()
-                for tensor in every_grid(size) if size > 1 else [dict(mode=None, size=1)]:
+                along = [of_sequence(size)] if workload.sequences and wish.mode is None else []
+                for tensor in [*every_grid(size, workload.samples), *along] if size > 1 else [dict(mode=None, size=1)]:
                     shape = shape_of(tensor).grid
                     if wish.mode in (None, tensor["mode"]) and not (tensor.get("grid") and shape in seen):
                         yield pipeline, data, tensor
@@ -190,17 +191,16 @@ def hybrid_cost(
     places = [rank_of(stage, pipeline, schedule) for stage in range(stages)]
     costs = [stretch_cost(grid, each, workload, rows, accumulates) for each in parts]
     apart = [_apart(alone, each, workload, rows, data, accumulates) for each in parts]
-    ends = [_end(parts[: stage + 1]) for stage in range(stages)]
+    ends = [_end(parts[: stage + 1], parts[stage + 1 :]) for stage in range(stages)]
     crossed = _crossed(grid, workload, ends, pipeline, schedule)
     received = {"tensor": sum(each.received for each in apart)}
     received["data"] = sum(each.received for each in costs) - received["tensor"]
-    received["pipeline"] = sum(crossed)
+    tied = tied_places(workload, stages, pipeline, schedule) if pipeline > 1 else []
+    shared = [_of_ties(grid, workload.item, tied, rank) for rank in range(pipeline)]
+    received["pipeline"] = sum(crossed) + sum(size for size, _ in shared)
     of_rank = [[stage for stage, place in enumerate(places) if place == rank] for rank in range(pipeline)]
-    borders = _border_messages(pipeline, schedule, stages, microbatches)
-    inside = [(sum(apart[s].messages for s in mine), sum(costs[s].messages for s in mine)) for mine in of_rank]
-    busiest = max(range(pipeline), key=lambda rank: inside[rank][1] + borders[rank])
-    own, both = inside[busiest]
-    messages = {"tensor": min(own, both), "data": max(0, both - own), "pipeline": borders[busiest]}
+    borders = [count + more for count, (_, more) in zip(_border_messages(pipeline, schedule, stages, microbatches), shared, strict=True)]
+    messages = _messages([[apart[s] for s in mine] for mine in of_rank], [[costs[s] for s in mine] for mine in of_rank], borders)
     memories = [
         _memory(workload, [costs[stage] for stage in mine], in_flight(schedule, rank, pipeline, microbatches, len(mine)), accumulates)
         for rank, mine in enumerate(of_rank)
@@ -208,15 +208,11 @@ def hybrid_cost(
     idle = bubble(schedule, pipeline, microbatches, usual_stages(schedule)) if pipeline > 1 else 0.0
     far, unknown = _far(grid, parts, ends, workload, rows, hosts, pipeline, schedule)
     reason = reason or unknown
+    behind = [each["pipeline"] for each in far]
+    ins = [_of_rank(crossed, rank, pipeline, schedule, stages) + shared[rank][0] for rank in range(pipeline)]
+    outs = [_of_rank(behind, rank, pipeline, schedule, stages) for rank in range(pipeline)]
     busy = [
-        machine.seconds(
-            sum(costs[stage].flops for stage in mine),
-            sum(costs[stage].messages for stage in mine) + borders[rank],
-            (sum(costs[stage].received for stage in mine) + _of_rank(crossed, rank, pipeline, schedule, stages)) / grid.size,
-            (sum(far[stage][axis] for stage in mine for axis in ("tensor", "data")) + _of_rank(behind, rank, pipeline, schedule, stages))
-            / grid.size,
-        )
-        for behind in [[each["pipeline"] for each in far]]
+        _seconds(machine, [costs[s] for s in mine], [far[s] for s in mine], borders[rank], ins[rank], outs[rank], grid.size)
         for rank, mine in enumerate(of_rank)
     ]
     fullest = max(range(pipeline), key=lambda rank: sum(memories[rank].values()))
@@ -225,6 +221,27 @@ def hybrid_cost(
     across = {axis: sum(each[axis] for each in far) for axis in AXES}
     return Hybrid(
         tensor, data, shard, pipeline, schedule, microbatches, grid.grid, received, messages, memory, idle, seconds, reason, fullest, across
+    )
+
+
+def _messages(apart: Sequence[Sequence[Cost]], costs: Sequence[Sequence[Cost]], borders: Sequence[int]) -> dict[str, int]:
+    """By axis, of the pipeline rank whose ranks receive most."""
+    inside = [[sum(each.messages for each in mine) for mine in of] for of in (apart, costs)]
+    busiest = max(range(len(borders)), key=lambda rank: inside[1][rank] + borders[rank])
+    own, both = inside[0][busiest], inside[1][busiest]
+    return {"tensor": min(own, both), "data": max(0, both - own), "pipeline": borders[busiest]}
+
+
+def _seconds(
+    machine: Machine, costs: Sequence[Cost], far: Sequence[Mapping[str, int]], messages: int, received: float, crossed: float, ranks: int
+) -> float:
+    """Of a pipeline rank of so many ranks, without waiting; messages, received, crossed: at its borders."""
+    inside = sum(each[axis] for each in far for axis in ("tensor", "data"))
+    return machine.seconds(
+        sum(each.flops for each in costs),
+        sum(each.messages for each in costs) + messages,
+        (sum(each.received for each in costs) + received) / ranks,
+        (inside + crossed) / ranks,
     )
 
 
@@ -251,7 +268,7 @@ def _far(
 def _reason(workload: Workload, grid: GridShape, tensor: Mapping[str, Any], pipeline: int, schedule: str, microbatches: int) -> str:
     if microbatches > workload.batch:
         return f"{microbatches} micro-batches of {workload.batch} samples: at most one a sample"
-    text = next((text for _, part in workload.parts if (text := impossible(grid, part))), "")
+    text = next((text for _, part in workload.parts if (text := impossible(grid, part, workload.context))), "")
     if text or pipeline == 1:
         return text
     stages = pipeline * usual_stages(schedule)
@@ -268,8 +285,7 @@ def _stages(workload: Workload, stages: int) -> list[list[tuple[int, Part]]] | N
         return [list(workload.parts)]
     if len(workload.row) < stages:
         return None
-    flops = [float(sum(times * 2 * part.k * sum(part.n) for times, part in parts if isinstance(part, Linears))) for parts in workload.row]
-    begins = balance(flops, stages)
+    begins = begins_of(workload, stages)
     return [list(merged(workload.row[begin:end])) for begin, end in zip(begins, begins[1:], strict=False)]
 
 
@@ -285,8 +301,9 @@ def _apart(
     return total
 
 
-def _end(stages: Sequence[Sequence[tuple[int, Part]]]) -> tuple[int, str]:
-    """(features, layout) of what the last of these stages gives: of the last layer that makes one."""
+def _end(stages: Sequence[Sequence[tuple[int, Part]]], others: Sequence[Sequence[tuple[int, Part]]]) -> tuple[int, str]:
+    """(features, layout) of what the last of these stages gives: of the last layer that makes one, or where none is described (patches of
+    images), what the first of the others takes."""
     for _, part in reversed([part for parts in stages for part in parts]):
         if isinstance(part, Linears):
             return part.n[-1], part.layout.split("->")[1]
@@ -294,7 +311,8 @@ def _end(stages: Sequence[Sequence[tuple[int, Part]]]) -> tuple[int, str]:
             return part.width, "outer"
         if isinstance(part, Norm):
             return part.features, "outer"
-    return 0, "outer"
+    taken = next((part for parts in others for _, part in parts if isinstance(part, Linears | Norm)), None)
+    return (0, "outer") if taken is None else (taken.k if isinstance(taken, Linears) else taken.features, "outer")
 
 
 def _crossed(grid: GridShape, workload: Workload, ends: Sequence[tuple[int, str]], pipeline: int, schedule: str) -> list[int]:
@@ -312,6 +330,13 @@ def _of_rank(crossed: Sequence[int], rank: int, pipeline: int, schedule: str, st
     """Of _crossed the bytes that the ranks of one stage receive."""
     pairs = borders_of(pipeline, schedule, stages // pipeline) if pipeline > 1 else []
     return sum(crossed[stage] / 2 * ((first == rank) + (second == rank)) for stage, first, second in pairs)
+
+
+def _of_ties(grid: GridShape, item: int, tied: Sequence[tuple[Table, Sequence[int]]], rank: int) -> tuple[int, int]:
+    """(bytes that the ranks of a pipeline rank receive of the gradients of tied tables, messages of one of them)."""
+    mine = [(table, len(places) - 1) for table, places in tied if rank in places]
+    size = sum(others * sum(tied_words(grid, table, place) for place in range(grid.size)) for table, others in mine)
+    return item * size, sum(others for _, others in mine)
 
 
 def _border_messages(pipeline: int, schedule: str, stages: int, microbatches: int) -> list[int]:

@@ -65,7 +65,9 @@ Part = Linears | Table | Norm | Attention | Loss
 class Workload:
     """`parts`: (how often, what). A step trains on [batch, context] tokens in words of `item` bytes, with an optimizer that
     keeps `states` words a parameter (AdamW: 2). row: the same parts in the order in which gingham.pipeline may cut them into stages,
-    () where the model is not known to be layers in a row."""
+    () where the model is not known to be layers in a row. sequences: whether its code may see a part of each sequence (mode "sequence");
+    samples: whether it must see whole samples alone (no 1d with sequence=True). ties: tables that several parts of the row have, an
+    embedding that is also the head: (the table, the places in the row)."""
 
     parts: tuple[tuple[int, Part], ...]
     batch: int
@@ -73,6 +75,9 @@ class Workload:
     item: int = 4
     states: int = 2
     row: tuple[tuple[tuple[int, Part], ...], ...] = ()
+    sequences: bool = False
+    samples: bool = False
+    ties: tuple[tuple[Table, tuple[int, ...]], ...] = ()
 
     def parameters(self) -> int:
         """Words of the whole model."""
@@ -100,7 +105,7 @@ def gpt(layers: int, width: int, heads: int, batch: int, context: int, vocabular
     first: tuple[tuple[int, Part], ...] = ((1, Table(vocabulary, width)), (1, Table(context, width)))
     last: tuple[tuple[int, Part], ...] = ((1, Linears(width, (vocabulary,), "outer->inner")), (1, Loss(vocabulary)))
     row = (first, *(block for _ in range(layers)), ((1, Norm(width)),), last)
-    return Workload(merged(row), batch, context, row=row)
+    return Workload(merged(row), batch, context, row=row, sequences=True)
 
 
 def merged(row: Iterable[Iterable[tuple[int, Part]]]) -> tuple[tuple[int, Part], ...]:
