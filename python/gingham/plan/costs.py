@@ -137,12 +137,18 @@ def _attention_cost(grid: GridShape, part: Attention, workload: Workload) -> Cos
     if pieces == 1:
         return cost
     sizes = part.heads, part.kv_heads, workload.batch * head, workload.item
-    way = grid.axes.attention or "ring"
-    if way == "auto":
-        way = formulas.cheapest_way(pieces, part.heads, part.kv_heads, workload.item, True, part.causal)
+    way = way_of(grid, part, workload.item)
     received = formulas.sequence_bytes(way, chunks(workload.context, [pieces]), *sizes, True, part.causal)
     # the last of causal ranks sees all, and nobody else its own keys
     return replace(cost, received=received, messages=MESSAGES[way] * (pieces - 1) - (way == "ring" and part.causal))
+
+
+def way_of(grid: GridShape, part: Attention, item: int) -> str:
+    """How keys and values reach queries where axes cut the sequence: of formulas.WAYS."""
+    way = grid.axes.attention or "ring"
+    if way != "auto":
+        return way
+    return formulas.cheapest_way(grid.parts(grid.inner.time), part.heads, part.kv_heads, item, True, part.causal)
 
 
 # for each other rank, on one that sees all: keys and values forward, again backward, and sums of their gradients; gathered once and summed

@@ -15,7 +15,7 @@ from functools import lru_cache
 from ..mesh.layout import Layout, Names, chunks, coordinates_of, interval, members
 from ..mesh.modes import GridShape, groups_of, neighbours
 from . import formulas
-from .costs import is_swapped
+from .costs import is_swapped, way_of
 from .hosts import branches
 from .pipeline import balance, borders_of, rank_of
 from .workload import Attention, Linears, Loss, Norm, Part, Table, Workload
@@ -82,8 +82,10 @@ def _lines(grid: GridShape, hosts: tuple[int, ...], names: Names) -> list[tuple[
     wanted = {name for name in names if grid.sizes[name] > 1}
     if not wanted:
         return []
-    groups = [each for each in groups_of(grid.axes).values() if {name for name in each if grid.sizes[name] > 1} == wanted]
-    order = groups[-1] if groups else names
+    groups = groups_of(grid.axes)
+    world = groups.pop("world")  # that of all axes where no other group has them
+    fitting = [each for each in (world, *groups.values()) if {name for name in each if grid.sizes[name] > 1} == wanted]
+    order = fitting[-1] if fitting else names
     found = {tuple(members(order, grid.sizes, coordinates_of(place, grid.sizes))) for place in range(grid.size)}
     return [line for line in sorted(found) if len({hosts[each] for each in line}) > 1]
 
@@ -102,8 +104,8 @@ def crossed(
         _norm(found, part, rows, context, accumulates)
     elif isinstance(part, Loss):
         _loss(found, rows, context, accumulates)
-    elif isinstance(part, Attention) and found.lines(grid.inner.time):
-        raise NotImplementedError("what sequences that hosts cut send from host to host is not priced")
+    elif isinstance(part, Attention):
+        _attention(found, part, rows, context)
     return found.found["tensor"], found.found["data"]
 
 
@@ -225,6 +227,50 @@ def _norm(found: Crossing, part: Norm, rows: Sequence[int], context: int, accumu
         found.all_reduce(names, lambda place: together * found.piece(part.features, stored, place), max(FOUR, found.item))
 
 
+def _attention(found: Crossing, part: Attention, rows: Sequence[int], context: int) -> None:
+    """Keys and values over the ranks of a sequence, their gradients back; a ring that hosts cut has no windows, and passes all on."""
+    grid, item, wide = found.grid, found.item, max(FOUR, found.item)
+    time, head, way = grid.inner.time, part.width // part.heads, way_of(found.grid, part, found.item)
+    for count, found.times in Counter(rows).items():
+
+        def keys(place: int, count: int = count) -> int:
+            return _block(found, count, context, grid.inner, 2 * part.kv_heads * head, place)
+
+        if way == "ring":
+            for _ in range(2):
+                found.stream(time, keys, item=item)
+            found.stream(time, keys, summed=True, item=wide)
+        elif way == "gathered":
+            found.gather(time, keys, item)
+            found.scatter(time, keys, wide)
+        else:
+            each = 2 * part.kv_heads + 2 * part.heads  # of q, k, v and the output, there and back
+            for line in found.lines(time):
+                shares = dict(zip(line, formulas.shares(part.kv_heads, len(line)), strict=True))
+                for place in line:
+                    far = sum(shares[other] for other in line if found.hosts[other] != found.hosts[place])
+                    words = _block(found, count, context, grid.inner, head, place) * each * 2 * far // part.kv_heads
+                    found.count(time, words)
+
+
+def more_received(grid: GridShape, parts: Sequence[tuple[int, Part]], workload: Workload, rows: Sequence[int], hosts: Sequence[int]) -> int:
+    """Bytes of rings of attention that hosts cut, beyond what windows would bring: all keys and values pass all ranks."""
+    found, total = Crossing(grid, hosts, workload.item), 0
+    for times, part in parts:
+        if not isinstance(part, Attention) or way_of(grid, part, workload.item) != "ring":
+            continue
+        for line in found.lines(grid.inner.time):
+            lengths, samples = chunks(workload.context, [len(line)]), tuple(each for each in grid.inner.rows if each not in grid.inner.time)
+            for count in rows:
+                words = found.piece(count, samples, line[0]) * (part.width // part.heads)
+                both = [
+                    formulas.sequence_bytes("ring", lengths, part.heads, part.kv_heads, words, workload.item, window, part.causal)
+                    for window in (False, True)
+                ]
+                total += times * (both[0] - both[1])
+    return total
+
+
 def _loss(found: Crossing, rows: Sequence[int], context: int, accumulates: bool) -> None:
     grid = found.grid
     given, needed = (Layout(layout.rows, (), layout.time) for layout in (grid.outer, grid.inner))
@@ -282,12 +328,13 @@ def stages_crossed(
     pipeline: int,
     schedule: str,
 ) -> list[dict[str, int]]:
-    """By stage and axis, "pipeline" being what crosses behind it. ends: (features, layout) of what each hands on; hosts: of the job's
-    ranks, by pipeline, data and tensor. Raises NotImplementedError as `crossed`."""
+    """By stage and axis, "pipeline" being what crosses behind it, and "more" what more_received says. ends: (features, layout) of what each
+    hands on; hosts: of the job's ranks, by pipeline, data and tensor. Raises NotImplementedError as `crossed`."""
     of = [[hosts[grid.size * place + rank] for rank in neighbours(grid.axes)] for place in range(pipeline)]
     accumulates, count = pipeline > 1 or len(rows) > 1, len(stages)
     found = [step_crossed(grid, each, workload, rows, of[rank_of(at, pipeline, schedule)], accumulates) for at, each in enumerate(stages)]
-    for each in found:
+    for at, each in enumerate(found):
+        each["more"] = more_received(grid, stages[at], workload, rows, of[rank_of(at, pipeline, schedule)])
         each["pipeline"] = 0
     for table, places in tied_places(workload, count, pipeline, schedule) if pipeline > 1 else []:
         for first in places:

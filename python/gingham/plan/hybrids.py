@@ -208,6 +208,7 @@ def hybrid_cost(
     idle = bubble(schedule, pipeline, microbatches, usual_stages(schedule)) if pipeline > 1 else 0.0
     far, unknown = _far(grid, parts, ends, workload, rows, hosts, pipeline, schedule)
     reason = reason or unknown
+    received["tensor"] += sum(each["more"] for each in far)
     behind = [each["pipeline"] for each in far]
     ins = [_of_rank(crossed, rank, pipeline, schedule, stages) + shared[rank][0] for rank in range(pipeline)]
     outs = [_of_rank(behind, rank, pipeline, schedule, stages) for rank in range(pipeline)]
@@ -240,7 +241,7 @@ def _seconds(
     return machine.seconds(
         sum(each.flops for each in costs),
         sum(each.messages for each in costs) + messages,
-        (sum(each.received for each in costs) + received) / ranks,
+        (sum(each.received for each in costs) + sum(each["more"] for each in far) + received) / ranks,
         (inside + crossed) / ranks,
     )
 
@@ -256,7 +257,7 @@ def _far(
     schedule: str,
 ) -> tuple[list[dict[str, int]], str]:
     """What comes from other hosts by stage and axis, and why it is not known, "" where it is."""
-    nothing = [dict.fromkeys(AXES, 0) for _ in parts]
+    nothing = [dict.fromkeys((*AXES, "more"), 0) for _ in parts]
     if len(set(hosts)) < 2:
         return nothing, ""
     try:
