@@ -26,6 +26,7 @@ def install(handlers: dict[Operation, Handler], otherwise: Handler) -> None:
     """Puts these operations into torch's table of handlers. otherwise: how those go on that have none there."""
     for op in _elementwise():
         handlers[op] = partial(_one, handlers.get(op, otherwise), op._schema.arguments[0].is_write)
+    handlers[aten.detach.default] = partial(_detached, handlers.get(aten.detach.default, otherwise))
     for op in _lists():
         handlers[op] = partial(_each, handlers.get(op, otherwise), op._schema.arguments[0].is_write)
 
@@ -71,6 +72,12 @@ def _lies_as(spec: Any, other: Any) -> bool:
         vars(spec)["_lies_as"] = other
         return True
     return False
+
+
+def _detached(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What autograd does to each gradient that it stores."""
+    (first,) = args
+    return _wrapped(first._local_tensor.detach(), first) if _is_cut(first) else go_on(op, args, kwargs)
 
 
 def _one(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
