@@ -31,7 +31,7 @@ ALL = [
 def test_attention(report: Report, dtype: str, name: str, timing: str) -> None:
     host = Host(timing=timing, seed=3, groups=3)
     for what, got, expected in attention(host, CASES[name], dtype, pad=8 if name == "plain" else 0):
-        limit = LIMITS[dtype] if what != "lse" else LIMITS[dtype] / 1e3 + 1e-14
+        limit = LIMITS[dtype] if what != "lse" else 1e-14 if dtype == "f64" else 1e-6
         report.check(f"attention {dtype} {name} {timing}: {what}", got, expected, limit)
 
 
@@ -39,7 +39,7 @@ def test_attention(report: Report, dtype: str, name: str, timing: str) -> None:
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 def test_bytes_of_device_memory(dtype: str) -> None:
     """Forward: queries once, keys and values once a tile of 64 queries; out, top and sum written, and read where something stood there. The
-    gradients: their own rows and sums once, the others once a tile, lse and delta as often as queries."""
+    gradients: their own rows and sums once, the others once a tile, lse and delta as often as queries, or by all four lanes of a row."""
     case, item = Case(queries=70, keys=40, heads=2, kv_heads=1, causal=False), {"bf16": 2, "f32": 4}[dtype]
     host = Host(seed=3)
     for _ in attention(host, case, dtype):
@@ -60,4 +60,4 @@ def test_bytes_of_device_memory(dtype: str) -> None:
         if index % 2 == 0:  # of keys
             assert got == (item * (2 * keys + 2 * out) + 8 * numbers + 2 * 4 * keys, 2 * 4 * keys), (index, got)
         else:
-            assert got == (item * (2 * out + 2 * case.heads * 20 * case.width) + 8 * numbers + 4 * out, 4 * out), (index, got)
+            assert got == (item * (2 * out + 2 * case.heads * 20 * case.width) + 4 * 8 * numbers + 4 * out, 4 * out), (index, got)
