@@ -227,7 +227,7 @@ void every_option() {
         for (const Masked masked : {Masked::no, Masked::bytes, Masked::added}) {
           if (dtype == DType::f64 && width > 128) continue;
           turn++;  // dropout and the layouts take turns
-          on_both({1, 4, width % 3 ? 1 : 2, width, 141, 210, causal, masked, turn % 2 ? 0.3 : 0.0, layouts[turn % 3]}, dtype);
+          on_both({1, 2, width % 3 ? 1 : 2, width, 77, 135, causal, masked, turn % 2 ? 0.3 : 0.0, layouts[turn % 3]}, dtype);
         }
 }
 
