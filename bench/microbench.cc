@@ -24,7 +24,7 @@ const char* kUsage =
     "  all_gather, reduce_scatter, all_reduce, broadcast, reduce\n"
     "  all                           each of the above\n"
     "  overlap                       a product behind a link as slow as itself, in 1, 2, 4 and 8 slices\n"
-    "  attention                     causal, forward and backward over a ring in zigzag order: --shape TIME,WIDTH,HEADS (--sizes: 8 heads of 64)\n"
+    "  attention                     causal, both ways, over a zigzag ring: --shape TIME,WIDTH,HEADS (--sizes: 8 heads of 64)\n"
     "  gemm                          one rank's product\n"
     "  kernels                       each GPU kernel beside its CPU twin\n"
     "\n"
