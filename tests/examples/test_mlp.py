@@ -23,7 +23,11 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    "launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"]], ids=["spawn", "torchrun"]
+    "launcher",
+    [
+        pytest.param([], id="spawn"),
+        pytest.param(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8"], id="torchrun", marks=pytest.mark.matrix),
+    ],
 )
 def test_shapes(launcher: list[str]) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}

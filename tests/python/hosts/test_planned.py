@@ -57,9 +57,9 @@ CASES: dict[int, list[tuple[int, str | None, int, str, int, dict[str, Any]]]] = 
         (6, "all", 1, "1f1b", 1, dict(mode=None, size=1)),
     ],
 }
-HOSTS = {4: [split(2, 2), split(3, 1)], 8: [split(4, 4), split(2, 2, 4), (0, 1) * 4], 6: [split(3, 3), split(2, 4)]}
+WAYS = {4: [split(2, 2), split(3, 1)], 8: [split(4, 4), split(2, 2, 4), (0, 1) * 4], 6: [split(3, 3), split(2, 4)]}
 QUICK = [(4, split(2, 2), 0), (4, split(3, 1), 5), (8, split(4, 4), 0)]
-ALL = [(size, hosts, case) for size, ways in HOSTS.items() for hosts in ways for case in range(len(CASES[size]))]
+ALL = [(size, hosts, case) for size, ways in WAYS.items() for hosts in ways for case in range(len(CASES[size]))]
 WAYS = [pytest.param(*each, marks=[] if each in QUICK else [pytest.mark.matrix]) for each in ALL]
 
 
