@@ -8,6 +8,7 @@ import torch
 
 import gingham
 from gingham.commands.cli import main
+from gingham.launch.auto import has_auto
 from gingham.mesh.modes import axes_of
 from gingham.pipeline.orders import order, stages_of
 from gingham.plan import hybrids, pipeline, tables, workload
@@ -226,3 +227,8 @@ def test_init_takes_the_cheapest_hybrid(ranks, parallel: Any, wish: Any) -> None
 def test_what_auto_cannot_decide_is_refused(wrong: Any, message: str) -> None:
     with pytest.raises(gingham.MeshError, match=message):
         gingham.init(**wrong)
+
+
+def test_the_way_of_attention_is_left_to_the_layers() -> None:
+    tensor = {"size": 2, "mode": "sequence", "attention": "auto"}
+    assert not has_auto({"tensor": tensor}) and has_auto({"data": "auto", "tensor": tensor}) and has_auto({"tensor": {"mode": "auto"}})

@@ -24,9 +24,9 @@ EVERYTHING: dict[str, Any] = {"data": AUTO, "pipeline": AUTO, "tensor": {"mode":
 
 
 def has_auto(parallel: Any) -> bool:
-    """Whether something in a configuration is left to the planner."""
+    """Whether something in a configuration is left to the planner; attention="auto" is decided by each layer."""
     if isinstance(parallel, Mapping):
-        return any(map(has_auto, parallel.values()))
+        return any(has_auto(given) for name, given in parallel.items() if name != "attention")
     return isinstance(parallel, str) and parallel == AUTO
 
 
