@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "binding_axis.h"
 #include "kernels/accumulate.h"
 #include "kernels/cast.h"
 #include "kernels/cross_entropy.h"
@@ -10,32 +11,26 @@
 namespace gingham {
 namespace {
 
-using Objects = std::vector<py::object>;
-
 Matrix optional_of(const py::object& x, const char* name, const Member& member) {
   return x.is_none() ? Matrix{} : tensor_of(x, name, member.job).matrix();
 }
 
-// Two float64 a row that ranks exchange, of an RMS norm the second alone, since its first is 0: [..., 2] or [..., 1] for x [..., features].
-Made exchanged(const Tensor& x, bool centred, const Member& member) {
-  std::vector<int64_t> shape = x.shape;
-  shape.back() = centred ? 2 : 1;
-  return make_tensor(member.job, shape, "float64");
-}
-
+// Two float64 a row, of which ranks exchange both, or of an RMS norm the second alone, since its first is 0.
 Matrix pairs_at(void* data, int64_t rows) { return dense(data, rows, 2, DType::f64); }
 Matrix exchanged_of(const Matrix& pairs, bool centred) { return centred ? pairs : pairs.slice(1, 1, 2); }
 
-// What make(pairs) makes of x's rows, as it is exchanged.
+// What make(pairs) makes of x [..., features], as it is exchanged: [..., 2] or [..., 1].
 template <class Make>
 py::object exchange_of(const Member& member, const Tensor& x, bool centred, const Make& make) {
-  const Made out = exchanged(x, centred, member);
+  std::vector<int64_t> shape = x.shape;
+  shape.back() = centred ? 2 : 1;
+  const Made out = make_tensor(member.job, shape, "float64");
   {
     py::gil_scoped_release nogil;
     const int64_t rows = x.matrix().rows;
     const Stream& stream = member.job->stream();
     const Scratch room(stream, static_cast<size_t>(rows) * 2 * sizeof(double));
-    const Matrix pairs = pairs_at(room.data(), rows), to = dense(out.data, rows, centred ? 2 : 1, DType::f64);
+    const Matrix pairs = pairs_at(room.data(), rows), to = dense(out.data, rows, shape.back(), DType::f64);
     make(pairs, stream);
     cast(exchanged_of(pairs, centred), to, stream);
   }

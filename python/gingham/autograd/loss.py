@@ -9,6 +9,7 @@ import torch
 from .. import native
 from ..errors import ShapeError
 from ..mesh import Mesh
+from ..mesh.layout import Names
 
 
 @dataclass(frozen=True)
@@ -22,22 +23,22 @@ class Classes:
     smoothing: float
 
 
-def softmax_parts(mesh: Mesh, axis: native.Axis | None, logits: torch.Tensor, target: torch.Tensor, classes: Classes) -> torch.Tensor:
+def softmax_parts(mesh: Mesh, names: Names, logits: torch.Tensor, target: torch.Tensor, classes: Classes) -> torch.Tensor:
     """Of whole rows, [rows, 4] in float64: the largest logit m, the sum of exp(x - m), x - m of the target and, with smoothing, the sum of
-    x - m. logits [rows, columns here], target [rows] int64; axis: over whom the vocabulary is cut; None: nobody."""
+    x - m. logits [rows, columns here], target [rows] int64; names: of the axes over which the vocabulary is cut."""
     if logits.device.type != "cpu":  # the core reads those of the host itself
-        _check_target(mesh, target, classes)
+        kept_of(target, classes.ignored, classes.vocabulary, f"cross_entropy: rank {mesh.rank}")
     part = native.loss_parts(
         mesh.program, _fitting(logits), target.contiguous(), classes.ignored, classes.first, classes.vocabulary, classes.smoothing
     )
-    if axis is None:
+    if mesh.axis(names) is None:
         return part
     # T and A travel as sums of x, since each rank's m is another
     mine = (target >= classes.first) & (target < classes.first + classes.width) & (target != classes.ignored)
     part[:, 2] += torch.where(mine, part[:, 0], 0.0)
     if classes.smoothing and classes.width:
         part[:, 3] += classes.width * part[:, 0]
-    largest, exponentials, hit, whole = torch.stack(axis.all_gather(part, rows=part.shape[0])).unbind(-1)
+    largest, exponentials, hit, whole = gather_parts(mesh, names, part).unbind(-1)
     top = largest.amax(0)
     total = torch.where(exponentials == 0, 0.0, exponentials * torch.exp(largest - top)).sum(0)
     less = classes.vocabulary * top if classes.smoothing else 0.0
@@ -67,12 +68,18 @@ def loss_gradient(
     )
 
 
-def _check_target(mesh: Mesh, target: torch.Tensor, classes: Classes) -> None:
-    outside = (target < 0) | (target >= classes.vocabulary)
-    if outside.logical_and(target != classes.ignored).any():
-        raise ShapeError(
-            f"cross_entropy: rank {mesh.rank}: a target lies outside 0..{classes.vocabulary - 1} and is not ignore_index={classes.ignored}"
-        )
+def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
+    """Every member's `part` [rows, ...], stacked, in an order that all members share, so that sums of it have the same bits."""
+    axis = mesh.axis(names)
+    return torch.stack(axis.all_gather(part, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
+
+
+def kept_of(target: torch.Tensor, ignored: int, vocabulary: int, who: str) -> torch.Tensor:
+    """Which targets count. Raises ShapeError where one of them is no class."""
+    kept = target != ignored
+    if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
+        raise ShapeError(f"{who}: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
+    return kept
 
 
 def _fitting(logits: torch.Tensor) -> torch.Tensor:

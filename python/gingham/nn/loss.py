@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..autograd.casts import autocast_dtype
-from ..autograd.loss import Classes, loss_gradient, losses_of, softmax_parts
+from ..autograd.loss import Classes, gather_parts, kept_of, loss_gradient, losses_of, softmax_parts
 from ..autograd.relayout import relayout
 from ..autograd.second_order import replay, shaped, summed
 from ..checks import cuts_of_block, row_dim
@@ -17,7 +17,6 @@ from ..graph_ops import KNOWN, OUTPUTS, Meta, Traced, find, traced
 from ..mesh import Mesh, check_local, current
 from ..mesh.checksums import digest_of
 from ..mesh.layout import Interval, Layout, Names, blocks_from_shapes
-from .norm import gather_parts
 
 
 def cross_entropy(
@@ -190,13 +189,6 @@ def accuracy(
     return right
 
 
-def _kept(target: torch.Tensor, ignored: int, vocabulary: int, name: str) -> torch.Tensor:
-    kept = target != ignored
-    if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
-        raise ShapeError(f"{name}: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
-    return kept
-
-
 class _Accuracy(Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor, mesh: Mesh, layout: str, ignore_index: int, top_k: int) -> Any:
@@ -205,7 +197,7 @@ class _Accuracy(Function):
         x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
         (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
-        kept = _kept(target, ignore_index, vocabulary, "accuracy")
+        kept = kept_of(target, ignore_index, vocabulary, f"accuracy: rank {mesh.rank}")
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)
         held = torch.where(mine, x.gather(1, column).squeeze(1), -torch.inf) if width else x.new_full((len(x),), -torch.inf)
@@ -228,7 +220,7 @@ class _CrossEntropy(Function):
         label = f"cross_entropy({layout=}, ignore_index={ignored}, label_smoothing={smoothing}, {reduction=})"
         (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
         ctx.classes = Classes(start, width, vocabulary, ignored, smoothing)
-        parts = softmax_parts(mesh, mesh.axis(named.features), x, target, ctx.classes)
+        parts = softmax_parts(mesh, named.features, x, target, ctx.classes)
         losses, sums = losses_of(mesh, parts, target, ctx.classes)
         total, counted = gather_parts(mesh, named.rows, sums).sum(0)
         divisor = counted if reduction == "mean" else torch.ones_like(counted)

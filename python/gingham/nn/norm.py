@@ -20,7 +20,7 @@ from ..errors import MeshError, ShapeError
 from ..function import Function, asked, nodes_of
 from ..graph_ops import KNOWN, Meta, Traced, block_of, find, register, traced
 from ..mesh import Mesh, check_local
-from ..mesh.layout import Cuts, Names, coordinates_of, interval, members
+from ..mesh.layout import Cuts, coordinates_of, interval, members
 from ..plan.formulas import norm_bytes
 from .bias import place_of_features, stored_axes, sum_parts, users_of
 from .layer import Layer, size_of
@@ -175,12 +175,6 @@ class RMSNorm(_Norm, torch.nn.RMSNorm):  # type: ignore[misc]
         return self._call(x, False, self.eps)
 
 
-def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
-    """Every member's `part` [rows, ...], stacked, in an order that all members share, so that sums of it have the same bits."""
-    axis = mesh.axis(names)
-    return torch.stack(axis.all_gather(part, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
-
-
 class _Normalise(Function):
     """y = (x - mean) / sqrt(mean square + eps) * gamma + beta; each of gamma, beta may be None."""
 
@@ -189,7 +183,7 @@ class _Normalise(Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, layer: Any, centred: bool, eps: float
     ) -> torch.Tensor:
         mesh, names = layer.mesh, layer.mesh.layout(layer.layout).features
-        ctx.layer, ctx.parameters, ctx.centred, ctx.dtype = layer, (weight, bias), centred, x.dtype
+        ctx.layer, ctx.parameters, ctx.centred = layer, (weight, bias), centred
         # as torch.nn: its layer norm reads them always, its RMS norm for the gradient of x
         read = [("weight", weight), ("bias", bias)] if centred or ctx.needs_input_grad[0] else []
         ctx.eps, ctx.versions = eps, versions_of(read)
