@@ -163,6 +163,7 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   const double seconds = median_of_rounds(
       o, [&] { ring.forget(); },
       [&] {
+        if (o.before) o.before(job);
         ring.once();
         if (o.after) o.after(job);
         settle(job);

@@ -135,6 +135,7 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   const double seconds = median_of_rounds(
       o, [&] { collective.prepare(); },
       [&] {
+        if (o.before) o.before(job);
         collective.once();
         if (o.after) o.after(job);
         settle(job);

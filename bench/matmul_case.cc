@@ -168,6 +168,7 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   const double seconds = median_of_rounds(
       o, [] {},
       [&] {
+        if (o.before) o.before(job);
         once();
         if (o.after) o.after(job);
         settle(job);

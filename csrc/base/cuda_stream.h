@@ -27,6 +27,14 @@ class Event {
   cudaEvent_t event_ = nullptr;
 };
 
+// The number of the graph capture that the stream is part of, 0 outside of one. No two captures of a process share a number.
+inline unsigned long long capture_of(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  CUDA_CHECK(cudaStreamGetCaptureInfo(stream, &status, &id));
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
 class CudaStream : public Stream {
  public:
   // Starts on a stream of its own with CUDA's stream-ordered pool; the binding replaces both by torch's.

@@ -24,6 +24,13 @@ Event& Copy::event(std::vector<Event>& events, int peer, int lane, uint32_t slot
   return events[(static_cast<size_t>(peer) * kLanes + static_cast<size_t>(lane)) * kSlots + slot % kSlots];
 }
 
+void Copy::allow_capture() {
+  throw DeviceError(
+      concat("rank ", program_.member(program_.rank()), ": a step of ", program_.size(),
+             " ranks in one process cannot be captured in a CUDA graph, got a capturing stream, expected an eager one: run it outside of "
+             "the capture, or start a process and a GPU for every rank"));
+}
+
 void Copy::carry(int line, std::span<const Message> group) {
   const cudaStream_t stream = lines_[static_cast<size_t>(line)].stream;
   for (const Message& m : group)
@@ -71,6 +78,7 @@ void Copy::await_taken(int peer, int lane, uint32_t left) {
   const uint32_t sent = channel.sent.load();
   left = std::min<uint32_t>(left, kSlots - 1);  // older slots are in use again: a later message of the same lane is taken later
   if (sent <= left) return;
+  if (capture_of(native(compute()))) allow_capture();
   const uint32_t wanted = sent - left;
   program_.wait(channel.consumed, wanted, members_[static_cast<size_t>(peer)]);
   CUDA_CHECK(cudaStreamWaitEvent(native(compute()), event_of(channel.slots[(wanted - 1) % kSlots].taken), 0));

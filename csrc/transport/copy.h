@@ -1,7 +1,8 @@
 // GPUs of one process: ranks are threads, a message is a device-to-device copy on the receiver's line, ordered behind the sender's by an
 // event. It needs neither NCCL nor a second GPU, so that one GPU runs the real step in every mode.
 // A channel's slot carries the sender's address and two events: `ready` (recorded by the sender) and `taken` (by the receiver). The host
-// of a receiver waits until the sender's host has queued the message, never for data.
+// of a receiver waits until the sender's host has queued the message, never for data. A capture belongs to one rank's stream and cannot hold
+// another rank's events, so that steps of several ranks are refused in one.
 #pragma once
 #include "transport/queued.h"
 
@@ -16,6 +17,7 @@ class Copy : public Queued {
   void retire() override;
 
  protected:
+  void allow_capture() override;
   void carry(int line, std::span<const Message> group) override;
   void await_taken(int peer, int lane, uint32_t left) override;
 

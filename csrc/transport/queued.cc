@@ -13,8 +13,10 @@ Queued::Queued(std::unique_ptr<Axis> shared, GroupOrder& order) : Axis(shared->r
 }
 
 Queued::~Queued() {
-  for (Line& line : lines_)
+  for (Line& line : lines_) {
+    if (order_.last_stream == line.stream) order_.last = nullptr;  // it ends here; its calls have joined it to the compute stream
     if (line.stream) cudaStreamDestroy(line.stream);
+  }
 }
 
 void Queued::post(std::span<const Matrix> panels, int64_t rows, bool uneven, const Shape& shape) {
@@ -48,15 +50,17 @@ void Queued::group_end() {
 
 void Queued::flush(Line& line) {
   if (line.waiting.empty() || open_groups_ > 0) return;
+  const unsigned long long capture = capture_of(native(order_.compute));
+  if (capture) allow_capture();
   order_.entry.record(native(order_.compute));
   order_.entry.hold_back(line.stream);
-  if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream);
+  if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream, capture);
   carry(static_cast<int>(&line - lines_.data()), line.waiting);
   line.groups++;
   if (line.ends.empty()) line.ends.reserve(kRemembered);
   if (line.ends.size() < kRemembered) line.ends.emplace_back();
-  Event& end = line.ends[(line.groups - 1) % kRemembered];
-  end.record(line.stream);
+  GroupEnd& end = line.ends[(line.groups - 1) % kRemembered];
+  end.record(line.stream, capture);
   order_.last = &end;
   order_.last_stream = line.stream;
   for (const Message& m : line.waiting) {
@@ -69,7 +73,7 @@ void Queued::flush(Line& line) {
     }
   }
   line.waiting.clear();
-  if (probe_.since.load() == 0) {
+  if (!capture && probe_.since.load() == 0) {
     probe_.event.record(line.stream);
     probe_.since.store(now());
   }
@@ -77,7 +81,7 @@ void Queued::flush(Line& line) {
 
 // An end that has been recorded anew since stands later on the same stream: the wait is longer, never too short.
 void Queued::await_group(const Line& line, uint64_t group) {
-  if (group > 0) line.ends[(group - 1) % kRemembered].hold_back(native(order_.compute));
+  if (group > 0) line.ends[(group - 1) % kRemembered].hold_back(native(order_.compute), capture_of(native(order_.compute)));
 }
 
 void Queued::arrived(int lane) {

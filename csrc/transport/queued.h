@@ -7,6 +7,7 @@
 // from previous}, which no rank can block. group_start() and group_end() put any number of messages into one group.
 // Groups of all lines run one after the other in the order in which the host queued them (GroupOrder). Ranks queue the same groups, so that
 // no two of them can wait for each other on different communicators, even where a device progresses only one at a time.
+// In a graph capture no stream may wait for what was queued outside of it, nor the other way round (GroupEnd::capture).
 // Keys, rows and shapes of a call are compared through shared memory on the host, as on the CPU (shm).
 #pragma once
 #include <array>
@@ -20,16 +21,32 @@
 
 namespace gingham {
 
+// Where a group ends on its line. A wait for it across the boundary of a graph capture is an error of CUDA's (905, 907) and is left out: every
+// call ends with its groups joined to the compute stream, so that what came before the capture, or was captured, is already ordered before or
+// behind the call in hand by that stream alone.
+struct GroupEnd {
+  Event event;
+  unsigned long long capture = 0;
+  void record(cudaStream_t stream, unsigned long long in_capture) {
+    event.record(stream);
+    capture = in_capture;
+  }
+  void hold_back(cudaStream_t stream, unsigned long long in_capture) const {
+    if (capture == in_capture) event.hold_back(stream);
+  }
+};
+
 // What the axes of one rank share: its compute stream, and the group queued last.
 struct GroupOrder {
   explicit GroupOrder(CudaStream& compute) : compute(compute) {}
   CudaStream& compute;
   Event entry;
-  const Event* last = nullptr;
+  const GroupEnd* last = nullptr;
   cudaStream_t last_stream = nullptr;
 };
 
-// Seen by the watch: a group that has been queued and not been seen to end since `since`.
+// Seen by the watch: a group that has been queued and not been seen to end since `since`. Never one of a capture: asking for its event would
+// break the capture.
 struct Probe {
   Event event;
   std::atomic<double> since{0};  // 0: nothing outstanding
@@ -75,13 +92,15 @@ class Queued : public Axis, public Board, public Ring {
   struct Line {
     cudaStream_t stream = nullptr;
     std::vector<Message> waiting;
-    std::vector<Event> ends;  // of the last groups
+    std::vector<GroupEnd> ends;  // of the last groups
     uint64_t groups = 0;
   };
   static constexpr int kLines = 2;
   static constexpr uint64_t kRemembered = 128;
   static int line_of(int lane) { return lane < kLanes / 2 ? 0 : 1; }
 
+  // Throws where this axis cannot take part in a graph capture.
+  virtual void allow_capture() {}
   // Queues one group on the line's stream.
   virtual void carry(int line, std::span<const Message> group) = 0;
   // Holds the compute stream back until `peer` has taken all but the last `left` messages sent to it in the lane.

@@ -35,6 +35,7 @@ def host(name: str, kind: str, file: str, old: str, new: str, *checks: str) -> M
     return Mutation(name, kind, file, old, new, 5, "", checks)
 
 
+CAPTURED, REFUSED = "a step is captured", "captures of copies are refused"
 PANELS, RINGS, RING_COPIES = "ops/panels.cc", "attention", "attention over copies"
 RECEIVED = "    for (const Matrix& m : {to.k, to.v}) ring_.recv(axis_.next(-1), m.data, m.bytes(), kPanelLane);\n"
 RECEIVED += "    ring_.group_end();\n"
@@ -68,7 +69,7 @@ FAULTS = [
         "communicators in no order",
         "order",
         QUEUED,
-        "  if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream);\n",
+        "  if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream, capture);\n",
         "",
         "one communicator at a time",
     ),
@@ -129,6 +130,24 @@ FAULTS = [
         "nccl().Send(m.data, m.bytes, ncclInt8",
         "nccl().Send(m.data, m.bytes - 1, ncclInt8",
         NCCL_PRODUCTS,
+    ),
+    host(
+        "waits across the boundary of a capture",
+        "capture",
+        "transport/queued.h",
+        "    if (capture == in_capture) event",
+        "    if (capture == in_capture || stream) event",
+        CAPTURED,
+    ),
+    host("a captured event is watched", "capture", QUEUED, "  if (!capture && probe_", "  if (probe_", CAPTURED),
+    host("the watch is not relaxed", "capture", NCCL, "  cudaThreadExchangeStreamCaptureMode(&mode);\n", "  (void)mode;\n", CAPTURED),
+    host(
+        "captures of copies are let through",
+        "capture",
+        COPY,
+        "void Copy::allow_capture() {\n",
+        "void Copy::allow_capture() {\n  return;\n",
+        REFUSED,
     ),
     host("receives before the group begins", "group", NCCL, "  NCCL_CHECK(nccl().GroupStart());\n", "", NCCL_PRODUCTS),
 ]

@@ -9,14 +9,7 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-#include <algorithm>
-#include <condition_variable>
-#include <map>
-#include <memory>
-#include <mutex>
-#include <set>
-
-#include "fake.h"
+#include "stream.h"
 
 namespace fake {
 namespace {
@@ -27,7 +20,6 @@ int number(const char* name, int otherwise) {
 }
 
 std::atomic<unsigned> lives{0};
-std::atomic<uint64_t> legacy_uses{0};
 
 }  // namespace
 
@@ -39,135 +31,6 @@ Jitter::Jitter() : limit_(number("FAKE_CUDA_JITTER", 0)), engine_(static_cast<un
 void Jitter::pause() {
   if (limit_ > 0 && engine_() % 4 == 0) nap(static_cast<int>(engine_() % static_cast<unsigned>(limit_)));
 }
-
-class Stream;
-
-// A point that a stream reaches.
-class Ticket {
- public:
-  void punch() {
-    const std::lock_guard lock(mutex_);
-    done_ = true;
-    changed_.notify_all();
-  }
-  bool done() {
-    const std::lock_guard lock(mutex_);
-    return done_;
-  }
-  void wait() {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return done_; });
-  }
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  bool done_ = false;
-
- public:
-  std::map<const Stream*, uint64_t> clock;  // of the stream where the event was recorded
-};
-
-class Stream {
- public:
-  Stream() : thread_([this] { run(); }) {
-    const std::lock_guard lock(all_mutex);
-    all.insert(this);
-  }
-  ~Stream() {
-    {
-      const std::lock_guard lock(all_mutex);
-      all.erase(this);
-    }
-    {
-      const std::lock_guard lock(mutex_);
-      ended_ = true;
-      changed_.notify_all();
-    }
-    thread_.join();
-  }
-  void add(std::function<void()> work) {
-    const std::lock_guard lock(mutex_);
-    clock_[this]++;
-    push(std::move(work));
-  }
-  std::shared_ptr<Ticket> ticket() {
-    auto ticket = std::make_shared<Ticket>();
-    const std::lock_guard lock(mutex_);
-    ticket->clock = clock_;
-    push([ticket] { ticket->punch(); });
-    return ticket;
-  }
-  void wait_for(const std::shared_ptr<Ticket>& ticket) {
-    const std::lock_guard lock(mutex_);
-    for (const auto& [stream, work] : ticket->clock) clock_[stream] = std::max(clock_[stream], work);
-    push([ticket] { ticket->wait(); });
-  }
-  std::map<const Stream*, uint64_t> clock() {
-    const std::lock_guard lock(mutex_);
-    return clock_;
-  }
-  int unjoined() {
-    const auto known = clock();
-    const std::lock_guard lock(all_mutex);
-    int count = 0;
-    for (Stream* other : all) {
-      const auto theirs = other->clock();
-      const auto own = theirs.find(other), seen = known.find(other);
-      count += own != theirs.end() && (seen == known.end() || seen->second < own->second);
-    }
-    return count;
-  }
-
- private:
-  void run() {
-    Jitter jitter;
-    for (;;) {
-      std::function<void()> work;
-      {
-        std::unique_lock lock(mutex_);
-        changed_.wait(lock, [this] { return ended_ || !queue_.empty(); });
-        if (queue_.empty()) return;
-        work = std::move(queue_.front());
-        queue_.pop_front();
-      }
-      jitter.pause();
-      work();
-    }
-  }
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  void push(std::function<void()> work) {
-    queue_.push_back(std::move(work));
-    changed_.notify_all();
-  }
-  static inline std::mutex all_mutex;
-  static inline std::set<Stream*> all;
-  std::map<const Stream*, uint64_t> clock_;
-  std::deque<std::function<void()>> queue_;
-  bool ended_ = false;
-  std::thread thread_;
-};
-
-struct Event {
-  std::mutex mutex;
-  std::shared_ptr<Ticket> latest;
-  std::shared_ptr<Ticket> get() {
-    const std::lock_guard lock(mutex);
-    return latest;
-  }
-};
-
-namespace {
-
-Stream& stream_of(cudaStream_t handle) {
-  static Stream& legacy = *new Stream;  // never joined: the process may end from any thread
-  legacy_uses += handle == nullptr;
-  return handle ? *reinterpret_cast<Stream*>(handle) : legacy;
-}
-Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
-
-}  // namespace
 
 void enqueue(cudaStream_t stream, std::function<void()> work) { stream_of(stream).add(std::move(work)); }
 
@@ -232,7 +95,26 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "an error of the fake runtime"; }
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorStreamCaptureUnsupported:
+      return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureInvalidated:
+      return "operation failed due to a previous error during capture";
+    case cudaErrorStreamCaptureUnjoined:
+      return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation:
+      return "dependency created on uncaptured work in another stream";
+    case cudaErrorStreamCaptureImplicit:
+      return "operation would make the legacy stream depend on a capturing blocking stream";
+    case cudaErrorCapturedEvent:
+      return "operation not permitted on an event last recorded in a capturing stream";
+    default:
+      return "an error of the fake runtime";
+  }
+}
 const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaErrorFake"; }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
@@ -246,23 +128,29 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   fake::host_waits++;
+  if (const auto capture = stream_of(stream).capture()) return capture->fail(cudaErrorStreamCaptureUnsupported);
   stream_of(stream).ticket()->wait();
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
   fake::host_waits++;
-  return cudaSuccess;
+  return fake::refused_beside_capture();
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (auto ticket = event_of(event).get()) stream_of(stream).wait_for(ticket);
+  const auto ticket = event_of(event).get();
+  const auto capture = stream_of(stream).capture(), other = ticket ? ticket->capture : nullptr;
+  if (capture && capture->broken) return cudaErrorStreamCaptureInvalidated;
+  if (other != capture) {
+    if (!other || (capture && other->ended)) return capture->fail(cudaErrorStreamCaptureIsolation);
+    if (capture) return other->fail(capture->fail(cudaErrorStreamCaptureMerge));
+    if (other->ended) return cudaErrorCapturedEvent;
+    if (!stream) return other->fail(cudaErrorStreamCaptureImplicit);
+    const std::lock_guard lock(fake::captures_mutex);
+    stream_of(stream).join(other);
+  }
+  if (ticket) stream_of(stream).wait_for(ticket);
   return cudaSuccess;
 }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
-
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = reinterpret_cast<cudaEvent_t>(new fake::Event);
   return cudaSuccess;
@@ -272,6 +160,8 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  const auto capture = stream_of(stream).capture();
+  if (capture && capture->broken) return cudaErrorStreamCaptureInvalidated;
   auto ticket = stream_of(stream).ticket();
   const std::lock_guard lock(event_of(event).mutex);
   event_of(event).latest = ticket;
@@ -279,11 +169,15 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   auto ticket = event_of(event).get();
-  return !ticket || ticket->done() ? cudaSuccess : cudaErrorNotReady;
+  if (ticket && ticket->capture) return ticket->capture->fail(cudaErrorCapturedEvent);
+  const cudaError_t refused = fake::refused_beside_capture();
+  return refused != cudaSuccess ? refused : !ticket || ticket->done() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   fake::host_waits++;
-  if (auto ticket = event_of(event).get()) ticket->wait();
+  auto ticket = event_of(event).get();
+  if (ticket && ticket->capture) return ticket->capture->fail(cudaErrorCapturedEvent);
+  if (ticket) ticket->wait();
   return cudaSuccess;
 }
 
@@ -292,6 +186,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  if (const cudaError_t refused = fake::refused_beside_capture()) return refused;
   memcpy(to, from, bytes);
   return cudaSuccess;
 }
@@ -300,7 +195,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
   return cudaSuccess;
 }
 // The size stands in the 64 bytes before the block, so that the poison knows how far it may go.
-cudaError_t cudaMalloc(void** out, size_t bytes) {
+cudaError_t cudaMallocAsync(void** out, size_t bytes, cudaStream_t) {
   char* room = static_cast<char*>(aligned_alloc(64, (bytes + 127) / 64 * 64));
   if (!room) return cudaErrorMemoryAllocation;
   memcpy(room, &bytes, sizeof(bytes));
@@ -318,7 +213,10 @@ cudaError_t cudaFree(void* p) {
   if (p) free(static_cast<char*>(p) - 64);
   return cudaSuccess;
 }
-cudaError_t cudaMallocAsync(void** out, size_t bytes, cudaStream_t) { return cudaMalloc(out, bytes); }
+cudaError_t cudaMalloc(void** out, size_t bytes) {
+  const cudaError_t refused = fake::refused_beside_capture();
+  return refused == cudaSuccess ? cudaMallocAsync(out, bytes, nullptr) : refused;
+}
 cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
   fake::enqueue(stream, [p] {
     size_t bytes = 0;

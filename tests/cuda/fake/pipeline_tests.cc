@@ -7,8 +7,12 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <chrono>
 #include <functional>
+#include <mutex>
+#include <thread>
 
+#include "base/cuda.h"
 #include "cases.h"
 
 extern "C" {
@@ -182,6 +186,72 @@ void a_step_could_be_captured() {
   expect_capturable(ring_of(Carrier::nccl, 4, 37));
 }
 
+// Longer than the watch of transport/nccl sleeps.
+void watched() { std::this_thread::sleep_for(std::chrono::milliseconds(120)); }
+
+// Eager rounds and captured ones in turn, as torch.cuda.graph does it after a warm-up; the last result is a captured round's.
+void expect_captured(Options o, cudaStreamCaptureMode mode) {
+  int round = 0;
+  bool captures = false;
+  o.rounds = 3;
+  o.before = [&](Job& job) {
+    captures = round++ % 2;
+    if (!captures) return;
+    if (round > 2) watched();  // the eager groups are seen to end before the capture, in it the first time
+    CUDA_CHECK(cudaStreamBeginCapture(native(job.stream()), mode));
+  };
+  o.after = [&](Job& job) {
+    if (!captures) return;
+    watched();  // an event of the capture that the watch asks for breaks it
+    cudaGraph_t graph = nullptr;
+    CUDA_CHECK(cudaStreamEndCapture(native(job.stream()), &graph));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+  };
+  expect_right(o);
+}
+
+void a_step_is_captured() {
+  for (const char* name : {"matmul", "backward"})
+    for (int slices : {1, 3}) {
+      Options o = options(Carrier::nccl, {2, 2, 2});
+      o.name = name;
+      o.slices = slices;
+      expect_captured(o, slices == 1 ? cudaStreamCaptureModeGlobal : cudaStreamCaptureModeThreadLocal);
+    }
+  for (const char* name : kCollectives) {
+    Options o = options(Carrier::nccl, {1, 1, 1});
+    o.name = name;
+    o.ranks = 4;
+    expect_captured(o, cudaStreamCaptureModeGlobal);
+  }
+  expect_captured(ring_of(Carrier::nccl, 4, 37), cudaStreamCaptureModeGlobal);
+}
+
+// Ranks that are threads: who comes first is told why, the others that it left.
+void captures_of_copies_are_refused() {
+  std::mutex mutex;
+  std::string said;
+  Options o = options(Carrier::copy, {1, 2, 1});
+  o.start = [&](const RankBody& body) {
+    return run_ranks(2, As::threads, [&](Job& job, Program& program) {
+      try {
+        return body(job, program);
+      } catch (const Error& error) {
+        const std::lock_guard lock(mutex);
+        said += error.what();
+        throw;
+      }
+    });
+  };
+  try {
+    expect_captured(o, cudaStreamCaptureModeThreadLocal);
+  } catch (const Error&) {
+    EXPECT(said.find("cannot be captured in a CUDA graph") != std::string::npos, "it said: ", said);
+    return;
+  }
+  EXPECT(false, "nothing was refused");
+}
+
 // What NCCL moved is what the transport counted, and the formula of docs/theory.md: forward and backward, summed over the ranks.
 void bytes_are_nccls() {
   auto* received = static_cast<std::atomic<uint64_t>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
@@ -215,6 +285,8 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"with buffering", with_buffering},
                        {"with jitter", with_jitter},
                        {"a step could be captured", a_step_could_be_captured},
+                       {"a step is captured", a_step_is_captured},
+                       {"captures of copies are refused", captures_of_copies_are_refused},
                        {"bytes are nccl's", bytes_are_nccls}};
 
 }  // namespace

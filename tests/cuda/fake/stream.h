@@ -1,0 +1,164 @@
+// Streams, events and the points that streams reach.
+#pragma once
+#include <algorithm>
+#include <condition_variable>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+
+#include "capture.h"
+#include "fake.h"
+
+namespace fake {
+
+class Stream;
+
+// A point that a stream reaches.
+class Ticket {
+ public:
+  void punch() {
+    const std::lock_guard lock(mutex_);
+    done_ = true;
+    changed_.notify_all();
+  }
+  bool done() {
+    const std::lock_guard lock(mutex_);
+    return done_;
+  }
+  void wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return done_; });
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool done_ = false;
+
+ public:
+  std::map<const Stream*, uint64_t> clock;  // of the stream where the event was recorded
+  std::shared_ptr<Capture> capture;         // that the stream was part of
+};
+
+class Stream {
+ public:
+  Stream() : thread_([this] { run(); }) {
+    const std::lock_guard lock(all_mutex);
+    all.insert(this);
+  }
+  ~Stream() {
+    {
+      const std::lock_guard lock(all_mutex);
+      all.erase(this);
+    }
+    {
+      const std::lock_guard lock(mutex_);
+      ended_ = true;
+      changed_.notify_all();
+    }
+    thread_.join();
+  }
+  void add(std::function<void()> work) {
+    const std::lock_guard lock(mutex_);
+    clock_[this]++;
+    push(std::move(work));
+  }
+  std::shared_ptr<Ticket> ticket() {
+    auto ticket = std::make_shared<Ticket>();
+    const std::lock_guard lock(mutex_);
+    ticket->clock = clock_;
+    ticket->capture = capture_;
+    push([ticket] { ticket->punch(); });
+    return ticket;
+  }
+  void wait_for(const std::shared_ptr<Ticket>& ticket) {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [stream, work] : ticket->clock) clock_[stream] = std::max(clock_[stream], work);
+    push([ticket] { ticket->wait(); });
+  }
+  std::map<const Stream*, uint64_t> clock() {
+    const std::lock_guard lock(mutex_);
+    return clock_;
+  }
+  std::shared_ptr<Capture> capture() {
+    const std::lock_guard lock(mutex_);
+    return capture_;
+  }
+  // Its work is kept from now on. With captures_mutex held.
+  void join(const std::shared_ptr<Capture>& capture) {
+    capture->members.push_back(this);
+    const std::lock_guard lock(mutex_);
+    capture_ = capture;
+  }
+  void leave(bool runs) {
+    const std::lock_guard lock(mutex_);
+    capture_.reset();
+    if (runs)
+      for (auto& work : kept_) push(std::move(work));
+    kept_.clear();
+  }
+  // Whether it has waited for all that the others have been given.
+  bool has_joined(const std::vector<Stream*>& others) {
+    const auto known = clock();
+    return std::all_of(others.begin(), others.end(), [&](Stream* other) {
+      const auto theirs = other->clock();
+      const auto own = theirs.find(other), seen = known.find(other);
+      return own == theirs.end() || (seen != known.end() && seen->second >= own->second);
+    });
+  }
+  int unjoined() {
+    const std::lock_guard lock(all_mutex);
+    return static_cast<int>(std::count_if(all.begin(), all.end(), [this](Stream* other) { return !has_joined({other}); }));
+  }
+
+ private:
+  void run() {
+    Jitter jitter;
+    for (;;) {
+      std::function<void()> work;
+      {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return ended_ || !queue_.empty(); });
+        if (queue_.empty()) return;
+        work = std::move(queue_.front());
+        queue_.pop_front();
+      }
+      jitter.pause();
+      work();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  void push(std::function<void()> work) {
+    (capture_ ? kept_ : queue_).push_back(std::move(work));
+    changed_.notify_all();
+  }
+  static inline std::mutex all_mutex;
+  static inline std::set<Stream*> all;
+  std::map<const Stream*, uint64_t> clock_;
+  std::deque<std::function<void()>> queue_, kept_;
+  std::shared_ptr<Capture> capture_;
+  bool ended_ = false;
+  std::thread thread_;
+};
+
+struct Event {
+  std::mutex mutex;
+  std::shared_ptr<Ticket> latest;
+  std::shared_ptr<Ticket> get() {
+    const std::lock_guard lock(mutex);
+    return latest;
+  }
+};
+
+inline std::atomic<uint64_t> legacy_uses{0};
+
+inline Stream& stream_of(cudaStream_t handle) {
+  static Stream& legacy = *new Stream;  // never joined: the process may end from any thread
+  legacy_uses += handle == nullptr;
+  return handle ? *reinterpret_cast<Stream*>(handle) : legacy;
+}
+inline Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
+
+}  // namespace fake
