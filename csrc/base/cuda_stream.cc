@@ -16,10 +16,21 @@ class Pool : public DeviceMemory {
   void free(void* p, void* stream) override { cudaFreeAsync(p, static_cast<cudaStream_t>(stream)); }
 };
 
+// CUDA's pool gives all that is free back to the driver whenever a stream is waited for, and the next step maps it again: it is told to keep it.
+// No error where a device has no pools: torch's allocator, which takes over in a package, needs none, and the pool's own first allocation throws.
+void keep_freed_memory(int ordinal) {
+  cudaMemPool_t pool = nullptr;
+  uint64_t most = UINT64_MAX;
+  if (cudaDeviceGetDefaultMemPool(&pool, ordinal) != cudaSuccess ||
+      cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &most) != cudaSuccess)
+    cudaGetLastError();  // else the next check of a launch would report it
+}
+
 }  // namespace
 
 CudaStream::CudaStream(int ordinal) : ordinal_(ordinal), memory_(std::make_shared<Pool>()) {
   enter();
+  keep_freed_memory(ordinal);
   CUDA_CHECK(cudaStreamCreateWithFlags(&own_, cudaStreamNonBlocking));
   stream_ = own_;
 }

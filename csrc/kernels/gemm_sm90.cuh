@@ -22,8 +22,9 @@ void gemm_sm90(const Operands& operands, const Store<Bf16>& store, const Stream&
 void gemm_sm90(const Operands& operands, const Store<F16>& store, const Stream& stream);
 
 // Once per process and device: compute capability 9.0, then products in every order of the operands and with cut tiles by both kernels,
-// compared bit by bit (small whole numbers, whose sums are exact). Any difference, error or hang leaves it off, as does GINGHAM_SM90=0. Waits for
-// the stream. While the stream is captured into a graph it answers false, and may be asked again.
+// compared bit by bit (small whole numbers, whose sums are exact). Any difference, error or hang leaves it off, as does GINGHAM_SM90=0; a fault
+// that ends the CUDA context throws DeviceError. Waits for the stream. While the stream is captured into a graph it answers false, and may be asked
+// again.
 bool sm90_checked(const Stream& stream);
 // "on", or why it is off, for the calling thread's device.
 std::string sm90_status();

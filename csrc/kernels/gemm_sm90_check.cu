@@ -127,6 +127,18 @@ int current_device() {
   return device;
 }
 
+// After an error of the check. One that CUDA still reports when it has been read is the context's end: every later call of the process would
+// fail with it, far from here.
+void demand_a_live_context(int device, const Stream& stream, const std::string& why) {
+  cudaGetLastError();
+  const cudaError_t fault = cudaStreamSynchronize(native(stream));
+  if (fault == cudaSuccess) return;
+  throw DeviceError(concat("GPU ", device, ": the start-up check of the sm_90a products ended in a fault (", cudaGetErrorName(fault), ": ",
+                           cudaGetErrorString(fault), "; first seen as: ", why,
+                           "), expected right or wrong results; this process has lost the GPU: start again with GINGHAM_SM90=0, which leaves these "
+                           "kernels off"));
+}
+
 }  // namespace
 
 EncodeTiled encode_tiled() {
@@ -154,7 +166,7 @@ bool sm90_checked(const Stream& stream) {
     if (verdict.on) verdict.why = "on";
   } catch (const std::exception& error) {
     verdict.why = error.what();
-    cudaGetLastError();
+    demand_a_live_context(device, stream, verdict.why);
   }
   return (verdicts()[device] = verdict).on;
 }

@@ -149,6 +149,14 @@ FAULTS = [
         "void Copy::allow_capture() {\n  return;\n",
         REFUSED,
     ),
+    host(
+        "the pool gives memory back",
+        "memory",
+        "base/cuda_stream.cc",
+        "  keep_freed_memory(ordinal);\n",
+        "  if (ordinal < 0) keep_freed_memory(ordinal);\n",
+        CAPTURE,
+    ),
     host("receives before the group begins", "group", NCCL, "  NCCL_CHECK(nccl().GroupStart());\n", "", NCCL_PRODUCTS),
 ]
 

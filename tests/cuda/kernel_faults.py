@@ -99,6 +99,12 @@ FAULTS = [
         "  (void)kConsumers;",
     ),
     sm90("rows of the second consumer", "tile.row + consumer * 64 + warp * 16", "tile.row + warp * 16"),
+    sm90(
+        "shared memory is not asked for",
+        "  if (shared_bytes > kSharedWithoutAsking)\n",
+        "  if (shared_bytes > 1024 * 1024)\n",
+        "kernels/launch.cuh",
+    ),
     sm90("stages not aligned to the swizzle", "+ 1023) & ~1023u;", "+ 127) & ~127u;"),
     other("transpose: dropped barrier", "cast", "cast", CAST, "  block_barrier();\n", ""),
     other("transpose: another pitch", "cast", "cast", CAST, "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)"),

@@ -8,6 +8,7 @@ import pytest
 from cuda import mutations, nvcc
 from cuda.kernel_faults import FAULTS
 from cuda.ptx.host import Host, View
+from cuda.ptx.parse import PtxError
 from cuda.ptx.report import Report
 
 pytestmark = pytest.mark.skipif(nvcc.toolkit() is None, reason="needs nvcc")
@@ -132,6 +133,18 @@ def test_the_check_is_off_elsewhere_and_waits_for_the_end_of_a_capture(monkeypat
     monkeypatch.setenv("GINGHAM_SM90", "0")
     assert checked(host, 12, (9, 0)) == (False, "off: GINGHAM_SM90=0")
     assert not host.launches
+
+
+def test_a_fault_of_the_check_is_named() -> None:
+    """A context that has ended fails every later call: said where it happened, with the way out."""
+    host = Host()
+    host.library.host_fault(715)  # cudaErrorIllegalInstruction
+    try:
+        with pytest.raises(PtxError, match=r"GPU 50: .*cudaErrorIllegalInstruction.*GINGHAM_SM90=0"):
+            checked(host, 50, (9, 0))
+    finally:
+        host.library.host_fault(0)
+        host.library.host_device(0, 8, 0, 0)
 
 
 @pytest.mark.matrix

@@ -41,6 +41,7 @@ using fake::stream_of;
 
 namespace {
 thread_local int current_device = 0;
+std::atomic<uint64_t> kept{0};  // bytes that a pool keeps when it is asked to give back
 int devices() {
   static const int count = fake::number("FAKE_CUDA_DEVICES", 8);
   return count;
@@ -54,6 +55,7 @@ void fake_enqueue(cudaStream_t stream, void (*work)(void*), void* data) {
 }
 int fake_unjoined(cudaStream_t stream) { return stream_of(stream).unjoined(); }
 unsigned long long fake_legacy_uses() { return fake::legacy_uses.load(); }
+unsigned long long fake_pool_keeps() { return kept.load(); }
 unsigned long long fake_host_waits() { return fake::host_waits.load(); }
 
 cudaError_t cudaGetDeviceCount(int* count) {
@@ -192,6 +194,16 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
   fake::enqueue(stream, [=] { memset(to, value, bytes); });
+  return cudaSuccess;
+}
+// A pool is a sign only: freed memory goes back at once, and is poisoned.
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device) {
+  *pool = reinterpret_cast<cudaMemPool_t>(static_cast<uintptr_t>(device) + 1);
+  return cudaSuccess;
+}
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+  if (attribute != cudaMemPoolAttrReleaseThreshold) return cudaErrorInvalidValue;
+  kept.store(*static_cast<uint64_t*>(value));
   return cudaSuccess;
 }
 // The size stands in the 64 bytes before the block, so that the poison knows how far it may go.

@@ -18,6 +18,7 @@
 extern "C" {
 int fake_unjoined(void* stream);
 unsigned long long fake_host_waits();
+unsigned long long fake_pool_keeps();
 unsigned long long fake_legacy_uses();
 unsigned long long fake_nccl_received();
 }
@@ -164,6 +165,7 @@ void expect_capturable(Options o) {
     // between two rounds the benchmark itself waits: once for the end, and for each matrix that it fills
     EXPECT(rounds++ == 0 || now <= waited + (o.ranks ? 3 : 1), "the host waited ", now - waited, " times");
     EXPECT(fake_legacy_uses() == 0, "default stream used");
+    EXPECT(fake_pool_keeps() == UINT64_MAX, "the pool gives memory back in every round, it keeps ", fake_pool_keeps());
     waited = now;
   };
   expect_right(o);

@@ -41,6 +41,14 @@ std::unordered_map<const void*, std::string>& names() {
 }
 
 int device = 0, capability[2] = {8, 0}, capturing = 0;
+cudaError_t fault = cudaSuccess;  // what a launch leaves behind from now on: the context has ended
+bool faulted = false;
+constexpr size_t kSharedWithoutAsking = 48 << 10, kMostShared = 227 << 10;
+
+std::unordered_map<const void*, size_t>& shared_asked() {
+  static std::unordered_map<const void*, size_t> map;
+  return map;
+}
 
 CUresult encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* base, const cuuint64_t* sizes, const cuuint64_t* strides,
                 const cuuint32_t* box, const cuuint32_t* every, CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
@@ -93,7 +101,13 @@ unsigned __cudaPushCallConfiguration(dim3, dim3, size_t, void*) { return 1; }
 cudaError_t __cudaPopCallConfiguration(dim3*, dim3*, size_t*, void*) { return cudaErrorNotSupported; }
 cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return cudaErrorNotSupported; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* host, cudaFuncAttribute which, int value) {
+  if (which == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+    if (value < 0 || static_cast<size_t>(value) > kMostShared) return cudaErrorInvalidValue;
+    shared_asked()[host] = static_cast<size_t>(value);
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int* found) {
   *found = device;
@@ -107,7 +121,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
   *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t) { return faulted ? fault : cudaSuccess; }
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
   memset(to, value, bytes);
   return cudaSuccess;
@@ -123,9 +137,18 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
-const char* cudaGetErrorString(cudaError_t) { return "the test's launch failed"; }
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidValue ? "invalid argument" : faulted ? "the test's fault" : "the test's launch failed";
+}
+const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorIllegalInstruction ? "cudaErrorIllegalInstruction" : "cudaErrorUnknown"; }
 
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* host, void** args) {
+  if (fault != cudaSuccess) {
+    faulted = true;
+    return fault;
+  }
+  const auto asked = shared_asked().find(host);
+  if (config->dynamicSmemBytes > (asked == shared_asked().end() ? kSharedWithoutAsking : asked->second)) return cudaErrorInvalidValue;
   const dim3 g = config->gridDim, b = config->blockDim;
   const unsigned sizes[6] = {g.x, g.y, g.z, b.x, b.y, b.z};
   return launch_fn(names().at(host).c_str(), sizes, config->dynamicSmemBytes, args) ? cudaErrorUnknown : cudaSuccess;
@@ -141,6 +164,11 @@ void host_device(int number, int major, int minor, int captured) {
   capability[0] = major;
   capability[1] = minor;
   capturing = captured;
+}
+// Every launch from now on ends the context with this error; 0: a context in order.
+void host_fault(int error) {
+  fault = static_cast<cudaError_t>(error);
+  faulted = false;
 }
 const char* host_sm90_status() {
   static std::string kept;
