@@ -10,6 +10,7 @@ LOCK := requirements.lock
 TORCH_INDEX ?=
 TEXT ?=
 export OMP_NUM_THREADS ?= 1
+export GINGHAM_WERROR ?= ON
 
 SOURCES := CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
@@ -65,7 +66,7 @@ FAKE := $(if $(shell command -v nvcc),-DGINGHAM_FAKE_CUDA=ON -DGINGHAM_FAKE_KERN
 UCX = $(addprefix GINGHAM_UCX=,$(firstword $(wildcard $(abspath $(VENV))/lib/python3*/site-packages/libucx/lib)))
 sanitize: $(VENV)/built
 	for kind in address thread; do \
-	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind \
+	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind -DGINGHAM_WERROR=ON \
 	    $$([ $$kind = thread ] && echo "$(FAKE)") > /dev/null && \
 	  $(BIN)/cmake --build build/$$kind --target core_tests && $(UCX) GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; \
 	done

@@ -26,6 +26,7 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "WITH_CUDA": os.environ.get("WITH_CUDA", "AUTO"),
+            "GINGHAM_WERROR": os.environ.get("GINGHAM_WERROR", "OFF"),
             # an isolated build environment has a new path every time, and the cache would keep the old one's
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja"),
         }

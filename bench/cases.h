@@ -26,6 +26,7 @@ struct Options {
   bool tf32 = false;
   std::string library = "gingham";                         // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
   std::function<void(Job&)> before;                        // called before a round is queued
+  std::function<void(Job&)> entered;                       // called when the rank has its GPU, before its axes
   std::function<void(Job&)> after;                         // called when a round has been queued, before it is waited for
   std::function<std::vector<Row>(const RankBody&)> start;  // runs the ranks; none: run_ranks, as `as` says
   bool fractions = false;  // data whose sums round, so that the bits of a result show their order; such a result is not checked

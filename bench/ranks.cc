@@ -103,7 +103,9 @@ void Room::download() const {
 }
 
 void enter(Job& job, const Options& options) {
-  if (options.device == Device::cuda) job.use_gpu(job.rank(), options.carrier);
+  if (options.device != Device::cuda) return;
+  job.use_gpu(job.rank(), options.carrier);
+  if (options.entered) options.entered(job);
 }
 
 void settle(Job& job) {

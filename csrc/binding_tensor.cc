@@ -173,12 +173,22 @@ Tensor tensor_of(py::handle object, const char* name, const Job* job) {
   return out;
 }
 
+namespace {
+
+// The stream on which torch computes in this thread; null is CUDA's default stream. None where the GPU's memory is the host's.
+std::optional<void*> torch_stream(const Gpu& gpu) {
+  if (gpu.memory_is_host()) return std::nullopt;
+  void* stream = nullptr;
+  if (maker()->current_work_stream(kDLCUDA, gpu.ordinal(), &stream) != 0) throw py::error_already_set();
+  return stream;
+}
+
+}  // namespace
+
 OnCallersStream::OnCallersStream(const Member& member) : job_(member.job.get()), program_(member.program.get()), calling_(program_) {
   Gpu* gpu = job_ ? job_->gpu() : nullptr;
   if (!gpu) return;
-  void* stream = nullptr;
-  if (!gpu->memory_is_host() && maker()->current_work_stream(kDLCUDA, gpu->ordinal(), &stream) != 0) throw py::error_already_set();
-  gpu->begin(stream);
+  gpu->begin(torch_stream(*gpu));
 }
 
 OnCallersStream::~OnCallersStream() {
@@ -200,6 +210,7 @@ void use_gpu(Job& job, int ordinal, bool tf32) {
   job.gpu()->stream().math = tf32 ? Math::tf32 : Math::exact;
   if (job.gpu()->memory_is_host()) return;
   job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api, job));
+  job.gpu()->begin(torch_stream(*job.gpu()));  // torch's memory is used again in the order of torch's stream
   py::gil_scoped_release nogil;
   check_hopper(job.gpu()->stream());
 }
@@ -217,9 +228,37 @@ Made from_torch(DLDevice device, const Known& type, const std::vector<int64_t>& 
 
 }  // namespace
 
+namespace {
+
+// torch.empty: its storage is the caching allocator's own, so that Tensor.record_stream and resize_ work on results (on memory that came
+// through DLPack both do nothing, without a word).
+Made on_gpu(int ordinal, const Known& type, const std::vector<int64_t>& shape) {
+  static const py::object& empty = *new py::object(py::module_::import("torch").attr("empty"));
+  static std::unordered_map<std::string, py::object>& keywords = *new std::unordered_map<std::string, py::object>;
+  py::object& options = keywords[concat(type.name, ordinal)];
+  if (!options)
+    options = py::dict(py::arg("dtype") = py::module_::import("torch").attr(type.name),
+                       py::arg("device") = py::module_::import("torch").attr("device")("cuda", ordinal));
+  const py::tuple sizes = py::cast(shape);
+  py::object object;
+  try {
+    object = empty(sizes, **options);
+  } catch (py::error_already_set& error) {
+    if (!error.matches(py::module_::import("torch").attr("OutOfMemoryError"))) throw;
+    throw OutOfMemory(concat("torch has no memory for a tensor on its GPU: ", error.what()));
+  }
+  DLTensor made;
+  if (api_of(object, "result")->dltensor_from_py_object_no_sync(object.ptr(), &made) != 0) throw py::error_already_set();
+  void* data = made.data ? static_cast<char*>(made.data) + made.byte_offset : nullptr;
+  // An empty tensor has no memory, but results are told apart by theirs.
+  return {object, data ? data : static_cast<void*>(object.ptr())};
+}
+
+}  // namespace
+
 Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name, Heap::Kind kind) {
   const Known& type = known(dtype_name);
-  if (const Gpu* gpu = gpu_of(job.get())) return told(*job, [&] { return from_torch({kDLCUDA, gpu->ordinal()}, type, shape); });
+  if (const Gpu* gpu = gpu_of(job.get())) return told(*job, [&] { return on_gpu(gpu->ordinal(), type, shape); });
   if (job->gpu() || job->orphaned()) return from_torch({kDLCPU, 0}, type, shape);
   auto owner = std::make_unique<Owner>();
   owner->job = job;

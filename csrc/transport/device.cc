@@ -27,9 +27,9 @@ class CudaGpu : public Gpu {
   Stream& stream() override { return stream_; }
   int ordinal() const override { return stream_.ordinal(); }
   bool memory_is_host() const override { return memory_is_host_; }
-  void begin(void* stream) override {
+  void begin(std::optional<void*> stream) override {
     stream_.enter();
-    if (stream) stream_.follow(static_cast<cudaStream_t>(stream));
+    if (stream) stream_.follow(static_cast<cudaStream_t>(*stream));
   }
   void take_memory_from(std::shared_ptr<DeviceMemory> memory) override { stream_.take_memory_from(std::move(memory)); }
   Heap::Usage usage() const override { return stream_.usage(); }

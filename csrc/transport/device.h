@@ -2,6 +2,7 @@
 // without CUDA has the same job; there make_gpu throws.
 #pragma once
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,7 +21,9 @@ class Gpu {
   virtual Stream& stream() = 0;
   virtual int ordinal() const = 0;
   virtual bool memory_is_host() const = 0;  // as over a runtime that stands in for a device: tensors are the CPU's
-  virtual void begin(void* stream) = 0;     // a call begins on this thread: its work goes to the caller's stream
+  // A call begins on this thread: its work goes to the stream on which the caller computes; null is CUDA's default stream, which is
+  // torch's as well. Without one it stays where it was.
+  virtual void begin(std::optional<void*> stream) = 0;
   virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;

@@ -28,6 +28,7 @@ def build(kernels: str, sanitizer: str = "", binding: bool = False, source: Path
         "GINGHAM_FAKE_CUDA": "ON",
         "GINGHAM_FAKE_KERNELS": "ON" if kernels == "cpu" else "OFF",
         "GINGHAM_SANITIZE": sanitizer,
+        "GINGHAM_WERROR": "ON",
         "GINGHAM_OUTPUT": package,
         "GINGHAM_BINDING": "ON" if binding else "OFF",
         "Python_EXECUTABLE": sys.executable,

@@ -22,12 +22,13 @@ PARTS = ("csrc", "bench", "cmake", "CMakeLists.txt", "tests/csrc", "tests/cuda/f
 
 QUEUED, COPY, INPUT, OUTPUT = "transport/queued.cc", "transport/copy.cc", "ops/input.cc", "ops/output.cc"
 RELAY, NCCL = "collectives/resident.h", "transport/nccl.cc"
-NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES = (
+NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES, CALLERS = (
     "products over nccl",
     "with jitter",
     "products over copies",
     "a step could be captured",
     "bytes are nccl's",
+    "on the caller's stream",
 )
 
 
@@ -43,6 +44,22 @@ APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
 FAULTS = [
+    host(
+        "the caller's stream is not followed",
+        "stream",
+        "transport/device.cc",
+        "    if (stream) stream_.follow(static_cast<cudaStream_t>(*stream));\n",
+        "    (void)stream;\n",
+        CALLERS,
+    ),
+    host(
+        "the default stream is taken for none",
+        "stream",
+        "transport/device.cc",
+        "    if (stream) stream_.follow",
+        "    if (stream && *stream) stream_.follow",
+        CALLERS,
+    ),
     host("a group does not wait for the kernels before", "event", QUEUED, "  order_.entry.hold_back(line.stream);\n", "", JITTER),
     host(
         "kernels do not wait for what arrives",

@@ -254,6 +254,32 @@ void captures_of_copies_are_refused() {
   EXPECT(false, "nothing was refused");
 }
 
+// Each call goes to the stream on which the caller computes, also where that is CUDA's default stream, as torch's is: what the caller queued
+// before a step comes before it, what it queues afterwards comes after.
+void on_the_callers_stream() {
+  const With jitter("FAKE_CUDA_JITTER", "200");
+  for (const bool legacy : {true, false})
+    for (const char* name : {"matmul", "backward", "attention", "all_reduce"}) {
+      Options o = strcmp(name, "attention") == 0 ? ring_of(Carrier::nccl, 4, 37) : options(Carrier::nccl, {2, 2, 1});
+      o.name = name;
+      if (strcmp(name, "all_reduce") == 0) o.ranks = 4;
+      cudaStream_t mine = nullptr;  // each rank is a process
+      o.entered = [&](Job& job) {
+        void* const own = job.stream().native();
+        job.gpu()->begin(std::nullopt);
+        EXPECT(job.stream().native() == own, "it left its stream without being told");
+        if (!legacy) CUDA_CHECK(cudaStreamCreateWithFlags(&mine, cudaStreamNonBlocking));
+        job.gpu()->begin(static_cast<void*>(mine));
+        EXPECT(job.stream().native() == static_cast<void*>(mine), "it stayed on a stream of its own");
+      };
+      o.after = [&](Job& job) {
+        EXPECT(job.stream().native() == static_cast<void*>(mine), "it left the caller's stream");
+        EXPECT(fake_unjoined(mine) == 0, "streams not joined to the caller's after ", o.name);
+      };
+      expect_right(o);
+    }
+}
+
 // What NCCL moved is what the transport counted, and the formula of docs/theory.md: forward and backward, summed over the ranks.
 void bytes_are_nccls() {
   auto* received = static_cast<std::atomic<uint64_t>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
@@ -289,6 +315,7 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"a step could be captured", a_step_could_be_captured},
                        {"a step is captured", a_step_is_captured},
                        {"captures of copies are refused", captures_of_copies_are_refused},
+                       {"on the caller's stream", on_the_callers_stream},
                        {"bytes are nccl's", bytes_are_nccls}};
 
 }  // namespace
