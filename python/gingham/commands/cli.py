@@ -2,13 +2,13 @@
 installation is made of, the microbenchmark, checkpoints."""
 
 import argparse
-import importlib.metadata
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from .. import native
 from ..plan.pipeline import SCHEDULES
 from . import ckpt, doctor, plan
 from .arguments import MODES
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _main(arguments: list[str]) -> int:
     parser = Parser(prog="python -m gingham", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"gingham {importlib.metadata.version('gingham')}")
+    parser.add_argument("--version", action="version", version=f"gingham {native.version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="train|plan|doctor|bench|ckpt")
     _add_train(commands.add_parser("train", help="train a GPT on text over a grid of ranks"))
     doctor.add_arguments(commands.add_parser("doctor", help="versions, BLAS, cores, engines, what was built; --test tries it"))

@@ -1,0 +1,199 @@
+"""Layers on one rank's GPU beside torch's: medians by events, ratio torch / gingham (above 1: gingham is faster), and what their kernels take.
+
+python bench/gpu/times.py [linears | sweeps | gpt | kernels | host] ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from rows import RATES, main, milliseconds, row
+
+import gingham
+from gingham import nn
+from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
+
+
+def begin() -> None:
+    gingham.init(device="cuda", mode="1d", size=1)
+
+
+def passes(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, gradient: torch.Tensor) -> Callable[[], None]:
+    parameters = list(layer.parameters()) if isinstance(layer, torch.nn.Module) else []
+
+    def run() -> None:
+        for each in (*parameters, x):
+            each.grad = None
+        layer(x).backward(gradient)
+
+    return run
+
+
+def beside(
+    name: str, ours: torch.nn.Module, theirs: torch.nn.Module, x: torch.Tensor, out: int, flops: float = 0, bytes_: float = 0
+) -> None:
+    """Forward, then forward and backward. flops, bytes_: of a forward pass; a linear's backward has twice as many."""
+    gradient = torch.randn(*x.shape[:-1], out, device="cuda").to(x.dtype)
+    inputs = x.clone().requires_grad_()
+    for what, run, twin, factor in (
+        ("forward", lambda: ours(x), lambda: theirs(x), 1),
+        ("forward + backward", passes(ours, inputs, gradient), passes(theirs, inputs, gradient), 3),
+    ):
+        with torch.set_grad_enabled(what != "forward"):
+            mine, others, again = milliseconds(run), milliseconds(twin), milliseconds(run)
+        mine = min(mine, again)
+        rate = {"tflops": factor * flops / mine / 1e9, "torch_tflops": factor * flops / others / 1e9} if flops else {}
+        rate |= {"tbs": factor * bytes_ / mine / 1e9, "torch_tbs": factor * bytes_ / others / 1e9} if bytes_ else {}
+        row(f"{name} {what}", mine, unit="ms", torch=others, ratio=others / mine, **rate)
+
+
+def linears() -> None:
+    begin()
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows, into, out in ((8192, 1024, 4096), (8192, 4096, 1024), (4096, 4096, 4096), (8192, 8192, 8192), (512, 1024, 1024)):
+            if dtype == torch.float32 and rows * into * out > 1 << 37:
+                continue
+            x = torch.randn(rows, into, device="cuda").to(dtype)
+            beside(f"Linear {rows}x{into}x{out} {RATES[dtype]}", nn.Linear(into, out).to(dtype), torch.nn.Linear(into, out).to("cuda", dtype), x, out,
+                   flops=2.0 * rows * into * out)  # fmt: skip
+    x = torch.randn(8192, 1024, device="cuda").to(torch.bfloat16)
+    twin = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024)).to("cuda", torch.bfloat16)
+    beside("MLP 8192x1024x4096 bf16", nn.MLP(1024, 4096).to(torch.bfloat16), twin, x, 1024, flops=4.0 * 8192 * 1024 * 4096)
+
+
+def sweeps() -> None:
+    """What memory bounds: bytes of a forward pass that reads x and writes y once."""
+    begin()
+    rows, width = 16384, 4096
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(rows, width, device="cuda").to(dtype)
+        size = 2.0 * x.nbytes
+        kind = RATES[dtype]
+        beside(
+            f"LayerNorm {rows}x{width} {kind}",
+            nn.LayerNorm(width).to(dtype),
+            torch.nn.LayerNorm(width).to("cuda", dtype),
+            x,
+            width,
+            bytes_=size,
+        )
+        beside(
+            f"RMSNorm {rows}x{width} {kind}", nn.RMSNorm(width).to(dtype), torch.nn.RMSNorm(width).to("cuda", dtype), x, width, bytes_=size
+        )
+        beside(f"Dropout {rows}x{width} {kind}", nn.Dropout(0.1), torch.nn.Dropout(0.1), x, width, bytes_=size)
+    for dtype in (torch.bfloat16, torch.float32):
+        rows, classes = 8192, 50257
+        logits = torch.randn(rows, classes, device="cuda").to(dtype).requires_grad_()
+        target = torch.randint(classes, (rows,), device="cuda")
+
+        def ours(logits: torch.Tensor = logits, target: torch.Tensor = target) -> None:
+            logits.grad = None
+            gingham.cross_entropy(logits, target).backward()
+
+        def theirs(logits: torch.Tensor = logits, target: torch.Tensor = target) -> None:
+            logits.grad = None
+            torch.nn.functional.cross_entropy(logits, target).backward()
+
+        mine, others = milliseconds(ours), milliseconds(theirs)
+        row(
+            f"cross_entropy {rows}x{classes} {RATES[dtype]} forward + backward",
+            mine,
+            unit="ms",
+            torch=others,
+            ratio=others / mine,
+            tbs=3 * logits.nbytes / mine / 1e9,
+        )
+
+
+def gpt() -> None:
+    begin()
+    mesh = gingham.mesh.current()
+    shape = Shape(layers=4, width=1024, heads=16, context=512, dropout=0.0)
+    models = {"gingham": GPT(parallel_kit(mesh), shape).to(torch.bfloat16), "torch": GPT(serial_kit(), shape).to("cuda", torch.bfloat16)}
+    tokens = torch.randint(256, (16, shape.context + 1), device="cuda")
+    ids, target = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    times = {}
+    for name, model in models.items():
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+        def step(model: torch.nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
+            loss = model.loss(model(ids), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        times[name] = milliseconds(step)
+        profiled(f"GPT step, {name}", step, 14)
+    row(
+        "GPT 4 x 1024, 8192 tokens, bf16, a step",
+        times["gingham"],
+        unit="ms",
+        torch=times["torch"],
+        ratio=times["torch"] / times["gingham"],
+    )
+
+
+def profiled(name: str, run: Callable[[], object], most: int = 8) -> None:
+    """The kernels of one call, by time on the device."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(2):
+        run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        run()
+        torch.cuda.synchronize()
+    kernels = [
+        event for event in seen.key_averages() if event.self_device_time_total > 0 and event.device_type != torch.autograd.DeviceType.CPU
+    ]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    table = [[event.key[:90], event.count, round(event.self_device_time_total, 1)] for event in kernels[:most]]
+    row(f"kernels of {name}", total, unit="us", kernels=table)
+
+
+def kernels() -> None:
+    begin()
+    x = torch.randn(8192, 1024, device="cuda").to(torch.bfloat16).requires_grad_()
+    gradient = torch.randn(8192, 4096, device="cuda").to(torch.bfloat16)
+    for name, layer in (
+        ("gingham", nn.Linear(1024, 4096).to(torch.bfloat16)),
+        ("torch", torch.nn.Linear(1024, 4096).to("cuda", torch.bfloat16)),
+    ):
+        profiled(f"Linear 8192x1024x4096 bf16, {name}", passes(layer, x, gradient))
+    for name, layer in (
+        ("LayerNorm", nn.LayerNorm(4096).to(torch.bfloat16)),
+        ("torch LayerNorm", torch.nn.LayerNorm(4096).to("cuda", torch.bfloat16)),
+    ):
+        y = torch.randn(16384, 4096, device="cuda").to(torch.bfloat16).requires_grad_()
+        profiled(f"{name} 16384x4096 bf16", passes(layer, y, torch.randn_like(y)))
+    logits = torch.randn(8192, 50257, device="cuda").to(torch.bfloat16).requires_grad_()
+    target = torch.randint(50257, (8192,), device="cuda")
+    profiled("cross_entropy 8192x50257 bf16", lambda: gingham.cross_entropy(logits, target).backward())
+
+
+def host() -> None:
+    """Microseconds of the host for one small call, the device far behind: what a step must not be bound by."""
+    begin()
+    x = torch.randn(64, 256, device="cuda").to(torch.bfloat16).requires_grad_()
+    gradient = torch.randn(64, 256, device="cuda").to(torch.bfloat16)
+    for name, layer in (
+        ("gingham", nn.Linear(256, 256).to(torch.bfloat16)),
+        ("torch", torch.nn.Linear(256, 256).to("cuda", torch.bfloat16)),
+    ):
+        run = passes(layer, x, gradient)
+        for _ in range(20):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(200):
+            run()
+        row(f"host, Linear forward + backward, {name}", (time.perf_counter() - start) / 200 * 1e6, unit="us")
+        torch.cuda.synchronize()
+
+
+PARTS = {"linears": linears, "sweeps": sweeps, "gpt": gpt, "kernels": kernels, "host": host}
+if __name__ == "__main__":
+    main(PARTS)
