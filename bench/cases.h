@@ -24,6 +24,7 @@ struct Options {
   Carrier carrier = Carrier::nccl;  // between GPUs; copy wants threads
   DType dtype = DType::f32;
   bool tf32 = false;
+  bool narrow = false;                                     // C of gemm in the operands' 16-bit type
   std::string library = "gingham";                         // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
   std::function<void(Job&)> before;                        // called before a round is queued
   std::function<void(Job&)> entered;                       // called when the rank has its GPU, before its axes
@@ -61,6 +62,7 @@ std::vector<Row> start(const Options& options, const RankBody& body);
 
 Measured run_matmul(const Options& options);      // name: matmul | dx | dw | backward
 Measured run_kernel(const Options& options);      // name: gemm (one rank's product) | kernels (each beside its CPU twin)
+Row run_gemm(Job& job, const Options& options);   // the first of these, in a rank
 Measured run_attention(const Options& options);   // forward and backward over a ring: m places, n heads of k numbers
 Measured run_collective(const Options& options);  // name: all_gather | reduce_scatter | all_reduce | broadcast | reduce
 

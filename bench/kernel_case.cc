@@ -1,5 +1,5 @@
-// The kernels of one device alone, on one rank. gemm: a product timed against its flops, and with library "cublaslt" the yardstick's.
-// kernels: every kernel on the device beside its CPU twin on the same numbers: the largest difference, in units of the twin's largest value.
+// The kernels of one device alone, on one rank: every kernel on the device beside its CPU twin on the same numbers: the largest difference, in units
+// of the twin's largest value.
 #include <stdio.h>
 
 #include <algorithm>
@@ -13,48 +13,10 @@
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
 #include "kernels/gemm.h"
-#include "yardstick.h"
+#include "numbers.h"
 
 namespace gingham {
 namespace {
-
-float number_at(int64_t i, int64_t seed) { return static_cast<float>((i * 2654435761u + seed * 40503u) % 2048u) / 1024.f - 1.f; }
-
-void store(const Matrix& m, int64_t i, float value) {
-  switch (m.dtype) {
-    case DType::f64:
-      static_cast<double*>(m.data)[i] = value;
-      break;
-    case DType::f32:
-      static_cast<float*>(m.data)[i] = value;
-      break;
-    case DType::bf16:
-      static_cast<uint16_t*>(m.data)[i] = narrow_bf16(value);
-      break;
-    default:
-      static_cast<uint16_t*>(m.data)[i] = narrow_f16(value);
-  }
-}
-
-double load(const Matrix& m, int64_t i) {
-  switch (m.dtype) {
-    case DType::f64:
-      return static_cast<double*>(m.data)[i];
-    case DType::f32:
-      return static_cast<float*>(m.data)[i];
-    case DType::bf16:
-      return widen_bf16(static_cast<uint16_t*>(m.data)[i]);
-    default:
-      return widen_f16(static_cast<uint16_t*>(m.data)[i]);
-  }
-}
-
-Room filled(Job& job, int64_t rows, int64_t cols, DType dtype, int64_t seed) {
-  Room room(job, rows, cols, dtype);
-  for (int64_t i = 0; i < rows * cols; i++) store(room.host(), i, number_at(i, seed));
-  room.upload();
-  return room;
-}
 
 // max |device - twin| / max |twin|, with the twin's result in `expected`.
 double difference(const Room& got, const Room& expected) {
@@ -67,34 +29,6 @@ double difference(const Room& got, const Room& expected) {
     worst = std::isnan(off) ? HUGE_VAL : std::max(worst, off);
   }
   return worst / largest;
-}
-
-Row run_gemm(Job& job, const Options& o) {
-  enter(job, o);
-  if (job.gpu()) job.gpu()->stream().math = o.tf32 ? Math::tf32 : Math::exact;
-  const DType sum = accumulator(o.dtype);
-  const bool yardstick = o.library == "cublaslt";
-  const Room a = filled(job, o.m, o.k, o.dtype, 1), b = filled(job, o.k, o.n, o.dtype, 2);
-  const Room c(job, o.m, o.n, yardstick ? o.dtype : sum);
-  CublasLt* lt = nullptr;
-  std::unique_ptr<CublasLt> held;
-  if (yardstick) lt = (held = std::make_unique<CublasLt>()).get();
-  const auto once = [&] {
-    if (lt)
-      lt->gemm(a.view(), b.view(), c.view(), job.stream());
-    else
-      gemm(a.view(), b.view(), c.view(), false, job.stream());
-    settle(job);
-  };
-  const double seconds = median_of_rounds(o, [] {}, once, [] {});
-  double wrong = -1;
-  if (o.check) {
-    const Room expected(job, o.m, o.n, sum);
-    gemm(a.host(), b.host(), expected.host(), false, job.host_stream());
-    const double unit = size_of(o.dtype) == 2 || o.tf32 ? 1e-2 : o.dtype == DType::f64 ? 1e-12 : 1e-4;
-    wrong = difference(c, expected) < unit ? 0 : 1;
-  }
-  return {seconds, 0, 0, wrong};
 }
 
 struct Check {

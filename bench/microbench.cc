@@ -44,8 +44,10 @@ const char* kUsage =
     "  --device DEVICE               cpu | cuda (default cpu)\n"
     "  --library LIBRARY             gingham | cublaslt (gemm) | nccl (collectives): whose is measured (default gingham)\n"
     "  --tf32                        float32 products on tensor cores\n"
+    "  --narrow                      gemm: C in the operands' 16-bit type, rounded once (default: its fp32 sums)\n"
     "  --rounds R                    timed rounds, of which the median counts (default 10)\n"
-    "  --check                       compare with exact integer results; status 1 on a difference\n"
+    "  --check                       compare with exact integer results (gemm: with the host's product, within what K allows); status 1 on a "
+    "difference\n"
     "  --help                        this text\n"
     "\n"
     "GINGHAM_BLAS names the BLAS: a path, for instance torch/lib/libtorch_cpu.so, or plain.\n";
@@ -166,6 +168,8 @@ Command parse(int argc, char** argv) {
       o.swapped = true;
     } else if (flag == "--tf32") {
       o.tf32 = true;
+    } else if (flag == "--narrow") {
+      o.narrow = true;
     } else {
       const std::string value = i + 1 < argc ? argv[i + 1] : "";
       CHECK(Error, take_number(c, flag, value) || take_word(o, flag, value), "unknown option ", flag, "; see --help");
@@ -190,6 +194,13 @@ Measured measure(const Options& o) {
   return o.name == "attention" ? run_attention(o) : run_collective(o);
 }
 
+// A product of one rank says whose it is and the type of C.
+std::string title(const Options& o) {
+  const DType out = o.narrow ? o.dtype : accumulator(o.dtype);
+  const char* type = out == DType::f64 ? "f64" : out == DType::f32 ? "f32" : out == DType::bf16 ? "bf16" : "f16";
+  return o.name == "gemm" ? concat(o.library == "cublaslt" ? "cublaslt" : "gemm", ">", type) : o.name;
+}
+
 // Returns whether everything checked was right and every byte as the formula says.
 bool report(const Options& o) {
   const Measured m = measure(o);
@@ -203,7 +214,7 @@ bool report(const Options& o) {
   else
     snprintf(wrong, sizeof(wrong), "%lld", static_cast<long long>(m.wrong));
   const double algbw = m.algbw_bytes / m.seconds * 1e-9;
-  printf("  %-14s %6d %18s %7s %6s %6d | %10.1f %9.2f %9.3f %9.3f | %13.0f %13.0f %8.0f %6s %10.0f\n", o.name.c_str(), o.size(), size,
+  printf("  %-14s %6d %18s %7s %6s %6d | %10.1f %9.2f %9.3f %9.3f | %13.0f %13.0f %8.0f %6s %10.0f\n", title(o).c_str(), o.size(), size,
          o.source == Source::ring ? "ring" : "window", o.bandwidth > 0 || o.latency > 0 ? "yes" : "no", o.slices, m.seconds * 1e6,
          m.flops / m.seconds * 1e-9, algbw, algbw * m.bus_factor, m.bytes, m.formula, m.messages, wrong, m.workspace);
   fflush(stdout);

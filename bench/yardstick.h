@@ -4,15 +4,23 @@
 
 namespace gingham {
 
-// C = A B in the dtype of A and B (fp32 accumulation for 16-bit, C in that dtype too); tf32 where the stream allows it. Throws Error
-// where there is no cuBLASLt.
+// C = A B for operands like those given (fp32 sums for 16-bit ones; tf32 where the stream allows it), C in any type that cuBLASLt has for them:
+// descriptors, 64 MB of workspace and the first choice of its heuristic are made once. Throws Error where there is no cuBLASLt.
 class CublasLt {
  public:
-  CublasLt();
-  void gemm(const Matrix& a, const Matrix& b, const Matrix& c, const Stream& stream);
+  CublasLt(const Matrix& a, const Matrix& b, const Matrix& c, const Stream& stream);
+  ~CublasLt();
+  CublasLt(const CublasLt&) = delete;
+  void gemm(const Matrix& a, const Matrix& b, const Matrix& c);
 
  private:
-  void* handle_ = nullptr;
+  void choose(const Matrix& a, const Matrix& b, const Matrix& c);
+
+  const Stream& stream_;
+  bool turned_, wide_;
+  void *handle_ = nullptr, *description_ = nullptr, *left_ = nullptr, *right_ = nullptr, *out_ = nullptr;
+  Scratch workspace_;
+  uint64_t algorithm_[8] = {};
 };
 
 }  // namespace gingham

@@ -43,6 +43,17 @@ class CudaGpu : public Gpu {
     CUDA_CHECK(cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, native(stream_)));
     synchronize();
   }
+  double seconds(const std::function<void()>& lead, const std::function<void()>& timed) override {
+    const Event begin(cudaEventDefault), end(cudaEventDefault);
+    lead();
+    begin.record(native(stream_));
+    timed();
+    end.record(native(stream_));
+    synchronize();
+    float milliseconds = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin.get(), end.get()));
+    return milliseconds * 1e-3;
+  }
   std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Axis> shared, AxisMemory memory, const std::vector<int>& members) override {
     stream_.enter();
     if (carrier_ == Carrier::copy || program.size() == 1) return std::make_unique<Copy>(std::move(shared), order_, program, memory, members);

@@ -1,6 +1,7 @@
 // A rank's GPU: its compute stream and the axes over it. Known by this interface only, which names nothing of CUDA, so that a build
 // without CUDA has the same job; there make_gpu throws.
 #pragma once
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -31,6 +32,8 @@ class Gpu {
   virtual void synchronize() = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const void* device, size_t bytes) = 0;
+  // What the device takes for `timed`, by its own clock; `lead`, queued before, keeps it busy until the host has queued all of that.
+  virtual double seconds(const std::function<void()>& lead, const std::function<void()>& timed) = 0;
   // Collective over the program with Carrier::nccl.
   virtual std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Axis> shared, AxisMemory memory, const std::vector<int>& members) = 0;
 };

@@ -153,8 +153,10 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
   if (ticket) stream_of(stream).wait_for(ticket);
   return cudaSuccess;
 }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = reinterpret_cast<cudaEvent_t>(new fake::Event);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  auto* made = new fake::Event;
+  made->timed = (flags & cudaEventDisableTiming) == 0;
+  *event = reinterpret_cast<cudaEvent_t>(made);
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
@@ -174,6 +176,13 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (ticket && ticket->capture) return ticket->capture->fail(cudaErrorCapturedEvent);
   const cudaError_t refused = fake::refused_beside_capture();
   return refused != cudaSuccess ? refused : !ticket || ticket->done() ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+  const auto first = event_of(begin).get(), last = event_of(end).get();
+  if (!first || !last || !event_of(begin).timed || !event_of(end).timed) return cudaErrorInvalidResourceHandle;
+  if (!first->done() || !last->done()) return cudaErrorNotReady;
+  *milliseconds = std::chrono::duration<float, std::milli>(last->when() - first->when()).count();
+  return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   fake::host_waits++;

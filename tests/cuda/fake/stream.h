@@ -20,11 +20,16 @@ class Ticket {
   void punch() {
     const std::lock_guard lock(mutex_);
     done_ = true;
+    when_ = std::chrono::steady_clock::now();
     changed_.notify_all();
   }
   bool done() {
     const std::lock_guard lock(mutex_);
     return done_;
+  }
+  std::chrono::steady_clock::time_point when() {
+    const std::lock_guard lock(mutex_);
+    return when_;
   }
   void wait() {
     std::unique_lock lock(mutex_);
@@ -35,6 +40,7 @@ class Ticket {
   std::mutex mutex_;
   std::condition_variable changed_;
   bool done_ = false;
+  std::chrono::steady_clock::time_point when_;
 
  public:
   std::map<const Stream*, uint64_t> clock;  // of the stream where the event was recorded
@@ -144,6 +150,7 @@ class Stream {
 };
 
 struct Event {
+  bool timed = false;
   std::mutex mutex;
   std::shared_ptr<Ticket> latest;
   std::shared_ptr<Ticket> get() {

@@ -1,0 +1,48 @@
+// Elements of matrices on the host, in any real type, for the cases of single kernels.
+#pragma once
+#include "kernels/cast.h"
+#include "ranks.h"
+
+namespace gingham {
+
+// From -1 to 1 in steps of 2^-10.
+inline float number_at(int64_t i, int64_t seed) { return static_cast<float>((i * 2654435761u + seed * 40503u) % 2048u) / 1024.f - 1.f; }
+
+inline void store(const Matrix& m, int64_t i, float value) {
+  switch (m.dtype) {
+    case DType::f64:
+      static_cast<double*>(m.data)[i] = value;
+      break;
+    case DType::f32:
+      static_cast<float*>(m.data)[i] = value;
+      break;
+    case DType::bf16:
+      static_cast<uint16_t*>(m.data)[i] = narrow_bf16(value);
+      break;
+    default:
+      static_cast<uint16_t*>(m.data)[i] = narrow_f16(value);
+  }
+}
+
+// Number i of those that lie one behind the other.
+inline double load(const Matrix& m, int64_t i) {
+  switch (m.dtype) {
+    case DType::f64:
+      return static_cast<double*>(m.data)[i];
+    case DType::f32:
+      return static_cast<float*>(m.data)[i];
+    case DType::bf16:
+      return widen_bf16(static_cast<uint16_t*>(m.data)[i]);
+    default:
+      return widen_f16(static_cast<uint16_t*>(m.data)[i]);
+  }
+}
+
+inline Room filled(Job& job, int64_t rows, int64_t cols, DType dtype, int64_t seed) {
+  Room room(job, rows, cols, dtype);
+  for (int64_t i = 0; i < rows * cols; i++) store(room.host(), i, number_at(i, seed));
+  room.upload();
+  return room;
+}
+
+}  // namespace gingham
