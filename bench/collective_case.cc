@@ -1,4 +1,5 @@
-// Each collective alone: n elements of integer values over `ranks` ranks. Sizes and bus factors are those of nccl-tests.
+// Each collective alone: n elements of integer values over `ranks` ranks, whose sums are small enough for 16 bits. Sizes and bus factors are those of
+// nccl-tests.
 #include <algorithm>
 
 #include "cases.h"
@@ -8,6 +9,7 @@
 #include "collectives/reduce.h"
 #include "collectives/reduce_scatter.h"
 #include "collectives/resident.h"
+#include "numbers.h"
 #ifdef GINGHAM_CUDA
 #include "transport/nccl.h"
 #endif
@@ -22,18 +24,14 @@ struct Vector {
   Matrix view;
   Vector(Job& job, int64_t n, DType dtype) : room(job, 1, n, dtype), view(room.view()) {}
   void fill(int rank, int64_t from, bool fractions) {
-    DISPATCH(view.dtype, T, {
-      for (int64_t i = 0; i < view.cols; i++) static_cast<T*>(room.host().data)[i] = static_cast<T>(value(rank, from + i) / (fractions ? 7 : 1));
-    });
+    for (int64_t i = 0; i < view.cols; i++) store(room.host(), i, value(rank, from + i) / (fractions ? 7 : 1));
     room.upload();
   }
   template <class Expected>
   int64_t differing(int64_t begin, int64_t end, Expected expected) const {
     int64_t wrong = 0;
     room.download();
-    DISPATCH(view.dtype, T, {
-      for (int64_t i = begin; i < end; i++) wrong += static_cast<const T*>(room.host().data)[i] != static_cast<T>(expected(i));
-    });
+    for (int64_t i = begin; i < end; i++) wrong += !(load(room.host(), i) == expected(i));
     return wrong;
   }
 };

@@ -1,11 +1,14 @@
 // Y = X W, its two gradients and the fused backward on a grid of threads or processes. Ranks are numbered (k, n, m) row-major; blocks are
-// cut as docs/theory.md section 1 says. Data are small integers, so that every sum is exact in fp32 and the check is equality.
+// cut as docs/theory.md section 1 says. Data are small integers, so that every sum is exact in fp32 and the check is equality; sums of 16-bit
+// operands are added and travel in fp32, so that a result in 16 bits is the exact sum rounded once.
 #include <algorithm>
 #include <cmath>
 
 #include "cases.h"
 #include "collectives/resident.h"
+#include "kernels/cast.h"
 #include "kernels/gemm.h"
+#include "numbers.h"
 #include "ops/step.h"
 
 namespace gingham {
@@ -34,37 +37,23 @@ Span part(Span whole, int parts, int index) {
 class Block {
  public:
   Block(Job& job, Span rows, Span cols, const Options& o, uint64_t seed, Storage storage = Storage::row_major)
-      : rows_(rows), cols_(cols), room_(job, rows.size(), cols.size(), o.dtype, storage == Storage::column_major) {
-    if (seed) each([&](auto& x, int64_t i, int64_t j) { x = static_cast<std::remove_reference_t<decltype(x)>>(element(i, j, seed, o.fractions)); });
+      : room_(job, rows.size(), cols.size(), o.dtype, storage == Storage::column_major) {
+    for (int64_t i = 0; seed && i < rows.size(); i++)
+      for (int64_t j = 0; j < cols.size(); j++) store(host(), at(i, j), element(rows.begin + i, cols.begin + j, seed, o.fractions));
     room_.upload();
   }
   const Matrix& view() const { return room_.view(); }
   const Matrix& host() const { return room_.host(); }
   void fetch() const { room_.download(); }
-  int64_t differing(const Block& other) {
+  int64_t differing(const Block& other) const {
     int64_t wrong = 0;
-    const Matrix& mine = host();
-    DISPATCH(mine.dtype, T, {
-      for (int64_t i = 0; i < mine.rows; i++)
-        for (int64_t j = 0; j < mine.cols; j++) wrong += at<T>(mine, i, j) != at<T>(other.host(), i, j);
-    });
+    for (int64_t i = 0; i < host().rows; i++)
+      for (int64_t j = 0; j < host().cols; j++) wrong += !(load(host(), at(i, j)) == load(other.host(), other.at(i, j)));
     return wrong;
   }
 
  private:
-  template <class T>
-  static T& at(const Matrix& m, int64_t i, int64_t j) {
-    return static_cast<T*>(m.data)[i * m.row_stride + j * m.col_stride];
-  }
-  template <class Fn>
-  void each(Fn fn) {
-    const Matrix& mine = host();
-    DISPATCH(mine.dtype, T, {
-      for (int64_t i = 0; i < mine.rows; i++)
-        for (int64_t j = 0; j < mine.cols; j++) fn(at<T>(mine, i, j), rows_.begin + i, cols_.begin + j);
-    });
-  }
-  Span rows_, cols_;
+  int64_t at(int64_t i, int64_t j) const { return i * host().row_stride + j * host().col_stride; }
   Room room_;
 };
 
@@ -122,12 +111,16 @@ struct Axes {
   }
 };
 
-// Words received by all ranks in one product (or the fused backward, which gathers dY once).
-double words(const Options& o) {
+// Bytes received by all ranks in one product (or the fused backward, which gathers dY once): panels in the operands' type, partial sums in
+// their accumulator.
+double bytes_of(const Options& o) {
   const double x = static_cast<double>(o.m) * static_cast<double>(o.k), w = static_cast<double>(o.k) * static_cast<double>(o.n),
                y = static_cast<double>(o.m) * static_cast<double>(o.n);
   const double pm = o.grid[0] - 1, pn = (o.swapped ? o.grid[2] : o.grid[1]) - 1, pk = (o.swapped ? o.grid[1] : o.grid[2]) - 1;
-  return o.name == "backward" ? 2 * x * pn + 2 * w * pm + y * pk : x * pn + w * pm + y * pk;
+  const double panel = static_cast<double>(size_of(o.dtype)), sum = static_cast<double>(size_of(accumulator(o.dtype)));
+  const bool dx = o.name == "dx" || o.name == "backward", dw = o.name == "dw" || o.name == "backward";
+  const double panels = (o.name != "dx") * x * pn + (o.name != "dw") * w * pm + (o.name != "matmul") * y * pk;
+  return panels * panel + (dx * x * pn + dw * w * pm + (o.name == "matmul") * y * pk) * sum;
 }
 
 Step::Config config_of(const Options& o, const Place& p, const Axes& axes) {
@@ -194,7 +187,10 @@ Row run_rank(Job& job, Program& program, const Options& o) {
       Block left = ta ? Block(job, inner, rows, o, a) : Block(job, rows, inner, o, a);
       Block right = tb ? Block(job, cols, inner, o, b) : Block(job, inner, cols, o, b);
       Block expected(job, rows, cols, o, 0);
-      gemm(ta ? left.host().t() : left.host(), tb ? right.host().t() : right.host(), expected.host(), false, job.host_stream());
+      const Scratch room(job.host_stream(), static_cast<size_t>(rows.size() * cols.size()) * size_of(accumulator(o.dtype)));
+      const Matrix sum = dense(room.data(), rows.size(), cols.size(), accumulator(o.dtype));
+      gemm(ta ? left.host().t() : left.host(), tb ? right.host().t() : right.host(), sum, false, job.host_stream());
+      cast(sum, expected.host(), job.host_stream());
       got.fetch();
       wrong += static_cast<double>(got.differing(expected));
     };
@@ -212,7 +208,7 @@ Measured run_matmul(const Options& o) {
   const std::vector<Row> rows = start(o, [&](Job& job, Program& program) { return run_rank(job, program, o); });
   Measured out = over_ranks(rows);
   out.flops = 2.0 * static_cast<double>(o.m) * static_cast<double>(o.k) * static_cast<double>(o.n) * (o.name == "backward" ? 2 : 1);
-  out.formula = words(o) * static_cast<double>(size_of(o.dtype));
+  out.formula = bytes_of(o);
   return out;
 }
 

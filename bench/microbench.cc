@@ -46,8 +46,7 @@ const char* kUsage =
     "  --tf32                        float32 products on tensor cores\n"
     "  --narrow                      gemm: C in the operands' 16-bit type, rounded once (default: its fp32 sums)\n"
     "  --rounds R                    timed rounds, of which the median counts (default 10)\n"
-    "  --check                       compare with exact integer results (gemm: with the host's product, within what K allows); status 1 on a "
-    "difference\n"
+    "  --check                       compare with exact integer results, gemm with the host's product; status 1 on a difference\n"
     "  --help                        this text\n"
     "\n"
     "GINGHAM_BLAS names the BLAS: a path, for instance torch/lib/libtorch_cpu.so, or plain.\n";
@@ -181,6 +180,9 @@ Command parse(int argc, char** argv) {
 
 bool is_matmul(const std::string& name) { return name == "matmul" || name == "dx" || name == "dw" || name == "backward"; }
 
+// Collectives that add: gingham's take the accumulators, into which 16-bit operands are summed.
+bool adds_parts(const std::string& name) { return name == "reduce_scatter" || name == "all_reduce" || name == "reduce"; }
+
 bool is_kernel(const std::string& name) { return name == "gemm" || name == "kernels"; }
 
 void header() {
@@ -268,8 +270,15 @@ int main_of(int argc, char** argv) {
   const std::vector<std::string> all{"matmul", "dx", "dw", "backward", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
   std::vector<std::string> names{command.options.name};
   if (names[0] == "all") names = all;
+  if (size_of(command.options.dtype) == 2) {
+    std::erase_if(names, adds_parts);
+    CHECK(Error, !names.empty(), command.options.name, " with dtype ", name_of(command.options.dtype),
+          ", expected float32 or float64: sums of 16-bit operands travel in float32");
+  }
   printf("# gingham microbench; BLAS: %s; ranks as %s\n", blas().from.c_str(), command.options.as == As::threads ? "threads" : "processes");
   bool good = true;
+  if (command.options.name == "all" && names.size() < all.size())
+    printf("# reduce_scatter, all_reduce and reduce are left out: sums of %s travel in float32\n", name_of(command.options.dtype));
   if (names[0] != "overlap") header();
   for (const std::string& name : names)
     for (int64_t n : command.shaped ? std::vector<int64_t>{0} : command.sizes) {

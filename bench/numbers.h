@@ -8,33 +8,33 @@ namespace gingham {
 // From -1 to 1 in steps of 2^-10.
 inline float number_at(int64_t i, int64_t seed) { return static_cast<float>((i * 2654435761u + seed * 40503u) % 2048u) / 1024.f - 1.f; }
 
-inline void store(const Matrix& m, int64_t i, float value) {
+// Element `at` of the memory at m, whatever its strides.
+inline void store(const Matrix& m, int64_t at, double value) {
   switch (m.dtype) {
     case DType::f64:
-      static_cast<double*>(m.data)[i] = value;
+      static_cast<double*>(m.data)[at] = value;
       break;
     case DType::f32:
-      static_cast<float*>(m.data)[i] = value;
+      static_cast<float*>(m.data)[at] = static_cast<float>(value);
       break;
     case DType::bf16:
-      static_cast<uint16_t*>(m.data)[i] = narrow_bf16(value);
+      static_cast<uint16_t*>(m.data)[at] = narrow_bf16(static_cast<float>(value));
       break;
     default:
-      static_cast<uint16_t*>(m.data)[i] = narrow_f16(value);
+      static_cast<uint16_t*>(m.data)[at] = narrow_f16(static_cast<float>(value));
   }
 }
 
-// Number i of those that lie one behind the other.
-inline double load(const Matrix& m, int64_t i) {
+inline double load(const Matrix& m, int64_t at) {
   switch (m.dtype) {
     case DType::f64:
-      return static_cast<double*>(m.data)[i];
+      return static_cast<double*>(m.data)[at];
     case DType::f32:
-      return static_cast<float*>(m.data)[i];
+      return static_cast<float*>(m.data)[at];
     case DType::bf16:
-      return widen_bf16(static_cast<uint16_t*>(m.data)[i]);
+      return widen_bf16(static_cast<uint16_t*>(m.data)[at]);
     default:
-      return widen_f16(static_cast<uint16_t*>(m.data)[i]);
+      return widen_f16(static_cast<uint16_t*>(m.data)[at]);
   }
 }
 

@@ -79,6 +79,10 @@ def truth_parts() -> list[Part]:
         parts.append(
             Part(f"step {grid}", bench("all", "--check", "--grid", grid, "--shape", "515,387,261", "--rounds", "2", "--slices", "3"), 30)
         )
+    # large enough for the tensor cores' large tiles on every rank
+    for dtype in ("bfloat16", "float16"):
+        words = ("all", "--check", "--grid", "2,2,1", "--shape", "4096,2048,4096", "--dtype", dtype, "--rounds", "2", "--slices", "2")
+        parts.append(Part(f"step {dtype}", bench(*words), 60))
     for dtype in ("bfloat16", "float32"):
         words = ("attention", "--check", "--ranks", "4", "--shape", "515,64,4", "--dtype", dtype, "--rounds", "2")
         parts.append(Part(f"attention ring {dtype}", bench(*words), 30))

@@ -62,13 +62,14 @@ void expect_right(const Options& o) {
   EXPECT(m.bytes == m.formula, o.name, " moved ", m.bytes, " bytes, formula ", m.formula);
 }
 
-void every_product(Carrier carrier, const std::vector<std::array<int, 3>>& grids) {
+void every_product(Carrier carrier, const std::vector<std::array<int, 3>>& grids, DType dtype = DType::f32) {
   for (const auto& grid : grids)
     for (const char* name : kCases)
       for (int slices : {1, 3})
         for (bool swapped : {false, true}) {
           Options o = options(carrier, grid);
           o.name = name;
+          o.dtype = dtype;
           o.slices = slices;
           o.swapped = swapped;
           expect_right(o);
@@ -124,8 +125,14 @@ class With {
   const char* name_;
 };
 
-void products_over_nccl() { every_product(Carrier::nccl, kGrids); }
-void products_over_copies() { every_product(Carrier::copy, {{2, 2, 1}, {2, 2, 2}, {1, 2, 1}}); }
+void products_over_nccl() {
+  every_product(Carrier::nccl, kGrids);
+  every_product(Carrier::nccl, {{2, 2, 2}}, DType::bf16);
+}
+void products_over_copies() {
+  every_product(Carrier::copy, {{2, 2, 1}, {2, 2, 2}, {1, 2, 1}});
+  every_product(Carrier::copy, {{2, 2, 2}}, DType::f16);
+}
 void collectives() {
   every_collective(Carrier::nccl);
   every_collective(Carrier::copy);
