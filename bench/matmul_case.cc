@@ -138,6 +138,25 @@ Step::Config config_of(const Options& o, const Place& p, const Axes& axes) {
   return config;
 }
 
+// The seeds of two factors, and which of them is stored transposed.
+struct Product {
+  uint64_t a, b;
+  bool a_turned, b_turned;
+};
+
+// Elements of the rank's result that differ from the exact product, rounded to the result's type.
+double differing(Job& job, const Options& o, const Block& got, Span rows, Span inner, Span cols, Product of) {
+  const Block left = of.a_turned ? Block(job, inner, rows, o, of.a) : Block(job, rows, inner, o, of.a);
+  const Block right = of.b_turned ? Block(job, cols, inner, o, of.b) : Block(job, inner, cols, o, of.b);
+  const Block expected(job, rows, cols, o, 0);
+  const Scratch room(job.host_stream(), static_cast<size_t>(rows.size() * cols.size()) * size_of(accumulator(o.dtype)));
+  const Matrix sum = dense(room.data(), rows.size(), cols.size(), accumulator(o.dtype));
+  gemm(of.a_turned ? left.host().t() : left.host(), of.b_turned ? right.host().t() : right.host(), sum, false, job.host_stream());
+  cast(sum, expected.host(), job.host_stream());
+  got.fetch();
+  return static_cast<double>(got.differing(expected));
+}
+
 Row run_rank(Job& job, Program& program, const Options& o) {
   enter(job, o);
   const Place p = place_of(o, job.rank());
@@ -183,20 +202,12 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   if (o.check) {
     wrong = 0;
     const Span all_k{0, o.k}, all_n{0, o.n}, all_m{0, o.m};
-    auto compare = [&](Block& got, Span rows, Span inner, Span cols, uint64_t a, uint64_t b, bool ta, bool tb) {
-      Block left = ta ? Block(job, inner, rows, o, a) : Block(job, rows, inner, o, a);
-      Block right = tb ? Block(job, cols, inner, o, b) : Block(job, inner, cols, o, b);
-      Block expected(job, rows, cols, o, 0);
-      const Scratch room(job.host_stream(), static_cast<size_t>(rows.size() * cols.size()) * size_of(accumulator(o.dtype)));
-      const Matrix sum = dense(room.data(), rows.size(), cols.size(), accumulator(o.dtype));
-      gemm(ta ? left.host().t() : left.host(), tb ? right.host().t() : right.host(), sum, false, job.host_stream());
-      cast(sum, expected.host(), job.host_stream());
-      got.fetch();
-      wrong += static_cast<double>(got.differing(expected));
+    const auto compare = [&](const Block& got, Span rows, Span inner, Span cols, Product of) {
+      wrong += differing(job, o, got, rows, inner, cols, of);
     };
-    if (forward) compare(y, p.m, all_k, p.y_n, 1, 2, false, false);
-    if (!forward && need_x) compare(dx, p.m, all_n, p.x_k, 3, 2, false, true);
-    if (!forward && need_w) compare(dw, w_rows, all_m, w_cols, 1, 3, true, false);
+    if (forward) compare(y, p.m, all_k, p.y_n, {1, 2, false, false});
+    if (!forward && need_x) compare(dx, p.m, all_n, p.x_k, {3, 2, false, true});
+    if (!forward && need_w) compare(dw, w_rows, all_m, w_cols, {1, 3, true, false});
   }
   return {seconds, static_cast<double>(traffic.bytes_received) / o.rounds, static_cast<double>(traffic.messages) / o.rounds, wrong,
           peak,    static_cast<double>(traffic.bytes_crossed) / o.rounds};
