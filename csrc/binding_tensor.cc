@@ -217,34 +217,26 @@ void use_gpu(Job& job, int ordinal, bool tf32) {
 
 namespace {
 
-Made from_torch(DLDevice device, const Known& type, const std::vector<int64_t>& shape) {
-  DLManagedTensorVersioned* managed = torch_tensor(maker(), device, type, shape);
-  void* data = static_cast<char*>(managed->dl_tensor.data) + managed->dl_tensor.byte_offset;
-  PyObject* object = nullptr;
-  if (maker()->managed_tensor_to_py_object_no_sync(managed, reinterpret_cast<void**>(&object)) != 0) throw py::error_already_set();
-  // An empty tensor has no memory, but results are told apart by theirs.
-  return {py::reinterpret_steal<py::object>(object), data ? data : static_cast<void*>(object)};
-}
-
-}  // namespace
-
-namespace {
-
 // torch.empty: its storage is the caching allocator's own, so that Tensor.record_stream and resize_ work on results (on memory that came
 // through DLPack both do nothing, without a word).
-Made on_gpu(int ordinal, const Known& type, const std::vector<int64_t>& shape) {
-  static const py::object& empty = *new py::object(py::module_::import("torch").attr("empty"));
-  static std::unordered_map<std::string, py::object>& keywords = *new std::unordered_map<std::string, py::object>;
-  py::object& options = keywords[concat(type.name, ordinal)];
-  if (!options)
-    options = py::dict(py::arg("dtype") = py::module_::import("torch").attr(type.name),
-                       py::arg("device") = py::module_::import("torch").attr("device")("cuda", ordinal));
-  const py::tuple sizes = py::cast(shape);
+Made from_torch(const Gpu* gpu, const Known& type, const std::vector<int64_t>& shape) {
+  static const py::module_& torch = *new py::module_(py::module_::import("torch"));
+  static const py::object& empty = *new py::object(torch.attr("empty"));
+  static std::unordered_map<std::string, py::dict>& known_options = *new std::unordered_map<std::string, py::dict>;
+  const int ordinal = gpu ? gpu->ordinal() : -1;
+  const auto [at, fresh] = known_options.try_emplace(concat(type.name, ordinal));
+  py::dict& options = at->second;
+  if (fresh) {
+    options["dtype"] = torch.attr(type.name);
+    options["device"] = gpu ? torch.attr("device")("cuda", ordinal) : torch.attr("device")("cpu");
+  }
+  py::tuple sizes(shape.size());
+  for (size_t i = 0; i < shape.size(); i++) sizes[i] = shape[i];
   py::object object;
   try {
     object = empty(sizes, **options);
-  } catch (py::error_already_set& error) {
-    if (!error.matches(py::module_::import("torch").attr("OutOfMemoryError"))) throw;
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(torch.attr("OutOfMemoryError"))) throw;
     throw OutOfMemory(concat("torch has no memory for a tensor on its GPU: ", error.what()));
   }
   DLTensor made;
@@ -258,8 +250,8 @@ Made on_gpu(int ordinal, const Known& type, const std::vector<int64_t>& shape) {
 
 Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name, Heap::Kind kind) {
   const Known& type = known(dtype_name);
-  if (const Gpu* gpu = gpu_of(job.get())) return told(*job, [&] { return on_gpu(gpu->ordinal(), type, shape); });
-  if (job->gpu() || job->orphaned()) return from_torch({kDLCPU, 0}, type, shape);
+  if (const Gpu* gpu = gpu_of(job.get())) return told(*job, [&] { return from_torch(gpu, type, shape); });
+  if (job->gpu() || job->orphaned()) return from_torch(nullptr, type, shape);
   auto owner = std::make_unique<Owner>();
   owner->job = job;
   owner->shape = shape;

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+import gingham
+
 PLACE = "cuda" if torch.cuda.is_available() else "cpu"  # cpu: over the fake runtime of tests/cuda, to try these scripts
 RATES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 
@@ -60,5 +62,6 @@ def main(parts: dict[str, Callable[[], None]]) -> None:
             print(text, flush=True)
             if isinstance(error, KeyboardInterrupt | SystemExit) or "CUDA error" in str(error) or "cuda" in type(error).__name__:
                 break
+        gingham.destroy()
     sys.stdout.flush()
     os._exit(1 if failed else 0)  # a dead context must not keep the process
