@@ -1,5 +1,7 @@
 // Streams, events and the points that streams reach.
 #pragma once
+#include <unistd.h>
+
 #include <algorithm>
 #include <condition_variable>
 #include <map>
@@ -162,9 +164,16 @@ struct Event {
 inline std::atomic<uint64_t> legacy_uses{0};
 
 inline Stream& stream_of(cudaStream_t handle) {
-  static Stream& legacy = *new Stream;  // never joined: the process may end from any thread
-  legacy_uses += handle == nullptr;
-  return handle ? *reinterpret_cast<Stream*>(handle) : legacy;
+  if (handle) return *reinterpret_cast<Stream*>(handle);
+  legacy_uses++;
+  // Of this process, also after a fork, which leaves the threads behind; never joined: the process may end from any thread.
+  static std::mutex mutex;
+  static pid_t owner = 0;
+  static Stream* legacy = nullptr;
+  const std::lock_guard lock(mutex);
+  if (owner != getpid()) legacy = new Stream;
+  owner = getpid();
+  return *legacy;
 }
 inline Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
 
