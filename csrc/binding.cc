@@ -166,6 +166,7 @@ void define_job(py::module_& m) {
           "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
       .def_property_readonly("has_gpu", [](Job& job) { return job.gpu() != nullptr; })
+      .def_property_readonly("gpu", [](Job& job) { return job.gpu() ? job.gpu()->ordinal() : -1; })
       .def_property_readonly("on_host", [](Job& job) { return !job.gpu() || job.gpu()->memory_is_host(); })
       .def("fail", [](Job& job, int rank, const std::string& message) { job.control().fail(Control::Kind::died, rank, message); })
       .def("close", &Job::close)

@@ -63,6 +63,7 @@ Library load() {
     return out;
   }
   a.GetVersion(&out.found.version);
+  out.found.same_gpu = dlsym(handle, "ncclSameGpu") != nullptr;
   out.found.found = true;
   return out;
 }

@@ -41,8 +41,9 @@ struct NcclApi {
 
 struct NcclFound {
   bool found = false;
-  int version = 0;   // 22803 is 2.28.3
-  std::string from;  // where it was found, or why it was not
+  int version = 0;        // 22803 is 2.28.3
+  bool same_gpu = false;  // ranks may share a GPU: it exports ncclSameGpu, as the stand-in of the tests does and no NCCL
+  std::string from;       // where it was found, or why it was not
 };
 
 const NcclFound& nccl_found();  // looks once

@@ -21,7 +21,7 @@ def tool(name: str) -> str:
 
 
 def build(kernels: str, sanitizer: str = "", binding: bool = False, source: Path = ROOT, folder: Path | None = None) -> Path:
-    """The build folder: pipeline_tests lies in it, libfakecuda.so below gingham (with a sanitizer: in it)."""
+    """The build folder: pipeline_tests lies in it, libfakecuda.so and libsamegpu.so below gingham (with a sanitizer: in it)."""
     folder = folder or ROOT / "build" / "-".join(part for part in ("fake", kernels, sanitizer) if part)
     package = folder if sanitizer else folder / "gingham"
     options = {
@@ -38,7 +38,7 @@ def build(kernels: str, sanitizer: str = "", binding: bool = False, source: Path
     assert tools is not None
     defines = [f"-D{name}={value}" for name, value in (options | {"CUDA_INCLUDE": tools.include}).items()]
     check(tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja", *defines)
-    check(tool("cmake"), "--build", str(folder), "--target", "pipeline_tests", *(["_C"] if binding else []))
+    check(tool("cmake"), "--build", str(folder), "--target", "pipeline_tests", "samegpu", *(["_C"] if binding else []))
     if binding:
         ours = ROOT / "python" / "gingham"
         for path in [*ours.glob("*.py"), *(path.parent for path in ours.glob("*/__init__.py"))]:

@@ -13,7 +13,8 @@ from ..errors import MeshError
 
 
 def use_gpu(job: native.Job) -> torch.device:
-    """Gives the rank GPU number LOCAL_RANK; NCCL is torch's where torch has loaded it, else the wheel's."""
+    """Gives the rank GPU number LOCAL_RANK (of fewer GPUs, where the NCCL found lets ranks share one, counted anew from the first);
+    NCCL is torch's where torch has loaded it, else the wheel's."""
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
     find_nccl()
     job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
@@ -21,10 +22,10 @@ def use_gpu(job: native.Job) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise MeshError(
-            f"rank {job.rank} was given GPU {ordinal}, but this torch ({torch.__version__}) sees none: install a build of torch for CUDA"
+            f"rank {job.rank} was given GPU {job.gpu}, but this torch ({torch.__version__}) sees none: install a build of torch for CUDA"
         )
-    torch.cuda.set_device(ordinal)
-    return torch.device("cuda", ordinal)
+    torch.cuda.set_device(job.gpu)
+    return torch.device("cuda", job.gpu)
 
 
 def find_nccl() -> None:

@@ -1,21 +1,16 @@
-// The fake NCCL's communicators: a region of the shared memory file each, with a mailbox for every ordered pair of ranks.
+// The fake NCCL's communicators: a hall of the memory file each, with a mailbox for every ordered pair of ranks.
 #pragma once
-#include <fcntl.h>
-#include <stdio.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include <algorithm>
 #include <memory>
 #include <mutex>
 
 #include "fake.h"
-#include "transport/nccl_api.h"
+#include "meeting.h"
 
 namespace fake {
 
-constexpr int kMostRanks = 16, kMostSplits = 32, kSlots = 4;
+using standin::kMostRanks, standin::kHalls;
+
+constexpr int kSlots = 4;
 constexpr size_t kPiece = 16 << 10;
 
 // One way from one rank to another: pieces of messages, written and read in turn.
@@ -27,100 +22,58 @@ struct Mailbox {
   } slots[kSlots];
 };
 
+// A communicator's part of the file.
 struct Region {
-  std::atomic<uint32_t> arrived{0};
-  struct {
-    std::atomic<int32_t> color, key;
-  } splits[kMostSplits][kMostRanks];
-  std::atomic<uint32_t> split_arrived[kMostSplits];
+  standin::Hall hall;
   Mailbox boxes[kMostRanks][kMostRanks];
 };
-
-// A sparse file in memory: region 0 is the world's, then those of the splits by (number, color).
-class File {
- public:
-  static size_t bytes() { return sizeof(Region) * (1 + kMostSplits * kMostRanks); }
-  static void create(char* path, size_t room) {
-    const int fd = memfd_create("fake nccl", 0);
-    if (fd < 0 || ftruncate(fd, static_cast<off_t>(bytes())) != 0) abort();
-    snprintf(path, room, "/proc/%d/fd/%d", getpid(), fd);
-  }
-  explicit File(const char* path) {
-    const int fd = open(path, O_RDWR);
-    void* p = fd < 0 ? MAP_FAILED : mmap(nullptr, bytes(), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (p == MAP_FAILED) abort();
-    close(fd);
-    regions_ = static_cast<Region*>(p);
-  }
-  Region& region(int index) { return regions_[index]; }
-
- private:
-  Region* regions_;
-};
+constexpr size_t kFileBytes = sizeof(Region) * kHalls;
 
 // What all communicators of one rank share.
 struct Device {
+  explicit Device(const char* path, int rank) : regions(static_cast<Region*>(standin::SharedFile(path).map(0, kFileBytes))), rank(rank) {}
+  Region* regions;  // of the whole file
   int rank = 0;
   std::mutex mutex;
   std::atomic<uint32_t> groups{0};
 };
 
-struct Op {
-  bool sends;
-  int peer;
-  char* data;
-  size_t bytes;
+// A message under way.
+struct Op : standin::Op {
   size_t moved = 0;
   uint32_t last = 0;  // piece that must have been read before a rendezvous send ends
   bool begun = false, done = false;
 };
 
-struct Group {
-  cudaStream_t stream;
-  std::vector<Op> ops;
-};
-
 class Comm {
  public:
-  Comm(std::shared_ptr<File> file, std::shared_ptr<Device> on, int index, int rank, std::vector<int> members)
-      : device(std::move(on)), file_(std::move(file)), region_(file_->region(index)), rank_(rank), members_(std::move(members)) {}
-
-  void meet() { gather(region_.arrived, 1); }
-
-  Comm* split(int color, int key) {
-    const int number = splits_++;
-    auto& table = region_.splits[number];
-    table[rank_].color = color;
-    table[rank_].key = key;
-    gather(region_.split_arrived[number], 1);
-    std::vector<std::pair<int, int>> keyed;
-    for (size_t r = 0; r < members_.size(); r++)
-      if (table[r].color == color) keyed.push_back({table[r].key, static_cast<int>(r)});
-    std::sort(keyed.begin(), keyed.end());
-    std::vector<int> members;
-    int rank = 0;
-    for (auto& [k, r] : keyed) {
-      if (r == rank_) rank = static_cast<int>(members.size());
-      members.push_back(r);
-    }
-    return new Comm(file_, device, 1 + number * kMostRanks + color, rank, members);
+  static size_t file_bytes() { return kFileBytes; }
+  Comm(const char* path, int size, int rank) : Comm(std::make_shared<Device>(path, rank), standin::world_of(size, rank)) {
+    standin::meet(region_.hall.arrived, members_, aborted);
+  }
+  Comm* split(int color, int key) { return new Comm(device, standin::split(region_.hall, members_, color, key, aborted)); }
+  void launch(cudaStream_t stream, const std::vector<standin::Op>& ops);
+  void destroy() {}  // the process' end frees it: work of its streams may still name it
+  void abort() { aborted.store(true); }
+  ncclResult_t error() {
+    const auto found = static_cast<ncclResult_t>(failure.load());
+    if (found != ncclSuccess) standin::said = found == ncclRemoteError ? "remote error (injected)" : "an error of the fake NCCL";
+    return found;
   }
 
   // Moves one piece of the message, or sees that it has been taken; false: nothing could be done.
   bool progress(Op& op, bool buffered) {
-    Mailbox& box = op.sends ? region_.boxes[rank_][op.peer] : region_.boxes[op.peer][rank_];
+    Mailbox& box = op.sends ? region_.boxes[members_.rank][op.peer] : region_.boxes[op.peer][members_.rank];
     return op.sends ? push(op, box, buffered) : pull(op, box);
   }
 
   std::shared_ptr<Device> device;
   std::atomic<bool> aborted{false};
-  std::atomic<int> error{0};
+  std::atomic<int> failure{0};
 
  private:
-  void gather(std::atomic<uint32_t>& count, uint32_t lives) {
-    count++;
-    while (count.load() < members_.size() * lives) nap(200);
-  }
+  Comm(std::shared_ptr<Device> on, standin::Members members)
+      : device(std::move(on)), members_(std::move(members)), region_(device->regions[members_.hall]) {}
   bool push(Op& op, Mailbox& box, bool buffered) {
     if (op.begun && op.moved == op.bytes) {
       op.done = static_cast<int32_t>(box.read.load() - op.last) >= 0;
@@ -144,7 +97,7 @@ class Comm {
     if (box.written.load() == n) return false;
     const Mailbox::Slot& slot = box.slots[n % kSlots];
     if (slot.message_bytes != op.bytes) {
-      error = ncclInvalidUsage;
+      failure = ncclInvalidUsage;
       return false;
     }
     if (slot.piece_bytes) memcpy(op.data + op.moved, slot.data, slot.piece_bytes);
@@ -154,11 +107,8 @@ class Comm {
     return true;
   }
 
-  std::shared_ptr<File> file_;
+  standin::Members members_;
   Region& region_;
-  int rank_;
-  std::vector<int> members_;
-  int splits_ = 0;
 };
 
 }  // namespace fake
