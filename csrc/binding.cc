@@ -116,6 +116,7 @@ py::dict report_of() {
   out["driver"] = r.driver;
   out["runtime"] = r.runtime;
   out["nccl"] = r.nccl;
+  out["same_gpu"] = r.same_gpu;
   out["nccl_version"] = r.nccl_version;
   out["nccl_from"] = r.nccl_from;
   out["missing"] = r.missing;

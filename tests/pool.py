@@ -18,6 +18,7 @@ from typing import Any
 
 import cloudpickle
 
+import on_gpu
 from gingham.launch import rendezvous
 from gingham.launch.spawn import rank_environment
 
@@ -42,11 +43,11 @@ def _answer(rank: int, message: bytes) -> bytes:
     from gingham.launch.init import report_failure
 
     try:
-        fn, args, environment = cloudpickle.loads(message)
+        fn, args, environment = on_gpu.loads(message)
         os.environ.update(environment)
         torch.manual_seed(0)  # a test may have left the ranks' generators apart
         checks._compiled = False  # a test may have compiled something, which ends the first step's check
-        result = cloudpickle.dumps((True, fn(rank, *args), None))
+        result = on_gpu.dumps((True, fn(rank, *args), None))
     except BaseException as error:
         report_failure(error)
         text = traceback.format_exc()
@@ -69,6 +70,7 @@ def serve(rank: int, pipe: Connection) -> None:
     multiprocessing.set_start_method("fork", force=True)
     torch.set_num_threads(1)
     native.set_num_threads(1)
+    on_gpu.begin(rank)
     gc.freeze()  # what the server imported is never garbage: destroy() need not look through it after every call
     while True:
         try:

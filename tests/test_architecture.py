@@ -236,6 +236,20 @@ def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
                 open_depth = -1
 
 
+def test_tensors_name_their_device() -> None:
+    """A factory without `device=` makes a tensor on torch's default device, which is neither the mesh's nor the host's by right."""
+    makers = {"tensor", "zeros", "ones", "empty", "full", "arange", "linspace", "eye", "rand", "randn", "randint", "randperm"}
+    wrong = []
+    for path in sorted(PYTHON.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute) or node.func.attr not in makers:
+                continue
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id == "torch"
+            if of_torch and not {"device", None} & {keyword.arg for keyword in node.keywords}:
+                wrong.append(f"{name(path)}:{node.lineno}: torch.{node.func.attr}")
+    assert not wrong, wrong
+
+
 def test_files_are_short() -> None:
     long = {name(path): len(path.read_text().splitlines()) for path in CPP + PY}
     long = {path: lines for path, lines in long.items() if lines > FILE_LINES and path not in LONG_FILES}

@@ -100,6 +100,7 @@ DeviceReport device_report() {
                             : "unreadable");
   }
   out.nccl = nccl_found().found;
+  out.same_gpu = nccl_found().same_gpu;
   out.nccl_version = nccl_found().version;
   out.nccl_from = nccl_found().from;
   return out;

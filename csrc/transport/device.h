@@ -45,7 +45,7 @@ struct DeviceReport {
   bool built = false;
   int devices = 0, driver = 0, runtime = 0;  // versions as CUDA numbers them: 13000
   std::vector<std::string> names;
-  bool nccl = false;
+  bool nccl = false, same_gpu = false;  // same_gpu: what was found in NCCL's place lets ranks share a GPU
   int nccl_version = 0;
   std::string nccl_from, missing;
 };

@@ -179,7 +179,7 @@ def _forward(tensors: list[torch.Tensor], call: str) -> list[torch.Tensor]:
             " give; compile a batch that divides by the ranks, or do not compile this part"
         )
     versions = [version_of(tensors[index]) for index in known.reads(words, [True] * len(tensors))]
-    return [*made, torch.tensor([number, *versions])]
+    return [*made, torch.tensor([number, *versions], device="cpu")]
 
 
 def _metas_of(tensors: list[torch.Tensor]) -> list[Meta]:
@@ -204,7 +204,7 @@ def _backward(
     inputs = len(needs) if known.saves else 0
     tensors, kept = saved[:inputs], iter(saved[inputs:])
     _check_versions(name, tensors, versions, known.reads(words, [True] * len(needs)), known.reads(words, needs))
-    stand_ins = tensors or [torch.empty(0) for _ in needs]
+    stand_ins = tensors or [torch.empty(0, device="cpu") for _ in needs]
     arguments = known.arguments(words, stand_ins)
     where = [next((index for index, tensor in enumerate(stand_ins) if tensor is argument), None) for argument in arguments]
     ctx = Context()
@@ -219,7 +219,9 @@ def _backward(
     for index, (need, (shape, dtype)) in enumerate(zip(needs, _metas(sizes, dtypes), strict=True)):
         if need:
             result = by_input[index]
-            result = torch.zeros(shape, dtype=dtype) if result is None else result.to(dtype).contiguous().view(shape)
+            result = (
+                torch.zeros(shape, dtype=dtype, device=gradients[0].device) if result is None else result.to(dtype).contiguous().view(shape)
+            )
             found.append(_owned(result, [*gradients, *saved, *found]))
     return found
 

@@ -4,32 +4,24 @@ Nothing here was tested on a GPU: the runtime and NCCL are tests/cuda/fake, kern
 """
 
 import json
-import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from cuda import fake_build, nvcc
+from cuda.fake_runs import PYTHON_TESTS, python_tests, run, survivors, train
 
 pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-FAULTS, VIRTUAL, REFUSED = (Path(__file__).parent / "fake" / name for name in ("faults.py", "hosts.py", "refused.py"))
+VIRTUAL, REFUSED = (Path(__file__).parent / "fake" / name for name in ("hosts.py", "refused.py"))
 
 
 @pytest.fixture(scope="module")
 def package() -> Path:
     return fake_build.build("cpu", binding=True)
-
-
-def run(command: list[str], environment: dict[str, str], limit: float = 600) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit, cwd=nvcc.ROOT)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout
 
 
 def test_products_and_collectives(package: Path) -> None:
@@ -61,12 +53,6 @@ def test_thread_sanitizer() -> None:
         print(run([str(folder / "pipeline_tests"), name], environment | {"TSAN_OPTIONS": "halt_on_error=1"}))
 
 
-RINGS = ("the_ring_against_float64", "dropout_by_global_index_and_second_gradients")
-PYTHON_TESTS = {
-    "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
-    "model": ["tests/python/test_gpt.py"],
-    "rings": [f"tests/python/nn/test_ring.py::test_{name}" for name in RINGS],
-}
 MORE_PYTHON_TESTS = {
     "products": PYTHON_TESTS["products"],
     "bytes": ["tests/python/test_traffic.py", "tests/python/nn/test_layer_traffic.py"],
@@ -75,35 +61,21 @@ MORE_PYTHON_TESTS = {
 }
 
 
-def python_tests(package: Path, names: list[str], marks: str, limit: float = 600) -> str:
-    """These tests on the fake GPUs. Left out: those that ask for windows or a slower link (also "amid"), which a GPU mesh refuses."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, "-k", "not window and not link and not amid", *names]
-    return run(command, fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1"), limit)
-
-
 @pytest.mark.parametrize("name", PYTHON_TESTS)
 def test_python_on_fake_devices(package: Path, name: str) -> None:
     """Equal to torch in float64, forward and backward, in every mode; bytes equal to the formulas; the same tests as on the CPU."""
     out = python_tests(package, PYTHON_TESTS[name], "not matrix")
     assert " passed" in out and "skipped" not in out, out
-    print(out.splitlines()[-1])
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize("name", MORE_PYTHON_TESTS)
 def test_python_matrix_on_fake_devices(package: Path, name: str) -> None:
-    print(python_tests(package, MORE_PYTHON_TESTS[name], "matrix or not matrix", 3600).splitlines()[-1])
+    python_tests(package, MORE_PYTHON_TESTS[name], "matrix or not matrix", 3600)
 
 
 def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
-    """The main job on 8 fake GPUs in 2.5d: losses of torch.nn's within rounding, bytes equal to the formula."""
-    options = (
-        "--ranks 8 --mode 2.5d --depth 2 --device cuda --steps 3 --layers 2 --width 64 --context 32 --sample 0 --plot= --compare-serial"
-    )
-    environment = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="200")
-    out = run([sys.executable, "-m", "gingham", "train", *options.split()], environment)
-    largest = re.search(r"largest of all.*?([0-9.e-]+) relative", out)
-    assert largest and float(largest[1]) < 1e-6 and re.search(r"received a rank and step +[\d.]+ [KM]B +equal to the formula", out), out
+    train(package)
 
 
 def test_virtual_hosts_of_fake_devices(package: Path) -> None:
@@ -127,15 +99,7 @@ def test_what_attention_on_gpus_refuses(package: Path) -> None:
 def test_faults_are_named(package: Path, fault: str) -> None:
     """Every surviving rank raises a typed error soon; an NCCL error or hang names a rank, a killed one is named exactly."""
     extra = {"nccl error": {"FAKE_NCCL_FAIL": "1,7"}, "nccl hangs": {"FAKE_NCCL_HANG": "1,7"}}.get(fault, {})
-    began = time.monotonic()
-    out = run([sys.executable, str(FAULTS), fault], fake_build.package_environment(package, **extra), limit=120)
-    seen = json.loads(out.splitlines()[-1])
-    print(f"{fault}: {time.monotonic() - began:.1f} s, {seen}")
-    expected = {"killed": "PeerDied", "nccl error": "PeerDied", "nccl hangs": "PeerStalled", "raises": "PeerDied", "leaves": "PeerDied"}[
-        fault
-    ]
-    others = [other for other in seen if other is not None]
-    assert len(others) >= 3 and all(kind == expected for kind, _, _ in others), seen
+    expected = "PeerStalled" if fault == "nccl hangs" else "PeerDied"
+    others = survivors(package, fault, expected, **extra)
     if fault in ("killed", "raises", "leaves"):
-        assert all(rank == 2 for _, rank, _ in others), seen
-    assert all(seconds < 8 for _, _, seconds in others), seen
+        assert all(rank == 2 for _, rank, _ in others), others

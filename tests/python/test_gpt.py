@@ -34,9 +34,12 @@ def parallel_gradients(rank: int, grid: dict[str, Any], batch: int) -> tuple[flo
     return loss.item(), gradients if rank == 0 else {}, seen.get_total_counts()
 
 
-def serial_gradients(batch: int, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+def serial_gradients(rank: int, batch: int, dtype: torch.dtype) -> tuple[float, dict[str, torch.Tensor]]:
+    """On a mesh of one rank, which dropout on a GPU needs."""
+    import gingham
     from gingham.commands.gpt import GPT, Shape, serial_kit
 
+    gingham.init()
     torch.manual_seed(3)
     model = GPT(serial_kit(), Shape(**SHAPE)).to(dtype)
     ids, target = sample(batch)
@@ -50,8 +53,7 @@ def serial_gradients(batch: int, dtype: torch.dtype) -> tuple[float, dict[str, t
 def test_first_gradients(ranks, grid: dict[str, Any], batch: int) -> None:
     answers = ranks(grid["size"])(parallel_gradients, grid, batch)
     loss, gradients, _ = answers[0]
-    exact_loss, exact = serial_gradients(batch, torch.float64)
-    _, single = serial_gradients(batch, torch.float32)
+    (exact_loss, exact), (_, single) = (ranks(1)(serial_gradients, batch, dtype)[0] for dtype in (torch.float64, torch.float32))
     assert loss == pytest.approx(exact_loss, rel=2e-6)
     assert gradients.keys() == exact.keys()
     for name, truth in exact.items():

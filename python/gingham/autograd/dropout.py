@@ -130,7 +130,7 @@ def numbers_of(key: Key, row: int, runs: list[Interval], shape: list[int], start
     """[6 + 2 dims]: the key, the dim of the rows, how many of them the first run has, where the second begins, the global shape, and where
     x begins in it."""
     (position, count), second = runs[0], runs[-1][0]
-    return torch.tensor([*key, row, count, second, *shape, *start[:row], position, *start[row + 1 :]])
+    return torch.tensor([*key, row, count, second, *shape, *start[:row], position, *start[row + 1 :]], device="cpu")
 
 
 class _Dropout(Function):

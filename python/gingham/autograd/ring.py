@@ -94,7 +94,7 @@ class Way:
         total = at.past + sum(at.lengths)
         shape = torch.empty(q.shape[1], heads, at.lengths[at.place], total, device="meta")
         key, full, start = dropout_place(shape, at.mesh, "inner", (2, 1), self.p, self.dropout.key())
-        return torch.tensor([*key, start[0], start[1] + first, full[1], total])
+        return torch.tensor([*key, start[0], start[1] + first, full[1], total], device="cpu")
 
 
 def widest_head(mesh: Mesh, dtype: torch.dtype) -> int:

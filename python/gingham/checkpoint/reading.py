@@ -146,7 +146,7 @@ class _Summing(io.RawIOBase):
     def sum_of(self, tensor: torch.Tensor) -> int:
         """The block's sum, once its tensor has been read; from memory where it was not read in one go."""
         if self._seen != tensor.untyped_storage().nbytes():
-            held = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).numpy()
+            held = torch.empty(0, dtype=torch.uint8, device="cpu").set_(tensor.untyped_storage()).numpy()
             self._sum, self._seen = crc32c(held, crc32c(_at(self._file, self._offset, self._start))), len(held)
         end = self._start + self._seen
         rest = _at(self._file, self._offset + end, max(0, self._length - end))

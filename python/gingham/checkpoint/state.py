@@ -242,7 +242,7 @@ class Target:
             self.wrong.append(f"{RNG}: got nothing, expected the state of torch's generator in the checkpoint")
             return
         rows, length = saved[RNG].size
-        self.generator = torch.empty(1, length, dtype=torch.uint8)
+        self.generator = torch.empty(1, length, dtype=torch.uint8, device="cpu")
         row = ranks.rank if rows == ranks.size else 0
         self.state[RNG] = Whole(saved[RNG].size, torch.uint8, {(row, 0): (self.generator.shape, self.generator)})
 

@@ -233,7 +233,7 @@ def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Of
         arrived = ranks.mesh.world.exchange(sends, receives, "uint8", counted=False)
     if ranks.rank != 0:
         return None
-    full = torch.empty(line.shape, dtype=line.dtype)
+    full = torch.empty(line.shape, dtype=line.dtype, device="cpu")
     blocks |= {place: whole.tensor(place) for place in whole.chunks}
     for (_, place, lengths), received in zip(coming, arrived, strict=True):
         blocks[place] = received.cpu().view(line.dtype).view(lengths)

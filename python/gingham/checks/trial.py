@@ -129,19 +129,19 @@ class _Trial:
         return Wrong(f"{self.name} {words}: {described(x)}", "give it mesh.gather(x), or a layout in which that dim is whole")
 
 
-def _odd(size: int) -> torch.Tensor:
+def _odd(size: int, device: torch.device) -> torch.Tensor:
     """Half of the indices, which no shift maps onto each other: those with an odd number of ones in binary."""
-    return torch.tensor([bin(index).count("1") % 2 for index in range(size)], dtype=torch.bool)
+    return torch.tensor([bin(index).count("1") % 2 for index in range(size)], dtype=torch.bool, device=device)
 
 
 def _changed(group: int) -> Change:
     """The indices of one group have other values along the dim: those before them, floating point ones a little larger."""
 
     def change(x: torch.Tensor, dim: int) -> torch.Tensor:
-        here = (_odd(x.shape[dim]) == bool(group)).nonzero().flatten()
+        here = (_odd(x.shape[dim], x.device) == bool(group)).nonzero().flatten()
         new = x.roll(1, dim).index_select(dim, here)
         if x.is_floating_point():
-            numbers = torch.arange(new.numel(), dtype=torch.float64).view(new.shape)
+            numbers = torch.arange(new.numel(), dtype=torch.float64, device=x.device).view(new.shape)
             new = new * (1.05 + 0.2 * (numbers * 0.6180339887).frac()).to(x.dtype)
         return x.index_copy(dim, here, new)
 
@@ -160,7 +160,7 @@ def _dims(marks: Leaves, size: int) -> list[tuple[int, bool]]:
     if not (marks[0].any() or marks[1].any()):
         return []
     found = []
-    odd = _odd(size)
+    odd = _odd(size, marks[0].device)
     for dim in range(marks[0].dim()):
         one, other = (mark.movedim(dim, 0).reshape(mark.shape[dim], -1).any(1) for mark in marks)
         if not (one & other).any():

@@ -150,7 +150,7 @@ def _write_weights(folder: Path, target: Path, limit: int, console: Console) -> 
     try:
         files.begin()
         for line in files.lines:
-            full = torch.empty(line.shape, dtype=line.dtype)
+            full = torch.empty(line.shape, dtype=line.dtype, device="cpu")
             fill(opened, {prefix + line.key: Whole(line.shape, line.dtype, {(0,) * len(line.shape): (line.shape, full)})})()
             files.add(line, full)
         files.commit()

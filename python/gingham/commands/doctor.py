@@ -131,7 +131,7 @@ def _multiply(rank: int, ranks: int) -> dict[str, Any]:
     mesh = gingham.init(grid=(rows, ranks // rows, 1), timeout=LIMIT)
     ready = time.monotonic()
     generator = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-8, 9, (64 * ranks, 64 * ranks), generator=generator).float() for _ in range(2))
+    a, b = (torch.randint(-8, 9, (64 * ranks, 64 * ranks), generator=generator, device="cpu").float().to(mesh.device) for _ in range(2))
     c = mesh.gather(gingham.matmul(mesh.scatter(a, operand="a"), mesh.scatter(b, operand="b")), operand="c")
     spent = time.monotonic() - ready
     joined = world.current()

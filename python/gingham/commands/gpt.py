@@ -164,8 +164,8 @@ def batches(text: torch.Tensor, batch: int, context: int, seed: int) -> Callable
 
     def draw(step: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        starts = torch.randint(len(text) - context, (batch, 1), generator=generator)
-        tokens = text[starts + torch.arange(context + 1)].long()
+        starts = torch.randint(len(text) - context, (batch, 1), generator=generator, device="cpu")
+        tokens = text[starts + torch.arange(context + 1, device="cpu")].long()
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     return draw

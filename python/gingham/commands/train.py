@@ -273,7 +273,7 @@ def accumulated(model: GPT, microbatches: int) -> Train:
     """In one process: what every schedule computes, micro-batch by micro-batch, each with masks of its own."""
 
     def train(ids: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), device=ids.device)
         for x, labels in zip(ids.tensor_split(microbatches), target.tensor_split(microbatches), strict=True):
             loss = model.loss(model(x), labels) * (labels.numel() / target.numel())
             loss.backward()

@@ -73,8 +73,8 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
     odd = [rank for rank, each in zip(mesh.ranks, posted, strict=True) if each != usual]
     data = words.encode()
     longest = max(size for (size,) in mesh.world.sizes([len(data)]))
-    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\n")), dtype=torch.uint8)
-    texts = [bytes(each.numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, counted=False)]
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\n")), dtype=torch.uint8).to(mesh.device)
+    texts = [bytes(each.cpu().numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, counted=False)]
     theirs, ours = texts[mesh.ranks.index(odd[0])], texts[posted.index(usual)]
     index = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
     got, expected = (lines[index] if index < len(lines) else "no more parameters" for lines in (theirs, ours))
@@ -86,7 +86,7 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
 
 @torch.no_grad()
 def _take_first(mesh: Mesh, tensors: list[tuple[str, torch.Tensor]], sums: list[int]) -> None:
-    every = torch.stack(list(mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64), counted=False)))
+    every = torch.stack(list(mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64, device=mesh.device), counted=False)))
     differs = (every != every[0]).any(0).tolist()
     odd = [mesh.ranks[place] for place in (every != every[0]).any(1).nonzero().flatten().tolist()]
     names = [name for (name, _), differ in zip(tensors, differs, strict=True) if differ]
@@ -103,7 +103,7 @@ def _take_first(mesh: Mesh, tensors: list[tuple[str, torch.Tensor]], sums: list[
 
 def _broadcast(mesh: Mesh, x: Any) -> None:
     """x of rank 0 into every rank's, as bytes."""
-    data = x.detach().to("cpu", copy=True).contiguous().reshape(-1).view(torch.uint8)
+    data = x.detach().to(mesh.device, copy=True).contiguous().reshape(-1).view(torch.uint8)
     for piece in data.split(PIECE):
         mesh.world.broadcast_(piece, 0, False)
     x.copy_(data.view(x.dtype).view(x.shape))
@@ -129,12 +129,12 @@ def check_alike(leaves: list[torch.Tensor], handle: str, names: str, own: bool =
             f"parallelize: rank {', '.join(map(str, odd))} got other inputs than {others} in {names}; io='full': give {fix}: seed samplers"
             " and generation alike, or pass io='local'"
         )
-    return torch.zeros(())
+    return torch.zeros((), device="cpu")
 
 
 define(
     "alike",
     "(Tensor[] leaves, str handle, str names, bool own) -> Tensor",
     check_alike,
-    lambda leaves, handle, names, own: torch.empty(()),
+    lambda leaves, handle, names, own: torch.empty((), device="cpu"),
 )

@@ -138,7 +138,11 @@ class MultiheadAttention(torch.nn.Module):
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(mask.shape, dtype=dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask.to(dtype)
+    return (
+        torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(mask, -torch.inf)
+        if mask.dtype == torch.bool
+        else mask.to(dtype)
+    )
 
 
 def attend(

@@ -166,7 +166,10 @@ def _gradients(model: Any, twin: Any, outputs: dict[str, torch.Tensor], expected
         values = [value for value in values if value.requires_grad]
         if not values:
             return {}
-        weighed = [(value * torch.linspace(0.5, 1.5, value.numel()).view(value.shape).to(value.dtype)).sum() for value in values]
+        weighed = [
+            (value * torch.linspace(0.5, 1.5, value.numel(), device=value.device).view(value.shape).to(value.dtype)).sum()
+            for value in values
+        ]
         totals.append(torch.stack(weighed).sum())
     for total in totals:
         total.backward()
@@ -216,8 +219,8 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     odd, _ = odd_ranks([tuple(each) for each in told], mesh.ranks)
     if odd:
         raise MeshError(f"check_replicas: rank {mesh.rank}: ranks {odd} hold other names, {len(names)} here: models or optimizers differ")
-    mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64)
-    parts = [part.tolist() for part in mesh.world.all_gather(mine.to(mesh.device), counted=False)]
+    mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64, device=mesh.device)
+    parts = [part.tolist() for part in mesh.world.all_gather(mine, counted=False)]
     wrong = []
     for index, (name, value) in enumerate(entries):
         for holders in _holders(mesh, value):

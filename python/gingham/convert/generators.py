@@ -26,7 +26,7 @@ def own_numbers(model: torch.nn.Module, mesh: Mesh, cut_features: bool) -> Itera
         yield
         return
     before = torch.get_rng_state()
-    drawn = int(torch.randint(1 << 62, ()))
+    drawn = int(torch.randint(1 << 62, (), device="cpu"))
     after = torch.get_rng_state()
     seed = mesh.world.sizes([drawn])[0][0]
     names = (*mesh.outer.rows, *(mesh.outer.features if cut_features else ()))

@@ -139,7 +139,9 @@ def _fill(parameter: Any, place: Block, shape: tuple[int, ...], name: str, recip
             local.copy_(torch.special.ndtri(uniforms(name, shape, here, seed)) * deviation + mean)
         elif func == "truncated":
             mean, deviation, least, most = args
-            low, high = (torch.special.ndtr(torch.tensor((end - mean) / deviation, dtype=torch.float64)) for end in (least, most))
+            low, high = (
+                torch.special.ndtr(torch.tensor((end - mean) / deviation, dtype=torch.float64, device="cpu")) for end in (least, most)
+            )
             local.copy_(torch.special.ndtri(uniforms(name, shape, here, seed) * (high - low) + low) * deviation + mean)
         elif func is aten.uniform_.default:
             low, high = args if args else (0.0, 1.0)

@@ -146,7 +146,7 @@ class GlooEngine:
             if peer in self._greeted:
                 return
             self._greeted.add(peer)
-        word = torch.zeros(1, dtype=torch.uint8)
+        word = torch.zeros(1, dtype=torch.uint8, device="cpu")
         with contextlib.suppress(RuntimeError):  # a peer that is gone hears nothing
             self._farewells.append((word, self._open_group().send([word], self._place[peer], _GOODBYE)))
 
@@ -154,7 +154,7 @@ class GlooEngine:
         """The peer's goodbye is answered before this rank's own end, but after what the peer has taken of it has ended here:
         once the connection is closed, Gloo calls also a message failed that was moved, but not yet waited for."""
         try:
-            self._move(torch.zeros(1, dtype=torch.uint8), peer, _GOODBYE, True)
+            self._move(torch.zeros(1, dtype=torch.uint8, device="cpu"), peer, _GOODBYE, True)
             self.engine.set_left(peer)
             with self._lock:  # a receive of what the peer never sends does not end
                 self._lock.wait_for(lambda: not self._under_way[peer], _PATIENCE)
@@ -176,7 +176,7 @@ class GlooEngine:
                 self._lanes.append(self._start(f"{peer}-{tag}", self._receive if receives else self._send, peer, tag))
 
     def _send(self, peer: int, tag: int) -> None:
-        frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
+        frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8, device="cpu")
         while (work := self.engine.take(peer, tag, False, _LONG)) is not None or not self.engine.closing:
             if work is None:
                 continue
@@ -196,14 +196,14 @@ class GlooEngine:
                     self.engine.ended(ticket, 0, self._why(error))
 
     def _receive(self, peer: int, tag: int) -> None:
-        frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8)
+        frame = torch.zeros(_HEADER + _FIRST, dtype=torch.uint8, device="cpu")
         while self.engine.await_work(peer, tag, True, _LONG) or not self.engine.closing:
             broken = self._try_to_move(frame, peer, tag)
             size = 0 if broken else ctypes.c_uint64.from_address(frame.data_ptr()).value
-            rest = torch.empty(0, dtype=torch.uint8)
+            rest = torch.empty(0, dtype=torch.uint8, device="cpu")
             work = self.engine.take(peer, tag, True, 0.0)
             if work is None and size > _FIRST:  # the receive was withdrawn; the sender goes on, and the next receive gets the message
-                rest = torch.empty(size - _FIRST, dtype=torch.uint8)
+                rest = torch.empty(size - _FIRST, dtype=torch.uint8, device="cpu")
                 broken = self._try_to_move(rest, peer, tag)
             while work is None and not self.engine.closing:
                 work = self.engine.take(peer, tag, True, _LONG)
@@ -216,7 +216,9 @@ class GlooEngine:
         """Puts a message whose frame, and perhaps rest, is here where it belongs; one of another size than expected is dropped."""
         ticket, data, expected = work
         if not broken and size > _FIRST and not len(rest):
-            there = _memory(data + _FIRST, size - _FIRST) if size == expected else torch.empty(size - _FIRST, dtype=torch.uint8)
+            there = (
+                _memory(data + _FIRST, size - _FIRST) if size == expected else torch.empty(size - _FIRST, dtype=torch.uint8, device="cpu")
+            )
             broken = self._try_to_move(there, peer, tag)
         elif not broken and size == expected and len(rest):
             _copy(data + _FIRST, rest.data_ptr(), len(rest))

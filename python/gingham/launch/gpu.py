@@ -28,6 +28,12 @@ def use_gpu(job: native.Job) -> torch.device:
     return torch.device("cuda", job.gpu)
 
 
+def ranks_share_gpus() -> bool:
+    """Whether what was found in NCCL's place lets several ranks use one GPU, which NCCL itself, torch's too, refuses."""
+    find_nccl()
+    return bool(native.device_report()["same_gpu"])
+
+
 def find_nccl() -> None:
     """Tells the C++ core where the nvidia-nccl wheel keeps its library, for processes whose torch has not loaded one."""
     try:

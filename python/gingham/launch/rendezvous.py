@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import MeshError, PeerStalled
+from .gpu import ranks_share_gpus
 
 PATIENCE = 3.0  # seconds until who waits for ranks that may still be starting says so
 TRY, PAUSE = 2.0, 0.2  # seconds of one connection to the store that is tried, and until the next
@@ -174,14 +175,14 @@ def gone(rank: int) -> str | None:
 
 
 def make_process_group(device: str = "cpu", made: dist.Store | None = None) -> bool:
-    """Creates the default process group unless there is one (Gloo, and NCCL for CUDA tensors); returns whether it did.
+    """Creates the default process group unless there is one (Gloo, and for CUDA tensors NCCL where it runs); returns whether it did.
     `made`: a store that all ranks have; without it one of the environment."""
     if dist.is_initialized():
         return False
     rank, size = world()
     if "MASTER_ADDR" not in os.environ or os.environ["MASTER_ADDR"] in ("localhost", "127.0.0.1", "::1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" and torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" and torch.cuda.is_available() and not ranks_share_gpus() else "gloo"
     made = dist.HashStore() if size == 1 else made or store(rank, tuple(range(size)), 60.0)
     dist.init_process_group(backend, store=dist.PrefixStore("group", made), rank=rank, world_size=size)
     return True

@@ -235,7 +235,7 @@ def _device_mesh(place: torch.device, plan: Plan, world: int) -> tuple[DeviceMes
     if place.type == "cuda":
         torch.cuda.set_device(place)
     sizes, names = plan.axes.sizes, tuple(plan.axes.sizes)
-    shape = torch.tensor(plan.ranks).view(*sizes.values())
+    shape = torch.tensor(plan.ranks, device="cpu").view(*sizes.values())
     if plan.ranks == tuple(range(world)):
         return DeviceMesh(place.type, shape, mesh_dim_names=names), []
     # torch makes groups with all ranks of the world, of which the others may make another mesh now, or none

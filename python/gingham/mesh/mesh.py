@@ -180,7 +180,7 @@ class Mesh(GridShape, Live):
             raise MeshError(f"scatter(operand={operand!r}, own=True): matrices of matmul belong to the whole job; leave own out")
         held = own_cuts(cuts) if own else cuts
         if is_zigzag(order, "scatter", self):
-            x = x.index_select(dim, self._zigzag(x.shape[dim], held, x.dim(), dim, "scatter"))
+            x = x.index_select(dim, self._zigzag(x, held, dim, "scatter"))
             self.zigzag = True
         if torch.compiler.is_compiling():
             return traced("scatter", [self.handle, operand, str(dim), str(int(own))], [x])[0]
@@ -188,10 +188,10 @@ class Mesh(GridShape, Live):
         self.told.scattered(mine.shape[dim] if x.dim() else 0)
         return mine if self.checks is None else self.checks.hand_out(mine, cuts)
 
-    def _zigzag(self, time: int, cuts: Cuts, ndim: int, dim: int, what: str) -> torch.Tensor:
-        if dim % ndim == 0 and ndim > 1:
+    def _zigzag(self, full: torch.Tensor, cuts: Cuts, dim: int, what: str) -> torch.Tensor:
+        if dim % full.dim() == 0 and full.dim() > 1:
             raise ShapeError(f"{what}: rank {self.rank} got order='zigzag' with dim={dim}; it orders a sequence: dim=1")
-        return places_of(time, [self.sizes[name] for name in cuts[dim]])
+        return places_of(full.shape[dim], [self.sizes[name] for name in cuts[dim]]).to(full.device)
 
     def gather(
         self,
@@ -218,7 +218,7 @@ class Mesh(GridShape, Live):
         else:
             full = Gather.apply(x, self, cuts, own)
         if is_zigzag(order, "gather", self):
-            full = full.index_select(dim, back_of(self._zigzag(full.shape[dim], cuts, x.dim(), dim, "gather")))
+            full = full.index_select(dim, back_of(self._zigzag(full, cuts, dim, "gather")))
         if torch.compiler.is_compiling():
             return full
         if features not in (None, full.shape[-1]):

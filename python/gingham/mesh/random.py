@@ -34,7 +34,11 @@ class _Whole(TorchDispatchMode):
             scaled, kept = func(full, *rest, **options)
             return first * scaled[self.here], kept[self.here].contiguous()
         if func is torch.ops.aten.bernoulli.default:  # of probabilities, which differ by element
-            return torch.rand(self.shape, dtype=first.dtype, generator=self.generator)[self.here].lt(first).to(first.dtype)
+            return (
+                torch.rand(self.shape, dtype=first.dtype, device=first.device, generator=self.generator)[self.here]
+                .lt(first)
+                .to(first.dtype)
+            )
         drawn = func(full, *rest, **options)
         return first.copy_(full[self.here]) if func._schema.name.endswith("_") else drawn[self.here].contiguous()
 

@@ -26,11 +26,11 @@ def places_of(time: int, pieces: list[int]) -> torch.Tensor:
     """Where the places of a sequence come from that axes of so many ranks cut: x.index_select(dim, places) lies in the order."""
     lengths = chunks(time, pieces)
     every = [run for place in range(len(lengths)) for run in runs(lengths, place, True)]
-    return torch.cat([torch.arange(start, start + count) for start, count in every])
+    return torch.cat([torch.arange(start, start + count, device="cpu") for start, count in every])
 
 
 def back_of(places: torch.Tensor) -> torch.Tensor:
     """The way back."""
     back = torch.empty_like(places)
-    back[places] = torch.arange(len(places))
+    back[places] = torch.arange(len(places), device=places.device)
     return back

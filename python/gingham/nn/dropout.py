@@ -118,7 +118,7 @@ class Dropout(torch.nn.Dropout):
 
     def _call_number(self) -> int:
         """A fresh number, or in a recomputation (the only forward inside a backward) that of the first time."""
-        state = int(torch.randint(1 << 62, ()))
+        state = int(torch.randint(1 << 62, (), device="cpu"))
         if torch._C._current_graph_task_id() != -1:
             return self._call_of_state.get(state, self.calls - 1)
         number = self.calls

@@ -218,8 +218,9 @@ class Pipelined:
             assert full is not None
             return full
         words = ([full.dim(), *full.shape] if full is not None else []) + [0] * 9
-        sizes = self.mesh.over_stages(torch.tensor(words[:9]), "the outputs of a pipeline")[self.last].tolist()
-        kinds = self.mesh.over_stages(torch.tensor([0 if full is None else _DTYPES.index(full.dtype)]), "the outputs of a pipeline")
+        sizes = self.mesh.over_stages(torch.tensor(words[:9], device=self.mesh.device), "the outputs of a pipeline")[self.last].tolist()
+        kind = torch.tensor([0 if full is None else _DTYPES.index(full.dtype)], device=self.mesh.device)
+        kinds = self.mesh.over_stages(kind, "the outputs of a pipeline")
         if full is None:
             full = torch.empty(sizes[1 : 1 + sizes[0]], dtype=_DTYPES[int(kinds[self.last])], device=self.mesh.device)
         self.mesh.whole.say("the outputs of a pipeline")

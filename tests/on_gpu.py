@@ -1,0 +1,82 @@
+"""Ranks whose tensors lie on the GPU, for a run of the tests on a machine that has one: GINGHAM_DEVICE=cuda and a torch that sees it.
+
+A test makes its tensors as on the CPU. In a rank process (pool.py) they are the GPU's: torch's default device is, what a generator of
+the CPU draws is moved there, and so is all that comes from the test's own process, whose tensors stay the CPU's. Results go back as the
+CPU's. What a twin in the test's own process draws without a generator has other bits than on a rank: such a twin computes on a rank.
+"""
+
+import io
+import os
+import pickle
+from typing import Any
+
+import cloudpickle
+import torch
+from torch.overrides import TorchFunctionMode
+
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def wanted() -> bool:
+    return os.environ.get("GINGHAM_DEVICE") == "cuda" and torch.cuda.is_available()
+
+
+class DrawnOnCpu(TorchFunctionMode):
+    """Functions that are given a generator of the CPU draw there, and their result is moved: the same bits as without a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if generator is None or generator.device.type != "cpu" or kwargs.get("device") is not None:
+            return func(*args, **kwargs)
+        first = args[0] if args else None
+        if not isinstance(first, torch.Tensor):
+            return func(*args, **kwargs, device="cpu").to(self.device)
+        if type(first) not in PLAIN or first.device.type == "cpu":
+            return func(*args, **kwargs)
+        drawn = func(first.detach().cpu(), *args[1:], **kwargs)
+        with torch.no_grad():
+            return first.copy_(drawn) if func.__name__.endswith("_") else drawn.to(first.device)
+
+
+def begin(rank: int) -> None:
+    """From here on this rank's process, the calling thread, makes its tensors on the GPU that gingham.init gives the rank."""
+    if not wanted():
+        return
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    DrawnOnCpu(device).__enter__()
+
+
+class _Pickler(cloudpickle.Pickler):
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) in PLAIN and value.device.type != "cpu":
+            here = value.detach().cpu()
+            here = torch.nn.Parameter(here) if isinstance(value, torch.nn.Parameter) else here
+            return here.requires_grad_(value.requires_grad).__reduce_ex__(2)
+        return super().reducer_override(value)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        if (module, name) != ("torch._utils", "_rebuild_tensor_v2"):
+            return found
+        return lambda *args: found(*args).to(torch.get_default_device())
+
+
+def dumps(value: Any) -> bytes:
+    """Of a rank's result, with its tensors as the CPU's."""
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def loads(message: bytes) -> Any:
+    """What the test's process sent to a rank, with its tensors on the rank's default device."""
+    return _Unpickler(io.BytesIO(message)).load()
