@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 
 import pytest  # noqa: E402
 
+import on_gpu  # noqa: E402
 from pool import Pool  # noqa: E402
 
 LIMIT = 24  # processes kept at a time: more would crowd out the memory of a small machine
@@ -36,3 +37,13 @@ def ranks(pools: dict[int, Pool]) -> Callable[[int], Pool]:
         return pools[size]
 
     return get
+
+
+@pytest.fixture(autouse=True)
+def tensors_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not on_gpu.wanted():
+        yield
+        return
+    on_gpu.follow_init(monkeypatch)
+    yield
+    on_gpu.end()

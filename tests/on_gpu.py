@@ -12,7 +12,7 @@ from typing import Any
 
 import cloudpickle
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -45,12 +45,37 @@ class DrawnOnCpu(TorchFunctionMode):
 
 def begin(rank: int) -> None:
     """From here on this rank's process, the calling thread, makes its tensors on the GPU that gingham.init gives the rank."""
-    if not wanted():
-        return
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    torch.set_default_device(device)
-    DrawnOnCpu(device).__enter__()
+    if wanted() and not isinstance(_get_current_function_mode(), DrawnOnCpu):
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        torch.set_default_device(device)
+        DrawnOnCpu(device).__enter__()
+
+
+def end() -> None:
+    mode = _get_current_function_mode()
+    if isinstance(mode, DrawnOnCpu):
+        mode.__exit__(None, None, None)
+        torch.set_default_device(None)
+
+
+def follow_init(patch: Any) -> None:
+    """A mesh in the test's own process: its tensors are the GPU's while there is one."""
+    import gingham
+
+    init, destroy = gingham.init, gingham.destroy
+
+    def begun(*args: Any, **kwargs: Any) -> Any:
+        mesh = init(*args, **kwargs)
+        begin(0)
+        return mesh
+
+    def ended(*args: Any, **kwargs: Any) -> None:
+        destroy(*args, **kwargs)
+        end()
+
+    patch.setattr(gingham, "init", begun)
+    patch.setattr(gingham, "destroy", ended)
 
 
 class _Pickler(cloudpickle.Pickler):

@@ -78,8 +78,8 @@ int visible_devices() {
 std::unique_ptr<Gpu> make_gpu(Control& control, int ordinal, Carrier carrier) {
   const int count = visible_devices();
   CHECK(DeviceError, count > 0, "rank ", control.rank(), ": no CUDA device is visible (", device_report().missing, ")");
-  CHECK(DeviceError, carrier == Carrier::copy || ordinal < count || nccl_found().same_gpu, "rank ", control.rank(), " wants GPU ", ordinal, " of ", count,
-        ": NCCL needs a GPU for every rank; start at most ", count, " ranks on this host");
+  CHECK(DeviceError, carrier == Carrier::copy || ordinal < count || nccl_found().same_gpu, "rank ", control.rank(), " wants GPU ", ordinal, " of ",
+        count, ": NCCL needs a GPU for every rank; start at most ", count, " ranks on this host");
   return std::make_unique<CudaGpu>(ordinal % count, carrier);
 }
 

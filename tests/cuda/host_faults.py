@@ -18,7 +18,7 @@ from cuda.mutations import table
 
 FOLDER = nvcc.ROOT / "build" / "mutations" / "host"
 SECONDS = 40  # a correct run of one check takes 1 to 6
-PARTS = ("csrc", "bench", "cmake", "CMakeLists.txt", "tests/csrc", "tests/cuda/fake")
+PARTS = ("csrc", "bench", "cmake", "CMakeLists.txt", "tests/csrc", "tests/cuda/fake", "tests/cuda/samegpu")
 
 QUEUED, COPY, INPUT, OUTPUT = "transport/queued.cc", "transport/copy.cc", "ops/input.cc", "ops/output.cc"
 RELAY, NCCL = "collectives/resident.h", "transport/nccl.cc"

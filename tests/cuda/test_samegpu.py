@@ -41,7 +41,7 @@ def test_a_driver_without_the_operations_is_named(package: Path) -> None:
     assert "cuStreamWaitValue32" in said and "CUDA 12" in said, said
 
 
-@pytest.mark.parametrize("name", ["products over nccl", "with jitter", "collectives"])
+@pytest.mark.parametrize("name", ["products over nccl", "collectives", pytest.param("with jitter", marks=pytest.mark.matrix)])
 def test_the_pipeline_on_one_gpu(package: Path, name: str) -> None:
     run([str(package / "pipeline_tests"), name], fake_build.environment(package, **same_gpu(package)))
 
