@@ -210,7 +210,8 @@ void define_program(py::module_& m) {
 
   py::class_<BoundAxis, std::shared_ptr<BoundAxis>>(m, "Axis")
       .def(py::init<Member, int, const std::vector<int>&, const std::string&, double, double>(), py::arg("program"), py::arg("index"),
-           py::arg("members"), py::arg("source") = "window", py::arg("latency") = 0.0, py::arg("bandwidth") = 0.0)
+           py::arg("members"), py::arg("source") = "window", py::arg("latency") = 0.0, py::arg("bandwidth") = 0.0,
+           py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("rank", [](BoundAxis& a) { return a.axis().rank(); })
       .def_property_readonly("size", [](BoundAxis& a) { return a.axis().size(); })
       .def_property_readonly("calls", [](BoundAxis& a) { return a.axis().calls(); })

@@ -1,19 +1,23 @@
 // Sums down columns in a fixed order: slabs of 256 rows are summed apart, every warp of a block taking each eighth row in the accumulator, the
 // warps and then the slabs joined in double. No atomics, so every run gives the same bits.
 #pragma once
+#include <algorithm>
+
 #include "kernels/sweep.cuh"
 
 namespace gingham::cuda {
 
 constexpr int kStrands = 8, kSlab = 256;
+constexpr int64_t kMostDown = 65535;  // blocks of a grid along y
 
-// op.at<W>(i, j, sum) adds the W values of row i from column j on to sum. One block: 32 groups of W columns of a slab.
+// op.at<W>(i, j, sum) adds the W values of row i from column j on to sum. One block: 32 groups of W columns of a slab, the
+// first of which is number `first`.
 template <int W, class Op>
-__global__ void __launch_bounds__(32 * kStrands, 3) slab_kernel(Op op, double* partial, int64_t rows, int64_t cols) {
+__global__ void __launch_bounds__(32 * kStrands, 3) slab_kernel(Op op, double* partial, int64_t rows, int64_t cols, int64_t first) {
   double* sums = reinterpret_cast<double*>(shared_memory());  // [strand][k][lane], column lane W + k
   const int lane = static_cast<int>(threadIdx.x) % 32, strand = static_cast<int>(threadIdx.x) / 32;
   const int64_t left = static_cast<int64_t>(blockIdx.x) * 32 * W, j = left + lane * W;
-  const int64_t begin = static_cast<int64_t>(blockIdx.y) * kSlab, end = begin + kSlab < rows ? begin + kSlab : rows;
+  const int64_t slab = first + blockIdx.y, begin = slab * kSlab, end = begin + kSlab < rows ? begin + kSlab : rows;
   typename Op::Sum sum[W] = {};
   for (int64_t i = begin + strand; i < end; i += kStrands) {
     if (j + W <= cols) {
@@ -33,7 +37,7 @@ __global__ void __launch_bounds__(32 * kStrands, 3) slab_kernel(Op op, double* p
     const int64_t column = left + at % 32 * W + at / 32;
     double total = 0;
     for (int s = 0; s < kStrands; s++) total += shared_load(sums + s * W * 32 + at);
-    if (column < cols) partial[blockIdx.y * cols + column] = total;
+    if (column < cols) partial[slab * cols + column] = total;
   }
 }
 
@@ -53,8 +57,9 @@ void sum_slabs(const Op& op, int64_t rows, const Matrix& out, bool add, std::ini
   const Scratch room(stream, static_cast<size_t>(slabs * cols) * sizeof(double));
   double* partial = reinterpret_cast<double*>(room.data());
   const auto go = [&](auto kernel, int w) {
-    launch(stream, kernel, dim3(blocks(ceil_div(cols, 32 * w)), blocks(slabs)), 32 * kStrands,
-           sizeof(double) * static_cast<size_t>(kStrands * 32 * w), op, partial, rows, cols);
+    for (int64_t first = 0; first < slabs; first += kMostDown)
+      launch(stream, kernel, dim3(blocks(ceil_div(cols, 32 * w)), blocks(std::min(slabs - first, kMostDown))), 32 * kStrands,
+             sizeof(double) * static_cast<size_t>(kStrands * 32 * w), op, partial, rows, cols, first);
   };
   if (movable(views, W))
     go(slab_kernel<W, Op>, W);

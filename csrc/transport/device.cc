@@ -31,6 +31,12 @@ class CudaGpu : public Gpu {
     stream_.enter();
     if (stream) stream_.follow(static_cast<cudaStream_t>(*stream));
   }
+  int enter(int ordinal) override {
+    int before = 0;
+    cudaGetDevice(&before);
+    if (before != ordinal) cudaSetDevice(ordinal);
+    return before;
+  }
   void take_memory_from(std::shared_ptr<DeviceMemory> memory) override { stream_.take_memory_from(std::move(memory)); }
   Heap::Usage usage() const override { return stream_.usage(); }
   void reset_peak() override { stream_.reset_peak(); }

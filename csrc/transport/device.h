@@ -28,6 +28,8 @@ class Gpu {
   virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;
+  // Makes device `ordinal` the calling thread's; which one it was.
+  virtual int enter(int ordinal) = 0;
   // For measuring and tests, never inside a step: wait for all work of this rank, and copy to and from its memory.
   virtual void synchronize() = 0;
   virtual void upload(void* device, const void* host, size_t bytes) = 0;
@@ -36,6 +38,18 @@ class Gpu {
   virtual double seconds(const std::function<void()>& lead, const std::function<void()>& timed) = 0;
   // Collective over the program with Carrier::nccl.
   virtual std::unique_ptr<Axis> axis(Program& program, std::unique_ptr<Axis> shared, AxisMemory memory, const std::vector<int>& members) = 0;
+};
+
+// The rank's device is the thread's for this scope; then the one that was.
+class OnDevice {
+ public:
+  explicit OnDevice(Gpu& gpu) : gpu_(gpu), before_(gpu.enter(gpu.ordinal())) {}
+  ~OnDevice() { gpu_.enter(before_); }
+  OnDevice(const OnDevice&) = delete;
+
+ private:
+  Gpu& gpu_;
+  int before_;
 };
 
 // Throws DeviceError where the build, the device or NCCL is missing.

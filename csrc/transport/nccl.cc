@@ -9,6 +9,23 @@ namespace {
 
 constexpr auto kLookEvery = std::chrono::milliseconds(50);
 
+// A group of NCCL's, which counts them for each thread: one left open where a call in it throws would hold back all that the thread asks of
+// NCCL from then on, torch's calls too.
+class NcclGroup {
+ public:
+  NcclGroup() { NCCL_CHECK(nccl().GroupStart()); }
+  ~NcclGroup() {
+    if (open_) nccl().GroupEnd();
+  }
+  void end() {
+    open_ = false;
+    NCCL_CHECK(nccl().GroupEnd());
+  }
+
+ private:
+  bool open_ = true;
+};
+
 }  // namespace
 
 NcclWorld::NcclWorld(Program& program, CudaStream& compute)
@@ -95,14 +112,7 @@ void NcclWorld::look() {
       if (!comm || nccl().CommGetAsyncError(comm, &status) != ncclSuccess || status == ncclSuccess || status == ncclInProgress) continue;
       control_.fail(Control::Kind::died, program_.behind(), concat("NCCL reports on rank ", control_.rank(), ": ", nccl().GetErrorString(status)));
     }
-    Probe& probe = axis->probe();
-    const double since = probe.since.load();
-    if (since == 0) continue;
-    if (cudaEventQuery(probe.event.get()) != cudaErrorNotReady) {
-      probe.since.store(0);
-      continue;
-    }
-    if (now() - since > timeout_)
+    if (axis->waiting() > timeout_)
       control_.fail(Control::Kind::stalled, program_.behind(),
                     concat("messages of rank ", control_.rank(), " have been on their way for ", timeout_, " s; init(timeout=) sets the limit"));
   }
@@ -131,7 +141,7 @@ void Nccl::carry(int line, std::span<const Message> group) {
   const ncclComm_t comm = comms_[static_cast<size_t>(line)];
   CHECK(DeviceError, comm, "rank ", control_.rank(), ": the communicator was aborted after an error; call gingham.destroy and init again");
   const cudaStream_t stream = lines_[static_cast<size_t>(line)].stream;
-  NCCL_CHECK(nccl().GroupStart());
+  NcclGroup all;
   for (const Message& m : group) {
     if (m.bytes == 0) continue;
     if (m.way == Way::send)
@@ -139,7 +149,7 @@ void Nccl::carry(int line, std::span<const Message> group) {
     else
       NCCL_CHECK(nccl().Recv(m.data, m.bytes, ncclInt8, m.peer, comm, stream));
   }
-  NCCL_CHECK(nccl().GroupEnd());
+  all.end();
 }
 
 }  // namespace gingham

@@ -55,13 +55,18 @@ void Queued::flush(Line& line) {
   order_.entry.record(native(order_.compute));
   order_.entry.hold_back(line.stream);
   if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream, capture);
+  if (line.last_groups.empty()) line.last_groups.reserve(kRemembered);
+  if (line.last_groups.size() < kRemembered) line.last_groups.emplace_back();
+  Group& group = this->group(line, line.groups + 1);
+  if (!capture) group.begin.record(line.stream);
   carry(static_cast<int>(&line - lines_.data()), line.waiting);
-  line.groups++;
-  if (line.ends.empty()) line.ends.reserve(kRemembered);
-  if (line.ends.size() < kRemembered) line.ends.emplace_back();
-  GroupEnd& end = line.ends[(line.groups - 1) % kRemembered];
-  end.record(line.stream, capture);
-  order_.last = &end;
+  {
+    const std::lock_guard lock(mutex_);
+    group.end.record(line.stream);
+    group.capture = capture;
+    line.groups++;
+  }
+  order_.last = &group;
   order_.last_stream = line.stream;
   for (const Message& m : line.waiting) {
     LaneState& lane = lanes_[static_cast<size_t>(m.lane)];
@@ -73,15 +78,33 @@ void Queued::flush(Line& line) {
     }
   }
   line.waiting.clear();
-  if (!capture && probe_.since.load() == 0) {
-    probe_.event.record(line.stream);
-    probe_.since.store(now());
+}
+
+double Queued::waiting() {
+  const std::lock_guard lock(mutex_);
+  double longest = 0;
+  for (Line& line : lines_) longest = std::max(longest, waiting(line));
+  return longest;
+}
+
+double Queued::waiting(Line& line) {
+  const auto reached = [](const Event& event) { return cudaEventQuery(event.get()) != cudaErrorNotReady; };
+  // The place after the newest may be in use already. A group that was forgotten before it was seen to end goes on being waited for.
+  const uint64_t forgotten = line.groups > kRemembered - 1 ? line.groups - (kRemembered - 1) : 0;
+  const bool lost = line.seen < forgotten;
+  line.seen = std::max(line.seen, forgotten);
+  for (; line.seen < line.groups; line.seen++, line.since = 0) {
+    const Group& oldest = group(line, line.seen + 1);
+    if (oldest.capture || reached(oldest.end)) continue;
+    if (line.since == 0 && (lost || reached(oldest.begin))) line.since = now();
+    return line.since == 0 ? 0 : now() - line.since;
   }
+  return line.since = 0;
 }
 
 // An end that has been recorded anew since stands later on the same stream: the wait is longer, never too short.
-void Queued::await_group(const Line& line, uint64_t group) {
-  if (group > 0) line.ends[(group - 1) % kRemembered].hold_back(native(order_.compute), capture_of(native(order_.compute)));
+void Queued::await_group(Line& line, uint64_t number) {
+  if (number > 0) group(line, number).hold_back(native(order_.compute), capture_of(native(order_.compute)));
 }
 
 void Queued::arrived(int lane) {
@@ -100,7 +123,7 @@ void Queued::drain(int peer, int lane, uint32_t left) {
 }
 
 void Queued::await_taken(int, int lane, uint32_t left) {
-  const Line& line = lines_[static_cast<size_t>(line_of(lane))];
+  Line& line = lines_[static_cast<size_t>(line_of(lane))];
   const std::deque<uint64_t>& sends = lanes_[static_cast<size_t>(lane)].sends;
   if (sends.size() > left) await_group(line, sends[sends.size() - 1 - left]);
 }

@@ -11,9 +11,9 @@
 // Keys, rows and shapes of a call are compared through shared memory on the host, as on the CPU (shm).
 #pragma once
 #include <array>
-#include <atomic>
 #include <deque>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "base/cuda_stream.h"
@@ -21,18 +21,14 @@
 
 namespace gingham {
 
-// Where a group ends on its line. A wait for it across the boundary of a graph capture is an error of CUDA's (905, 907) and is left out: every
-// call ends with its groups joined to the compute stream, so that what came before the capture, or was captured, is already ordered before or
+// A group on its line. A wait for its end across the boundary of a graph capture is an error of CUDA's (905, 907) and is left out: every call
+// ends with its groups joined to the compute stream, so that what came before the capture, or was captured, is already ordered before or
 // behind the call in hand by that stream alone.
-struct GroupEnd {
-  Event event;
+struct Group {
+  Event begin, end;
   unsigned long long capture = 0;
-  void record(cudaStream_t stream, unsigned long long in_capture) {
-    event.record(stream);
-    capture = in_capture;
-  }
   void hold_back(cudaStream_t stream, unsigned long long in_capture) const {
-    if (capture == in_capture) event.hold_back(stream);
+    if (capture == in_capture) end.hold_back(stream);
   }
 };
 
@@ -41,15 +37,8 @@ struct GroupOrder {
   explicit GroupOrder(CudaStream& compute) : compute(compute) {}
   CudaStream& compute;
   Event entry;
-  const GroupEnd* last = nullptr;
+  const Group* last = nullptr;
   cudaStream_t last_stream = nullptr;
-};
-
-// Seen by the watch: a group that has been queued and not been seen to end since `since`. Never one of a capture: asking for its event would
-// break the capture.
-struct Probe {
-  Event event;
-  std::atomic<double> since{0};  // 0: nothing outstanding
 };
 
 class Queued : public Axis, public Board, public Ring {
@@ -78,7 +67,9 @@ class Queued : public Axis, public Board, public Ring {
   void group_end() override;
   size_t chunk_bytes() const override { return size_t{4} << 20; }  // a group costs microseconds to launch
 
-  Probe& probe() { return probe_; }
+  // For a watch, a thread of its own: seconds since the oldest group that has not ended could begin; 0 where there is none. What a group waits
+  // for (kernels, groups of other axes) is not its own time, and captured groups are left out: a question about their events breaks the capture.
+  double waiting();
 
  protected:
   enum class Way { send, recv };
@@ -92,11 +83,13 @@ class Queued : public Axis, public Board, public Ring {
   struct Line {
     cudaStream_t stream = nullptr;
     std::vector<Message> waiting;
-    std::vector<GroupEnd> ends;  // of the last groups
+    std::vector<Group> last_groups;  // number n, from 1, in place (n - 1) % kRemembered
     uint64_t groups = 0;
+    uint64_t seen = 0;  // by the watch: those that have ended
+    double since = 0;
   };
   static constexpr int kLines = 2;
-  static constexpr uint64_t kRemembered = 128;
+  static constexpr uint64_t kRemembered = 1024;  // more than a host gets ahead of its device
   static int line_of(int lane) { return lane < kLanes / 2 ? 0 : 1; }
 
   // Throws where this axis cannot take part in a graph capture.
@@ -115,12 +108,14 @@ class Queued : public Axis, public Board, public Ring {
     std::deque<uint64_t> sends;  // number of the group that carried each of the last sends
     uint64_t received = 0;       // number of the group that carried the last message received
   };
+  static Group& group(Line& line, uint64_t number) { return line.last_groups[(number - 1) % kRemembered]; }
+  static double waiting(Line& line);
   void flush(Line& line);
-  void await_group(const Line& line, uint64_t group);
+  void await_group(Line& line, uint64_t group);
 
   GroupOrder& order_;
   std::array<LaneState, kLanes> lanes_;
-  Probe probe_;
+  std::mutex mutex_;  // of what the watch sees of the lines
   int open_groups_ = 0;
 };
 

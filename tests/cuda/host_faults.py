@@ -152,11 +152,11 @@ FAULTS = [
         "waits across the boundary of a capture",
         "capture",
         "transport/queued.h",
-        "    if (capture == in_capture) event",
-        "    if (capture == in_capture || stream) event",
+        "    if (capture == in_capture) end",
+        "    if (capture == in_capture || stream) end",
         CAPTURED,
     ),
-    host("a captured event is watched", "capture", QUEUED, "  if (!capture && probe_", "  if (probe_", CAPTURED),
+    host("a captured event is watched", "capture", QUEUED, "if (oldest.capture || reached", "if (reached", CAPTURED),
     host("the watch is not relaxed", "capture", NCCL, "  cudaThreadExchangeStreamCaptureMode(&mode);\n", "  (void)mode;\n", CAPTURED),
     host(
         "captures of copies are let through",
@@ -167,6 +167,22 @@ FAULTS = [
         REFUSED,
     ),
     host(
+        "a group's wait for kernels is its own",
+        "watch",
+        QUEUED,
+        "(lost || reached(oldest.begin))",
+        "(lost || oldest.begin.get())",
+        "long kernels are no stall",
+    ),
+    host(
+        "the watch stays with the first group",
+        "watch",
+        QUEUED,
+        "line.seen < line.groups;",
+        "line.seen < std::min(line.groups, uint64_t{1});",
+        "a late hang is named",
+    ),
+    host(
         "the pool gives memory back",
         "memory",
         "base/cuda_stream.cc",
@@ -174,7 +190,14 @@ FAULTS = [
         "  if (ordinal < 0) keep_freed_memory(ordinal);\n",
         CAPTURE,
     ),
-    host("receives before the group begins", "group", NCCL, "  NCCL_CHECK(nccl().GroupStart());\n", "", NCCL_PRODUCTS),
+    host(
+        "receives before the group begins",
+        "group",
+        NCCL,
+        "  NcclGroup() { NCCL_CHECK(nccl().GroupStart()); }\n",
+        "  NcclGroup() {}\n",
+        NCCL_PRODUCTS,
+    ),
 ]
 
 

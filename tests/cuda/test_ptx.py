@@ -6,6 +6,7 @@ the end.
 import ctypes
 import math
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -227,3 +228,18 @@ def test_dropout_draws_the_same_bits_as_the_cpu(report: Report, dtype: str) -> N
 
 def pointer(values: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(values.ctypes.data)
+
+
+def test_column_sums_of_more_slabs_than_a_grid_is_high(monkeypatch: pytest.MonkeyPatch) -> None:
+    """65535 slabs of 256 rows a launch; only the launches are looked at."""
+    grids: list[tuple[int, int]] = []
+
+    def noted(host: Host, name: bytes, sizes: Any, shared: int, args: Any) -> int:
+        grids.append((sizes[0], sizes[1]))
+        return 0
+
+    monkeypatch.setattr(Host, "launched", noted)
+    host = Host(capacity=256 << 20)
+    a, out = host.empty(65535 * 256 + 1, 2, "bf16"), host.empty(1, 2, "f32")
+    host.run("column_sums", a, out, 0)
+    assert grids == [(1, 65535), (1, 1), (1, 1)]

@@ -2,65 +2,20 @@
 // integer data. Ranks are processes over the fake NCCL or threads over device copies.
 //   pipeline_tests            runs all and prints one line a test; exit 1 when one fails.   pipeline_tests NAME   runs one
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 
 #include <atomic>
-#include <chrono>
 #include <functional>
 #include <mutex>
-#include <thread>
 
-#include "base/cuda.h"
-#include "cases.h"
-
-extern "C" {
-int fake_unjoined(void* stream);
-unsigned long long fake_host_waits();
-unsigned long long fake_pool_keeps();
-unsigned long long fake_legacy_uses();
-unsigned long long fake_nccl_received();
-}
+#include "pipeline.h"
 
 namespace gingham {
 namespace {
 
-struct Failure : Error {
-  using Error::Error;
-};
-#define EXPECT(cond, ...) CHECK(Failure, cond, "line ", __LINE__, ": " #cond " ", __VA_ARGS__)
-
 const char* kCases[] = {"matmul", "dx", "dw", "backward"};
 const char* kCollectives[] = {"all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
-
-Options options(Carrier carrier, std::array<int, 3> grid) {
-  Options o;
-  o.device = Device::cuda;
-  o.source = Source::ring;
-  o.carrier = carrier;
-  o.as = carrier == Carrier::copy ? As::threads : As::processes;
-  o.grid = grid;
-  o.m = 37;
-  o.k = 41;
-  o.n = 53;
-  o.rounds = 2;
-  o.warmup = 1;
-  o.check = true;
-  return o;
-}
-
-Measured measure(const Options& o) {
-  if (o.name == "attention") return run_attention(o);
-  return o.ranks ? run_collective(o) : run_matmul(o);
-}
-
-void expect_right(const Options& o) {
-  const Measured m = measure(o);
-  EXPECT(m.wrong == 0, o.name, " grid ", o.grid[0], o.grid[1], o.grid[2], " ranks ", o.ranks, " m ", o.m, " ", name_of(o.dtype), " slices ",
-         o.slices);
-  EXPECT(m.bytes == m.formula, o.name, " moved ", m.bytes, " bytes, formula ", m.formula);
-}
 
 void every_product(Carrier carrier, const std::vector<std::array<int, 3>>& grids, DType dtype = DType::f32) {
   for (const auto& grid : grids)
@@ -108,22 +63,6 @@ void every_ring(Carrier carrier) {
 
 // 2d, 2.5d or 3d, 1d and an uneven grid.
 const std::vector<std::array<int, 3>> kGrids{{2, 2, 1}, {2, 2, 2}, {1, 4, 1}, {1, 2, 1}, {4, 1, 2}};
-
-void set(const char* name, const char* value) {
-  if (value)
-    setenv(name, value, 1);
-  else
-    unsetenv(name);
-}
-
-class With {
- public:
-  With(const char* name, const char* value) : name_(name) { set(name, value); }
-  ~With() { set(name_, nullptr); }
-
- private:
-  const char* name_;
-};
 
 void products_over_nccl() {
   every_product(Carrier::nccl, kGrids);
@@ -194,9 +133,6 @@ void a_step_could_be_captured() {
   }
   expect_capturable(ring_of(Carrier::nccl, 4, 37));
 }
-
-// Longer than the watch of transport/nccl sleeps.
-void watched() { std::this_thread::sleep_for(std::chrono::milliseconds(120)); }
 
 // Eager rounds and captured ones in turn, as torch.cuda.graph does it after a warm-up; the last result is a captured round's.
 void expect_captured(Options o, cudaStreamCaptureMode mode) {
@@ -323,6 +259,8 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"a step is captured", a_step_is_captured},
                        {"captures of copies are refused", captures_of_copies_are_refused},
                        {"on the caller's stream", on_the_callers_stream},
+                       {"a late hang is named", a_late_hang_is_named},
+                       {"long kernels are no stall", long_kernels_are_no_stall},
                        {"bytes are nccl's", bytes_are_nccls}};
 
 }  // namespace

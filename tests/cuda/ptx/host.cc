@@ -138,6 +138,7 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, 
   return cudaSuccess;
 }
 const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
   return error == cudaErrorInvalidValue ? "invalid argument" : faulted ? "the test's fault" : "the test's launch failed";
 }
 const char* cudaGetErrorName(cudaError_t error) { return error == cudaErrorIllegalInstruction ? "cudaErrorIllegalInstruction" : "cudaErrorUnknown"; }
@@ -150,6 +151,7 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* ho
   const auto asked = shared_asked().find(host);
   if (config->dynamicSmemBytes > (asked == shared_asked().end() ? kSharedWithoutAsking : asked->second)) return cudaErrorInvalidValue;
   const dim3 g = config->gridDim, b = config->blockDim;
+  if (!g.x || !g.y || !g.z || g.x > INT32_MAX || g.y > 65535 || g.z > 65535 || b.x * b.y * b.z > 1024) return cudaErrorInvalidConfiguration;
   const unsigned sizes[6] = {g.x, g.y, g.z, b.x, b.y, b.z};
   return launch_fn(names().at(host).c_str(), sizes, config->dynamicSmemBytes, args) ? cudaErrorUnknown : cudaSuccess;
 }

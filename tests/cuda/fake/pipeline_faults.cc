@@ -1,0 +1,59 @@
+// What goes wrong beside the step: hangs, refusals and long kernels, as the watch sees them.
+#include <sys/mman.h>
+
+#include <atomic>
+#include <functional>
+
+#include "pipeline.h"
+
+namespace gingham {
+namespace {
+
+// What the case's ranks said when it failed; empty where it did not. Each rank is a process, which `looked` sees at its end.
+std::string failure_of(Options o, double timeout, const std::function<void()>& looked) {
+  o.start = [&](const RankBody& body) {
+    return run_ranks(
+        o.size(), As::processes,
+        [&](Job& job, Program& program) {
+          try {
+            return body(job, program);
+          } catch (const Error&) {
+            looked();
+            throw;
+          }
+        },
+        timeout);
+  };
+  try {
+    expect_right(o);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
+}
+
+}  // namespace
+
+// A group that hangs while the host has queued all and waits for the device, the watch having seen earlier ones end.
+void a_late_hang_is_named() {
+  const With hang("FAKE_NCCL_HANG", "1,3"), jitter("FAKE_CUDA_JITTER", "200");
+  Options o = options(Carrier::nccl, {1, 2, 1});
+  o.slices = 8;
+  o.warmup = 0;
+  o.before = [](Job&) { watched(); };
+  const std::string said = failure_of(o, 1.0, [] {});
+  EXPECT(said.find("have been on their way for 1 s") != std::string::npos, "it said: ", said);
+}
+
+// A host that runs ahead of long kernels: what a group waits for is not the group's time.
+void long_kernels_are_no_stall() {
+  Options o = options(Carrier::nccl, {1, 2, 1});
+  o.rounds = 1;
+  o.before = [](Job& job) {
+    fake_enqueue(job.stream().native(), [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(1500)); }, nullptr);
+  };
+  const std::string said = failure_of(o, 0.7, [] {});
+  EXPECT(said.empty(), "it said: ", said);
+}
+
+}  // namespace gingham
