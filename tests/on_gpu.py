@@ -33,12 +33,12 @@ class DrawnOnCpu(TorchFunctionMode):
         generator = kwargs.get("generator")
         if generator is None or generator.device.type != "cpu" or kwargs.get("device") is not None:
             return func(*args, **kwargs)
-        first = args[0] if args else None
+        first = args[0] if args else kwargs.get("tensor")  # torch.nn.init's
         if not isinstance(first, torch.Tensor):
             return func(*args, **kwargs, device="cpu").to(self.device)
         if type(first) not in PLAIN or first.device.type == "cpu":
             return func(*args, **kwargs)
-        drawn = func(first.detach().cpu(), *args[1:], **kwargs)
+        drawn = func(first.detach().cpu(), *args[1:], **{name: each for name, each in kwargs.items() if name != "tensor"})
         with torch.no_grad():
             return first.copy_(drawn) if func.__name__.endswith("_") else drawn.to(first.device)
 

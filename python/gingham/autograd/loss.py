@@ -26,7 +26,7 @@ class Classes:
 def softmax_parts(mesh: Mesh, names: Names, logits: torch.Tensor, target: torch.Tensor, classes: Classes) -> torch.Tensor:
     """Of whole rows, [rows, 4] in float64: the largest logit m, the sum of exp(x - m), x - m of the target and, with smoothing, the sum of
     x - m. logits [rows, columns here], target [rows] int64; names: of the axes over which the vocabulary is cut."""
-    if logits.device.type != "cpu":  # the core reads those of the host itself
+    if mesh.job.has_gpu:  # the core reads those of the host itself
         kept_of(target, classes.ignored, classes.vocabulary, f"cross_entropy: rank {mesh.rank}")
     part = native.loss_parts(
         mesh.program, _fitting(logits), target.contiguous(), classes.ignored, classes.first, classes.vocabulary, classes.smoothing

@@ -198,14 +198,14 @@ void Comm::leave() {
 void Comm::abort() {
   if (aborted_.exchange(true)) return;
   std::thread([this] {
-    cudaSetDevice(device_);
-    do {
+    for (bool first = true; first || !idle(); first = false) {
       {
         const std::lock_guard lock(mutex_);
         for (auto& [key, end] : ends_) end->release();
       }
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    } while (!idle());
+      if (first) cudaSetDevice(device_);  // after that: CUDA may be stuck in another thread until streams go on
+    }
     leave();
   }).detach();
 }
