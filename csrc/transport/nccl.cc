@@ -8,6 +8,7 @@ namespace gingham {
 namespace {
 
 constexpr auto kLookEvery = std::chrono::milliseconds(50);
+constexpr auto kMostInACall = std::chrono::seconds(2);
 
 // A group of NCCL's, which counts them for each thread: one left open where a call in it throws would hold back all that the thread asks of
 // NCCL from then on, torch's calls too.
@@ -80,12 +81,27 @@ void NcclWorld::add(Nccl* axis) {
   axes_.push_back(axis);
 }
 
+// An axis ends with its groups. What can no longer end, as a rank has died, left or hangs, is aborted: NCCL would wait for it for ever. Ranks
+// leave at the end of a job too, once their own groups have ended, which then ends the others'.
+bool NcclWorld::ends(Nccl& axis) {
+  constexpr double kLast = 1;
+  const double start = now();
+  while (!axis.idle()) {
+    bool left = false;
+    for (int r = 0; r < program_.size(); r++) left |= r != program_.rank() && control_.left(program_.member(r));
+    if (aborted_.load() || control_.failed() || now() - start > (left ? std::min(kLast, timeout_) : timeout_)) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  return true;
+}
+
 void NcclWorld::remove(Nccl* axis) {
+  const bool ended = ends(*axis);
   const std::lock_guard lock(mutex_);
   axes_.erase(std::find(axes_.begin(), axes_.end(), axis));
   if (aborted_.load()) return;
-  for (ncclComm_t comm : axis->comms_)
-    if (comm) nccl().CommDestroy(comm);
+  for (auto& each : axis->comms_)
+    if (ncclComm_t comm = each.load()) ended ? nccl().CommDestroy(comm) : nccl().CommAbort(comm);
 }
 
 void NcclWorld::watch() {
@@ -107,7 +123,8 @@ void NcclWorld::watch() {
 void NcclWorld::look() {
   const std::lock_guard lock(mutex_);
   for (Nccl* axis : axes_) {
-    for (ncclComm_t comm : axis->comms_) {
+    for (auto& each : axis->comms_) {
+      ncclComm_t comm = each.load();
       ncclResult_t status = ncclSuccess;
       if (!comm || nccl().CommGetAsyncError(comm, &status) != ncclSuccess || status == ncclSuccess || status == ncclInProgress) continue;
       control_.fail(Control::Kind::died, program_.behind(), concat("NCCL reports on rank ", control_.rank(), ": ", nccl().GetErrorString(status)));
@@ -121,16 +138,17 @@ void NcclWorld::look() {
 
 void NcclWorld::abort_all() {
   const std::lock_guard lock(mutex_);
+  const std::unique_lock calls(calls_, kMostInACall);
   aborted_.store(true);
   for (Nccl* axis : axes_)
-    for (ncclComm_t& comm : axis->comms_)
-      if (comm) nccl().CommAbort(std::exchange(comm, nullptr));
+    for (auto& each : axis->comms_)
+      if (ncclComm_t comm = each.exchange(nullptr)) nccl().CommAbort(comm);
   if (world_) nccl().CommAbort(std::exchange(world_, nullptr));
 }
 
 Nccl::Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members)
     : Queued(std::move(shared), order), control_(control), world_(world) {
-  for (ncclComm_t& comm : comms_) comm = world.split(*std::min_element(members.begin(), members.end()), rank_);
+  for (auto& comm : comms_) comm = world.split(*std::min_element(members.begin(), members.end()), rank_);
   world_.add(this);
 }
 
@@ -138,7 +156,8 @@ Nccl::~Nccl() { world_.remove(this); }
 
 void Nccl::carry(int line, std::span<const Message> group) {
   control_.check();
-  const ncclComm_t comm = comms_[static_cast<size_t>(line)];
+  const std::lock_guard calls(world_.calls_);
+  const ncclComm_t comm = comms_[static_cast<size_t>(line)].load();
   CHECK(DeviceError, comm, "rank ", control_.rank(), ": the communicator was aborted after an error; call gingham.destroy and init again");
   const cudaStream_t stream = lines_[static_cast<size_t>(line)].stream;
   NcclGroup all;

@@ -2,7 +2,9 @@
 // ncclGroupStart .. ncclGroupEnd of sends and receives. Empty messages are not sent: both ends know their size.
 // NCCL's operations never fail on the host when a peer dies, they hang on the device. The watch, a thread of each rank, looks every 50 ms
 // at the job's error word, the peers' pids, the communicators' asynchronous errors and the age of the oldest group; on trouble it sets
-// the job's error and aborts the communicators, so that streams go on and the next call raises PeerDied or PeerStalled.
+// the job's error and aborts the communicators, so that streams go on and the next call raises PeerDied or PeerStalled. Communicators are
+// blocking: NCCL starts a thread for each group of one that is not. The watch lets a call of the rank's thread end before it aborts, and does so
+// under it only where the call itself hangs, as the first group to a dead peer may.
 #pragma once
 #include <mutex>
 #include <thread>
@@ -24,17 +26,20 @@ class NcclWorld {
   void remove(Nccl* axis);
 
  private:
+  friend class Nccl;
   ncclComm_t patiently(const std::function<ncclResult_t(ncclComm_t*)>& make, const char* what);
   void watch();
   void look();
   void abort_all();
+  bool ends(Nccl& axis);
 
   Program& program_;
   Control& control_;
   CudaStream& compute_;
   double timeout_;
   ncclComm_t world_ = nullptr;
-  std::mutex mutex_;
+  std::mutex mutex_;        // of axes_
+  std::timed_mutex calls_;  // held by who is inside of a call that takes a communicator, in which nobody may abort it
   std::vector<Nccl*> axes_;
   std::atomic<bool> stop_{false}, aborted_{false};
   std::thread thread_;
@@ -54,7 +59,7 @@ class Nccl : public Queued {
   friend class NcclWorld;
   Control& control_;
   NcclWorld& world_;
-  std::array<ncclComm_t, kLines> comms_{};
+  std::array<std::atomic<ncclComm_t>, kLines> comms_{};
 };
 
 }  // namespace gingham

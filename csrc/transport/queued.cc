@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace gingham {
+namespace {
+
+bool reached(const Event& event) { return cudaEventQuery(event.get()) != cudaErrorNotReady; }
+
+}  // namespace
 
 Queued::Queued(std::unique_ptr<Axis> shared, GroupOrder& order) : Axis(shared->rank(), shared->size()), shared_(std::move(shared)), order_(order) {
   compute().enter();
@@ -80,6 +85,14 @@ void Queued::flush(Line& line) {
   line.waiting.clear();
 }
 
+bool Queued::idle() {
+  return std::all_of(lines_.begin(), lines_.end(), [](Line& line) {
+    if (line.groups == 0) return true;
+    const Group& newest = group(line, line.groups);
+    return newest.capture || reached(newest.end);
+  });
+}
+
 double Queued::waiting() {
   const std::lock_guard lock(mutex_);
   double longest = 0;
@@ -88,7 +101,6 @@ double Queued::waiting() {
 }
 
 double Queued::waiting(Line& line) {
-  const auto reached = [](const Event& event) { return cudaEventQuery(event.get()) != cudaErrorNotReady; };
   // The place after the newest may be in use already. A group that was forgotten before it was seen to end goes on being waited for.
   const uint64_t forgotten = line.groups > kRemembered - 1 ? line.groups - (kRemembered - 1) : 0;
   const bool lost = line.seen < forgotten;

@@ -70,6 +70,7 @@ class Queued : public Axis, public Board, public Ring {
   // For a watch, a thread of its own: seconds since the oldest group that has not ended could begin; 0 where there is none. What a group waits
   // for (kernels, groups of other axes) is not its own time, and captured groups are left out: a question about their events breaks the capture.
   double waiting();
+  bool idle();  // whether all its groups have ended, captured ones aside
 
  protected:
   enum class Way { send, recv };

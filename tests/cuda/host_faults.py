@@ -167,6 +167,23 @@ FAULTS = [
         REFUSED,
     ),
     host(
+        "a refused send leaves its group open",
+        "group",
+        NCCL,
+        "    if (open_) nccl().GroupEnd();",
+        "    if (open_) return;",
+        "a refused send closes its group",
+    ),
+    host(
+        "an axis under way is destroyed",
+        "watch",
+        NCCL,
+        "  while (!axis.idle()) {",
+        "  while (!axis.idle() && start < 0) {",
+        "a refused send closes its group",
+    ),
+    host("aborted under a call", "watch", NCCL, "  const std::lock_guard calls(world_.calls_);\n", "", "an abort waits for a call"),
+    host(
         "a group's wait for kernels is its own",
         "watch",
         QUEUED,

@@ -1,6 +1,7 @@
 // NCCL's entry points over a class Comm, for the two libraries that stand in for NCCL. Included last, where these are known:
 //   using Comm = ...;  static size_t Comm::file_bytes();  Comm(path, size, rank), collective;  Comm* Comm::split(color, key), collective;
-//   void launch(stream, ops): queues one group;  void destroy();  void abort();  ncclResult_t error(): the asynchronous one
+//   void accept(op), where there is one: looks at an op as it is given;  void launch(stream, ops): queues one group;  void destroy();  void abort();
+//   ncclResult_t error(): the asynchronous one
 // What a call throws becomes its answer, the words are those of ncclGetErrorString in that thread.
 // Not modelled: AllGather, ReduceScatter, AllReduce, which gingham calls in its microbenchmark only.
 #pragma once
@@ -34,8 +35,14 @@ inline ncclResult_t launch() {
   });
 }
 
+template <class AnyComm>
+void look(AnyComm* comm, const Op& op) {
+  if constexpr (requires { comm->accept(op); }) comm->accept(op);
+}
+
 inline ncclResult_t add(ncclComm_t handle, const Op& op, cudaStream_t stream) {
   Comm* comm = reinterpret_cast<Comm*>(handle);
+  if (const ncclResult_t refused = answer([&] { look(comm, op); })) return refused;
   const auto same = [&](const Part& part) { return part.comm == comm && part.stream == stream; };
   auto part = std::find_if(waiting.begin(), waiting.end(), same);
   if (part == waiting.end()) part = waiting.insert(waiting.end(), {comm, stream, {}});

@@ -35,7 +35,7 @@ struct Device {
   Region* regions;  // of the whole file
   int rank = 0;
   std::mutex mutex;
-  std::atomic<uint32_t> groups{0};
+  std::atomic<uint32_t> groups{0}, launched{0}, sends{0};
 };
 
 // A message under way.
@@ -52,9 +52,17 @@ class Comm {
     standin::meet(region_.hall.arrived, members_, aborted);
   }
   Comm* split(int color, int key) { return new Comm(device, standin::split(region_.hall, members_, color, key, aborted)); }
+  void accept(const standin::Op& op);
   void launch(cudaStream_t stream, const std::vector<standin::Op>& ops);
   void destroy() {}  // the process' end frees it: work of its streams may still name it
-  void abort() { aborted.store(true); }
+  // NCCL frees what a call of another thread may be using.
+  void abort() {
+    if (inside.load()) {
+      fprintf(stderr, "fake NCCL: a communicator is aborted under a call of its rank's\n");
+      ::abort();
+    }
+    aborted.store(true);
+  }
   ncclResult_t error() {
     const auto found = static_cast<ncclResult_t>(failure.load());
     if (found != ncclSuccess) standin::said = found == ncclRemoteError ? "remote error (injected)" : "an error of the fake NCCL";
@@ -69,7 +77,7 @@ class Comm {
 
   std::shared_ptr<Device> device;
   std::atomic<bool> aborted{false};
-  std::atomic<int> failure{0};
+  std::atomic<int> failure{0}, inside{0};
 
  private:
   Comm(std::shared_ptr<Device> on, standin::Members members)

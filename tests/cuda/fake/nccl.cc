@@ -4,6 +4,8 @@
 //   FAKE_NCCL_ONE_AT_A_TIME=1 a device runs one group to its end before it starts another, of whichever communicator
 //   FAKE_NCCL_FAIL=rank,n     the n-th group of that rank reports ncclRemoteError and never ends until it is aborted
 //   FAKE_NCCL_HANG=rank,n     the same without a report
+//   FAKE_NCCL_REFUSE=rank,n   the n-th send of that rank is refused
+//   FAKE_NCCL_SLOW=rank,n     the call that queues the n-th group of that rank takes half a second
 // A receive whose size differs from its send's is an asynchronous error, where the real one would hang or corrupt memory.
 #include "mailbox.h"
 
@@ -52,7 +54,15 @@ void run(Comm& comm, std::vector<Op>& ops) {
 
 }  // namespace
 
+void Comm::accept(const standin::Op& op) {
+  if (op.sends && chosen("FAKE_NCCL_REFUSE", *this, static_cast<int>(device->sends++)))
+    throw standin::Refused(ncclInvalidUsage, "a send was refused (injected)");
+}
+
 void Comm::launch(cudaStream_t stream, const std::vector<standin::Op>& ops) {
+  inside++;
+  if (chosen("FAKE_NCCL_SLOW", *this, static_cast<int>(device->launched++))) nap(500000);
+  inside--;
   if (aborted.load()) throw standin::Refused(ncclInvalidUsage, "the communicator was aborted");
   std::vector<Op> group;
   for (const standin::Op& op : ops) group.push_back({op});
@@ -65,3 +75,5 @@ extern "C" unsigned long long fake_nccl_received() { return fake::received.load(
 
 using Comm = fake::Comm;
 #include "entries.h"
+
+extern "C" int fake_nccl_open_groups() { return standin::depth; }  // of the calling thread

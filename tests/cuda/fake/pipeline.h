@@ -14,6 +14,7 @@ unsigned long long fake_host_waits();
 unsigned long long fake_pool_keeps();
 unsigned long long fake_legacy_uses();
 unsigned long long fake_nccl_received();
+int fake_nccl_open_groups();
 void fake_enqueue(void* stream, void (*work)(void*), void* data);
 }
 
@@ -73,5 +74,7 @@ inline void watched() { std::this_thread::sleep_for(std::chrono::milliseconds(12
 // Of pipeline_faults.cc.
 void a_late_hang_is_named();
 void long_kernels_are_no_stall();
+void a_refused_send_closes_its_group();
+void an_abort_waits_for_a_call();
 
 }  // namespace gingham

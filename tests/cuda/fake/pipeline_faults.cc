@@ -56,4 +56,26 @@ void long_kernels_are_no_stall() {
   EXPECT(said.empty(), "it said: ", said);
 }
 
+// A call of NCCL's that fails inside of a group leaves none open; the other rank's groups under way do not keep it from its end.
+void a_refused_send_closes_its_group() {
+  for (const char* which : {"0,0", "0,2"}) {
+    const With refused("FAKE_NCCL_REFUSE", which);
+    auto* open = static_cast<std::atomic<int>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+    const std::string said = failure_of(options(Carrier::nccl, {1, 2, 1}), 2, [&] { *open += fake_nccl_open_groups(); });
+    EXPECT(said.find("a send was refused (injected)") != std::string::npos, "it said: ", said);
+    EXPECT(*open == 0, *open, " groups are still open");
+    munmap(open, 4096);
+  }
+}
+
+// The watch finds an error while the rank's thread is inside of a call with the communicator: the fake NCCL ends the process where it is
+// aborted there.
+void an_abort_waits_for_a_call() {
+  const With fails("FAKE_NCCL_FAIL", "0,1"), slow("FAKE_NCCL_SLOW", "0,4");
+  Options o = options(Carrier::nccl, {1, 2, 1});
+  o.slices = 8;
+  const std::string said = failure_of(o, 20, [] {});
+  EXPECT(said.find("NCCL reports on rank 0") != std::string::npos, "it said: ", said);
+}
+
 }  // namespace gingham

@@ -261,6 +261,8 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"on the caller's stream", on_the_callers_stream},
                        {"a late hang is named", a_late_hang_is_named},
                        {"long kernels are no stall", long_kernels_are_no_stall},
+                       {"a refused send closes its group", a_refused_send_closes_its_group},
+                       {"an abort waits for a call", an_abort_waits_for_a_call},
                        {"bytes are nccl's", bytes_are_nccls}};
 
 }  // namespace
