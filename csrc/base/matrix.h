@@ -24,7 +24,7 @@ struct Matrix {
   Matrix slice(int dim, int64_t begin, int64_t end) const {
     Matrix out = *this;
     const int64_t stride = dim == 0 ? row_stride : col_stride;
-    out.data = static_cast<char*>(data) + begin * stride * static_cast<int64_t>(size_of(dtype));
+    if (data) out.data = static_cast<char*>(data) + begin * stride * static_cast<int64_t>(size_of(dtype));
     (dim == 0 ? out.rows : out.cols) = end - begin;
     return out;
   }

@@ -13,7 +13,8 @@ enum class Epilogue { none, gelu, silu };
 struct Tail {
   Matrix bias, residual, slope_at;
   Epilogue kind = Epilogue::none;
-  Matrix z, y;  // written
+  Matrix z, y;            // written
+  bool keeps_sum = true;  // false: whoever stores z and y need not store C as well
 
   bool empty() const { return z.empty() && y.empty(); }
   DType dtype() const { return z.empty() ? y.dtype : z.dtype; }

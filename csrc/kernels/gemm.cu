@@ -49,6 +49,7 @@ Store<T> store_of(const Job& job, bool add) {
   Store<T> store;
   store.c = View<Wide<T>>(job.c);
   store.add = add;
+  store.keep = job.tail.keeps_sum;
   store.tail = TailViews<T>(job.tail, job.bias);
   store.aligned = movable({&job.c, &job.bias, &job.tail.residual, &job.tail.slope_at, &job.tail.z, &job.tail.y}, 16 / static_cast<int>(sizeof(T)));
   return store;

@@ -9,7 +9,8 @@
 namespace gingham {
 
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream);
-// The same with the tail of epilogue.h applied to C as it is stored; c may be left out (empty) when only the tail's outputs are wanted.
+// The same with the tail of epilogue.h applied to C as it is stored; c may be left out (empty) when only the tail's outputs are wanted. Where
+// the tail keeps no sum and adds to none, C is not touched; what it holds after an addition whose sum is not kept is not said.
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream);
 void check_gemm(const Matrix& a, const Matrix& b, const Matrix& c, const Tail& tail);
 

@@ -16,9 +16,9 @@ struct Operands {
 template <class T>
 struct Store {
   using Sum = Wide<T>;
-  View<Sum> c;  // no data: left out
-  bool add = false;
-  bool aligned = false;  // every view allows 16-byte words
+  View<Sum> c;                    // no data: left out
+  bool add = false, keep = true;  // keep: store the sum in c; else c is read only, or left out
+  bool aligned = false;           // every view allows 16-byte words
   int64_t piece_stride = 0;
   TailViews<T> tail;
 
@@ -31,7 +31,7 @@ struct Store {
         const Pack<Sum, W> old = out.template load<W>(i, j);
         for (int k = 0; k < W; k++) sum.at[k] += old.at[k];
       }
-      out.template store<W>(i, j, sum);
+      if (keep) out.template store<W>(i, j, sum);
     }
     tail.template write<W>(i, j, sum);
   }

@@ -14,6 +14,7 @@ struct ProjectionState {
   Matrix dy, dw, dw_sum, dw_block, db_sum, w;  // dw_block, w: whole over the axis of W where that lacks the slice dim
   Pipeline::Slot w_slot, dy_slot, dw_slot;
   Input* dy_in = nullptr;
+  bool dw_rounded = false;  // the last product stores dw
 };
 
 class BackwardRun {
@@ -92,7 +93,9 @@ class BackwardRun {
     }
     if (call_.need_x) {
       out_.dx = call_.allocate(own_size(x, step_.x_cuts, 0, m_), own_size(x, step_.x_cuts, 1, k_));
-      dx_sum_ = step_.accumulator(out_.dx, Storage::row_major);
+      // Maps that have groups of their own add to dX one after the other.
+      dx_rounded_ = step_.groups.size() == 1 && step_.rounded_by_gemm(x, step_.groups[0], out_.dx.dtype);
+      dx_sum_ = step_.sums_beside(out_.dx, Storage::row_major, dx_rounded_, in_x(step_.d), step_.groups[0], states_.size());
       dx_block_ = in_x(step_.d) < 0 ? step_.pipeline.block_for(x, step_.x_cuts, dx_sum_) : dx_sum_;
       dx_slot_ = step_.pipeline.declare(step_.x_place(), dx_sum_, Pipeline::Role::output);
     }
@@ -111,7 +114,10 @@ class BackwardRun {
     }
     if (call_.need_w) {
       state.dw = storage == Storage::column_major ? call_.allocate(w.cols, w.rows).t() : call_.allocate(w.rows, w.cols);
-      state.dw_sum = step_.accumulator(state.dw, storage);
+      const Axis* depth = step_.config.depth;
+      const bool summed = depth && depth->size() > 1 && call_.reduce_depth;
+      state.dw_rounded = !summed && step_.rounded_by_gemm(place, step_.group(i), state.dw.dtype);
+      state.dw_sum = step_.sums_beside(state.dw, storage, state.dw_rounded, in_w(step_.d), step_.group(i), 1);
       state.dw_block = in_w(step_.d) < 0 ? step_.pipeline.block_for(place, place.offsets, state.dw_sum, storage) : state.dw_sum;
       state.dw_slot = step_.pipeline.declare(step_.w_place(i), state.dw_sum, Pipeline::Role::output);
     }
@@ -134,13 +140,27 @@ class BackwardRun {
       // Maps of one group add into one product, so that a panel of dX makes its round once; groups of their own share the whole block.
       if (group.products.empty() || group.products[0].out != dx_) group.products.insert(group.products.begin(), Product{dx_, {}});
       group.products[0].factors.push_back({state.dy_in, w, false, true});
+      if (dx_rounded_) group.products[0].tail = rounding(out_.dx, in_x(step_.d), group.slices);
     }
     if (call_.need_w) {
       if (!group.shared) group.inputs.push_back(group.shared = pipeline.input(step_.x_place(), x_, x_slot_, group.slices));
       Output* dw = pipeline.output(step_.w_place(i), state.dw_block, state.dw_slot, group.slices);
       group.products.push_back({dw, {{group.shared, state.dy_in, true, false}}});
+      if (state.dw_rounded) group.products.back().tail = rounding(state.dw, in_w(step_.d), group.slices);
     }
     if (call_.need_bias[i]) group.visits.push_back([this, &state, &group](int s, int t) { add_bias(state, group.slices, s, t); });
+  }
+
+  // The last product into a panel stores it in the result's own 16 bits; see StepCall::rounded_by_gemm.
+  static std::function<Tail(int, int, bool)> rounding(const Matrix& result, int dim, const Slices& slices) {
+    return [result, dim, &slices](int s, int t, bool last) {
+      Tail tail;
+      if (dim < 0 && !last) return tail;
+      const auto piece = slices.piece(s, t);
+      tail.z = dim < 0 ? result : result.slice(dim, piece.begin, piece.end);
+      tail.keeps_sum = false;
+      return tail;
+    };
   }
 
   void add_bias(ProjectionState& state, const Slices& slices, int s, int t) {
@@ -164,7 +184,7 @@ class BackwardRun {
     const Step::Config& c = step_.config;
     if (call_.need_x) {
       if (in_x(step_.d) < 0 || !c.x.cut()) step_.pipeline.settle(c.x, step_.x_cuts, dx_block_, dx_sum_);
-      if (dx_sum_.data != out_.dx.data) cast(dx_sum_, out_.dx, step_.stream);
+      if (!dx_rounded_ && dx_sum_.data != out_.dx.data) cast(dx_sum_, out_.dx, step_.stream);
     }
     for (size_t i = 0; i < states_.size(); i++) {
       ProjectionState& state = states_[i];
@@ -173,7 +193,7 @@ class BackwardRun {
         if (in_w(step_.d) < 0) step_.pipeline.settle(w, w.offsets, state.dw_block, state.dw_sum, c.storage);
         const Matrix stored = c.storage == Storage::column_major ? state.dw_sum.t() : state.dw_sum;
         if (c.depth && call_.reduce_depth) all_reduce(*c.depth, stored, step_.stream);
-        if (state.dw_sum.data != state.dw.data) cast(state.dw_sum, state.dw, step_.stream);
+        if (!state.dw_rounded && state.dw_sum.data != state.dw.data) cast(state.dw_sum, state.dw, step_.stream);
       }
       out_.dw.push_back(state.dw);
       out_.db.push_back({});
@@ -207,6 +227,7 @@ class BackwardRun {
   Matrix x_, dx_sum_, dx_block_;
   Pipeline::Slot x_slot_, dx_slot_;
   Output* dx_ = nullptr;
+  bool dx_rounded_ = false;  // the last product stores dx
   int64_t m_ = 0, k_ = 0;
 };
 

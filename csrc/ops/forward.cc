@@ -11,6 +11,7 @@ namespace {
 struct ProjectionState {
   Matrix y, z, sum, block, bias, w;  // w: gathered where it lacks the slice dim
   bool fused = false;                // the last product stores z and y
+  bool rounded = false;              // and in 16 bits, so that the sum is not kept
   Pipeline::Slot w_slot, y_slot;
 };
 
@@ -66,7 +67,8 @@ class ForwardRun {
       const int64_t rows = own_size(map.y, step_.y_cuts[i], 0, m_), cols = own_size(map.y, step_.y_cuts[i], 1, n);
       state.y = call_.allocate(rows, cols);
       state.z = active() ? call_.allocate(rows, cols) : state.y;
-      state.sum = step_.accumulator(state.z, Storage::row_major);
+      state.rounded = step_.rounded_by_gemm(map.y, step_.group(i), state.z.dtype);
+      state.sum = step_.sums_beside(state.z, Storage::row_major, state.rounded, in_y(step_.d), step_.group(i), 1);
       state.block = in_y(step_.d) < 0 ? step_.pipeline.block_for(map.y, step_.y_cuts[i], state.sum) : state.sum;
       state.bias = call_.bias[i];
       if (!state.bias.empty() && map.y.cut() && map.y.dim == 1) {
@@ -103,6 +105,7 @@ class ForwardRun {
     tail.kind = call_.epilogue;
     if (!state.bias.empty() || state.sum.data != state.z.data) tail.z = state.z;
     if (active()) tail.y = state.y;
+    tail.keeps_sum = !state.rounded;
     return tail;
   }
 

@@ -130,10 +130,11 @@ void Pipeline::multiply(const Group& group, const Product& product, int slice, i
   for (const Factor& f : product.factors) {
     const Matrix a = f.a->at(slice, interval), b = f.b->at(slice, interval);
     const Tail tail = product.tail && &f == &product.factors.back() ? product.tail(slice, interval, last) : Tail{};
+    const Matrix c = tail.keeps_sum || add ? out : Matrix{};
     if (tail.empty())
       gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, out, add, stream_);
     else
-      gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, out, add, tail, stream_);
+      gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, c, add, tail, stream_);
     add = true;
     for (Input* in : group.inputs) in->pump();
   }

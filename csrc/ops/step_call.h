@@ -35,6 +35,11 @@ class StepCall {
   Group& group(size_t map) { return groups[d == Dim::N ? map : 0]; }
   // Sums of 16-bit operands are kept in fp32 beside `out` and cast when done.
   Matrix accumulator(const Matrix& out, Storage storage);
+  // Whether the last product into a 16-bit result rounds it as it stores, which spares the cast: on GPUs (the CPU's gemm ends with a pass of
+  // its own anyway), where nothing of the result is summed over ranks afterwards and the slice dim is not empty.
+  bool rounded_by_gemm(const Operand& operand, const Group& group, DType dtype) const;
+  // With it: where each of its elements has one product, no sum is kept either. dim: the slice dim in the result, -1 for nowhere.
+  Matrix sums_beside(const Matrix& out, Storage storage, bool rounded, int dim, const Group& group, size_t factors);
 
   const Step::Config& config;
   const Dim d;

@@ -22,13 +22,14 @@ PARTS = ("csrc", "bench", "cmake", "CMakeLists.txt", "tests/csrc", "tests/cuda/f
 
 QUEUED, COPY, INPUT, OUTPUT = "transport/queued.cc", "transport/copy.cc", "ops/input.cc", "ops/output.cc"
 RELAY, NCCL = "collectives/resident.h", "transport/nccl.cc"
-NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES, CALLERS = (
+NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES, CALLERS, SUMS = (
     "products over nccl",
     "with jitter",
     "products over copies",
     "a step could be captured",
     "bytes are nccl's",
     "on the caller's stream",
+    "sums of 16 bits",
 )
 
 
@@ -44,6 +45,22 @@ APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
 FAULTS = [
+    host(
+        "a 16-bit product keeps its sums in fp32",
+        "memory",
+        "ops/step_call.cc",
+        "  return stream.device() == Device::cuda &&",
+        "  return false &&",
+        SUMS,
+    ),
+    host(
+        "a sum that is not whole is rounded",
+        "rounding",
+        "ops/backward.cc",
+        "      if (dim < 0 && !last) return tail;\n",
+        "      (void)last;\n",
+        SUMS,
+    ),
     host(
         "the caller's stream is not followed",
         "stream",
