@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = os.environ.get("GINGHAM_MICROBENCH", str(ROOT / "python" / "gingham" / "bin" / "microbench"))
-SAME_GPU = os.environ.get("GINGHAM_SAMEGPU", str(ROOT / "python" / "gingham" / "bin" / "libsamegpu.so"))
+SAME_GPU = os.environ.get("GINGHAM_SAMEGPU", str(ROOT / "python" / "gingham" / "libsamegpu.so"))
 ON_GPU = ["--device", "cuda", "--transport", "copy", "--as", "threads"]
 PLAIN = {"GINGHAM_SM90": "0"}
 
@@ -214,11 +214,11 @@ def main() -> None:
     parser.add_argument("set", choices=SETS)
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--only", default="", help="parts whose name holds this")
+    parser.add_argument("--only", default="", help="parts whose name holds one of these words: times,streams")
     parser.add_argument("--budget", type=float, default=560, help="seconds in all; parts that no longer fit are named and left out")
     chosen = parser.parse_args()
     parts = SETS[chosen.set]() + (several_gpus(gpus()) if chosen.set == "long" and gpus() > 1 else [])
-    parts = [part for part in parts if chosen.only in part.name]
+    parts = [part for part in parts if any(word in part.name for word in chosen.only.split(","))]
     if chosen.list:
         print("\n".join(f"{part.limit:5d} s  {part.name}: {' '.join(part.command)}" for part in parts))
         print(f"{len(parts)} parts, at most {sum(part.limit for part in parts)} s in all, cut off at {chosen.budget:.0f}")
