@@ -100,6 +100,12 @@ FAULTS = [
     ),
     sm90("rows of the second consumer", "tile.row + consumer * 64 + warp * 16", "tile.row + warp * 16"),
     sm90(
+        "fewer arrivals than warps that release",
+        "mbarrier_init(empty + 8 * s, 4 * kConsumers);",
+        "mbarrier_init(empty + 8 * s, 4 * kConsumers - 1);",
+    ),
+    sm90("f16 tiles of 256 read as bf16", "m64n256k16.f32.f16.f16", "m64n256k16.f32.bf16.bf16", WGMMA),
+    sm90(
         "shared memory is not asked for",
         "  if (shared_bytes > kSharedWithoutAsking)\n",
         "  if (shared_bytes > 1024 * 1024)\n",

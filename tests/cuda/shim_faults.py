@@ -69,6 +69,13 @@ MUTATIONS = [
         "memory;\n      const int",
         "gemm_plain.cu",
     ),
+    Mutation(
+        "shared memory is not asked for",
+        "launch.cuh",
+        "  if (shared_bytes > kSharedWithoutAsking)\n",
+        "  if (shared_bytes > 1024 * 1024)\n",
+        "gemm_bf16.cu",
+    ),
     Mutation("a slab's strands are not awaited", "column_slabs.cuh", "  block_barrier();\n", "", "accumulate.cu", "column_sums"),
     Mutation("a tile is turned before it is whole", "cast.cu", "  block_barrier();\n", "", "cast.cu", "cast"),
     Mutation(

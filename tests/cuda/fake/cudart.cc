@@ -1,10 +1,11 @@
 // A CUDA runtime without a GPU: every stream is a thread that does its work in order, an event is a ticket that the thread punches, device
 // memory is host memory. Made for the host side of the real backend, against the toolkit's real headers. Environment:
 //   FAKE_CUDA_DEVICES  number of devices (8)            FAKE_CUDA_JITTER  up to so many microseconds of sleep before each piece of work
-//   FAKE_CUDA_SEED     of the jitter
+//   FAKE_CUDA_SEED     of the jitter                    FAKE_CUDA_SLOW_COPY  microseconds that the host takes to queue a copy within devices
 // Each stream also keeps a vector clock: what of the other streams' work it has waited for, known when the work is queued and so the same
 // in every run. fake_unjoined() counts the streams with work that a stream has not waited for (what would break a graph capture and let
-// memory be used again too early), fake_host_waits() the calls that made the host wait, fake_legacy_uses() those of the default stream.
+// memory be used again too early), fake_host_waits() the calls that made the host wait, fake_legacy_uses() those of the default stream,
+// fake_legacy_joins() the waits between it and streams that were made without cudaStreamNonBlocking.
 // Freed memory is poisoned with NaN bit patterns when the stream gets there, new memory too: what is read too early shows.
 #include <cuda_runtime_api.h>
 #include <string.h>
@@ -32,7 +33,8 @@ void Jitter::pause() {
   if (limit_ > 0 && engine_() % 4 == 0) nap(static_cast<int>(engine_() % static_cast<unsigned>(limit_)));
 }
 
-void enqueue(cudaStream_t stream, std::function<void()> work) { stream_of(stream).add(std::move(work)); }
+void enqueue(cudaStream_t stream, std::function<void()> work) { entered(stream).add(std::move(work)); }
+int device_of(cudaStream_t stream) { return stream_of(stream).device; }
 
 }  // namespace fake
 
@@ -40,7 +42,7 @@ using fake::event_of;
 using fake::stream_of;
 
 namespace {
-thread_local int current_device = 0;
+using fake::current_device;
 std::atomic<uint64_t> kept{0};  // bytes that a pool keeps when it is asked to give back
 int devices() {
   static const int count = fake::number("FAKE_CUDA_DEVICES", 8);
@@ -50,9 +52,13 @@ int devices() {
 
 extern "C" {
 
-void fake_enqueue(cudaStream_t stream, void (*work)(void*), void* data) {
+// As a launch: the stream must be one of the thread's device.
+cudaError_t fake_enqueue(cudaStream_t stream, void (*work)(void*), void* data) {
+  if (stream_of(stream).device != current_device) return cudaErrorInvalidResourceHandle;
   fake::enqueue(stream, [work, data] { work(data); });
+  return cudaSuccess;
 }
+unsigned long long fake_legacy_joins() { return fake::legacy_joins.load(); }
 int fake_unjoined(cudaStream_t stream) { return stream_of(stream).unjoined(); }
 unsigned long long fake_legacy_uses() { return fake::legacy_uses.load(); }
 unsigned long long fake_pool_keeps() { return kept.load(); }
@@ -94,13 +100,14 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   *greatest = -5;
   return cudaSuccess;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
       return "no error";
+    case cudaErrorInvalidResourceHandle:
+      return "invalid resource handle";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
     case cudaErrorStreamCaptureInvalidated:
@@ -119,8 +126,8 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaErrorFake"; }
 
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = reinterpret_cast<cudaStream_t>(new fake::Stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  *stream = reinterpret_cast<cudaStream_t>(new fake::Stream(current_device, (flags & cudaStreamNonBlocking) == 0));
   return cudaSuccess;
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) { return cudaStreamCreateWithFlags(stream, flags); }
@@ -155,6 +162,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   auto* made = new fake::Event;
+  made->device = current_device;
   made->timed = (flags & cudaEventDisableTiming) == 0;
   *event = reinterpret_cast<cudaEvent_t>(made);
   return cudaSuccess;
@@ -164,6 +172,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (event_of(event).device != fake::entered(stream).device) return cudaErrorInvalidResourceHandle;
   const auto capture = stream_of(stream).capture();
   if (capture && capture->broken) return cudaErrorStreamCaptureInvalidated;
   auto ticket = stream_of(stream).ticket();
@@ -192,7 +201,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDeviceToDevice) fake::nap(fake::number("FAKE_CUDA_SLOW_COPY", 0));
   fake::enqueue(stream, [=] { memcpy(to, from, bytes); });
   return cudaSuccess;
 }

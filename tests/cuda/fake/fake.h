@@ -15,6 +15,7 @@
 namespace fake {
 
 void enqueue(cudaStream_t stream, std::function<void()> work);
+int device_of(cudaStream_t stream);
 void nap(int microseconds);
 extern std::atomic<uint64_t> host_waits;  // calls that made the host wait for a device
 

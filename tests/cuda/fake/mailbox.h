@@ -76,10 +76,16 @@ class Comm {
   }
 
   std::shared_ptr<Device> device;
+  const int on = current();  // the device of the thread that made it
   std::atomic<bool> aborted{false};
   std::atomic<int> failure{0}, inside{0};
 
  private:
+  static int current() {
+    int device = 0;
+    cudaGetDevice(&device);
+    return device;
+  }
   Comm(std::shared_ptr<Device> on, standin::Members members)
       : device(std::move(on)), members_(std::move(members)), region_(device->regions[members_.hall]) {}
   bool push(Op& op, Mailbox& box, bool buffered) {

@@ -60,6 +60,7 @@ void Comm::accept(const standin::Op& op) {
 }
 
 void Comm::launch(cudaStream_t stream, const std::vector<standin::Op>& ops) {
+  if (device_of(stream) != on) throw standin::Refused(ncclInvalidUsage, "a stream of another device than the communicator's");
   inside++;
   if (chosen("FAKE_NCCL_SLOW", *this, static_cast<int>(device->launched++))) nap(500000);
   inside--;

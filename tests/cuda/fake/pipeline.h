@@ -13,9 +13,10 @@ int fake_unjoined(void* stream);
 unsigned long long fake_host_waits();
 unsigned long long fake_pool_keeps();
 unsigned long long fake_legacy_uses();
+unsigned long long fake_legacy_joins();
 unsigned long long fake_nccl_received();
 int fake_nccl_open_groups();
-void fake_enqueue(void* stream, void (*work)(void*), void* data);
+cudaError_t fake_enqueue(void* stream, void (*work)(void*), void* data);
 }
 
 namespace gingham {
@@ -76,5 +77,8 @@ void a_late_hang_is_named();
 void long_kernels_are_no_stall();
 void a_refused_send_closes_its_group();
 void an_abort_waits_for_a_call();
+void a_scope_gives_the_device_back();
+void slots_of_copies_are_taken_in_turn();
+void some_shares_are_empty();
 
 }  // namespace gingham

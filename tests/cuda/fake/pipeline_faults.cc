@@ -50,7 +50,7 @@ void long_kernels_are_no_stall() {
   Options o = options(Carrier::nccl, {1, 2, 1});
   o.rounds = 1;
   o.before = [](Job& job) {
-    fake_enqueue(job.stream().native(), [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(1500)); }, nullptr);
+    CUDA_CHECK(fake_enqueue(job.stream().native(), [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(1500)); }, nullptr));
   };
   const std::string said = failure_of(o, 0.7, [] {});
   EXPECT(said.empty(), "it said: ", said);
@@ -76,6 +76,46 @@ void an_abort_waits_for_a_call() {
   o.slices = 8;
   const std::string said = failure_of(o, 20, [] {});
   EXPECT(said.find("NCCL reports on rank 0") != std::string::npos, "it said: ", said);
+}
+
+// Rank 1 computes on device 1 and its thread was on another.
+void a_scope_gives_the_device_back() {
+  Options o = options(Carrier::nccl, {1, 2, 1});
+  o.entered = [](Job& job) {
+    int within = -1, behind = -1;
+    CUDA_CHECK(cudaSetDevice(3));
+    {
+      const OnDevice on(*job.gpu());
+      CUDA_CHECK(cudaGetDevice(&within));
+    }
+    CUDA_CHECK(cudaGetDevice(&behind));
+    EXPECT(within == job.rank() && behind == 3, "device ", within, " within the scope, ", behind, " behind it");
+    job.gpu()->begin(std::nullopt);
+  };
+  expect_right(o);
+}
+
+// More messages than slots, and a receiver that is slower than the sender: a slot is written again only when it has been taken.
+void slots_of_copies_are_taken_in_turn() {
+  const With slow("FAKE_CUDA_SLOW_COPY", "5000");
+  Options o = options(Carrier::copy, {1, 1, 1});
+  o.name = "broadcast";
+  o.ranks = 2;
+  o.n = 12 << 20;  // 12 pieces of 4 MiB
+  o.rounds = 1;
+  o.warmup = 0;
+  expect_right(o);
+}
+
+// Fewer columns than ranks: some have nothing to send.
+void some_shares_are_empty() {
+  for (Carrier carrier : {Carrier::nccl, Carrier::copy})
+    for (const char* name : {"matmul", "dx", "dw", "backward"}) {
+      Options o = options(carrier, {1, 4, 1});
+      o.name = name;
+      o.k = 3;
+      expect_right(o);
+    }
 }
 
 }  // namespace gingham

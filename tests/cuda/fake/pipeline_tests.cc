@@ -235,6 +235,8 @@ void on_the_callers_stream() {
       o.after = [&](Job& job) {
         EXPECT(job.stream().native() == static_cast<void*>(mine), "it left the caller's stream");
         EXPECT(fake_unjoined(mine) == 0, "streams not joined to the caller's after ", o.name);
+        EXPECT(fake_legacy_joins() == 0, "messages and kernels wait for each other ", fake_legacy_joins(),
+               " times, as streams do that are not non-blocking");
       };
       expect_right(o);
     }
@@ -281,6 +283,9 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"long kernels are no stall", long_kernels_are_no_stall},
                        {"a refused send closes its group", a_refused_send_closes_its_group},
                        {"an abort waits for a call", an_abort_waits_for_a_call},
+                       {"a scope gives the device back", a_scope_gives_the_device_back},
+                       {"slots of copies are taken in turn", slots_of_copies_are_taken_in_turn},
+                       {"some shares are empty", some_shares_are_empty},
                        {"bytes are nccl's", bytes_are_nccls}};
 
 }  // namespace

@@ -49,9 +49,12 @@ class Ticket {
   std::shared_ptr<Capture> capture;         // that the stream was part of
 };
 
+inline std::atomic<uint64_t> legacy_uses{0}, legacy_joins{0};
+inline thread_local int current_device = 0;
+
 class Stream {
  public:
-  Stream() : thread_([this] { run(); }) {
+  Stream(int on, bool waits_for_legacy) : device(on), blocking(waits_for_legacy), thread_([this] { run(); }) {
     const std::lock_guard lock(all_mutex);
     all.insert(this);
   }
@@ -115,6 +118,25 @@ class Stream {
       return own == theirs.end() || (seen != known.end() && seen->second >= own->second);
     });
   }
+  // CUDA's default stream and those made without cudaStreamNonBlocking on the same device wait for each other.
+  void order_legacy(const Stream* legacy) {
+    if (!blocking) return;
+    std::vector<Stream*> others;
+    {
+      const std::lock_guard lock(all_mutex);
+      std::copy_if(all.begin(), all.end(), std::back_inserter(others), [&](const Stream* other) {
+        return other != this && other->blocking && other->device == device && (this == legacy || other == legacy);
+      });
+    }
+    for (Stream* other : others) {
+      if (const auto capture = other->capture()) {
+        capture->fail(cudaErrorStreamCaptureImplicit);
+      } else if (!has_joined({other})) {
+        legacy_joins++;
+        wait_for(other->ticket());
+      }
+    }
+  }
   int unjoined() {
     const std::lock_guard lock(all_mutex);
     return static_cast<int>(std::count_if(all.begin(), all.end(), [this](Stream* other) { return !has_joined({other}); }));
@@ -148,11 +170,18 @@ class Stream {
   std::deque<std::function<void()>> queue_, kept_;
   std::shared_ptr<Capture> capture_;
   bool ended_ = false;
+
+ public:
+  const int device;
+  const bool blocking;  // by the default stream of its device
+
+ private:
   std::thread thread_;
 };
 
 struct Event {
   bool timed = false;
+  int device = 0;
   std::mutex mutex;
   std::shared_ptr<Ticket> latest;
   std::shared_ptr<Ticket> get() {
@@ -161,20 +190,32 @@ struct Event {
   }
 };
 
-inline std::atomic<uint64_t> legacy_uses{0};
+// Of this process, also after a fork, which leaves the threads behind; never joined: the process may end from any thread.
+inline Stream& legacy_of(int device) {
+  static std::mutex mutex;
+  static pid_t owner = 0;
+  static std::map<int, Stream*> legacy;
+  const std::lock_guard lock(mutex);
+  if (owner != getpid()) legacy.clear();
+  owner = getpid();
+  Stream*& found = legacy[device];
+  if (!found) found = new Stream(device, true);
+  return *found;
+}
 
 inline Stream& stream_of(cudaStream_t handle) {
   if (handle) return *reinterpret_cast<Stream*>(handle);
   legacy_uses++;
-  // Of this process, also after a fork, which leaves the threads behind; never joined: the process may end from any thread.
-  static std::mutex mutex;
-  static pid_t owner = 0;
-  static Stream* legacy = nullptr;
-  const std::lock_guard lock(mutex);
-  if (owner != getpid()) legacy = new Stream;
-  owner = getpid();
-  return *legacy;
+  return legacy_of(current_device);
 }
+
+// Work comes to a stream: what the default stream's rules put before it.
+inline Stream& entered(cudaStream_t handle) {
+  Stream& stream = stream_of(handle);
+  if (stream.blocking) stream.order_legacy(&legacy_of(stream.device));
+  return stream;
+}
+
 inline Event& event_of(cudaEvent_t handle) { return *reinterpret_cast<Event*>(handle); }
 
 }  // namespace fake

@@ -90,6 +90,7 @@ class Checks:
         for host in self.hosts():
             self.product(host, (128, 136, 840), "bf16", "rc", wide=128)
             self.product(host, (72, 136, 584), "bf16", "cr", wide=256)
+            self.product(host, (72, 136, 72), "f16", "rr", wide=256)
 
     def cast(self) -> None:
         for host in self.hosts():

@@ -127,6 +127,7 @@ class Machine:
         self.shared_size, self.static_end = shared, static_end
         self.lay_threads()
         self.reset_hooks: list[Callable[[], None]] = []
+        self.end_hooks: list[Callable[[], None]] = []  # when all threads of some blocks have ended
         self.idle_hooks: list[Callable[[], bool]] = []  # may make a thread run again; true if they did
         self.exit_hooks: list[Callable[[Sel], None]] = []
         self.attached: dict[str, Any] = {}
@@ -289,6 +290,8 @@ class Machine:
             for first in range(0, self.blocks, self.wave):
                 self.reset(first)
                 self.loop()
+                for hook in self.end_hooks:
+                    hook()
         return self.counts
 
     def reset(self, first: int) -> None:

@@ -34,10 +34,20 @@ class MBarriers:
         self.waits_at = np.full(m.total, -1, np.int64)
         self.waits_for = np.zeros(m.total, np.int64)  # parity
         m.reset_hooks.append(self.reset)
+        m.end_hooks.append(self.end)
 
     def reset(self) -> None:
         self.made.clear()
         self.waits_at[:] = -1
+
+    def end(self) -> None:
+        """Arrivals beyond a phase open the next one: legal, and in a kernel whose threads arrive equally often a sign of a wrong count."""
+        for barrier in self.made.values():
+            if barrier.pending != barrier.expected or barrier.bytes:
+                came = barrier.expected - barrier.pending
+                raise PtxError(
+                    f"the kernel ends within a phase of an mbarrier: {came} of {barrier.expected} arrivals, {barrier.bytes} bytes"
+                )
 
     def find(self, place: int, which: int = 0) -> Barrier:
         if place not in self.made:

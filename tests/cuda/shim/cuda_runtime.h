@@ -23,6 +23,7 @@ extern __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
+  if (!gingham::shim::may_use(reinterpret_cast<const void*>(kernel), config->dynamicSmemBytes)) return cudaErrorInvalidValue;
   const gingham::shim::Launch launch{config->gridDim, config->blockDim, config->dynamicSmemBytes};
   shim_enqueue(config->stream,
                [launch, kernel, pack = std::tuple<Params...>(args...)] { gingham::shim::run(launch, [&] { std::apply(kernel, pack); }); });

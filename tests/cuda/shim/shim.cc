@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -15,10 +16,14 @@
 
 __thread uint3 threadIdx, blockIdx, blockDim, gridDim;
 
-__attribute__((weak)) void shim_enqueue(cudaStream_t, std::function<void()> work) { work(); }
+#ifndef GINGHAM_FAKE_CUDA  // there enqueue.cc has streams; a weak function here would be taken or not, as the linker meets the archive's files
+void shim_enqueue(cudaStream_t, std::function<void()> work) { work(); }
+#endif
 
 extern "C" {
-__attribute__((weak)) cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute which, int value) {
+  return which == cudaFuncAttributeMaxDynamicSharedMemorySize ? gingham::shim::grant(kernel, value) : cudaSuccess;
+}
 __attribute__((weak)) const char* cudaGetErrorString(cudaError_t) { return "error of the shim"; }
 }
 
@@ -26,8 +31,10 @@ namespace gingham::shim {
 namespace {
 
 constexpr size_t kMostShared = 227 * 1024;  // sm_90; sm_80 has 163 KiB
+constexpr size_t kSharedWithoutAsking = 48 * 1024;
 
 std::mutex global;
+std::map<const void*, size_t> granted;  // shared memory of a launch, by kernel
 Settings settings_now = [] {
   Settings out;
   if (const char* seed = getenv("GINGHAM_SHIM_SEED")) out.seed = strtoull(seed, nullptr, 10);
@@ -158,6 +165,19 @@ void run_block(Machine& m) {
 }  // namespace
 
 char* block_memory() { return now().memory; }
+
+cudaError_t grant(const void* kernel, int bytes) {
+  if (bytes < 0 || static_cast<size_t>(bytes) > kMostShared) return cudaErrorInvalidValue;
+  const std::lock_guard lock(global);
+  granted[kernel] = static_cast<size_t>(bytes);
+  return cudaSuccess;
+}
+
+bool may_use(const void* kernel, size_t bytes) {
+  const std::lock_guard lock(global);
+  const auto found = granted.find(kernel);
+  return bytes <= (found == granted.end() ? kSharedWithoutAsking : found->second);
+}
 
 void set(const Settings& settings) {
   const std::lock_guard lock(global);

@@ -11,7 +11,7 @@
 #include <stdexcept>
 #include <string>
 
-// Queues work on a stream. Weak: the default runs it at once; a fake runtime with streams of its own replaces it.
+// Queues work on a stream: runs it at once, or with a fake runtime that has streams when its stream gets there.
 void shim_enqueue(cudaStream_t stream, std::function<void()> work);
 
 namespace gingham::shim {
@@ -43,6 +43,10 @@ struct Launch {
 };
 // Runs every block to its end; throws Error with the first mistake found.
 void run(const Launch& launch, const std::function<void()>& thread_body);
+
+// The shared memory that a launch of this kernel may ask for, as cudaFuncSetAttribute grants it.
+cudaError_t grant(const void* kernel, int bytes);
+bool may_use(const void* kernel, size_t bytes);
 
 // What shim_device.h is made of.
 struct Lane {
