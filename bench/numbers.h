@@ -6,7 +6,11 @@
 namespace gingham {
 
 // From -1 to 1 in steps of 2^-10.
-inline float number_at(int64_t i, int64_t seed) { return static_cast<float>((i * 2654435761u + seed * 40503u) % 2048u) / 1024.f - 1.f; }
+inline float number_at(int64_t i, int64_t seed) {
+  uint64_t h = (static_cast<uint64_t>(i) + 1) * 0x9E3779B97F4A7C15ull ^ static_cast<uint64_t>(seed) * 0xC2B2AE3D27D4EB4Full;
+  h = (h ^ h >> 29) * 0xBF58476D1CE4E5B9ull;
+  return static_cast<float>((h ^ h >> 32) % 2048u) / 1024.f - 1.f;
+}
 
 // Element `at` of the memory at m, whatever its strides.
 inline void store(const Matrix& m, int64_t at, double value) {
