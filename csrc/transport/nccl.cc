@@ -8,7 +8,7 @@ namespace gingham {
 namespace {
 
 constexpr auto kLookEvery = std::chrono::milliseconds(50);
-constexpr auto kMostInACall = std::chrono::seconds(2);
+constexpr double kMostInACall = 2;  // seconds
 
 // A group of NCCL's, which counts them for each thread: one left open where a call in it throws would hold back all that the thread asks of
 // NCCL from then on, torch's calls too.
@@ -138,7 +138,9 @@ void NcclWorld::look() {
 
 void NcclWorld::abort_all() {
   const std::lock_guard lock(mutex_);
-  const std::unique_lock calls(calls_, kMostInACall);
+  std::unique_lock calls(calls_, std::try_to_lock);
+  for (const double start = now(); !calls && now() - start < kMostInACall; calls.try_lock())
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));
   aborted_.store(true);
   for (Nccl* axis : axes_)
     for (auto& each : axis->comms_)

@@ -38,8 +38,8 @@ class NcclWorld {
   CudaStream& compute_;
   double timeout_;
   ncclComm_t world_ = nullptr;
-  std::mutex mutex_;        // of axes_
-  std::timed_mutex calls_;  // held by who is inside of a call that takes a communicator, in which nobody may abort it
+  std::mutex mutex_;  // of axes_
+  std::mutex calls_;  // held by who is inside of a call that takes a communicator, in which nobody may abort it
   std::vector<Nccl*> axes_;
   std::atomic<bool> stop_{false}, aborted_{false};
   std::thread thread_;
