@@ -158,9 +158,8 @@ py::object loss_parts(const Member& member, const py::object& logits, const py::
   const Made out = make_tensor(member.job, {x.rows, 4}, "float64");
   {
     py::gil_scoped_release nogil;
-    const Matrix all = dense(out.data, x.rows, 4, DType::f64), maxima = all.slice(1, 0, 1);
-    row_maxima(x, maxima, stream);
-    softmax_pieces(x, maxima, targets, all.slice(1, 1, 4), stream);
+    const Matrix all = dense(out.data, x.rows, 4, DType::f64);
+    softmax_parts(x, targets, all.slice(1, 0, 1), all.slice(1, 1, 4), stream);
   }
   return out.object;
 }

@@ -71,25 +71,17 @@ VECTORISED void slope_of(const T* x, int64_t n, T top, T part, T even, T* out) {
 
 }  // namespace
 
-void row_maxima(const Matrix& logits, const Matrix& maxima, [[maybe_unused]] const Stream& stream) {
-  DISPATCH_DEVICE(stream, row_maxima(logits, maxima, stream));
-  check_numbers(maxima, logits.rows, 1);
-  DISPATCH(accumulator(logits.dtype), T, {
-    Rows<T> rows(logits, stream);
-    for (int64_t i = 0; i < logits.rows; i++) at(maxima, i, 0) = static_cast<double>(largest_of(rows.read(i), logits.cols));
-  });
-}
-
-void softmax_pieces(const Matrix& logits, const Matrix& maxima, const Targets& targets, const Matrix& pieces, [[maybe_unused]] const Stream& stream) {
-  DISPATCH_DEVICE(stream, softmax_pieces(logits, maxima, targets, pieces, stream));
+void softmax_parts(const Matrix& logits, const Targets& targets, const Matrix& maxima, const Matrix& pieces, [[maybe_unused]] const Stream& stream) {
+  DISPATCH_DEVICE(stream, softmax_parts(logits, targets, maxima, pieces, stream));
   check_numbers(maxima, logits.rows, 1);
   check_numbers(pieces, logits.rows, 3);
   DISPATCH(accumulator(logits.dtype), T, {
     Rows<T> rows(logits, stream);
     for (int64_t i = 0; i < logits.rows; i++) {
-      const T *row = rows.read(i), most = static_cast<T>(at(maxima, i, 0));
+      const T *row = rows.read(i), most = largest_of(row, logits.cols);
       const int64_t target = targets.ids[i] - targets.first;
       const bool here = targets.ids[i] != targets.ignore && target >= 0 && target < logits.cols;
+      at(maxima, i, 0) = static_cast<double>(most);
       at(pieces, i, 0) = sum_of_exponentials(row, logits.cols, most);
       at(pieces, i, 1) = here ? static_cast<double>(row[target] - most) : 0.0;
       at(pieces, i, 2) = targets.smoothing > 0 ? sum_less(row, logits.cols, most) : 0.0;

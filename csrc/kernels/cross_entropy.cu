@@ -1,49 +1,91 @@
-// One block a row for the reductions, a sweep for the gradient. Memory bound: the logits are read once for the maxima, once for the sums and
-// once for the gradient, which is written once.
+// One block a row. Memory bound: the logits are read once for the sums and once for the gradient, which is written once. The sums are an online
+// softmax: every thread keeps the largest of its logits so far and the sum of exponentials about it, which it rescales where a larger one comes.
+// Within a thread numbers are summed in the accumulator, over the threads in double.
 #include "kernels/activation.cuh"
 #include "kernels/cross_entropy.h"
-#include "kernels/reduce.cuh"
+#include "kernels/packed_row.cuh"
 
 namespace gingham::cuda {
 namespace {
 
-template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 4) maxima_kernel(View<T> logits, View<double> maxima, int64_t cols) {
-  const int64_t i = blockIdx.x;
-  Wide<T> most = -static_cast<Wide<T>>(INFINITY);
-  along_row<W>(cols, [&](auto width, int64_t j) {
-    const auto in = logits.template load<decltype(width)::value>(i, j);
-    for (const T& v : in.at) {
-      const Wide<T> x = widen(v);
-      most = x > most || x != x ? x : most;
-    }
-  });
-  const double all = block_max(static_cast<double>(most));
-  if (threadIdx.x == 0) *maxima.to(i, 0) = all;
+// Packs that a thread loads before it uses the first.
+template <class T>
+constexpr int kTogether = sizeof(T) == 8 ? 1 : 4;
+
+// exp for x <= 0. Of 16-bit logits: its error of up to 2^-24 |x| is far below their own.
+template <class T>
+__device__ inline Wide<T> exp_below(Wide<T> x) {
+  if constexpr (sizeof(T) == 2)
+    return exp2_near(x * 1.44269504f);
+  else
+    return exp_of(x);
 }
 
-template <int W, class T>
-__global__ void __launch_bounds__(kRowThreads, 4)
-    softmax_kernel(View<T> logits, View<double> maxima, Targets targets, View<double> pieces, int64_t cols) {
-  const int64_t i = blockIdx.x;
-  const Wide<T> most = static_cast<Wide<T>>(*maxima.to(i, 0));
-  Wide<T> sum = 0, all = 0;
-  along_row<W>(cols, [&](auto width, int64_t j) {
-    const auto in = logits.template load<decltype(width)::value>(i, j);
-    for (const T& v : in.at) {
-      const Wide<T> d = widen(v) - most;
-      sum += exp_of(d);
-      all += d;
+__device__ inline float larger(float a, float b) { return fmaxf(a, b); }  // NaNs are passed over, and meet the sum
+__device__ inline double larger(double a, double b) { return fmax(a, b); }
+
+// What a thread has seen of a row.
+template <class T>
+struct OnlineSum {
+  using A = Wide<T>;
+  A top = -static_cast<A>(INFINITY), sum = 0;
+
+  // What exponents are measured from: of logits that are all -inf, 0, so that their exponentials are 0 and no NaN.
+  __device__ static A base(A top) { return top == -static_cast<A>(INFINITY) ? A(0) : top; }
+
+  template <int W, int U>
+  __device__ void take(const Pack<T, W> (&in)[U]) {
+    A high = top;
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      A most = widen(in[u].at[0]);
+#pragma unroll
+      for (int k = 1; k < W; k++) most = larger(most, widen(in[u].at[k]));
+      high = larger(high, most);
     }
+    if (high > top) {
+      sum *= exp_below<T>(top - high);
+      top = high;
+    }
+    const A from = base(top);
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      A more = 0;
+#pragma unroll
+      for (int k = 0; k < W; k++) more += exp_below<T>(widen(in[u].at[k]) - from);
+      sum += more;
+    }
+  }
+};
+
+template <class T, bool smooth>
+__global__ void __launch_bounds__(kRowThreads, 4)
+    parts_kernel(View<T> logits, Targets targets, View<double> maxima, View<double> pieces, int64_t cols) {
+  using A = Wide<T>;
+  const int64_t i = blockIdx.x;
+  const RowOf<T> row(logits, i);
+  const A first = smooth && cols > 0 ? OnlineSum<T>::base(widen(*row.template to<1>(0))) : A(0);
+  OnlineSum<T> online;
+  A less = 0;  // sum of x - first
+  along_packs<kTogether<T>>(RowSplit<T>(cols, row, row), [&](auto width, auto count, int64_t j) {
+    Pack<T, decltype(width)::value> in[decltype(count)::value];
+    load_packs(row, j, in);
+    online.take(in);
+    if constexpr (smooth)
+      for (const auto& pack : in)
+        for (const T& v : pack.at) less += widen(v) - first;
   });
-  double total[2] = {static_cast<double>(sum), static_cast<double>(all)};
+  const double all = block_max(static_cast<double>(online.top));
+  const A most = static_cast<A>(all);
+  double total[2] = {static_cast<double>(online.sum * exp_of(OnlineSum<T>::base(online.top) - OnlineSum<T>::base(most))), static_cast<double>(less)};
   block_sum(total);
   if (threadIdx.x != 0) return;
   const int64_t id = targets.ids[i], target = id - targets.first;
   const bool here = id != targets.ignore && target >= 0 && target < cols;
+  *maxima.to(i, 0) = all;
   *pieces.to(i, 0) = total[0];
   *pieces.to(i, 1) = here ? static_cast<double>(widen(*logits.to(i, target)) - most) : 0.0;
-  *pieces.to(i, 2) = targets.smoothing > 0 ? total[1] : 0.0;
+  *pieces.to(i, 2) = smooth && cols > 0 ? total[1] + static_cast<double>(cols) * (static_cast<double>(first) - all) : 0.0;
 }
 
 struct Loss {
@@ -59,55 +101,76 @@ struct Loss {
   }
 };
 
-template <class T>
-struct SoftmaxGradient {
-  View<T> logits, out;
-  View<double> maxima, pieces;
-  Targets targets;
-  View<double> scale;
-  int64_t scales;  // one, or one a row
+// exp(x - most) part - even, and less at the target.
+template <class A>
+struct Slope {
+  A most, part, even, whole;
+  int64_t target;
 
-  template <int W>
-  __device__ void at(int64_t i, int64_t j) const {
-    using A = Wide<T>;
-    const int64_t id = targets.ids[i], target = id - targets.first - j;  // counted from this group on
-    const A most = static_cast<A>(*maxima.to(i, 0)), by = static_cast<A>(*scale.to(scales == 1 ? 0 : i, 0)),
-            part = static_cast<A>(1.0 / *pieces.to(i, 0));
-    const A even = targets.smoothing > 0 ? static_cast<A>(targets.smoothing / static_cast<double>(targets.vocabulary)) : A(0);
-    const A whole = static_cast<A>(1 - targets.smoothing);
-    const Pack<T, W> in = logits.template load<W>(i, j);
-    Pack<T, W> gradient;
-    for (int k = 0; k < W; k++) {
-      const A value = by * (exp_of(widen(in.at[k]) - most) * part - even - (k == target ? whole : A(0)));
-      narrow(id == targets.ignore ? A(0) : value, gradient.at[k]);
+  __device__ Slope(double top, double sum, double by, const Targets& targets, int64_t id)
+      : most(static_cast<A>(top)),
+        part(static_cast<A>(by / sum)),
+        even(static_cast<A>(targets.smoothing > 0 ? by * (targets.smoothing / static_cast<double>(targets.vocabulary)) : 0.0)),
+        whole(static_cast<A>(by * (1 - targets.smoothing))),
+        target(id - targets.first) {}
+
+  template <class T, int W>
+  __device__ Pack<T, W> of(const Pack<T, W>& in, int64_t j) const {
+    A value[W];
+    Pack<T, W> out;
+#pragma unroll
+    for (int k = 0; k < W; k++) value[k] = exp_below<T>(widen(in.at[k]) - most) * part - even;
+    const int64_t at = target - j;
+    if (at >= 0 && at < W) {
+#pragma unroll
+      for (int k = 0; k < W; k++) value[k] -= k == at ? whole : A(0);
     }
-    out.template store<W>(i, j, gradient);
+#pragma unroll
+    for (int k = 0; k < W; k++) narrow(value[k], out.at[k]);
+    return out;
   }
 };
 
-dim3 rows_of(const Matrix& x) { return dim3(blocks(x.rows)); }
-
-}  // namespace
-
-void row_maxima(const Matrix& logits, const Matrix& maxima, const Stream& stream) {
-  if (logits.rows == 0) return;
-  with_real(logits.dtype, "cross entropy", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    with_width<T>({&logits}, [&](auto w) {
-      launch(stream, maxima_kernel<decltype(w)::value, T>, rows_of(logits), row_threads<T>(logits.cols), kRowShared, View<T>(logits),
-             View<double>(maxima), logits.cols);
+template <class T>
+__global__ void __launch_bounds__(kRowThreads, 4) gradient_kernel(View<T> logits, View<T> gradient, View<double> maxima, View<double> pieces,
+                                                                  Targets targets, View<double> scale, int64_t scales, int64_t cols) {
+  const int64_t i = blockIdx.x, id = targets.ids[i];
+  const RowOf<T> from(logits, i), to(gradient, i);
+  const RowSplit<T> split(cols, from, to);
+  if (id == targets.ignore) {
+    along_packs<1>(split, [&](auto width, auto, int64_t j) {
+      constexpr int W = decltype(width)::value;
+      store_pack<W>(to.template to<W>(j), Pack<T, W>{});
     });
+    return;
+  }
+  const Slope<Wide<T>> slope(*maxima.to(i, 0), *pieces.to(i, 0), *scale.to(scales == 1 ? 0 : i, 0), targets, id);
+  along_packs<kTogether<T>>(split, [&](auto width, auto count, int64_t j) {
+    constexpr int W = decltype(width)::value, U = decltype(count)::value;
+    Pack<T, W> in[U];
+    load_packs(from, j, in);
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      const int64_t at = j + u * row_step<W>();
+      store_pack<W>(to.template to<W>(at), slope.of(in[u], at));
+    }
   });
 }
 
-void softmax_pieces(const Matrix& logits, const Matrix& maxima, const Targets& targets, const Matrix& pieces, const Stream& stream) {
+}  // namespace
+
+void softmax_parts(const Matrix& logits, const Targets& targets, const Matrix& maxima, const Matrix& pieces, const Stream& stream) {
   if (logits.rows == 0) return;
   with_real(logits.dtype, "cross entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    with_width<T>({&logits}, [&](auto w) {
-      launch(stream, softmax_kernel<decltype(w)::value, T>, rows_of(logits), row_threads<T>(logits.cols), kRowShared, View<T>(logits),
-             View<double>(maxima), targets, View<double>(pieces), logits.cols);
-    });
+    const auto go = [&](auto kernel) {
+      launch(stream, kernel, dim3(blocks(logits.rows)), row_threads<T>(logits.cols), kRowShared, View<T>(logits), targets, View<double>(maxima),
+             View<double>(pieces), logits.cols);
+    };
+    if (targets.smoothing > 0)
+      go(parts_kernel<T, true>);
+    else
+      go(parts_kernel<T, false>);
   });
 }
 
@@ -118,11 +181,11 @@ void losses(const Matrix& pieces, const Targets& targets, const Matrix& out, con
 
 void softmax_gradient(const Matrix& logits, const Matrix& maxima, const Matrix& pieces, const Targets& targets, const Matrix& scale,
                       const Matrix& gradient, const Stream& stream) {
+  if (logits.empty()) return;
   with_real(logits.dtype, "cross entropy", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const SoftmaxGradient<T> op{View<T>(logits),     View<T>(gradient), View<double>(maxima), View<double>(pieces), targets,
-                                View<double>(scale), scale.rows};
-    sweep<16 / static_cast<int>(sizeof(T))>(op, logits.rows, logits.cols, {&logits, &gradient}, stream);
+    launch(stream, gradient_kernel<T>, dim3(blocks(logits.rows)), row_threads<T>(logits.cols), 0, View<T>(logits), View<T>(gradient),
+           View<double>(maxima), View<double>(pieces), targets, View<double>(scale), scale.rows, logits.cols);
   });
 }
 

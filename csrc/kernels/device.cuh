@@ -122,6 +122,13 @@ __device__ inline void store_words(uint2* to, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y) : "memory");
 }
 
+// 2^x to 2 units of its last place; what is smaller than a normal number is 0.
+__device__ inline float exp2_near(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
 __device__ inline float widen(Bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 
 __device__ inline float widen(F16 x) {

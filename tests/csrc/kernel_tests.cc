@@ -64,8 +64,7 @@ double loss_of(std::vector<float> logits, int64_t id, double smoothing = 0) {
   double all[4], loss = 0;
   const Targets targets{&id, -100, 0, n, smoothing};
   const Matrix maxima = dense(all, 1, 1, DType::f64), pieces = dense(all + 1, 1, 3, DType::f64);
-  row_maxima(row_of(logits), maxima, kHere);
-  softmax_pieces(row_of(logits), maxima, targets, pieces, kHere);
+  softmax_parts(row_of(logits), targets, maxima, pieces, kHere);
   losses(pieces, targets, dense(&loss, 1, 1, DType::f64), kHere);
   return loss;
 }

@@ -7,7 +7,7 @@ TILE, DEVICE, STORE, PLAIN = "kernels/gemm_tile.cuh", "kernels/device.cuh", "ker
 CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/column_slabs.cuh", "kernels/tail.cuh"
 ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
 LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
-PANEL = "kernels/panel.cuh"
+PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
 SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
 
 
@@ -125,7 +125,9 @@ FAULTS = [
     other("layer norm: sums written too early", "norm", "layer_norm", REDUCE, "  block_barrier();  // what was joined last", "  // what"),
     other("layer norm: M2 of one rank only", "norm", "layer_norm", NORM, "*into.to(i, 1) += *other.to(i, 1) + d", "*into.to(i, 1) += d"),
     other("softmax: lanes of a warp left out", "loss", "cross_entropy", REDUCE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
-    other("softmax: target of the group's first", "loss", "cross_entropy", LOSS, "id - targets.first - j;", "id - targets.first;"),
+    other("softmax: target of the group's first", "loss", "cross_entropy", LOSS, "at = target - j;", "at = target;"),
+    other("softmax: head of a row taken for its tail", "loss", "cross_entropy", PACKED, "s < row.head ? s : s + inside", "s + inside"),
+    other("softmax: sums about another maximum", "loss", "cross_entropy", LOSS, "sum *= exp_below<T>(top - high);", "sum *= 1;"),
     other("embedding: ids of other ranks", "embedding", "embedding", EMBED, "at >= 0 && at < rows ?", "at < rows ?"),
     *ATTENTION,
     other("quantise: largest of half a block", "quantise", "quantise", QUANTISE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "kernel_tests.h"
 #include "kernels/accumulate.h"
@@ -156,14 +157,34 @@ void layer_norms() {
         });
 }
 
+// Joins what two ranks have of the same rows, the second from column `half` on, into the first's.
+void join_parts(const Buffer& maxima, const Buffer& pieces, const Buffer& more_maxima, const Buffer& more, const std::vector<int64_t>& ids,
+                int64_t half, int64_t cols, bool smooth) {
+  for (int64_t i = 0; i < maxima.view().rows; i++) {
+    const double own = load(maxima.view(), i, 0), other = load(more_maxima.view(), i, 0), top = std::max(own, other);
+    const int64_t id = ids[static_cast<size_t>(i)];
+    const double factors[] = {half > 0 ? std::exp(own - top) : 0, std::exp(other - top)};
+    store(pieces.view(), i, 0, load(pieces.view(), i, 0) * factors[0] + load(more.view(), i, 0) * factors[1]);
+    store(pieces.view(), i, 1, id < 0 ? 0 : id < half ? load(pieces.view(), i, 1) + own - top : load(more.view(), i, 1) + other - top);
+    const double left = half > 0 ? load(pieces.view(), i, 2) + static_cast<double>(half) * (own - top) : 0;
+    store(pieces.view(), i, 2, smooth ? left + load(more.view(), i, 2) + static_cast<double>(cols - half) * (other - top) : 0);
+    store(maxima.view(), i, 0, top);
+  }
+}
+
+// Rows of an odd length, whose 16-byte boundaries lie elsewhere in each, long ones, and gradients that do not stand as the logits do.
 void cross_entropies() {
   std::mt19937 random(4);
+  std::vector<Size> sizes(std::begin(kSizes), std::end(kSizes));
+  sizes.insert(sizes.end(), {{3, 17001}, {2, 9000}, {9, 5}});
   for (const DType dtype : kReal)
-    for (const Size& s : kSizes)
+    for (const Size& s : sizes)
       for (const double smoothing : {0.0, 0.1})
         on_both([&](const Stream& stream, const std::string& where) {
           const Layout layout = kLayouts[s.cols % 3];
-          const Buffer logits(s.rows, s.cols, dtype, layout, random), gradient = logits.copy();
+          const bool apart = smoothing > 0 && s.cols % 2 == 0;
+          const Buffer logits(s.rows, s.cols, dtype, apart && s.rows == 2 ? Layout{true, 0, 0} : layout, random);
+          const Buffer gradient = apart ? Buffer(s.rows, s.cols, dtype, {false, 5, 3}, random) : logits.copy(), beside_it = gradient.copy();
           for (int64_t i = 0; i < s.rows; i++)
             for (int64_t j = 0; j < s.cols; j++) store(logits.view(), i, j, 8 * load(logits.view(), i, j) + 50);
           std::vector<int64_t> ids;
@@ -174,12 +195,9 @@ void cross_entropies() {
           Targets here{ids.data(), -100, 0, s.cols, smoothing}, there = here;
           there.first = half;
           const Matrix l = logits.view().slice(1, 0, half), r = logits.view().slice(1, half, s.cols);
-          row_maxima(l, maxima.view(), stream);
-          row_maxima(r, other.view(), stream);
-          for (int64_t i = 0; i < s.rows; i++) store(maxima.view(), i, 0, std::max(load(maxima.view(), i, 0), load(other.view(), i, 0)));
-          softmax_pieces(l, maxima.view(), here, pieces.view(), stream);
-          softmax_pieces(r, maxima.view(), there, more.view(), stream);
-          accumulate(more.view(), pieces.view(), stream);
+          softmax_parts(l, here, maxima.view(), pieces.view(), stream);
+          softmax_parts(r, there, other.view(), more.view(), stream);
+          join_parts(maxima, pieces, other, more, ids, half, s.cols, smoothing > 0);
           const Buffer loss(s.rows, 1, DType::f64, {}, random), counted(s.rows, 2, DType::f64, {}, random);
           losses(pieces.view(), here, loss.view(), stream);
           losses(pieces.view(), here, counted.view(), stream);
@@ -206,7 +224,32 @@ void cross_entropies() {
           for (size_t i = 0; i < want_loss.size(); i++) got_loss[i]++, want_loss[i]++;  // a lone column's loss is nothing but rounding
           report("cross_entropy" + where, type, shape, error_of(got_loss, want_loss), dtype == DType::f64 ? 1e-12 : 2e-6);
           report("softmax_gradient" + where, type, shape, error_of(gradient.values(), want_gradient), 4 * rounding(dtype) + 1e-12);
+          expect(gradient.same_padding(beside_it), "softmax_gradient wrote beside its output");
         });
+}
+
+// Masked classes, and what is no number: as on the CPU (tests/csrc/kernel_tests.cc).
+void odd_losses() {
+  std::mt19937 random(6);
+  constexpr double infinity = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  for (const DType dtype : kReal)
+    for (const int64_t n : {2, 77, 9001})
+      on_both([&](const Stream& stream, const std::string& where) {
+        const auto loss_of = [&](double all, double at_end, int64_t id) {
+          const Buffer row(1, n, dtype, {}, random), maxima(1, 1, DType::f64, {}, random), pieces(1, 3, DType::f64, {}, random), loss = maxima.copy();
+          for (int64_t j = 0; j < n; j++) store(row.view(), 0, j, j == n - 1 ? at_end : all);
+          const Targets targets{&id, -100, 0, n, 0};
+          softmax_parts(row.view(), targets, maxima.view(), pieces.view(), stream);
+          losses(pieces.view(), targets, loss.view(), stream);
+          return loss.values()[0];
+        };
+        const std::string name = "cross_entropy of " + std::to_string(n) + " " + name_of(dtype) + where;
+        expect(std::fabs(loss_of(50, -infinity, 0) - std::log(static_cast<double>(n - 1))) <= 1e-6, name + ": a masked class counts");
+        expect(std::isinf(loss_of(50, -infinity, n - 1)), name + ": a masked target has a finite loss");
+        expect(std::isnan(loss_of(50, nan, 0)) && std::isnan(loss_of(50, infinity, 0)), name + ": what is no number is lost");
+        expect(std::isnan(loss_of(-infinity, -infinity, 0)), name + ": a row without classes has a loss");
+        expect(loss_of(50, nan, -100) == 0, name + ": an ignored row has a loss");
+      });
 }
 
 void embeddings() {
@@ -238,7 +281,11 @@ void embeddings() {
       });
 }
 
-const Register all[] = {{"quantise", quantised}, {"layer_norm", layer_norms}, {"cross_entropy", cross_entropies}, {"embedding", embeddings}};
+const Register all[] = {{"quantise", quantised},
+                        {"layer_norm", layer_norms},
+                        {"cross_entropy", cross_entropies},
+                        {"cross_entropy, odd", odd_losses},
+                        {"embedding", embeddings}};
 
 }  // namespace
 }  // namespace gingham::tests

@@ -23,10 +23,27 @@ def test_layer_norm(report: Report, dtype: str) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_entropy(report: Report, dtype: str, smoothing: float) -> None:
-    for rows, cols in ((5, 77), (4, 512)):
+    for rows, cols in ((5, 77), (4, 512), (2, 8321)):
         for name, got, expected in layers.cross_entropy(Host(seed=rows, groups=3), rows, cols, dtype, smoothing):
             limit = STEP[dtype] if name == "gradient" else (STEP["f64"] if dtype == "f64" else 1e-6)
             report.check(f"cross-entropy {dtype} {rows}x{cols} smoothing {smoothing}: {name}", got, expected, limit)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_bytes_of_cross_entropy(dtype: str) -> None:
+    """Logits are read once forward and once backward, where the row counts, and the gradient is written once: 6 bytes an element in 16
+    bits."""
+    rows, cols, item = 4, 1283, {"f32": 4, "bf16": 2}[dtype]
+    threads = min(256, 32 * -(-cols * item // (16 * 32)))
+    host = Host(seed=1)
+    for _ in layers.cross_entropy(host, rows, cols, dtype, 0.0):
+        pass
+    moved = {each.name: (each.counts.read, each.counts.written) for each in host.launches}
+    forward = next(got for name, got in moved.items() if "parts_kernel" in name)
+    backward = next(got for name, got in moved.items() if "gradient_kernel" in name)
+    counted = rows - 1  # one is ignored; every thread asks for its row's target, and the others for their four numbers
+    assert forward == (item * (rows * cols + counted) + 8 * rows, rows * 4 * 8)
+    assert backward == (item * counted * cols + 8 * threads * (rows + 3 * counted), item * rows * cols)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

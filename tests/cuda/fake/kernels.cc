@@ -108,11 +108,8 @@ void layer_norm_whole_backward(const Matrix& dy, const Matrix& x, const Norm& no
   later(stream, [=] { gingham::layer_norm_whole_backward(dy, x, norm, dx, out, kHost); });
 }
 
-void row_maxima(const Matrix& logits, const Matrix& maxima, const Stream& stream) {
-  later(stream, [=] { gingham::row_maxima(logits, maxima, kHost); });
-}
-void softmax_pieces(const Matrix& logits, const Matrix& maxima, const Targets& targets, const Matrix& pieces, const Stream& stream) {
-  later(stream, [=] { gingham::softmax_pieces(logits, maxima, targets, pieces, kHost); });
+void softmax_parts(const Matrix& logits, const Targets& targets, const Matrix& maxima, const Matrix& pieces, const Stream& stream) {
+  later(stream, [=] { gingham::softmax_parts(logits, targets, maxima, pieces, kHost); });
 }
 void losses(const Matrix& pieces, const Targets& targets, const Matrix& out, const Stream& stream) {
   later(stream, [=] { gingham::losses(pieces, targets, out, kHost); });

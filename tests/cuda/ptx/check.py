@@ -155,7 +155,7 @@ class Checks:
         self.pairs(lambda host: layers.layer_norm(host, 5, 270, "f32"), 1e-5)
 
     def cross_entropy(self) -> None:
-        self.pairs(lambda host: layers.cross_entropy(host, 4, 300, "f32", 0.1))
+        self.pairs(lambda host: layers.cross_entropy(host, 4, 301, "f32", 0.1))
 
     def embedding(self) -> None:
         self.pairs(lambda host: layers.embedding(host, 20, 33, 70, "f32"))

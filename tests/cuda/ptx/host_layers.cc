@@ -29,8 +29,7 @@ int host_cross_entropy(const Matrix* logits, const int64_t* ids, double smoothin
                        const Matrix* scale, const Matrix* gradient) {
   return guarded(false, [&](const Stream& stream) {
     const Targets targets{ids, -100, 0, logits->cols, smoothing};
-    cuda::row_maxima(*logits, *maxima, stream);
-    cuda::softmax_pieces(*logits, *maxima, targets, *pieces, stream);
+    cuda::softmax_parts(*logits, targets, *maxima, *pieces, stream);
     cuda::losses(*pieces, targets, *out, stream);
     cuda::softmax_gradient(*logits, *maxima, *pieces, targets, *scale, *gradient, stream);
   });

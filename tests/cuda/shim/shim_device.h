@@ -88,6 +88,8 @@ inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row) {
 inline void store_words(uint4* to, uint4 v) { *to = v; }
 inline void store_words(uint2* to, uint2 v) { *to = v; }
 
+inline float exp2_near(float x) { return x < -126.f ? 0.f : exp2f(x); }
+
 inline float widen(Bf16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float out;
