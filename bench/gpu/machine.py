@@ -15,31 +15,33 @@ def versions() -> None:
     row("torch", torch.__version__)
     row("CUDA of torch", str(torch.version.cuda))
     row("NCCL of torch", str(torch.cuda.nccl.version()))
-    properties = torch.cuda.get_device_properties(0)
-    row(
-        "device",
-        f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.multi_processor_count} multiprocessors, L2 {properties.L2_cache_size >> 20} MiB",
-    )
+    of = torch.cuda.get_device_properties(0)
+    row("device", f"{of.name}, sm_{of.major}{of.minor}, {of.multi_processor_count} multiprocessors, L2 {of.L2_cache_size >> 20} MiB")
     free, total = torch.cuda.mem_get_info()
     row("free memory", free / 2**30, unit="GiB", total=total / 2**30)
     row("legacy default stream", torch.cuda.default_stream().cuda_stream)
     print(subprocess.run(["nvidia-smi"], capture_output=True, text=True).stdout[:1800])
 
 
-def ceilings() -> None:
+def rate_of_copy() -> float:
     x = torch.randn(1 << 28, device="cuda")
     y = torch.empty_like(x)
-    copied = milliseconds(lambda: y.copy_(x))
-    row("copy, read + written", 2 * x.nbytes / copied / 1e9, unit="TB/s")
-    del x, y
+    return 2 * x.nbytes / milliseconds(lambda: y.copy_(x)) / 1e9
+
+
+def rate_of_mm(n: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+    c = torch.empty_like(a)
+    return 2 * n**3 / milliseconds(lambda: torch.mm(a, b, out=c)) / 1e9
+
+
+def ceilings() -> None:
+    row("copy, read + written", rate_of_copy(), unit="TB/s")
     for dtype in RATES:
         n = 8192 if dtype.itemsize == 2 else 4096
-        a, b = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
-        c = torch.empty_like(a)
-        row(f"torch.mm {n} {RATES[dtype]}", 2 * n**3 / milliseconds(lambda: torch.mm(a, b, out=c)) / 1e9, unit="TFLOP/s")
+        row(f"torch.mm {n} {RATES[dtype]}", rate_of_mm(n, dtype), unit="TFLOP/s")
     torch.backends.cuda.matmul.allow_tf32 = True
-    a, b = (torch.randn(4096, 4096, device="cuda") for _ in range(2))
-    row("torch.mm 4096 tf32", 2 * 4096**3 / milliseconds(lambda: a @ b) / 1e9, unit="TFLOP/s")
+    row("torch.mm 4096 tf32", rate_of_mm(4096, torch.float32), unit="TFLOP/s")
     torch.backends.cuda.matmul.allow_tf32 = False
 
 

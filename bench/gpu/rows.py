@@ -57,7 +57,8 @@ def main(parts: dict[str, Callable[[], None]]) -> None:
             parts[name]()
         except BaseException as error:
             failed += 1
-            text = "".join(traceback.format_exception(error))[-1500:]
+            text = "".join(traceback.format_exception(error))  # with what it hides, such as the first error in a capture
+            text = text if len(text) < 6000 else text[:3000] + "\n...\n" + text[-3000:]
             row(name, f"{type(error).__name__}: {error}"[:300], 0.0)
             print(text, flush=True)
             if isinstance(error, KeyboardInterrupt | SystemExit) or "CUDA error" in str(error) or "cuda" in type(error).__name__:

@@ -88,8 +88,10 @@ def truth_parts() -> list[Part]:
         parts.append(Part(f"attention ring {dtype}", bench(*words), 30))
     files = [f"tests/python/{name}.py" for name in ("test_factorisations", "test_functional", "test_gpt", "test_traffic", "nn/test_layers")]
     parts.append(Part("ranks on one GPU: tests", pytest(*files), 150, same_gpu()))
-    train = "-m gingham train --ranks 8 --mode 2.5d --depth 2 --device cuda --steps 5 --layers 2 --width 64 --context 32 --sample 0 --plot= --compare-serial"
-    parts.append(Part("ranks on one GPU: a GPT on 8", [sys.executable, *train.split()], 90, same_gpu()))
+    train = "train --ranks 8 --mode 2.5d --depth 2 --device cuda --steps 5 --layers 2 --width 64 --context 32 --sample 0 --plot="
+    parts.append(
+        Part("ranks on one GPU: a GPT on 8", [sys.executable, "-m", "gingham", *train.split(), "--compare-serial"], 90, same_gpu())
+    )
     parts.append(Part("times", python("times.py"), 120))
     return parts
 
@@ -118,7 +120,8 @@ def long_parts() -> list[Part]:
             for shape in ("8192,64,16", "8192,128,16"):
                 words = ["attention", "--ranks", ranks, "--shape", shape, "--dtype", dtype, "--rounds", "10"]
                 parts.append(Part(f"attention {ranks} x {shape} {dtype}", bench(*words), 60))
-    counters = "gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed,dram__throughput.avg.pct_of_peak_sustained_elapsed,lts__throughput.avg.pct_of_peak_sustained_elapsed"
+    shares = [f"{unit}__throughput.avg.pct_of_peak_sustained_elapsed" for unit in ("sm", "dram", "lts")]
+    counters = ",".join(["gpu__time_duration.sum", *shares])
     words = ["--clock-control", "none", "--metrics", counters, "--launch-count", "60", "--csv"]
     parts.append(Part("ncu", ["ncu", *words, *python("times.py", "kernels")], 200))
     return parts

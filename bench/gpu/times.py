@@ -1,4 +1,4 @@
-"""Layers on one rank's GPU beside torch's: medians by events, ratio torch / gingham (above 1: gingham is faster), and what their kernels take.
+"""Layers on one rank's GPU beside torch's: medians by events, torch's time over gingham's (above 1: gingham is faster), and their kernels.
 
 python bench/gpu/times.py [linears | sweeps | gpt | kernels | host] ...
 """
@@ -56,8 +56,8 @@ def linears() -> None:
             if dtype == torch.float32 and rows * into * out > 1 << 37:
                 continue
             x = torch.randn(rows, into, device="cuda").to(dtype)
-            beside(f"Linear {rows}x{into}x{out} {RATES[dtype]}", nn.Linear(into, out).to(dtype), torch.nn.Linear(into, out).to("cuda", dtype), x, out,
-                   flops=2.0 * rows * into * out)  # fmt: skip
+            ours, theirs = nn.Linear(into, out).to(dtype), torch.nn.Linear(into, out).to("cuda", dtype)
+            beside(f"Linear {rows}x{into}x{out} {RATES[dtype]}", ours, theirs, x, out, flops=2.0 * rows * into * out)
     x = torch.randn(8192, 1024, device="cuda").to(torch.bfloat16)
     twin = torch.nn.Sequential(torch.nn.Linear(1024, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024)).to("cuda", torch.bfloat16)
     beside("MLP 8192x1024x4096 bf16", nn.MLP(1024, 4096).to(torch.bfloat16), twin, x, 1024, flops=4.0 * 8192 * 1024 * 4096)
@@ -138,6 +138,8 @@ def gpt() -> None:
 def profiled(name: str, run: Callable[[], object], most: int = 8) -> None:
     """The kernels of one call, by time on the device."""
     from torch.profiler import ProfilerActivity, profile
+
+    CPU = torch.autograd.DeviceType.CPU
 
     for _ in range(2):
         run()

@@ -92,6 +92,30 @@ def waits() -> None:
     row("waits of the host in a step", float(len(places)), 0.0, places=places)
 
 
+def indices() -> None:
+    """A target that is no class: a loss of NaN, and an error by the next call, which names rank and value; ids likewise."""
+    ours, _ = models()
+    ids, target = batch(0)
+    wrong = target.clone()
+    wrong[1, 3] = 300
+    loss = ours.loss(ours(ids), wrong)
+    row("a wrong target, loss is NaN", float(not loss.isnan().item()), 0.0)
+    said = "nothing"
+    try:
+        loss_of(ours, 1)
+    except gingham.ShapeError as error:
+        said = str(error)
+    row("a wrong target, told by the next call", float(not ("rank 0" in said and "300" in said)), 0.0, said=said)
+    out = ours(torch.where(ids == ids[0, 0], 999, ids))
+    row("a wrong id, rows are NaN", float(not out.isnan().any().item()), 0.0)
+    try:
+        loss_of(ours, 1)
+        said = "nothing"
+    except gingham.ShapeError as error:
+        said = str(error)
+    row("a wrong id, told by the next call", float(not ("rank 0" in said and "999" in said)), 0.0, said=said)
+
+
 def autocast() -> None:
     ours, theirs = models()
     exact = copy.deepcopy(theirs).double()
@@ -204,6 +228,7 @@ def saved() -> None:
 PARTS: dict[str, Callable[[], None]] = {
     "train": train,
     "waits": waits,
+    "indices": indices,
     "autocast": autocast,
     "scaler": scaler,
     "compiled": compiled,

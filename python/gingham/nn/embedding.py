@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..autograd.background import Work, all_reduced, summed
 from ..autograd.casts import like, local_of
 from ..autograd.gradients import deferring, sum_or_defer
+from ..autograd.indices import wrong_indices
 from ..autograd.second_order import gathered, refuse_deferred, replay, shared
 from ..checks import row_dim
 from ..errors import MeshError, ShapeError
@@ -129,16 +130,17 @@ class Embedding(Layer, torch.nn.Embedding):
 class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, layer: Any) -> torch.Tensor:
-        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < layer.count:
-            found = f"rank {layer.mesh.rank} got ids in {int(ids.min())}..{int(ids.max())}"
-            raise ShapeError(f"Embedding({layer.count}): {found}, expected 0..{layer.count - 1}")
+        wrong = wrong_indices(ids, layer.count, None, f"Embedding({layer.count}): rank {layer.mesh.rank}: an id")
+        if wrong is not None:  # on a GPU: those rows are NaN, and the error comes later
+            ids = torch.where(wrong, 0, ids)
         ctx.layer, ctx.weight = layer, weight
         ctx.save_for_backward(ids)
         axis, local = layer.mesh.axis(layer.cut), local_of(weight)
         ctx.label = layer.label
         layer.mesh.say(ctx.label, moves=axis is not None)
         table = torch.cat(axis.all_gather(local)) if axis is not None else local
-        return F.embedding(ids, table)
+        rows = F.embedding(ids, table)
+        return rows if wrong is None else rows.masked_fill_(wrong.unsqueeze(-1), torch.nan)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
