@@ -48,6 +48,12 @@ def test_every_order_with_cut_tiles(report: Report, orders: str) -> None:
     check(report, (136, 264, 200), "f16", orders, "early", 128)
 
 
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_more_tiles_than_blocks_stages_and_places(report: Report, timing: str) -> None:
+    check(report, (520, 600, 64), "bf16", "rc", timing, 128, accumulate=True)  # 25 tiles of one step on 3 multiprocessors
+    check(report, (392, 776, 136), "bf16", "rr", timing, 256, groups=5)
+
+
 def test_more_steps_than_stages(report: Report) -> None:
     check(report, (64, 128, 1000), "bf16", "rc", "late", 128)
     check(report, (64, 128, 1000), "bf16", "cr", "early", 256)
