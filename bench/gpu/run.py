@@ -64,6 +64,10 @@ def same_gpu() -> dict[str, str]:
     return {"GINGHAM_DEVICE": "cuda", "GINGHAM_NCCL": SAME_GPU, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
 
 
+def same_gpu_messages(name: str) -> list[str]:
+    return [sys.executable, str(ROOT / "tests" / "cuda" / "samegpu" / "messages.py"), SAME_GPU, name]
+
+
 def truth_parts() -> list[Part]:
     parts = [
         Part("machine", python("machine.py"), 60),
@@ -86,8 +90,18 @@ def truth_parts() -> list[Part]:
     for dtype in ("bfloat16", "float32"):
         words = ("attention", "--check", "--ranks", "4", "--shape", "515,64,4", "--dtype", dtype, "--rounds", "2")
         parts.append(Part(f"attention ring {dtype}", bench(*words), 30))
-    files = [f"tests/python/{name}.py" for name in ("test_factorisations", "test_functional", "test_gpt", "test_traffic", "nn/test_layers")]
-    parts.append(Part("ranks on one GPU: tests", pytest(*files), 150, same_gpu()))
+    files = [
+        "test_functional",
+        "test_traffic",
+        "nn/test_layers",
+        "nn/test_linear",
+        "nn/test_loss",
+        "nn/test_embedding",
+        "nn/test_layer_traffic",
+    ]
+    parts += [Part(f"stand-in for NCCL: {name}", same_gpu_messages(name), 30) for name in ("exchange", "mismatch", "abort", "again")]
+    parts.append(Part("ranks on one GPU: tests", pytest(*(f"tests/python/{name}.py" for name in files)), 150, same_gpu()))
+    parts.append(Part("ranks on one GPU: gradients of a GPT", pytest("tests/python/test_gpt.py"), 90, same_gpu()))
     train = "train --ranks 8 --mode 2.5d --depth 2 --device cuda --steps 5 --layers 2 --width 64 --context 32 --sample 0 --plot="
     parts.append(
         Part("ranks on one GPU: a GPT on 8", [sys.executable, "-m", "gingham", *train.split(), "--compare-serial"], 90, same_gpu())

@@ -5,6 +5,7 @@ python bench/gpu/times.py [linears | sweeps | gpt | kernels | host] ...
 
 from __future__ import annotations
 
+import cProfile
 import time
 from collections.abc import Callable
 
@@ -192,6 +193,12 @@ def host() -> None:
             run()
         row(f"host, Linear forward + backward, {name}", (time.perf_counter() - start) / 200 * 1e6, unit="us")
         torch.cuda.synchronize()
+        where = cProfile.Profile()
+        where.runcall(lambda run=run: [run() for _ in range(100)])
+        torch.cuda.synchronize()
+        entries = sorted(where.getstats(), key=lambda entry: -entry.inlinetime)[:12]
+        places = [[str(entry.code)[:70], entry.callcount // 100, round(entry.inlinetime * 1e4, 1)] for entry in entries]
+        row(f"host, where the time of {name} goes", "calls and us a pass, under the profiler", places=places)
 
 
 PARTS = {"linears": linears, "sweeps": sweeps, "gpt": gpt, "kernels": kernels, "host": host}
