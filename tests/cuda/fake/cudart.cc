@@ -1,13 +1,14 @@
 // A CUDA runtime without a GPU: every stream is a thread that does its work in order, an event is a ticket that the thread punches, device
 // memory is host memory. Made for the host side of the real backend, against the toolkit's real headers. Environment:
 //   FAKE_CUDA_DEVICES  number of devices (8)            FAKE_CUDA_JITTER  up to so many microseconds of sleep before each piece of work
-//   FAKE_CUDA_SEED     of the jitter                    FAKE_CUDA_SLOW_COPY  microseconds that the host takes to queue a copy within devices
+//   FAKE_CUDA_SEED     of the jitter                    FAKE_CUDA_SLOW  device,microseconds that its threads take to record an event
 // Each stream also keeps a vector clock: what of the other streams' work it has waited for, known when the work is queued and so the same
 // in every run. fake_unjoined() counts the streams with work that a stream has not waited for (what would break a graph capture and let
 // memory be used again too early), fake_host_waits() the calls that made the host wait, fake_legacy_uses() those of the default stream,
 // fake_legacy_joins() the waits between it and streams that were made without cudaStreamNonBlocking.
 // Freed memory is poisoned with NaN bit patterns when the stream gets there, new memory too: what is read too early shows.
 #include <cuda_runtime_api.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "stream.h"
@@ -44,6 +45,11 @@ using fake::stream_of;
 namespace {
 using fake::current_device;
 std::atomic<uint64_t> kept{0};  // bytes that a pool keeps when it is asked to give back
+void take_time() {
+  int device = 0, microseconds = 0;
+  const char* slow = getenv("FAKE_CUDA_SLOW");
+  if (slow && sscanf(slow, "%d,%d", &device, &microseconds) == 2 && device == current_device) fake::nap(microseconds);
+}
 int devices() {
   static const int count = fake::number("FAKE_CUDA_DEVICES", 8);
   return count;
@@ -172,6 +178,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  take_time();
   if (event_of(event).device != fake::entered(stream).device) return cudaErrorInvalidResourceHandle;
   const auto capture = stream_of(stream).capture();
   if (capture && capture->broken) return cudaErrorStreamCaptureInvalidated;
@@ -201,8 +208,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
-  if (kind == cudaMemcpyDeviceToDevice) fake::nap(fake::number("FAKE_CUDA_SLOW_COPY", 0));
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   fake::enqueue(stream, [=] { memcpy(to, from, bytes); });
   return cudaSuccess;
 }

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <functional>
+#include <limits>
 
 #include "kernels/accumulate.h"
 #include "kernels/attention.h"
@@ -28,6 +29,13 @@ class Malloc : public Stream {
 const Malloc kHost;
 
 void later(const Stream& stream, std::function<void()> work) { shim_enqueue(static_cast<cudaStream_t>(stream.native()), std::move(work)); }
+
+void forget(const Matrix& m) {
+  DISPATCH(m.dtype, T, {
+    for (int64_t i = 0; i < m.rows; i++)
+      for (int64_t j = 0; j < m.cols; j++) static_cast<T*>(m.data)[i * m.row_stride + j * m.col_stride] = std::numeric_limits<T>::quiet_NaN();
+  });
+}
 
 }  // namespace
 
@@ -62,7 +70,10 @@ void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, co
   later(stream, [=] { gingham::gemm(a, b, c, accumulate, kHost); });
 }
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
-  later(stream, [=] { gingham::gemm(a, b, c, accumulate, tail, kHost); });
+  later(stream, [=] {
+    gingham::gemm(a, b, c, accumulate, tail, kHost);
+    if (!tail.keeps_sum && c.data) forget(c);  // a GPU's kernel does not store it
+  });
 }
 int64_t widest_head(DType dtype, const Stream&) { return dtype == DType::f64 ? 128 : 256; }
 void attention_begin(const AttentionSums& sums, const Stream& stream) {

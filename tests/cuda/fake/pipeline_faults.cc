@@ -97,7 +97,7 @@ void a_scope_gives_the_device_back() {
 
 // More messages than slots, and a receiver that is slower than the sender: a slot is written again only when it has been taken.
 void slots_of_copies_are_taken_in_turn() {
-  const With slow("FAKE_CUDA_SLOW_COPY", "5000");
+  const With slow("FAKE_CUDA_SLOW", "1,20000");
   Options o = options(Carrier::copy, {1, 1, 1});
   o.name = "broadcast";
   o.ranks = 2;
