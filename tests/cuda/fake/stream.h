@@ -59,6 +59,12 @@ class Stream {
     all.insert(this);
   }
   ~Stream() {
+    if (const auto held = capture()) {
+      const std::lock_guard lock(captures_mutex);
+      held->broken.store(true);
+      held->members.erase(std::find(held->members.begin(), held->members.end(), this));
+      leave(false);
+    }
     {
       const std::lock_guard lock(all_mutex);
       all.erase(this);
