@@ -21,11 +21,14 @@ struct Sum {
 template <class T>
 struct Column {
   using Sum = Wide<T>;
+  static constexpr int count = 1;
+  static constexpr size_t room = 0;
   View<T> a;
+  __device__ Column enter(int64_t, int64_t, void*) const { return *this; }
   template <int W>
-  __device__ void at(int64_t i, int64_t j, Sum (&sum)[W]) const {
+  __device__ void at(int64_t i, int64_t j, Sum (&sum)[1][W]) const {
     const Pack<T, W> x = a.template load<W>(i, j);
-    for (int k = 0; k < W; k++) sum[k] += widen(x.at[k]);
+    for (int k = 0; k < W; k++) sum[0][k] += widen(x.at[k]);
   }
 };
 
@@ -46,7 +49,7 @@ void sum_columns(const Matrix& a, const Matrix& out, bool add, const Stream& str
     const unsigned blocks = static_cast<unsigned>(ceil_div(a.cols, kStrands));
     return launch(stream, line_kernel<T>, dim3(blocks), 32 * kStrands, 0, View<T>(a), View<Wide<T>>(out), a.rows, a.cols, add);
   }
-  sum_slabs<16 / static_cast<int>(sizeof(T))>(Column<T>{View<T>(a)}, a.rows, out, add, {&a}, stream);
+  sum_slabs<16 / static_cast<int>(sizeof(T))>(Column<T>{View<T>(a)}, a.rows, {out}, add, {&a}, stream);
 }
 
 }  // namespace

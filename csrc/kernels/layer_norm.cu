@@ -1,49 +1,11 @@
-// One block a row. Statistics read the row twice, the second time from L1 or L2 (a row of 12288 in bf16 is 24 KiB): first the mean, then the
-// sum of squares around it, which no mean however large can cancel. All is limited by memory: forward 2 x sizeof(T) bytes an element.
-#include "kernels/accumulate.h"
+// Rows of which other ranks have parts, or too long for layer_norm_whole.cu: one block a row. Statistics read the row twice, the second time
+// from L1 or L2 (a row of 12288 in bf16 is 24 KiB): first the mean, then the sum of squares around it, which no mean however large can
+// cancel. All is limited by memory: forward 2 x sizeof(T) bytes an element.
 #include "kernels/cast.h"
-#include "kernels/column_slabs.cuh"
-#include "kernels/layer_norm.h"
-#include "kernels/reduce.cuh"
+#include "kernels/norm_row.cuh"
 
 namespace gingham::cuda {
 namespace {
-
-template <class T>
-struct NormViews {
-  View<double> statistics;
-  View<T> gamma, beta;
-  double count, eps;
-
-  explicit NormViews(const Norm& n) : statistics(n.statistics), gamma(n.gamma), beta(n.beta), count(static_cast<double>(n.count)), eps(n.eps) {}
-};
-
-// A row's mean in two parts, so that x - mean keeps its digits in fp32.
-template <class A>
-struct RowNorm {
-  A mean, mean_rest, rstd;
-  __device__ A xhat(A x) const { return ((x - mean) - mean_rest) * rstd; }
-};
-
-template <class T>
-__device__ inline RowNorm<Wide<T>> row_norm(const NormViews<T>& n, int64_t i) {
-  using A = Wide<T>;
-  const double mean = *n.statistics.to(i, 0);
-  const A high = static_cast<A>(mean);
-  return {high, static_cast<A>(mean - static_cast<double>(high)), static_cast<A>(1.0 / sqrt(*n.statistics.to(i, 1) / n.count + n.eps))};
-}
-
-template <int W, class T>
-__device__ inline Pack<Wide<T>, W> weights(const View<T>& v, int64_t j, Wide<T> otherwise) {
-  Pack<Wide<T>, W> out;
-  if (v.data) {
-    const Pack<T, W> in = v.template load<W>(0, j);
-    for (int k = 0; k < W; k++) out.at[k] = widen(in.at[k]);
-  } else {
-    for (int k = 0; k < W; k++) out.at[k] = otherwise;
-  }
-  return out;
-}
 
 template <int W, class T>
 __global__ void __launch_bounds__(kRowThreads, 4) statistics_kernel(View<T> x, View<double> out, int64_t cols, bool centred) {
@@ -128,7 +90,7 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     backward_kernel(View<T> dy, View<T> x, NormViews<T> norm, View<double> pieces, View<T> dx, int64_t cols) {
   const int64_t i = blockIdx.x;
   const auto row = row_norm(norm, i);
-  const Wide<T> sum = static_cast<Wide<T>>(*pieces.to(i, 0) / norm.count), with_x = static_cast<Wide<T>>(*pieces.to(i, 1) / norm.count);
+  const Wide<T> sum = static_cast<Wide<T>>(*pieces.to(i, 0) * norm.share), with_x = static_cast<Wide<T>>(*pieces.to(i, 1) * norm.share);
   along_row<W>(cols, [&](auto width, int64_t j) {
     constexpr int w = decltype(width)::value;
     const Pack<T, w> in = x.template load<w>(i, j), grad = dy.template load<w>(i, j);
@@ -138,19 +100,6 @@ __global__ void __launch_bounds__(kRowThreads, 4)
     dx.template store<w>(i, j, out);
   });
 }
-
-template <class T>
-struct GammaGradient {
-  using Sum = Wide<T>;
-  View<T> dy, x;
-  NormViews<T> norm;
-  template <int W>
-  __device__ void at(int64_t i, int64_t j, Sum (&sum)[W]) const {
-    const auto row = row_norm(norm, i);
-    const Pack<T, W> in = x.template load<W>(i, j), grad = dy.template load<W>(i, j);
-    for (int k = 0; k < W; k++) sum[k] += widen(grad.at[k]) * row.xhat(widen(in.at[k]));
-  }
-};
 
 dim3 rows_of(const Matrix& x) { return dim3(blocks(x.rows)); }
 
@@ -205,32 +154,6 @@ void layer_norm_backward(const Matrix& dy, const Matrix& x, const Norm& norm, co
              View<double>(pieces), View<T>(dx), x.cols);
     });
   });
-}
-
-void layer_norm_weights(const Matrix& dy, const Matrix& x, const Norm& norm, const NormWeights& out, const Stream& stream) {
-  if (out.dbeta.data) cuda::column_sums(dy, out.dbeta, false, stream);
-  if (!out.dgamma.data || x.cols == 0) return;
-  if (x.rows == 0) return gingham::fill_zero(out.dgamma, stream);
-  with_real(x.dtype, "layer norm", [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    sum_slabs<16 / static_cast<int>(sizeof(T))>(GammaGradient<T>{View<T>(dy), View<T>(x), NormViews<T>(norm)}, x.rows, out.dgamma, false, {&dy, &x},
-                                                stream);
-  });
-}
-
-void layer_norm_whole(const Matrix& x, const Norm& norm, const Matrix& y, const Stream& stream) {
-  cuda::row_statistics(x, norm.centred, norm.statistics, stream);
-  cuda::layer_norm(x, norm, y, stream);
-}
-
-void layer_norm_whole_backward(const Matrix& dy, const Matrix& x, const Norm& norm, const Matrix& dx, const NormWeights& out, const Stream& stream) {
-  if (dx.data) {
-    const Scratch room(stream, static_cast<size_t>(x.rows) * 2 * sizeof(double));
-    const Matrix pieces = dense(room.data(), x.rows, 2, DType::f64);
-    cuda::layer_norm_pieces(dy, x, norm, pieces, stream);
-    cuda::layer_norm_backward(dy, x, norm, pieces, dx, stream);
-  }
-  cuda::layer_norm_weights(dy, x, norm, out, stream);
 }
 
 }  // namespace gingham::cuda

@@ -7,6 +7,7 @@ TILE, DEVICE, STORE, PLAIN = "kernels/gemm_tile.cuh", "kernels/device.cuh", "ker
 CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/column_slabs.cuh", "kernels/tail.cuh"
 ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
 LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
+ROW, WHOLE, KEPT = "kernels/norm_row.cuh", "layer_norm_whole", "kernels/layer_norm_whole.cu"
 PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
 SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
 
@@ -125,10 +126,23 @@ FAULTS = [
     other("ring step loses what arrives", "accumulate", "accumulate", ACCUMULATE, "x.at[k] + y.at[k];", "x.at[k];"),
     other("dropout: the next counter", "dropout", "dropout", "kernels/dropout.cu", "philox(index / 4 +", "philox(index / 4 + 1 +"),
     other("epilogue: residual multiplied", "epilogue", "epilogue", TAIL, "] += widen(more.at[k]);", "] *= widen(more.at[k]);"),
-    other("layer norm: eps ignored", "norm", "layer_norm", NORM, "/ n.count + n.eps)", "/ n.count)"),
+    other("layer norm: eps ignored", "norm", "layer_norm", ROW, "* n.share + n.eps)", "* n.share)"),
     other("layer norm: sums read too early", "norm", "layer_norm", REDUCE, "  block_barrier();\n  for (int n = 0; n < N; n++) {", LOOP),
     other("layer norm: sums written too early", "norm", "layer_norm", REDUCE, "  block_barrier();  // what was joined last", "  // what"),
     other("layer norm: M2 of one rank only", "norm", "layer_norm", NORM, "*into.to(i, 1) += *other.to(i, 1) + d", "*into.to(i, 1) += d"),
+    other(
+        "layer norm, whole: the first pack again",
+        "norm",
+        WHOLE,
+        KEPT,
+        "return (static_cast<int64_t>(threadIdx.x) + p *",
+        "return (threadIdx.x + 0 *",
+    ),
+    other("layer norm, whole: squares about zero", "norm", WHOLE, KEPT, "d = (widen(v) - high) - low;", "d = widen(v);"),
+    other("layer norm, whole: too long a row", "norm", WHOLE, KEPT, "if (warps * 32 > kHeldThreads) return false;", ""),
+    other(
+        "layer norm, whole: a slab's rows not awaited", "norm", WHOLE, KEPT, "    block_barrier();\n    return {dy, x", "    return {dy, x"
+    ),
     other("softmax: lanes of a warp left out", "loss", "cross_entropy", REDUCE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
     other("softmax: target of the group's first", "loss", "cross_entropy", LOSS, "at = target - j;", "at = target;"),
     other("softmax: head of a row taken for its tail", "loss", "cross_entropy", PACKED, "s < row.head ? s : s + inside", "s + inside"),

@@ -123,11 +123,14 @@ struct NormResults {
   }
 };
 
-// Columns cut in two, as over two ranks, and rows that lie whole in one place.
+// Columns cut in two, as over two ranks, and rows that lie whole in one place: some in the registers of a block, of a few threads or of all,
+// with packs or with single elements, others too long for them.
 void layer_norms() {
   std::mt19937 random(3);
+  std::vector<Size> sizes(std::begin(kSizes), std::end(kSizes));
+  sizes.insert(sizes.end(), {{3, 1032}, {2, 16392}, {3, 2057}, {600, 72}});
   for (const DType dtype : kReal)
-    for (const Size& s : kSizes)
+    for (const Size& s : sizes)
       for (const auto& [offset, centred] : {std::pair{0.0, true}, {100.0, true}, {1.0, false}})
         on_both([&, offset = offset, centred = centred](const Stream& stream, const std::string& where) {
           const Layout layout = kLayouts[s.rows % 3];

@@ -40,7 +40,8 @@ SHOWN = re.compile(
     r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|AddChain)<Bf16>)>"
     r"|sweep_kernel<4, (Sum<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
     r"|attention_(forward|backward)_kernel<(Bf16|float), |delta_kernel<8, Bf16>"
-    r"|slab_kernel<8, (Column|GammaGradient)<Bf16>>|(statistics|layer_norm|pieces|backward)_kernel<8, Bf16>"
+    r"|slab_kernel<8, (Column<Bf16>|WeightSums<Bf16, (true|false)>)>"
+    r"|(statistics|layer_norm|pieces|backward|whole|whole_backward)_kernel<8, Bf16>"
     r"|parts_kernel<Bf16, |gradient_kernel<Bf16>"
 )
 Row = dict[str, Any]
@@ -117,7 +118,8 @@ def block_of(name: str) -> tuple[int, int] | None:
         return attention_block(attention[2], int(attention[3]), attention[1] == "backward", attention[4] == "true")
     wide = re.match(r"slab_kernel<(\d+),", name)
     if wide:
-        return 256, 8 * 8 * 32 * int(wide[1])
+        room = 3 * 256 * (8 if "double" in name else 4) if "WeightSums" in name else 0
+        return 256, 8 * 8 * 32 * int(wide[1]) + room
     return None if name.startswith("sm90_kernel") else (256, 0)
 
 

@@ -20,6 +20,37 @@ def test_layer_norm(report: Report, dtype: str) -> None:
             report.check(f"{'layer' if centred else 'RMS'} norm {dtype} {rows}x{cols}: {name}", got, expected, limit)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_of_whole_rows(report: Report, dtype: str) -> None:
+    """Rows of single elements, of packs, and those that are too long for a block's registers."""
+    for rows, cols, centred in ((5, 70, True), (3, 2056, True), (3, 264, False), (2, 2053, True)):
+        for name, got, expected in layers.layer_norm(Host(seed=rows, groups=3), rows, cols, dtype, centred, whole=True):
+            limit = STEP[dtype] if name in ("y", "dx") else max(STEP["f32"], 1e-15) if dtype != "f64" else STEP["f64"]
+            report.check(f"whole {'layer' if centred else 'RMS'} norm {dtype} {rows}x{cols}: {name}", got, expected, limit)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_bytes_of_layer_norm(dtype: str) -> None:
+    """Whole rows are read once and written once, forward and backward, and x and dy once more for both gradients of the weights: in 16 bits
+    4, 6 and 4 bytes an element. gamma and beta, read for every row here, come from cache."""
+    rows, cols, item = 300, 136, {"f32": 4, "bf16": 2}[dtype]
+    threads, slabs, across = {"f32": 32, "bf16": 32}[dtype], 2, -(-cols * item // 512)
+    host = Host(seed=1)
+    for _ in layers.layer_norm(host, rows, cols, dtype, whole=True):
+        pass
+    moved = {each.name: (each.counts.read, each.counts.written) for each in host.launches}
+
+    def of(kernel: str) -> tuple[int, int]:
+        return next(got for name, got in moved.items() if kernel in name)
+
+    row = cols * item
+    assert len(moved) == 4, moved
+    assert of("12whole_kernel") == (rows * (row + 2 * row), rows * (row + 16))
+    assert of("whole_backward_kernel") == (rows * (2 * row + 2 * row + 16 * threads), rows * row)
+    assert of("11slab_kernel") == (rows * (2 * row + 16 * across), 2 * slabs * cols * 8)
+    assert of("slabs_kernel") == (2 * slabs * cols * 8, 2 * cols * 4)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_cross_entropy(report: Report, dtype: str, smoothing: float) -> None:

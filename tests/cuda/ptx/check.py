@@ -155,6 +155,10 @@ class Checks:
     def layer_norm(self) -> None:
         self.pairs(lambda host: layers.layer_norm(host, 5, 270, "f32"), 1e-5)
 
+    def layer_norm_whole(self) -> None:
+        for cols in (1032, 2053):
+            self.pairs(lambda host, cols=cols: layers.layer_norm(host, 3, cols, "f32", whole=True), 1e-5)
+
     def cross_entropy(self) -> None:
         self.pairs(lambda host: layers.cross_entropy(host, 4, 301, "f32", 0.1))
 

@@ -25,6 +25,15 @@ int host_layer_norm(const Matrix* x, const Matrix* dy, const Matrix* gamma, cons
   });
 }
 
+int host_layer_norm_whole(const Matrix* x, const Matrix* dy, const Matrix* gamma, const Matrix* beta, const Matrix* statistics, const Matrix* y,
+                          const Matrix* dx, const Matrix* dgamma, const Matrix* dbeta, double eps, int centred) {
+  return guarded(false, [&](const Stream& stream) {
+    const Norm norm{*statistics, x->cols, eps, *gamma, *beta, centred != 0};
+    cuda::layer_norm_whole(*x, norm, *y, stream);
+    cuda::layer_norm_whole_backward(*dy, *x, norm, *dx, {*dgamma, *dbeta}, stream);
+  });
+}
+
 int host_cross_entropy(const Matrix* logits, const int64_t* ids, double smoothing, const Matrix* maxima, const Matrix* pieces, const Matrix* out,
                        const Matrix* scale, const Matrix* gradient) {
   return guarded(false, [&](const Stream& stream) {

@@ -15,16 +15,16 @@ def normal(rows: int, cols: int, seed: int) -> Array:
     return np.random.default_rng(seed).standard_normal((rows, cols))
 
 
-def layer_norm(host: Host, rows: int, cols: int, dtype: str, centred: bool = True) -> Iterator[Pair]:
-    """The columns as two ranks would hold them; a mean far from zero. Not centred: the RMS norm."""
+def layer_norm(host: Host, rows: int, cols: int, dtype: str, centred: bool = True, whole: bool = False) -> Iterator[Pair]:
+    """The columns as two ranks would hold them, or whole; a mean far from zero. Not centred: the RMS norm."""
     eps, wide = 0.1, "f64" if dtype == "f64" else "f32"
     x, dy = host.matrix(normal(rows, cols, 1) * 0.5 + 3, dtype), host.matrix(normal(rows, cols, 2), dtype)
     gamma, beta = host.matrix(normal(1, cols, 3), dtype), host.matrix(normal(1, cols, 4), dtype)
     statistics, others, pieces = (host.empty(rows, 2, "f64") for _ in range(3))
     y, dx = (host.empty(rows, cols, dtype) for _ in range(2))
     dgamma, dbeta = (host.empty(1, cols, wide) for _ in range(2))
-    results = (statistics, others, y, pieces, dx, dgamma, dbeta)
-    host.run("layer_norm", x, dy, gamma, beta, *results, ctypes.c_double(eps), ctypes.c_int(centred))
+    results = (statistics, y, dx, dgamma, dbeta) if whole else (statistics, others, y, pieces, dx, dgamma, dbeta)
+    host.run("layer_norm_whole" if whole else "layer_norm", x, dy, gamma, beta, *results, ctypes.c_double(eps), ctypes.c_int(centred))
     values, grad, g = host.read(x), host.read(dy), host.read(dy) * host.read(gamma)
     mean = values.mean(1, keepdims=True) * centred
     square = ((values - mean) ** 2).mean(1, keepdims=True)
@@ -32,7 +32,8 @@ def layer_norm(host: Host, rows: int, cols: int, dtype: str, centred: bool = Tru
     xhat = (values - mean) * rstd
     yield "statistics", host.read(statistics), np.hstack([mean, square * cols])
     yield "y", host.read(y), xhat * host.read(gamma) + host.read(beta)
-    yield "pieces", host.read(pieces), np.stack([g.sum(1) * centred, (g * xhat).sum(1)], axis=1)
+    if not whole:
+        yield "pieces", host.read(pieces), np.stack([g.sum(1) * centred, (g * xhat).sum(1)], axis=1)
     yield "dx", host.read(dx), rstd * (g - g.mean(1, keepdims=True) * centred - xhat * (g * xhat).mean(1, keepdims=True))
     yield "dgamma", host.read(dgamma), (grad * xhat).sum(0, keepdims=True)
     yield "dbeta", host.read(dbeta), grad.sum(0, keepdims=True)
