@@ -170,15 +170,20 @@ void dropouts() {
                                      {{2, 3, 5}, {4, 6, 10}, {2, 0, 5}},
                                      {{2, 3, 16}, {4, 3, 16}, {2, 0, 0}},
                                      {{}, {}, {}},
-                                     {{4, 1030}, {4, 2060}, {0, 1030}}};
+                                     {{4, 1030}, {4, 2060}, {0, 1030}},
+                                     {{9004}, {18000}, {8}},
+                                     {{3, 8192}, {3, 8193}, {0, 1}}};
   for (const DType dtype : kReal)
     for (const Place& p : places) {
       int64_t count = 1;
       for (int64_t n : p.local) count *= n;
-      const Buffer x(1, count, dtype, {}, random), got = x.copy(), want = x.copy();
-      dropout(x.view().data, got.view().data, dtype, p.local, p.global, p.offset, key, DeviceStream());
-      dropout(x.view().data, want.view().data, dtype, p.local, p.global, p.offset, key, HostStream());
-      report("dropout", name_of(dtype), shape_of({count}), error_of(got.values(), want.values()), 0);
+      for (const int64_t aside : {0, 4, 1}) {  // elements before the first: 16, 8 and 2 bytes of alignment in 16 bits
+        const Buffer x(1, count, dtype, {false, 0, aside}, random), got = x.copy(), want = x.copy();
+        dropout(x.view().data, got.view().data, dtype, p.local, p.global, p.offset, key, DeviceStream());
+        dropout(x.view().data, want.view().data, dtype, p.local, p.global, p.offset, key, HostStream());
+        report("dropout", name_of(dtype), shape_of({count}), error_of(got.values(), want.values()), 0);
+        expect(got.same_padding(x), "dropout wrote beside its output");
+      }
     }
 }
 

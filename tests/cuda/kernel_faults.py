@@ -8,6 +8,7 @@ CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/colu
 ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
 LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
 ROW, WHOLE, KEPT = "kernels/norm_row.cuh", "layer_norm_whole", "kernels/layer_norm_whole.cu"
+DROPOUT = "kernels/dropout.cu"
 PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
 SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
 
@@ -124,7 +125,8 @@ FAULTS = [
     other("cast: end of a row left out", "cast", "cast", SWEEP, "rest < cols; rest++", "rest < cols - 1; rest++"),
     other("column sums: dropped barrier", "sums", "accumulate", SLABS, "  block_barrier();\n", "", "column_sums"),
     other("ring step loses what arrives", "accumulate", "accumulate", ACCUMULATE, "x.at[k] + y.at[k];", "x.at[k];"),
-    other("dropout: the next counter", "dropout", "dropout", "kernels/dropout.cu", "philox(index / 4 +", "philox(index / 4 + 1 +"),
+    other("dropout: the next counter", "dropout", "dropout", DROPOUT, "counter = index / 4;", "counter = index / 4 + 1;"),
+    other("dropout: a pack's second counter is its first", "dropout", "dropout", DROPOUT, "first + p * step + c)", "first + p * step)"),
     other("epilogue: residual multiplied", "epilogue", "epilogue", TAIL, "] += widen(more.at[k]);", "] *= widen(more.at[k]);"),
     other("layer norm: eps ignored", "norm", "layer_norm", ROW, "* n.share + n.eps)", "* n.share)"),
     other("layer norm: sums read too early", "norm", "layer_norm", REDUCE, "  block_barrier();\n  for (int n = 0; n < N; n++) {", LOOP),

@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "a counter off by one",
         "dropout.cu",
-        "philox(index / 4 + static_cast<uint64_t>(q)",
-        "philox(index / 4 + 1 + static_cast<uint64_t>(q)",
+        "philox(counter + static_cast<uint64_t>(first + more)",
+        "philox(counter + 1 + static_cast<uint64_t>(first + more)",
         "dropout.cu",
         "dropout",
     ),

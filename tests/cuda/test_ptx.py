@@ -199,12 +199,14 @@ def test_column_sums(report: Report, dtype: str, column_major: bool) -> None:
     report.check(f"column sums {dtype} {'c' if column_major else 'r'}", host.read(out)[0], expected, 1e-14 if dtype == "f64" else 1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(3, 5, 30, 4, 6, 40, 1, 1, 7), (1, 2, 4610, 1, 2, 9220, 0, 0, 4610)])
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-def test_dropout_draws_the_same_bits_as_the_cpu(report: Report, dtype: str) -> None:
+def test_dropout_draws_the_same_bits_as_the_cpu(report: Report, dtype: str, sizes: tuple[int, ...]) -> None:
+    """sizes: local, global, offset. Runs that packs miss, and that they cross."""
     host = Host(seed=4)
-    sizes = [3, 5, 30, 4, 6, 40, 1, 1, 7]  # local, global, offset
-    x: View = host.matrix(normal(15, 30), dtype)
-    y: View = host.empty(15, 30, dtype)
+    rows, cols = sizes[0] * sizes[1], sizes[2]
+    x: View = host.matrix(normal(rows, cols), dtype)
+    y: View = host.empty(rows, cols, dtype)
     expected = np.zeros_like(host.memory.read(x.address))
     sizes_ = np.array(sizes, np.int64)
     given = host.memory.read(x.address)

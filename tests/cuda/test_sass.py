@@ -64,7 +64,7 @@ def test_attention_uses_tensor_cores_in_16_bits(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_memory_kernels_move_16_bytes_at_a_time(arch: str) -> None:
-    kinds = ("sweep_kernel<", "parts_kernel<", "gradient_kernel<", "whole_kernel<", "whole_backward_kernel<")
+    kinds = ("sweep_kernel<", "parts_kernel<", "gradient_kernel<", "whole_kernel<", "whole_backward_kernel<", "dropout_kernel<")
     wide = {name: row for name, row in instances(arch).items() if name.startswith(kinds) and "kernel<1, " not in name}
     assert wide
     writing = ("Zero<", "Nothing<")  # they read nothing

@@ -131,7 +131,7 @@ class Checks:
     def dropout(self) -> None:
         for host in self.hosts():
             sizes = np.array([3, 5, 30, 4, 6, 41, 1, 1, 7], np.int64)
-            x, y = host.matrix(normal(15, 30, 1), "f32"), host.empty(15, 30, "f32")
+            x, y = host.matrix(normal(15, 30, 1), "bf16"), host.empty(15, 30, "bf16")
             given = host.memory.read(x.address)
             expected = np.zeros_like(given)
             shared = (x.matrix.dtype, 3, ctypes.c_void_p(sizes.ctypes.data), ctypes.c_double(0.3))
