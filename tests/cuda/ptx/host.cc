@@ -184,6 +184,7 @@ int host_sm90_checked(int* on) {
   return guarded(false, [&](const gingham::Stream& stream) { *on = gingham::cuda::sm90_checked(stream); });
 }
 const char* host_message() { return message.c_str(); }
+int host_bytes_of_tail() { return sizeof(gingham::Tail); }  // as host.py declares it too
 
 using gingham::Matrix;
 using gingham::Tail;

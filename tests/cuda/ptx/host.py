@@ -51,7 +51,11 @@ class Tail(ctypes.Structure):
         *[(name, Matrix) for name in ("bias", "residual", "slope_at")],
         ("kind", ctypes.c_int32),
         *[(name, Matrix) for name in ("z", "y")],
+        ("keeps_sum", ctypes.c_bool),
     ]
+
+    def __init__(self, keeps_sum: bool = True, **more: Any) -> None:
+        super().__init__(keeps_sum=keeps_sum, **more)
 
 
 LAUNCH = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t, ctypes.POINTER(ctypes.c_void_p))
@@ -66,6 +70,7 @@ def parsed(path: Path) -> Module:
 @cache
 def library(path: Path) -> ctypes.CDLL:
     found = ctypes.CDLL(str(path))
+    assert found.host_bytes_of_tail() == ctypes.sizeof(Tail), "struct Tail of kernels/epilogue.h has changed: change Tail here too"
     found.host_message.restype = ctypes.c_char_p
     found.host_sm90_status.restype = ctypes.c_char_p
     return found
