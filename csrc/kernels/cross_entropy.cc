@@ -82,7 +82,8 @@ void softmax_parts(const Matrix& logits, const Targets& targets, const Matrix& m
       const int64_t target = targets.ids[i] - targets.first;
       const bool here = targets.ids[i] != targets.ignore && target >= 0 && target < logits.cols;
       at(maxima, i, 0) = static_cast<double>(most);
-      at(pieces, i, 0) = sum_of_exponentials(row, logits.cols, most);
+      // columns that are all masked, of which other ranks may have more, have a sum of 0 and not of NaNs
+      at(pieces, i, 0) = sum_of_exponentials(row, logits.cols, most == -std::numeric_limits<T>::infinity() ? T(0) : most);
       at(pieces, i, 1) = here ? static_cast<double>(row[target] - most) : 0.0;
       at(pieces, i, 2) = targets.smoothing > 0 ? sum_less(row, logits.cols, most) : 0.0;
     }

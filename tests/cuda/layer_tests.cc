@@ -251,6 +251,11 @@ void odd_losses() {
         expect(std::isinf(loss_of(50, -infinity, n - 1)), name + ": a masked target has a finite loss");
         expect(std::isnan(loss_of(50, nan, 0)) && std::isnan(loss_of(50, infinity, 0)), name + ": what is no number is lost");
         expect(std::isnan(loss_of(-infinity, -infinity, 0)), name + ": a row without classes has a loss");
+        const int64_t beside = 0;
+        const Buffer masked(1, n, dtype, {}, random), maxima(1, 1, DType::f64, {}, random), pieces(1, 3, DType::f64, {}, random);
+        for (int64_t j = 0; j < n; j++) store(masked.view(), 0, j, -infinity);
+        softmax_parts(masked.view(), {&beside, -100, 5, n + 5, 0}, maxima.view(), pieces.view(), stream);
+        expect(load(maxima.view(), 0, 0) == -infinity && load(pieces.view(), 0, 0) == 0, name + ": masked columns of a row count");
         expect(loss_of(50, nan, -100) == 0, name + ": an ignored row has a loss");
       });
 }

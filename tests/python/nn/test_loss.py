@@ -43,6 +43,29 @@ def test_against_float64(ranks, name: str) -> None:
         assert max(errors.values()) <= 2e-6, {key: error for key, error in errors.items() if error > 2e-6}
 
 
+def padded(rank: int, options: dict[str, Any]) -> dict[str, float]:
+    """A vocabulary filled up with masked classes, so that some ranks have nothing else."""
+    mesh, errors = gingham.init(**options), {}
+    torch.manual_seed(3)
+    full = 3 * torch.randn(8, 5, 24)
+    full[..., 11:] = -torch.inf
+    target = torch.randint(11, (8, 5))
+    for layout, operand in (("outer", "x"), ("inner", "inner")):
+        x, exact = full.clone().requires_grad_(), full.double().requires_grad_()
+        expected = F.cross_entropy(exact.flatten(0, 1), target.flatten())
+        got = gingham.cross_entropy(mesh.scatter(x, operand), mesh.scatter(target), layout=layout)
+        got.backward()
+        expected.backward()
+        errors[layout], errors[f"{layout} gradient"] = relative(got.detach(), expected), relative(x.grad, exact.grad)
+    return errors
+
+
+@grids("1d", "2.5d")
+def test_masked_classes_alone_on_a_rank(ranks, name: str) -> None:
+    for errors in ranks(ranks_of(name))(padded, GRIDS[name]):
+        assert all(error <= 2e-6 for error in errors.values()), errors
+
+
 def counted(rank: int, options: dict[str, Any]) -> list[str]:
     """accuracy of bf16 logits full of ties, for several k and vocabularies smaller than the ranks; losses of any rank."""
     mesh, wrong = gingham.init(**options), []
