@@ -34,13 +34,13 @@ struct OnlineSum {
   __device__ static A base(A top) { return top == -static_cast<A>(INFINITY) ? A(0) : top; }
 
   template <int W, int U>
-  __device__ void take(const Pack<T, W> (&in)[U]) {
+  __device__ void take(const Pack<A, W> (&in)[U]) {
     A high = top;
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      A most = widen(in[u].at[0]);
+      A most = in[u].at[0];
 #pragma unroll
-      for (int k = 1; k < W; k++) most = larger(most, widen(in[u].at[k]));
+      for (int k = 1; k < W; k++) most = larger(most, in[u].at[k]);
       high = larger(high, most);
     }
     if (high > top) {
@@ -52,7 +52,7 @@ struct OnlineSum {
     for (int u = 0; u < U; u++) {
       A more = 0;
 #pragma unroll
-      for (int k = 0; k < W; k++) more += exp_below<T>(widen(in[u].at[k]) - from);
+      for (int k = 0; k < W; k++) more += exp_below<T>(in[u].at[k] - from);
       sum += more;
     }
   }
@@ -68,12 +68,16 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   OnlineSum<T> online;
   A less = 0;  // sum of x - first
   along_packs<kTogether<T>>(RowSplit<T>(cols, row, row), [&](auto width, auto count, int64_t j) {
-    Pack<T, decltype(width)::value> in[decltype(count)::value];
+    constexpr int W = decltype(width)::value, U = decltype(count)::value;
+    Pack<T, W> in[U];
     load_packs(row, j, in);
-    online.take(in);
+    Pack<A, W> values[U];
+#pragma unroll
+    for (int u = 0; u < U; u++) values[u] = widened(in[u]);
+    online.take(values);
     if constexpr (smooth)
-      for (const auto& pack : in)
-        for (const T& v : pack.at) less += widen(v) - first;
+      for (const auto& pack : values)
+        for (const A& v : pack.at) less += v - first;
   });
   const double all = block_max(static_cast<double>(online.top));
   const A most = static_cast<A>(all);
@@ -116,10 +120,10 @@ struct Slope {
 
   template <class T, int W>
   __device__ Pack<T, W> of(const Pack<T, W>& in, int64_t j) const {
-    A value[W];
     Pack<T, W> out;
+    auto [value] = widened(in);
 #pragma unroll
-    for (int k = 0; k < W; k++) value[k] = exp_below<T>(widen(in.at[k]) - most) * part - even;
+    for (int k = 0; k < W; k++) value[k] = exp_below<T>(value[k] - most) * part - even;
     const int64_t at = target - j;
     if (at >= 0 && at < W) {
 #pragma unroll

@@ -1,5 +1,7 @@
 // Elements in kernels: 16-bit types are widened to fp32 for arithmetic; Pack<T, W> is W elements that travel in 16-byte loads and stores.
 #pragma once
+#include <type_traits>
+
 #include "base/dtype.h"
 #include "kernels/device.cuh"
 
@@ -74,6 +76,24 @@ template <class T, int W>
 struct Pack {
   T at[W];
 };
+
+// All of a pack for arithmetic. bf16 by pairs: a shift and a mask for two, where one by one takes three instructions.
+template <class T, int W>
+__device__ inline Pack<Wide<T>, W> widened(const Pack<T, W>& in) {
+  Pack<Wide<T>, W> out;
+  if constexpr (std::is_same_v<T, Bf16> && W % 2 == 0) {
+    const auto words = bits_as<Pack<uint32_t, W / 2>>(in);
+#pragma unroll
+    for (int k = 0; k < W / 2; k++) {
+      out.at[2 * k] = bits_as<float>(words.at[k] << 16);
+      out.at[2 * k + 1] = bits_as<float>(words.at[k] & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < W; k++) out.at[k] = widen(in.at[k]);
+  }
+  return out;
+}
 
 template <int W, class T>
 __device__ inline Pack<T, W> load_pack(const T* from) {

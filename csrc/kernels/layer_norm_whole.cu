@@ -47,17 +47,17 @@ __global__ void __launch_bounds__(kHeldThreads, 2) whole_kernel(View<T> x, NormV
   if (centred) {
     A sum = 0;
     each_held<W>(cols, [&](int p, int64_t) {
-      for (const T& v : in[p].at) sum += widen(v);
+      for (const A& v : widened(in[p]).at) sum += v;
     });
     mean[0] = static_cast<double>(sum);
     block_sum(mean);
     mean[0] *= norm.share;
   }
-  const A high = static_cast<A>(mean[0]), low = static_cast<A>(mean[0] - static_cast<double>(high));
+  const A high = static_cast<A>(mean[0]);
   A squares = 0, rest = 0;
   each_held<W>(cols, [&](int p, int64_t) {
-    for (const T& v : in[p].at) {
-      const A d = (widen(v) - high) - low;
+    for (const A& v : widened(in[p]).at) {
+      const A d = v - high;
       squares += d * d;
       rest += d;  // what rounding left in the mean
     }
@@ -65,15 +65,16 @@ __global__ void __launch_bounds__(kHeldThreads, 2) whole_kernel(View<T> x, NormV
   double total[2] = {static_cast<double>(squares), static_cast<double>(rest)};
   block_sum(total);
   const double shift = centred ? total[1] * norm.share : 0.0, m2 = total[0] - shift * total[1];
+  mean[0] = static_cast<double>(high) + shift;
   if (threadIdx.x == 0) {
-    *norm.statistics.to(i, 0) = mean[0] + shift;
+    *norm.statistics.to(i, 0) = mean[0];
     *norm.statistics.to(i, 1) = m2;
   }
-  const auto row = row_of(norm, mean[0] + shift, m2);
+  const auto row = row_of(norm, mean[0], m2);
   each_held<W>(cols, [&](int p, int64_t j) {
-    const auto gamma = weights<W>(norm.gamma, j, 1), beta = weights<W>(norm.beta, j, 0);
+    const auto values = widened(in[p]), gamma = weights<W>(norm.gamma, j, 1), beta = weights<W>(norm.beta, j, 0);
     Pack<T, W> out;
-    for (int k = 0; k < W; k++) narrow(row.xhat(widen(in[p].at[k])) * gamma.at[k] + beta.at[k], out.at[k]);
+    for (int k = 0; k < W; k++) narrow(row.xhat(values.at[k]) * gamma.at[k] + beta.at[k], out.at[k]);
     y.template store<W>(i, j, out);
   });
 }
@@ -89,20 +90,21 @@ __global__ void __launch_bounds__(kHeldThreads, 1)
   const auto row = row_norm(norm, i);
   A sum = 0, with_x = 0;
   each_held<W>(cols, [&](int p, int64_t j) {
-    const auto gamma = weights<W>(norm.gamma, j, 1);
+    const auto values = widened(in[p]), slopes = widened(grad[p]), gamma = weights<W>(norm.gamma, j, 1);
     for (int k = 0; k < W; k++) {
-      const A g = widen(grad[p].at[k]) * gamma.at[k];
+      const A g = slopes.at[k] * gamma.at[k];
       sum += g;
-      with_x += g * row.xhat(widen(in[p].at[k]));
+      with_x += g * row.xhat(values.at[k]);
     }
   });
   double total[2] = {centred ? static_cast<double>(sum) : 0.0, static_cast<double>(with_x)};
   block_sum(total);
-  const A even = static_cast<A>(total[0] * norm.share), along = static_cast<A>(total[1] * norm.share);
+  // dx = rstd (g - even - xhat along), multiplied out
+  const A even = static_cast<A>(total[0] * norm.share) * row.rstd, along = static_cast<A>(total[1] * norm.share) * row.rstd;
   each_held<W>(cols, [&](int p, int64_t j) {
-    const auto gamma = weights<W>(norm.gamma, j, 1);
+    const auto values = widened(in[p]), slopes = widened(grad[p]), gamma = weights<W>(norm.gamma, j, 1);
     Pack<T, W> out;
-    for (int k = 0; k < W; k++) narrow(row.rstd * (widen(grad[p].at[k]) * gamma.at[k] - even - row.xhat(widen(in[p].at[k])) * along), out.at[k]);
+    for (int k = 0; k < W; k++) narrow(slopes.at[k] * gamma.at[k] * row.rstd - (row.xhat(values.at[k]) * along + even), out.at[k]);
     dx.template store<W>(i, j, out);
   });
 }
@@ -122,13 +124,12 @@ struct WeightSums {
     int64_t begin;
     template <int W>
     __device__ void at(int64_t i, int64_t j, Sum (&sum)[count][W]) const {
-      const Pack<T, W> in = x.template load<W>(i, j), grad = dy.template load<W>(i, j);
+      const auto values = widened(x.template load<W>(i, j)), slopes = widened(dy.template load<W>(i, j));
       const Sum* of = rows + (i - begin);
       const RowNorm<Sum> row{shared_load(of), shared_load(of + kSlab), shared_load(of + 2 * kSlab)};
       for (int k = 0; k < W; k++) {
-        const Sum g = widen(grad.at[k]);
-        sum[0][k] += g * row.xhat(widen(in.at[k]));
-        if constexpr (both) sum[1][k] += g;
+        sum[0][k] += slopes.at[k] * row.xhat(values.at[k]);
+        if constexpr (both) sum[1][k] += slopes.at[k];
       }
     }
   };
@@ -139,7 +140,7 @@ struct WeightSums {
     if (begin + at < end) {
       const auto row = row_norm(norm, begin + at);
       shared_store(rows + at, row.mean);
-      shared_store(rows + kSlab + at, row.mean_rest);
+      shared_store(rows + kSlab + at, row.rest);
       shared_store(rows + 2 * kSlab + at, row.rstd);
     }
     block_barrier();
