@@ -17,19 +17,33 @@ struct Plain {
 };
 
 // Element (e, k) of an operand, e a row of A or a column of B, stands at from + e * line or k * line away from it. Along k a warp takes 8
-// elements of 4 lines: whole sectors of memory, and every bank of shared memory once.
-template <class T>
-__device__ inline void load_panel(T* panel, const T* from, int line, bool along_k, int edge_left, int k_left) {
-  constexpr int edge = Plain<T>::edge;
-  const int t = static_cast<int>(threadIdx.x);
+// elements of 4 lines: whole sectors of memory, and every bank of shared memory once. One addition of a pointer and one copy an element:
+// these instructions stand beside 64 multiply-adds each.
+template <class T, bool along_k>
+__device__ inline void load_panel(T* panel, const T* from, int line, int edge_left, int k_left) {
+  constexpr int edge = Plain<T>::edge, bytes = static_cast<int>(sizeof(T));
+  constexpr int down = along_k ? kThreads / 8 : kThreads / edge, across = edge / down;  // along k `across` rounds go down the edge, then 8 k on
+  const int t = static_cast<int>(threadIdx.x), e = along_k ? t / 8 : t % edge, k = along_k ? t % 8 : t / edge;
+  const T* source = from + (along_k ? static_cast<int64_t>(e) * line + k : static_cast<int64_t>(k) * line + e);
+  const int64_t stride = static_cast<int64_t>(down) * line;
+  T* to = panel + k * Plain<T>::pitch + e;
+  const bool inside = edge_left >= edge && k_left >= kDepth;
 #pragma unroll
   for (int i = 0; i < edge * kDepth / kThreads; i++) {
-    const int index = t + i * kThreads;
-    const int e = along_k ? index / 8 % edge : index % edge, k = along_k ? index % 8 + index / (8 * edge) * 8 : index / edge;
-    const bool exists = e < edge_left && k < k_left;
-    const T* source = from + (along_k ? static_cast<int64_t>(e) * line + k : static_cast<int64_t>(k) * line + e);
-    cp_async<sizeof(T)>(panel + k * Plain<T>::pitch + e, exists ? source : from, exists ? static_cast<int>(sizeof(T)) : 0);
+    const int e_on = along_k ? i % across * down : 0, k_on = along_k ? i / across * 8 : i * down;
+    if (along_k && i > 0 && i % across == 0) source += 8 - across * stride;
+    const bool exists = inside || (e + e_on < edge_left && k + k_on < k_left);
+    cp_async<sizeof(T)>(to + k_on * Plain<T>::pitch + e_on, source, exists ? bytes : 0);  // of no bytes nothing is read
+    source += stride;
   }
+}
+
+template <class T>
+__device__ inline void load_panel(T* panel, const T* from, int line, bool along_k, int edge_left, int k_left) {
+  if (along_k)
+    load_panel<T, true>(panel, from, line, edge_left, k_left);
+  else
+    load_panel<T, false>(panel, from, line, edge_left, k_left);
 }
 
 // Two groups of G elements, half a tile apart.
@@ -74,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_kernel(Operands p, Store<T>
     block_barrier();
     fetch(step + 1);
     const T* stage = memory + step % 2 * Plain<T>::stage;
-#pragma unroll 8
+#pragma unroll
     for (int k = 0; k < kDepth; k++) {
       T fa[2 * group], fb[2 * group];
       load_groups(fa, stage + k * Plain<T>::pitch, y);
