@@ -153,6 +153,12 @@ def profiled(name: str, run: Callable[[], object], most: int = 8) -> None:
     total = sum(event.self_device_time_total for event in kernels)
     table = [[event.key[:90], event.count, round(event.self_device_time_total, 1)] for event in kernels[:most]]
     row(f"kernels of {name}", total, unit="us", kernels=table)
+    calls = sorted((each for each in seen.key_averages() if each.key.startswith("cu")), key=lambda each: -each.self_cpu_time_total)
+    row(
+        f"calls of CUDA of {name}",
+        sum(each.count for each in calls),
+        calls=[[c.key, c.count, round(c.self_cpu_time_total, 1)] for c in calls[:6]],
+    )
 
 
 def kernels() -> None:
@@ -180,25 +186,31 @@ def host() -> None:
     begin()
     x = torch.randn(64, 256, device="cuda").to(torch.bfloat16).requires_grad_()
     gradient = torch.randn(64, 256, device="cuda").to(torch.bfloat16)
-    for name, layer in (
-        ("gingham", nn.Linear(256, 256).to(torch.bfloat16)),
-        ("torch", torch.nn.Linear(256, 256).to("cuda", torch.bfloat16)),
-    ):
-        run = passes(layer, x, gradient)
-        for _ in range(20):
-            run()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(200):
-            run()
-        row(f"host, Linear forward + backward, {name}", (time.perf_counter() - start) / 200 * 1e6, unit="us")
-        torch.cuda.synchronize()
+    layers = {"gingham": nn.Linear(256, 256).to(torch.bfloat16), "torch": torch.nn.Linear(256, 256).to("cuda", torch.bfloat16)}
+    for name, layer in layers.items():
+        both = passes(layer, x, gradient)
+        row(f"host, Linear forward, {name}", host_microseconds(lambda layer=layer: layer(x)), unit="us")
+        row(f"host, Linear forward + backward, {name}", host_microseconds(both), unit="us")
+        with torch.autograd.set_multithreading_enabled(False):
+            row(f"host, the same in one thread, {name}", host_microseconds(both), unit="us")
         where = cProfile.Profile()
-        where.runcall(lambda run=run: [run() for _ in range(100)])
+        where.runcall(lambda both=both: [both() for _ in range(100)])
         torch.cuda.synchronize()
         entries = sorted(where.getstats(), key=lambda entry: -entry.inlinetime)[:12]
         places = [[str(entry.code)[:70], entry.callcount // 100, round(entry.inlinetime * 1e4, 1)] for entry in entries]
         row(f"host, where the time of {name} goes", "calls and us a pass, under the profiler", places=places)
+
+
+def host_microseconds(run: Callable[[], object], rounds: int = 200) -> float:
+    for _ in range(20):
+        run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(rounds):
+        run()
+    took = (time.perf_counter() - start) / rounds * 1e6
+    torch.cuda.synchronize()
+    return took
 
 
 PARTS = {"linears": linears, "sweeps": sweeps, "gpt": gpt, "kernels": kernels, "host": host}
