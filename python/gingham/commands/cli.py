@@ -62,7 +62,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     grid.add_argument("--depth", type=whole(1), default=0, help="layers of a 2.5d grid (default: 2 in 2.5d)")
     grid.add_argument("--grid", type=_grid, metavar="pm,pn,pk", help="any grid instead of a mode")
     grid.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cpu, or GINGHAM_DEVICE; cuda: one rank a GPU, never run on one yet"
+        "--device", choices=("cpu", "cuda"), help="default: cpu, or GINGHAM_DEVICE; cuda: one rank a GPU, tried on one GPU only"
     )
     grid.add_argument("--sequence", action="store_true", help="1d: cut the rows between the layers instead of replicating them")
     grid.add_argument("--data", type=whole(1), default=1, metavar="D", help="data ranks, each of the grid; then the grid is 1d by default")

@@ -76,7 +76,7 @@ def cuda_rows() -> list[tuple[str, str]]:
             if report["devices"]
             else "compiled only: off until it has been compared with the sm_80 kernel on a device",
         ),
-        ("verified", "by models of the device and of NCCL only: never run on a GPU (docs/cuda.md); bench/gpu.sh does"),
+        ("verified", "on one H200, and by models of the device and of NCCL; never on two GPUs (docs/cuda.md): bench/gpu.sh does"),
     ]
 
 
