@@ -188,6 +188,7 @@ std::optional<void*> torch_stream(const Gpu& gpu) {
 OnCallersStream::OnCallersStream(const Member& member) : job_(member.job.get()), program_(member.program.get()), calling_(program_) {
   Gpu* gpu = job_ ? job_->gpu() : nullptr;
   if (!gpu) return;
+  device_.emplace(*gpu);
   gpu->begin(torch_stream(*gpu));
 }
 

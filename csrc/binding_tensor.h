@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -47,6 +48,7 @@ class OnCallersStream {
   Job* job_;
   Program* program_;
   Calling calling_;
+  std::optional<OnDevice> device_;  // torch's code goes on with the device that it had
 };
 
 // Moves this rank to a GPU: workspace comes from torch's allocator. tf32: fp32 products may be rounded for the tensor cores.

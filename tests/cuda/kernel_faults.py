@@ -102,9 +102,6 @@ FAULTS = [
         "shared_store(places + number % kPlaces, make_int2(static",
         "shared_store(places, make_int2(static",
     ),
-    sm90("two warps share a slab", "(consumer * 4 + warp) * kSlab", "warp * kSlab"),
-    sm90("a slab is read before it is written", "    warp_barrier();\n    const int64_t first_row", "    const int64_t first_row"),
-    sm90("a slab is written before it was read", "    warp_barrier();\n  }\n}", "  }\n}"),
     sm90("rows of the second consumer", "place.x + consumer * 64 + warp * 16", "place.x + warp * 16"),
     sm90(
         "fewer arrivals than warps that release",
