@@ -50,6 +50,25 @@ def begin(rank: int) -> None:
         torch.cuda.set_device(device)
         torch.set_default_device(device)
         DrawnOnCpu(device).__enter__()
+        redistribute_through_the_host()
+
+
+def redistribute_through_the_host() -> None:
+    """DTensor.full_tensor of ranks that share a GPU: torch's NCCL refuses them, and its Gloo ends in a segmentation fault where it waits
+    for gathered CUDA tensors (torch 2.11), so the blocks are gathered as the CPU's."""
+    from torch.distributed.tensor import _redistribute
+
+    from gingham.launch.gpu import ranks_share_gpus
+
+    given = _redistribute.redistribute_local_tensor
+    if not ranks_share_gpus() or hasattr(given, "given"):
+        return
+
+    def moved(local: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return given(local.cpu(), *args, **kwargs).to(local.device)
+
+    moved.given = given  # type: ignore[attr-defined]
+    _redistribute.redistribute_local_tensor = moved
 
 
 def end() -> None:

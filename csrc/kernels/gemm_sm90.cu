@@ -1,18 +1,13 @@
-// Tiles of C of 128 rows by 128 or 256 columns; a block computes one after the other, as many blocks as there are multiprocessors. One thread of
-// the first warpgroup (the producer) takes the number of the next tile from a counter in device memory, and has the tensor memory accelerator
-// bring panels of 64 k into a ring of stages, across the tiles' borders: those of the next tile travel while the sums of this one are stored. A
-// counter and not a fixed share of the tiles, since messages may hold some multiprocessors for as long as they last. The two other warpgroups
-// multiply 64 rows each. Stage s has two barriers: full[s], one arrival and the panels' bytes, and empty[s], one arrival of each of the 8
-// consumer warps; it is released when the products of the next one have been issued, or the tile's last have been made.
+// A block computes a tile of C, 128 rows by 128 or 256 columns. One thread of the first warpgroup (the producer) has the tensor memory
+// accelerator bring panels of 64 k into a ring of stages; the two others multiply 64 rows each. Stage s has two barriers: full[s], one arrival and
+// the panels' bytes, and empty[s], one arrival of each of the 8 consumer warps. A stage is released when the products of the next one have been
+// issued.
 //   panel along k       one box: lines of 128 bytes (64 k), swizzled by 128 bytes
 //   panel across k      a box for each 64 rows of A or columns of B: 64 lines, one for each k, of 128 bytes
-//   places[n % 8]       where tile n lies, or row -1 where there is none left; the consumers know from the full barrier of its first stage
 // Registers: 168 a thread at launch; the producer gives up all but 40, the consumers take 232 (128 of them sums).
 #include "kernels/gemm_sm90.cuh"
 
 #ifndef GINGHAM_SHIM
-#include <algorithm>
-
 #include "kernels/gemm_sm90_launch.cuh"
 #include "kernels/gemm_store.cuh"
 #include "kernels/wgmma.cuh"
@@ -20,16 +15,15 @@
 namespace gingham::cuda {
 namespace {
 
-constexpr int kPlaces = 8;                                           // more than tiles that can be under way, one a stage at least
-constexpr int kCut = 64, kPitch = kCut + 8, kSlab = 8 * kPitch * 4;  // a warp's slab: 8 rows of 64 sums
 constexpr int kHigh = 128, kDepth = 64, kLine = 128, kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 
 template <class T, int across>
 struct Ring {
   static constexpr int wide = across, a_bytes = kHigh * kLine, b_bytes = wide * kLine, stage = a_bytes + b_bytes;
   static constexpr int stages = wide == 256 ? 4 : 6;
-  static constexpr int bytes = 1024 + stages * (stage + 16) + kPlaces * 8 + 4 * kConsumers * kSlab;
-  static_assert(kPlaces > stages && bytes <= 227 * 1024);
+  static constexpr int bytes = 1024 + stages * (stage + 16);
+  // At the end each warp has a slab of 16 rows of floats in them, the pitch 8 more than the tile is wide.
+  static_assert(4 * kConsumers * 16 * (wide + 8) * 4 <= stages * stage);
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -61,54 +55,44 @@ __device__ inline uint64_t descriptor_of(uint32_t panel, int step) {
   return along_k ? matrix_descriptor(panel + step * 32, 16, 8 * kLine) : matrix_descriptor(panel + step * 16 * kLine, kBox, 8 * kLine);
 }
 
-// The sums of a warp, 16 rows, through a slab of shared memory, 8 rows of 64 columns at a time, so that they are stored in words of 16 bytes.
+// The sums of a warp, 16 rows, through a slab of shared memory, so that they are stored in words of 16 bytes (as in gemm_tile.cuh).
 template <class T, int wide>
-__device__ inline void store_sums(const float (&sum)[wide / 2], const Store<T>& store, int64_t row, int64_t col, int64_t m, int64_t n, float* slab,
+__device__ inline void store_slab(const float (&sum)[wide / 2], const Store<T>& store, int64_t row, int64_t col, int64_t m, int64_t n, float* slab,
                                   int lane) {
-  constexpr int width = 16 / static_cast<int>(sizeof(T)), groups = kCut / width, cuts = wide / kCut;
+  constexpr int pitch = wide + 8, width = 16 / static_cast<int>(sizeof(T)), groups = wide / width;
+#pragma unroll
+  for (int j = 0; j < wide / 8; j++) {
+    float* at = slab + (lane >> 2) * pitch + j * 8 + (lane & 3) * 2;
+    shared_store(reinterpret_cast<float2*>(at), make_float2(sum[4 * j], sum[4 * j + 1]));
+    shared_store(reinterpret_cast<float2*>(at + 8 * pitch), make_float2(sum[4 * j + 2], sum[4 * j + 3]));
+  }
+  warp_barrier();
 #pragma unroll 1
-  for (int part = 0; part < 2 * cuts; part++) {
-    // A register has no number at run time: each part has its own branch.
-#pragma unroll
-    for (int each = 0; each < 2 * cuts; each++) {
-      if (each != part) continue;
-#pragma unroll
-      for (int j = 0; j < kCut / 8; j++) {
-        const int at = 4 * (each / 2 * (kCut / 8) + j) + 2 * (each % 2);
-        shared_store(reinterpret_cast<float2*>(slab + (lane >> 2) * kPitch + j * 8 + (lane & 3) * 2), make_float2(sum[at], sum[at + 1]));
-      }
-    }
-    warp_barrier();
-    const int64_t first_row = row + part % 2 * 8, first_col = col + part / 2 * kCut;
-#pragma unroll
-    for (int index = lane; index < 8 * groups; index += 32) {
-      const int r = index / groups, q = index % groups;
-      if (first_row + r >= m || first_col + q * width >= n) continue;
-      const float4* from = reinterpret_cast<const float4*>(slab + r * kPitch + q * width);
-      // Lanes 4..7 of 8 read their halves in the other order: 8 lanes, 8 groups of banks.
-      const int half = (lane >> 2) & 1;
-      const uint4 one = bits_as<uint4>(shared_load(from + half)), two = bits_as<uint4>(shared_load(from + 1 - half));
-      Words<16 * (width / 4)> words;
-      words.at[0] = half ? two : one;
-      words.at[1] = half ? one : two;
-      store.template put_row<width>(first_row + r, first_col + q * width, n, bits_as<Pack<float, width>>(words));
-    }
-    warp_barrier();
+  for (int index = lane; index < 16 * groups; index += 32) {
+    const int r = index / groups, q = index % groups;
+    if (row + r >= m || col + q * width >= n) continue;
+    const float4* from = reinterpret_cast<const float4*>(slab + r * pitch + q * width);
+    // Lanes 4..7 of 8 read their halves in the other order: 8 lanes, 8 groups of banks.
+    const int half = (lane >> 2) & 1;
+    const uint4 one = bits_as<uint4>(shared_load(from + half)), two = bits_as<uint4>(shared_load(from + 1 - half));
+    Words<16 * (width / 4)> words;
+    words.at[0] = half ? two : one;
+    words.at[1] = half ? one : two;
+    store.template put_row<width>(row + r, col + q * width, n, bits_as<Pack<float, width>>(words));
   }
 }
 
 #endif
 
 template <class T, bool a_along_k, bool b_along_k, int wide>
-__global__ void __launch_bounds__(kThreads, 1) sm90_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                                                           Operands p, Store<T> store, int tiles, int* taken, int* stuck) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sm90_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, Operands p, Store<T> store, int* stuck) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it does nothing, which the check sees
   using R = Ring<T, wide>;
   const uint32_t memory = (shared_address(shared_memory()) + 1023) & ~1023u;  // the swizzle's pattern repeats every 1024 bytes
-  char* const stages = shared_memory() + (memory - shared_address(shared_memory()));
   const uint32_t full = memory + R::stages * R::stage, empty = full + 8 * R::stages;
-  int2* const places = reinterpret_cast<int2*>(stages + R::stages * (R::stage + 16));
   const int group = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = static_cast<int>(threadIdx.x) % 32;
+  const TileAt tile = tile_at(blockIdx.x, p.m, p.n, kHigh, wide);
   const int64_t k_begin = blockIdx.z * p.piece, k_end = k_begin + p.piece < p.k ? k_begin + p.piece : p.k;
   const int steps = static_cast<int>((k_end - k_begin + kDepth - 1) / kDepth);
   const int64_t deadline = stuck ? clock64() + kPatience : 0;
@@ -126,61 +110,36 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_kernel(const __grid_constant
   if (group == 0) {
     give_registers<40>();
     if (threadIdx.x != 0) return;
-    int step = 0;  // of all tiles
-    int next = static_cast<int>(blockIdx.x);
-    for (int number = 0;; number++) {
-      const bool left = next < tiles;
-      const TileAt tile = tile_at(next, p.m, p.n, kHigh, wide);
-      next = left ? static_cast<int>(gridDim.x) + atomicAdd(taken + blockIdx.z, 1) : 0;
-      for (const int end = step + (left ? steps : 1); step < end; step++) {
-        const int s = step % R::stages, k = static_cast<int>(k_begin) + (steps - (end - step)) * kDepth;
-        await(empty + 8 * s, (step / R::stages & 1) ^ 1, stuck, deadline);
-        if (!left) {
-          shared_store(places + number % kPlaces, make_int2(-1, 0));
-          mbarrier_arrive(full + 8 * s);
-          return;
-        }
-        if (k == k_begin) shared_store(places + number % kPlaces, make_int2(static_cast<int>(tile.row), static_cast<int>(tile.col)));
-        mbarrier_arrive_expect(full + 8 * s, R::stage);
-        load_panel<a_along_k, kHigh>(memory + s * R::stage, &map_a, static_cast<int>(tile.row), k, full + 8 * s);
-        load_panel<b_along_k, wide>(memory + s * R::stage + R::a_bytes, &map_b, static_cast<int>(tile.col), k, full + 8 * s);
-      }
+    for (int step = 0; step < steps; step++) {
+      const int s = step % R::stages, k = static_cast<int>(k_begin) + step * kDepth;
+      await(empty + 8 * s, (step / R::stages & 1) ^ 1, stuck, deadline);
+      mbarrier_arrive_expect(full + 8 * s, R::stage);
+      load_panel<a_along_k, kHigh>(memory + s * R::stage, &map_a, static_cast<int>(tile.row), k, full + 8 * s);
+      load_panel<b_along_k, wide>(memory + s * R::stage + R::a_bytes, &map_b, static_cast<int>(tile.col), k, full + 8 * s);
     }
+    return;
   }
 
   take_registers<232>();
   const int consumer = group - 1;
-  float* const slab = reinterpret_cast<float*>(stages + R::stages * (R::stage + 16) + kPlaces * 8 + (consumer * 4 + warp) * kSlab);
-  int step = 0;  // of all tiles
-  for (int number = 0;; number++) {
-    await(full + 8 * (step % R::stages), step / R::stages & 1, stuck, deadline);
-    const int2 place = shared_load(places + number % kPlaces);
-    if (place.x < 0 || (stuck && *stuck)) return;
-    float sum[wide / 2] = {};
-    for (const int first = step, end = step + steps; step < end; step++) {
-      const int s = step % R::stages;
-      const uint32_t a = memory + s * R::stage + consumer * 64 * kLine, b = memory + s * R::stage + R::a_bytes;
-      await(full + 8 * s, step / R::stages & 1, stuck, deadline);
-      wgmma_fence();
+  float sum[wide / 2] = {};
+  for (int step = 0; step < steps; step++) {
+    const int s = step % R::stages;
+    const uint32_t a = memory + s * R::stage + consumer * 64 * kLine, b = memory + s * R::stage + R::a_bytes;
+    await(full + 8 * s, step / R::stages & 1, stuck, deadline);
+    wgmma_fence();
 #pragma unroll
-      for (int i = 0; i < kDepth / 16; i++) wgmma<!a_along_k, !b_along_k>(sum, descriptor_of<a_along_k>(a, i), descriptor_of<b_along_k>(b, i), T{});
-      wgmma_commit();
-      wgmma_wait<1>();
-      if (step > first && lane == 0) mbarrier_arrive(empty + 8 * ((step - 1) % R::stages));
-    }
-    wgmma_wait<0>();
-    if (lane == 0) mbarrier_arrive(empty + 8 * ((step - 1) % R::stages));
-    store_sums<T, wide>(sum, store, place.x + consumer * 64 + warp * 16, place.y, p.m, p.n, slab, lane);
+    for (int i = 0; i < kDepth / 16; i++) wgmma<!a_along_k, !b_along_k>(sum, descriptor_of<a_along_k>(a, i), descriptor_of<b_along_k>(b, i), T{});
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (step > 0 && lane == 0) mbarrier_arrive(empty + 8 * ((step - 1) % R::stages));
   }
+  wgmma_wait<0>();
+  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");  // both are done with the stages, which become slabs
+  char* stages = shared_memory() + (memory - shared_address(shared_memory()));
+  float* slab = reinterpret_cast<float*>(stages) + (consumer * 4 + warp) * 16 * (wide + 8);
+  store_slab<T, wide>(sum, store, tile.row + consumer * 64 + warp * 16, tile.col, p.m, p.n, slab, lane);
 #endif
-}
-
-// Of the current device.
-int multiprocessors() {
-  int device = 0, count = 0;
-  CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
 }
 
 // Lines of 64 elements from one side or the other; box: lines a box.
@@ -203,12 +162,8 @@ void run_wide(const Operands& p, const Store<T>& store, DType dtype, int* stuck,
   CHECK(DeviceError, encode, "the driver has no cuTensorMapEncodeTiled");
   const CUtensorMap a = map_of(encode, dtype, p.a, a_along_k, p.lda, p.m, p.k, kHigh);
   const CUtensorMap b = map_of(encode, dtype, p.b, b_along_k, p.ldb, p.n, p.k, wide);
-  const int64_t tiles = ceil_div(p.m, kHigh) * ceil_div(p.n, wide), pieces = ceil_div(p.k, p.piece);
-  const Scratch taken(stream, static_cast<size_t>(pieces) * sizeof(int));
-  CUDA_CHECK(cudaMemsetAsync(taken.data(), 0, static_cast<size_t>(pieces) * sizeof(int), native(stream)));
-  const dim3 grid(std::min(blocks(tiles), blocks(std::max<int64_t>(multiprocessors() / pieces, 1))), 1, blocks(pieces));
-  launch(stream, sm90_kernel<T, a_along_k, b_along_k, wide>, grid, kThreads, static_cast<size_t>(Ring<T, wide>::bytes), a, b, p, store,
-         static_cast<int>(tiles), reinterpret_cast<int*>(taken.data()), stuck);
+  const dim3 grid(blocks(ceil_div(p.m, kHigh) * ceil_div(p.n, wide)), 1, blocks(ceil_div(p.k, p.piece)));
+  launch(stream, sm90_kernel<T, a_along_k, b_along_k, wide>, grid, kThreads, static_cast<size_t>(Ring<T, wide>::bytes), a, b, p, store, stuck);
 }
 
 template <class T, bool a_along_k, bool b_along_k>

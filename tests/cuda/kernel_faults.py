@@ -68,23 +68,25 @@ FAULTS = [
     other(
         "plain: dropped barrier", "gemm", "gemm_plain", PLAIN, "cp_async_wait<0>();\n    block_barrier();", "cp_async_wait<0>();", "plain"
     ),
-    other("plain: k beyond the end", "gemm", "gemm_plain", PLAIN, "e < edge_left && k < k_left", "e < edge_left", "plain"),
+    other(
+        "plain: k beyond the end", "gemm", "gemm_plain", PLAIN, "e + e_on < edge_left && k + k_on < k_left", "e + e_on < edge_left", "plain"
+    ),
     sm90("bytes not announced", "mbarrier_arrive_expect(full + 8 * s, R::stage);", "mbarrier_arrive(full + 8 * s);"),
     sm90("too few bytes announced", "mbarrier_arrive_expect(full + 8 * s, R::stage);", "mbarrier_arrive_expect(full + 8 * s, R::a_bytes);"),
     sm90("wrong parity of an empty stage", "(step / R::stages & 1) ^ 1", "step / R::stages & 1"),
     sm90("wrong parity of a full stage", "await(full + 8 * s, step / R::stages & 1,", "await(full + 8 * s, step & 1,"),
-    sm90("no wait for a full stage", "      await(full + 8 * s, step / R::stages & 1, stuck, deadline);\n", ""),
-    sm90("no wait for an empty stage", "        await(empty + 8 * s, (step / R::stages & 1) ^ 1, stuck, deadline);\n", ""),
+    sm90("no wait for a full stage", "    await(full + 8 * s, step / R::stages & 1, stuck, deadline);\n", ""),
+    sm90("no wait for an empty stage", "      await(empty + 8 * s, (step / R::stages & 1) ^ 1, stuck, deadline);\n", ""),
     sm90("products waited for too late", "wgmma_wait<1>();", "wgmma_wait<2>();"),
-    sm90("no wait for the last products", "    wgmma_wait<0>();\n", ""),
+    sm90("no wait for the last products", "  wgmma_wait<0>();\n", ""),
     sm90("missing commit of products", "    wgmma_commit();\n", ""),
     sm90("missing wgmma.fence", "    wgmma_fence();\n", ""),
     sm90(
         "stage released while it is read",
-        "(step > first && lane == 0) mbarrier_arrive(empty + 8 * ((step - 1) % R::stages))",
-        "(step > first && lane == 0) mbarrier_arrive(empty + 8 * (step % R::stages))",
+        "mbarrier_arrive(empty + 8 * ((step - 1) % R::stages))",
+        "mbarrier_arrive(empty + 8 * (step % R::stages))",
     ),
-    sm90("one warp does not release its stages", "if (step > first && lane == 0)", "if (step > first && lane == 0 && warp)"),
+    sm90("one warp does not release its stages", "if (step > 0 && lane == 0)", "if (step > 0 && lane == 0 && warp)"),
     sm90(
         "wrong descriptor stride",
         "matrix_descriptor(panel + step * 32, 16, 8 * kLine)",
@@ -95,14 +97,12 @@ FAULTS = [
     sm90("swizzle of the descriptor", "uint64_t{1} << 62", "uint64_t{2} << 62", WGMMA),
     sm90("wrong trans bit of A", "wgmma<!a_along_k, !b_along_k>", "wgmma<a_along_k, !b_along_k>"),
     sm90("box without its second half", "box < edge / 64; box++", "box < edge / 128; box++"),
-    sm90("a tile's last stage is not released", "    if (lane == 0) mbarrier_arrive(", "    if (lane < 0) mbarrier_arrive("),
-    sm90("a tile is taken twice", "static_cast<int>(gridDim.x) + atomicAdd", "static_cast<int>(blockIdx.x) + atomicAdd"),
     sm90(
-        "where the next tile lies is written over",
-        "shared_store(places + number % kPlaces, make_int2(static",
-        "shared_store(places, make_int2(static",
+        "slabs before all are done with the stages",
+        '  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");',
+        "  (void)kConsumers;",
     ),
-    sm90("rows of the second consumer", "place.x + consumer * 64 + warp * 16", "place.x + warp * 16"),
+    sm90("rows of the second consumer", "tile.row + consumer * 64 + warp * 16", "tile.row + warp * 16"),
     sm90(
         "fewer arrivals than warps that release",
         "mbarrier_init(empty + 8 * s, 4 * kConsumers);",

@@ -49,8 +49,8 @@ def test_every_order_with_cut_tiles(report: Report, orders: str) -> None:
 
 
 @pytest.mark.parametrize("timing", ["early", "late"])
-def test_more_tiles_than_blocks_stages_and_places(report: Report, timing: str) -> None:
-    check(report, (520, 600, 64), "bf16", "rc", timing, 128, accumulate=True)  # 25 tiles of one step on 3 multiprocessors
+def test_many_tiles(report: Report, timing: str) -> None:
+    check(report, (520, 600, 64), "bf16", "rc", timing, 128, accumulate=True)  # 25 tiles of one step
     check(report, (392, 776, 136), "bf16", "rr", timing, 256, groups=5)
 
 

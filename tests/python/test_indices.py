@@ -44,6 +44,32 @@ def test_later_on_a_gpu() -> None:
     indices.raise_late()  # once
 
 
+def test_the_rows_of_wrong_ids_are_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU's call goes on with, made on the CPU: eager, its gradient, and in a compiled graph, which must see no tensor more."""
+    import gingham
+    from gingham.nn import embedding
+
+    gingham.init()
+    try:
+        monkeypatch.setattr(embedding, "wrong_indices", lambda ids, count, *_: (ids < 0) | (ids >= count))
+        layer = gingham.nn.Embedding(5, 3)
+        table = layer.weight.full_tensor().detach()
+        ids = torch.tensor([[0, 7], [4, -2]])
+        rows = layer(ids)
+        assert torch.equal(rows.isnan().any(-1), torch.tensor([[False, True], [False, True]]))
+        assert torch.equal(rows[0, 0], table[0]) and torch.equal(rows[1, 0], table[4])
+        right = torch.tensor([[0, 1], [4, 2]])
+        eager = layer(right)
+        eager.square().sum().backward()
+        gradient = layer.weight.grad.full_tensor().clone()
+        layer.zero_grad()
+        compiled = torch.compile(layer, fullgraph=True)(right)
+        compiled.square().sum().backward()
+        assert torch.equal(compiled, eager) and torch.equal(layer.weight.grad.full_tensor(), gradient)
+    finally:
+        gingham.destroy()
+
+
 def test_right_indices_say_nothing() -> None:
     indices._pending.append((Reached(True), torch.tensor([0, 0, 0]), "an id"))
     indices.raise_late()

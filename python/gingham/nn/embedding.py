@@ -131,20 +131,22 @@ class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, layer: Any) -> torch.Tensor:
         wrong = wrong_indices(ids, layer.count, None, f"Embedding({layer.count}): rank {layer.mesh.rank}: an id")
-        if wrong is not None:  # on a GPU: those rows are NaN, and the error comes later
-            ids = torch.where(wrong, 0, ids)
         ctx.layer, ctx.weight = layer, weight
         ctx.save_for_backward(ids)
         axis, local = layer.mesh.axis(layer.cut), local_of(weight)
         ctx.label = layer.label
         layer.mesh.say(ctx.label, moves=axis is not None)
         table = torch.cat(axis.all_gather(local)) if axis is not None else local
-        rows = F.embedding(ids, table)
-        return rows if wrong is None else rows.masked_fill_(wrong.unsqueeze(-1), torch.nan)
+        if wrong is None:
+            return F.embedding(ids, table)
+        # on a GPU: wrong rows are NaN, and the error comes later
+        return F.embedding(torch.where(wrong, 0, ids), table).masked_fill_(wrong.unsqueeze(-1), torch.nan)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,), layer, mesh = ctx.saved_tensors, ctx.layer, ctx.layer.mesh
+        if ids.is_cuda:  # what forward has told stops no kernel here
+            ids = ids.clamp(0, layer.count - 1)
         if torch.is_grad_enabled():
             refuse_deferred("an Embedding", mesh, deferring([ctx.weight]))
             return *replay(lambda block: [_look_up(layer, block, ids)], [ctx.weight], [True], [dy]), None, None

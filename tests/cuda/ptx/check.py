@@ -86,11 +86,11 @@ class Checks:
             self.product(host, (40, 24, 40), "tf32", "cr")
 
     def sm90(self) -> None:
-        """Twice around the ring, and several tiles a block."""
+        """Twice around the ring, and many tiles."""
         for host in self.hosts():
             self.product(host, (128, 136, 840), "bf16", "rc", wide=128)
             self.product(host, (72, 136, 584), "bf16", "cr", wide=256)
-            self.product(host, (392, 264, 72), "bf16", "rc", wide=128)  # more tiles than blocks
+            self.product(host, (392, 264, 72), "bf16", "rc", wide=128)
             self.product(host, (72, 136, 72), "f16", "rr", wide=256)
 
     def cast(self) -> None:
