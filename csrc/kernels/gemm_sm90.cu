@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t memory = (shared_address(shared_memory()) + 1023) & ~1023u;  // the swizzle's pattern repeats every 1024 bytes
   const uint32_t full = memory + R::stages * R::stage, empty = full + 8 * R::stages;
   const int group = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = static_cast<int>(threadIdx.x) % 32;
-  const TileAt tile = tile_at(blockIdx.x, p.m, p.n, kHigh, wide);
+  const TileAt tile = tile_at(p.m, p.n, kHigh, wide);
   const int64_t k_begin = blockIdx.z * p.piece, k_end = k_begin + p.piece < p.k ? k_begin + p.piece : p.k;
   const int steps = static_cast<int>((k_end - k_begin + kDepth - 1) / kDepth);
   const int64_t deadline = stuck ? clock64() + kPatience : 0;

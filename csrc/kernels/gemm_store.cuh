@@ -48,15 +48,15 @@ struct Store {
   }
 };
 
-// The tile of a number. They go down 8 tiles of rows before they step to the next tile of columns, so that those that run at one
+// The tile a block computes. Blocks go down 8 tiles of rows before they step to the next tile of columns, so that those that run at one
 // time share their panels in L2.
 struct TileAt {
   int64_t row, col;
 };
 
-__device__ inline TileAt tile_at(int64_t index, int64_t m, int64_t n, int high, int wide) {
+__device__ inline TileAt tile_at(int64_t m, int64_t n, int high, int wide) {
   const int64_t down = (m + high - 1) / high, across = (n + wide - 1) / wide, group = 8 * across;
-  const int64_t first = index / group * 8, in = index % group, height = down - first < 8 ? down - first : 8;
+  const int64_t first = blockIdx.x / group * 8, in = blockIdx.x % group, height = down - first < 8 ? down - first : 8;
   return {(first + in % height) * high, in / height * wide};
 }
 

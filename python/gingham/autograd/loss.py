@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from .. import native
-from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import Names
 from .indices import wrong_indices
@@ -76,14 +75,6 @@ def gather_parts(mesh: Mesh, names: Names, part: torch.Tensor) -> torch.Tensor:
     """Every member's `part` [rows, ...], stacked, in an order that all members share, so that sums of it have the same bits."""
     axis = mesh.axis(names)
     return torch.stack(axis.all_gather(part, rows=part.shape[0])) if axis is not None else part.unsqueeze(0)
-
-
-def kept_of(target: torch.Tensor, ignored: int, vocabulary: int, who: str) -> torch.Tensor:
-    """Which targets count. Raises ShapeError where one of them is no class."""
-    kept = target != ignored
-    if ((target < 0) | (target >= vocabulary)).logical_and(kept).any():
-        raise ShapeError(f"{who}: a target lies outside 0..{vocabulary - 1} and is not ignore_index={ignored}")
-    return kept
 
 
 def _fitting(logits: torch.Tensor) -> torch.Tensor:

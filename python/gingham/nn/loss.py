@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ..autograd.casts import autocast_dtype
-from ..autograd.loss import Classes, gather_parts, kept_of, loss_gradient, losses_of, softmax_parts
+from ..autograd.indices import refuse_indices
+from ..autograd.loss import Classes, gather_parts, loss_gradient, losses_of, softmax_parts
 from ..autograd.relayout import relayout
 from ..autograd.second_order import replay, shaped, summed
 from ..checks import cuts_of_block, row_dim
@@ -197,7 +198,8 @@ class _Accuracy(Function):
         x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
         (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
-        kept = kept_of(target, ignore_index, vocabulary, f"accuracy: rank {mesh.rank}")
+        refuse_indices(target, vocabulary, ignore_index, f"accuracy: rank {mesh.rank}: a target")
+        kept = target != ignore_index
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)
         held = torch.where(mine, x.gather(1, column).squeeze(1), -torch.inf) if width else x.new_full((len(x),), -torch.inf)

@@ -114,10 +114,7 @@ cudaError_t cudaGetDevice(int* found) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
-  *value = which == cudaDevAttrComputeCapabilityMajor ? capability[0]
-                                                      : (which == cudaDevAttrComputeCapabilityMinor ? capability[1]
-                                                         : which == cudaDevAttrMultiProcessorCount  ? 3
-                                                                                                    : 0);
+  *value = which == cudaDevAttrComputeCapabilityMajor ? capability[0] : (which == cudaDevAttrComputeCapabilityMinor ? capability[1] : 0);
   return cudaSuccess;
 }
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
