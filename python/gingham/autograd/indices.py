@@ -1,7 +1,7 @@
 """Indices (targets, ids) outside of their range: refused at once on the CPU, later on a GPU, where asking would make the host wait.
 
-On a GPU the call goes on, with NaN where the index is wrong, and the error is raised by the first call that looks at indices once the device
-has got there: the call itself, or one of a later step. In a CUDA graph nothing is told: NaN alone shows.
+On a GPU the call goes on, with NaN where the index is wrong, and the error is raised by the first call that looks at indices once the
+device has got there: the call itself, or one of a later step. In a CUDA graph nothing is told: NaN alone shows.
 """
 
 from __future__ import annotations
