@@ -7,16 +7,15 @@ slept: layers that sleep instead of computing, as long for a forward pass as for
 fits few cores. computed (2 ranks): a GPT of width 256, whose passes take what they take: loss and head in the last stage, unequal halves
 of backward passes, and linears that make both gradients at once. Median of 5 steps, the mean over ranks.
 
-borders: what a message between two stages on one host costs as pipeline/wire.py sends it, beside memory which both map (the sender writes
-once, the receiver reads once, each spins until it may), in turns; and of a step of the computed GPT the processor's time in the
-wire's send and receive, and in the rank's other threads, which copy out of sockets, with the messages that came.
+borders: what a message between two stages on one host costs through the memory that they share (pipeline/by_memory.py) and as one of
+torch.distributed's over Gloo (pipeline/by_messages.py, the way between hosts), in turns; and, each way in turns, a step of the computed GPT:
+its time, the processor's time of the whole rank, and that of its threads but the main one.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 import time
 from typing import Any
 
@@ -63,7 +62,7 @@ class Layer(torch.nn.Module):
 def measured(step: Any) -> float:
     """The share of a step that this rank waits."""
     waited: list[float] = []
-    wait, over_stages = Wire._wait, gingham.Mesh.over_stages
+    wait, release, over_stages = Wire.wait, Wire._release, gingham.Mesh.over_stages
 
     def timing(call: Any) -> Any:
         def timed(*arguments: Any) -> Any:
@@ -74,7 +73,7 @@ def measured(step: Any) -> float:
 
         return timed
 
-    Wire._wait, gingham.Mesh.over_stages = timing(wait), timing(over_stages)  # type: ignore[method-assign]
+    Wire.wait, Wire._release, gingham.Mesh.over_stages = timing(wait), timing(release), timing(over_stages)  # type: ignore[method-assign]
     shares = []
     try:
         for number in range(1 + STEPS):
@@ -84,7 +83,7 @@ def measured(step: Any) -> float:
             if number:
                 shares.append(sum(waited) / (time.perf_counter() - begun))
     finally:
-        Wire._wait, gingham.Mesh.over_stages = wait, over_stages  # type: ignore[method-assign]
+        Wire.wait, Wire._release, gingham.Mesh.over_stages = wait, release, over_stages  # type: ignore[method-assign]
     return statistics.median(shares)
 
 
@@ -112,115 +111,77 @@ def computed(rank: int, schedule: str, parts: int) -> float:
 
 
 SIZES = (4, 64, 256, 1024, 4096)  # KB
-TURNS, REPEATS = 7, 20
+TURNS, REPEATS = 11, 20
+WAYS = {"memory": False, "messages": True}  # of one host: whether the wire takes the other rank for one of another
 
 
-def handed(rank: int, path: str) -> list[tuple[list[float], list[float]]]:
-    """Seconds one way, by size: through the wire, and through memory that both map."""
+def take_way(wire: Wire, way: str) -> None:
+    wire.elsewhere = [WAYS[way]] * len(wire.elsewhere)
+    wire.mesh.borders.setdefault("bytes_crossed", 0)
+
+
+def handed(rank: int) -> list[list[list[float]]]:
+    """Seconds one way, by size, way and turn."""
     mesh = gingham.init(parallel=dict(pipeline=2))
-    wire, flags = Wire(mesh, [0, 1], 1), torch.from_file(path, shared=True, size=SIZES[-1] << 8, dtype=torch.float32)
-    turn = torch.from_file(f"{path}.turn", shared=True, size=8, dtype=torch.int64)
-    found = []
-    for size in SIZES:
-        x, y = torch.ones(size << 8), mesh.empty([size << 8], torch.float32)
-
-        def over_wire(x: torch.Tensor = x, size: int = size) -> None:
-            for mine in (rank == 0, rank == 1):
-                if mine:
-                    wire.send(x, 1 - rank, size, size)
-                else:
-                    wire.wait(wire.receive(1 - rank, size, size))
-            wire.finish()
-
-        def through_memory(x: torch.Tensor = x, y: torch.Tensor = y) -> None:
-            both = flags[: len(x)]
-            for mine in (rank == 0, rank == 1):
-                before = int(turn[0])
-                if mine:
-                    both.copy_(x)
-                    turn[0] = before + 1
-                    while int(turn[0]) == before + 1:
-                        time.sleep(0)
-                else:
-                    while int(turn[0]) % 2 == 0:
-                        time.sleep(0)
-                    y.copy_(both)
-                    turn[0] += 1
-
-        rounds: tuple[list[float], list[float]] = ([], [])
+    wire = Wire(mesh, [0, 1], len(SIZES))
+    found: list[list[list[float]]] = []
+    for tag, size in enumerate(SIZES):
+        x = mesh.empty([size << 8], torch.float32)
+        found.append([[] for _ in WAYS])
         for at in range(1 + TURNS):
-            for times, call in zip(rounds, (over_wire, through_memory), strict=True):
+            for way, times in zip(WAYS, found[-1], strict=True):
+                take_way(wire, way)
                 mesh.over_stages(torch.zeros(1), "bench")
                 begun = time.perf_counter()
                 for _ in range(REPEATS):
-                    call()
+                    for mine in (rank == 0, rank == 1):
+                        if mine:
+                            wire.send(x, 1 - rank, tag, size)
+                        else:
+                            wire.wait(wire.receive(1 - rank, tag, size))
+                    wire.finish()
                 if at:
                     times.append((time.perf_counter() - begun) / (2 * REPEATS))
-        found.append(rounds)
     gingham.destroy()
     return found
 
 
-def inside(rank: int, schedule: str, parts: int) -> tuple[float, float, float, int]:
-    """Of a step: its seconds, this rank's in the wire's send and receive, the processor's of all of the rank's threads but the main one
-    (Gloo's, which copy out of sockets, and the wire's), and the messages that it receives."""
+def inside(rank: int, schedule: str, parts: int) -> tuple[dict[str, list[float]], int]:
+    """Of a step, by way: its seconds, the processor's of this rank and of its threads but the main one; and the messages that come."""
     mesh = gingham.init(parallel=dict(pipeline=2))
     torch.manual_seed(0)
     model = gingham.pipeline(GPT(parallel_kit(mesh), Shape(layers=8, width=256, heads=8, context=128, dropout=0.0)), mesh, parts, schedule)
     ids = torch.randint(256, (2 * parts, 128), generator=torch.Generator().manual_seed(0))
-    spent: list[float] = []
-    send, receive = Wire.send, Wire.receive
-
-    def timing(call: Any) -> Any:
-        def timed(*arguments: Any) -> Any:
-            begun = time.thread_time()
-            result = call(*arguments)
-            spent.append(time.thread_time() - begun)
-            return result
-
-        return timed
-
-    Wire.send, Wire.receive = timing(send), timing(receive)  # type: ignore[method-assign]
-    rounds = []
-    try:
-        for _ in range(1 + STEPS):
-            spent.clear()
+    rounds: dict[str, list[tuple[float, float, float]]] = {way: [] for way in WAYS}
+    for at in range(1 + TURNS):
+        for way, found in rounds.items():
+            take_way(model._pipeline.runner.wire, way)
             mesh.traffic(reset=True)
             clocks = time.perf_counter(), time.process_time(), time.thread_time()
             model.step(ids, ids)
-            whole, process, main = (
-                now - begun for now, begun in zip((time.perf_counter(), time.process_time(), time.thread_time()), clocks, strict=True)
-            )
-            rounds.append((whole, sum(spent), process - main))
-    finally:
-        Wire.send, Wire.receive = send, receive  # type: ignore[method-assign]
+            ended = time.perf_counter(), time.process_time(), time.thread_time()
+            whole, process, main = (now - begun for now, begun in zip(ended, clocks, strict=True))
+            if at:
+                found.append((whole, process, process - main))
     messages = mesh.traffic()["pipeline"]["messages"]
     gingham.destroy()
-    whole, own, others = (statistics.median(each) for each in zip(*rounds[1:], strict=True))
-    return whole, own, others, messages
+    return {way: [statistics.median(each) for each in zip(*found, strict=True)] for way, found in rounds.items()}, messages
 
 
 def borders() -> None:
-    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="gingham-bench-") as folder:
-        path = f"{folder}/memory"
-        for name, size in ((path, SIZES[-1] << 10), (f"{path}.turn", 64)):
-            with open(name, "wb") as file:
-                file.truncate(size)
-        found = gingham.spawn(handed, 2, path)[0]
-    print("| KB | wire, us | quartiles | mapped memory, us | quartiles | saved at most, us |\n|---|---|---|---|---|---|")
-    for size, rounds in zip(SIZES, found, strict=True):
+    print("| KB | memory, us | quartiles | messages, us | quartiles | ratio |\n|---|---|---|---|---|---|")
+    for size, by_way in zip(SIZES, gingham.spawn(handed, 2)[0], strict=True):
         cells, middles = [], []
-        for times in rounds:
+        for times in by_way:
             low, middle, high = (1e6 * each for each in statistics.quantiles(times, n=4))
             middles.append(middle)
             cells += [f"{middle:.0f}", f"{low:.0f} to {high:.0f}"]
-        print(f"| {size} | {' | '.join(cells)} | {middles[0] - middles[1]:.0f} |")
-    print(
-        "\n| schedule | step, ms | in send and receive, processor ms | in other threads, processor ms | messages |\n|---|---|---|---|---|"
-    )
-    for schedule in ("1f1b", "interleaved"):
-        for rank, (step, own, others, messages) in enumerate(gingham.spawn(inside, 2, schedule, 8)):
-            print(f"| {schedule}, rank {rank} | {1e3 * step:.0f} | {1e3 * own:.2f} | {1e3 * others:.2f} | {messages} |")
+        print(f"| {size} | {' | '.join(cells)} | {middles[0] / middles[1]:.2f} |")
+    print("\n| schedule | way | step, ms | processor, ms | in other threads, ms | messages |\n|---|---|---|---|---|---|")
+    for schedule in SCHEDULES:
+        for rank, (found, messages) in enumerate(gingham.spawn(inside, 2, schedule, 8)):
+            for way, (step, whole, others) in found.items():
+                print(f"| {schedule}, rank {rank} | {way} | {1e3 * step:.1f} | {1e3 * whole:.1f} | {1e3 * others:.2f} | {messages} |")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@
 #include "binding_attention.h"
 #include "binding_engine.h"
 #include "binding_layers.h"
+#include "binding_mailbox.h"
 #include "binding_step.h"
 #include "kernels/blas.h"
 #include "kernels/dropout.h"
@@ -278,4 +279,5 @@ PYBIND11_MODULE(_C, m) {
   define_attention(m);
   define_layers(m);
   define_engine(m);
+  define_mailbox(m);
 }

@@ -16,7 +16,7 @@ size_t record_bytes(size_t members) { return lines(sizeof(ProgramRecord) * membe
 
 // A member that waits for another.
 struct Program::Mine : Waiter {
-  Mine(Program& program, int peer) : program(program), peer(peer) {}
+  Mine(Program& program, int peer, const char* words = nullptr) : program(program), peer(peer), words(words) {}
   void check() override { program.check(); }
   void compare(double waited, bool left) override {
     if (!program.recovering_) program.compare(peer, waited, left);
@@ -24,12 +24,13 @@ struct Program::Mine : Waiter {
   bool left() const override { return peer >= 0 && program.here(peer) && program.record(peer).closed.load() != 0; }
   std::string doing() const override {
     if (program.recovering_) return "the first call after memory ran out";
-    return program.mine_.name;
+    return words ? words : program.mine_.name;
   }
   double timeout() const override { return program.timeout_; }
   int thread() const override { return program.beside_ ? 1 : 0; }
   Program& program;
   int peer;
+  const char* words;
 };
 
 Program::Program(Control& control, Segment& segment, Heap& heap, uint64_t id, std::vector<int> members, std::vector<int> lines, size_t room,
@@ -130,8 +131,8 @@ void Program::check() {
   CHECK(MeshError, !abandoned_.load(), "rank ", control_.rank(), ": this sum over depth was given up: memory ran out on a rank");
 }
 
-void Program::wait(Word& word, uint32_t target, int peer) {
-  Mine mine(*this, peer);
+void Program::wait(Word& word, uint32_t target, int peer, const char* doing) {
+  Mine mine(*this, peer, doing);
   control_.wait(word, target, peer < 0 ? -1 : member(peer), mine);
 }
 

@@ -55,7 +55,8 @@ class Program {
   uint64_t key() const { return key_; }
   const Call& call() const { return mine_; }
   void note(std::shared_ptr<const Label> label);     // a call that moves nothing
-  void wait(Word& word, uint32_t target, int peer);  // as Control::wait; peer: a member's number
+  // As Control::wait; peer: a member's number; doing: in words, null: the call begun last.
+  void wait(Word& word, uint32_t target, int peer, const char* doing = nullptr);
   void sleep_until(double time);
   void check();                           // throws the job's error, and a refusal of the call begun last
   void share(char* bytes, size_t count);  // the first member's bytes (at most 128) to all, once

@@ -3,8 +3,10 @@
 from ._C import Attention as Attention
 from ._C import Axis as Axis
 from ._C import Engine as Engine
+from ._C import Flag as Flag
 from ._C import Job as Job
 from ._C import Label as Label
+from ._C import Mailbox as Mailbox
 from ._C import Operand as Operand
 from ._C import Program as Program
 from ._C import Step as Step

@@ -29,6 +29,7 @@ std::vector<Test> engine_tests();
 std::vector<Test> hosts_error_tests();
 std::vector<Test> hosts_tests();
 std::vector<Test> kernel_tests();
+std::vector<Test> mailbox_tests();
 std::vector<Test> memory_tests();
 std::vector<Test> verdict_tests();
 

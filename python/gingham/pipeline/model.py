@@ -23,7 +23,7 @@ from .given import Given, check, split
 from .given import cut as cut_given
 from .orders import order, stages_of
 from .run import Runner
-from .ties import line_of, sum_ties, ties_of
+from .ties import line_of, sum_ties, tags_of, ties_of
 from .wire import Wire
 
 IGNORED = -100
@@ -166,7 +166,8 @@ class Pipelined:
         used = [{id(each) for part in stage for outer in part.modules for each in outer.modules()} for stage in stages]
         self.others = set[int]().union(*used) - set[int]().union(*(used[stage] for stage in mine))
         self.order = order(schedule, self.place, self.size, microbatches, count)
-        wire = None if mesh.whole is None else Wire(mesh, line_of(mesh), microbatches)
+        self.passes = 2 * total * microbatches  # tags of run.py
+        wire = None if mesh.whole is None else Wire(mesh, line_of(mesh), self.passes + tags_of(self.ties, self.size))
         held: dict[int, Any] = {stage: stages[stage] for stage in mine}
         self.runner = Runner(held, total, place_of, self.place, microbatches, wire, self._begin)
         self.parts_given: list[dict[str, torch.Tensor]] = []  # of the batch under way, by micro-batch
@@ -254,7 +255,7 @@ class Pipelined:
         self.given.now, self.parts_given = {}, []
         if train:
             make_sums(self.model.parameters())
-            sum_ties(self.mesh, self.ties, self.place, self.runner.wire)
+            sum_ties(self.mesh, self.ties, self.place, self.runner.wire, self.passes)
         return found
 
     def _told(self, work: Callable[[], Any]) -> Any:

@@ -130,7 +130,7 @@ class Runner:
         held = self.held[stage, part] if action.kind == INPUTS else self.held.pop((stage, part))
         gradient = None if stage == self.total - 1 else self._arrived(action)
         if self.wire is not None and gradient is not None:
-            self.wire.answered(self._tag(True, stage + 1, part)[0])
+            self.wire.answered(self.place_of[stage + 1], self._tag(True, stage + 1, part)[0])
         x = held.x if stage else None
         if held.y.requires_grad:
             if action.kind == INPUTS:

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 
 from ..mesh import Mesh
 from ..mesh.layout import members
 from .cut import Part, tied
 from .wire import Wire
-
-TAG = (1 << 30) + 1
 
 Ties = Sequence[tuple[torch.nn.Parameter, list[int]]]
 
@@ -36,24 +33,26 @@ def ties_of(stages: Sequence[Sequence[Part]], place_of: Sequence[int], place: in
     return found
 
 
-def sum_ties(mesh: Mesh, ties: Ties, place: int, wire: Wire | None) -> None:
-    """Adds up the gradients of parameters that stages of several ranks have, on each of them."""
+def sum_ties(mesh: Mesh, ties: Ties, place: int, wire: Wire | None, first: int) -> None:
+    """Adds up the gradients of parameters that stages of several ranks have, on each of them. first: of the wire's tags for it."""
     assert wire is not None or not ties
-    line = line_of(mesh) if ties else []
-    for parameter, places in ties:
+    for number, (parameter, places) in enumerate(ties):
         if place not in places:
             continue
+        assert wire is not None
         held = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         local = getattr(held, "_local_tensor", held)
-        mine, others = local.clone(), [each for each in places if each != place]
-        found = {each: torch.empty_like(mine) for each in others}
-        works = [dist.isend(mine, line[each], tag=TAG) for each in others]
-        works += [dist.irecv(found[each], line[each], tag=TAG) for each in others]
-        assert wire is not None
-        for work, each in zip(works, others * 2, strict=True):
-            wire._wait(work, each)
-        found[place] = mine
+        mine, others = mesh.empty(local.shape, local.dtype).copy_(local), [each for each in places if each != place]
+        tags = [first + number * mesh.pipeline.size + each for each in range(mesh.pipeline.size)]  # by who sends
+        for each in others:
+            wire.send(mine, each, tags[place], ("tie", number))
+        begun = {each: wire.receive(each, tags[each], ("tie", number)) for each in others}
+        found = {each: wire.wait(begun[each]) for each in others} | {place: mine}
         local.copy_(sum(found[each] for each in sorted(found)))  # type: ignore[arg-type]
         parameter.grad = held
-        for each in others:
-            wire.count(each, mine, mine)
+        wire.finish()
+
+
+def tags_of(ties: Ties, size: int) -> int:
+    """How many sum_ties uses on `size` pipeline ranks."""
+    return len(ties) * size

@@ -1,0 +1,78 @@
+#include "binding_mailbox.h"
+
+#include <memory>
+
+#include "base/wait.h"
+#include "binding_tensor.h"
+#include "transport/mailbox.h"
+
+namespace gingham {
+namespace {
+
+class BoundMailbox {
+ public:
+  BoundMailbox(Member member, int letters) : member_(std::move(member)), box_(*member_.job, *member_.program, letters) {
+    CHECK(MeshError, !member_.job->gpu() || member_.job->gpu()->memory_is_host(), "a mailbox is for tensors of the CPU");
+  }
+
+  Mailbox& box() { return box_; }
+  bool holds(const py::object& x) { return box_.holds(tensor_of(x, "x", member_.job).data); }
+
+  void send(int peer, int letter, const py::object& x) {
+    const Tensor t = tensor_of(x, "x", member_.job);
+    const py::gil_scoped_release nogil;
+    box_.send(peer, letter, t.data, t.dtype_name, t.shape);
+  }
+
+  py::object receive(int peer, int letter) {
+    const Letter* found = nullptr;
+    {
+      const py::gil_scoped_release nogil;
+      found = &box_.await(peer, letter);
+    }
+    const Calling calling(member_.program.get());
+    const std::string dtype = found->dtype;
+    const std::vector<int64_t> shape(found->shape.dims, found->shape.dims + found->shape.ndim);
+    Made made = make_tensor(member_.job, shape, dtype);
+    {
+      const py::gil_scoped_release nogil;
+      box_.take(letter, made.data, static_cast<size_t>(Tensor{made.data, dtype_of(dtype), dtype, shape}.count()) * size_of(dtype_of(dtype)));
+    }
+    return std::move(made.object);
+  }
+
+ private:
+  Member member_;
+  Mailbox box_;
+};
+
+// Something that another thread of this process does, and a rank waits for as it does for its peers.
+struct Flag {
+  Word word;
+};
+
+}  // namespace
+
+void define_mailbox(py::module_& m) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  py::class_<BoundMailbox, std::shared_ptr<BoundMailbox>>(m, "Mailbox")
+      .def(py::init<Member, int>(), py::arg("program"), py::arg("letters"))
+      .def_property_readonly("offset", [](BoundMailbox& each) { return each.box().offset(); })
+      .def(
+          "open", [](BoundMailbox& each, int peer, uint64_t offset) { each.box().open(peer, offset); }, py::arg("peer"), py::arg("offset"))
+      .def("holds", &BoundMailbox::holds, py::arg("x"))
+      .def("send", &BoundMailbox::send, py::arg("peer"), py::arg("letter"), py::arg("x"))
+      .def("receive", &BoundMailbox::receive, py::arg("peer"), py::arg("letter"))
+      .def(
+          "await_taken", [](BoundMailbox& each, int peer, int letter) { each.box().await_taken(peer, letter); }, py::arg("peer"),
+          py::arg("letter"), nogil);
+
+  py::class_<Flag, std::shared_ptr<Flag>>(m, "Flag")
+      .def(py::init<>())
+      .def("set", [](Flag& flag) { flag.word.store(1); })
+      .def(
+          "wait", [](Flag& flag, const Member& member, int peer, const std::string& doing) { member.program->wait(flag.word, 1, peer, doing.c_str()); },
+          py::arg("program"), py::arg("peer"), py::arg("doing"), nogil);
+}
+
+}  // namespace gingham

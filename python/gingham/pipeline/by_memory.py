@@ -1,0 +1,42 @@
+"""Messages between stages on one host: the sender says where its tensor stands in the shared memory, the receiver copies it from there."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from .. import native
+from ..mesh import Mesh
+
+
+class ByMemory:
+    """Collective over `ranks`, of which `near` share this one's memory."""
+
+    def __init__(self, mesh: Mesh, ranks: Sequence[int], letters: int, near: Sequence[bool]) -> None:
+        whole = mesh.whole
+        assert whole is not None
+        self.mesh, self.members = mesh, [whole.ranks.index(rank) for rank in ranks]
+        self.box = native.Mailbox(whole.program, letters)
+        offsets = mesh.over_stages(torch.tensor([self.box.offset]), "the mailboxes of a pipeline")
+        for member, offset, here in zip(self.members, offsets, near, strict=True):
+            if here:
+                self.box.open(member, int(offset))
+
+    def send(self, x: torch.Tensor, place: int, tag: int, key: Hashable) -> Any:
+        if not self.box.holds(x):  # an operation of torch's own made it
+            x = self.mesh.empty(x.shape, x.dtype).copy_(x)
+        self.box.send(self.members[place], tag, x)
+        return place, tag, x
+
+    def await_gone(self, sent: Any) -> None:
+        place, tag, _ = sent
+        self.box.await_taken(self.members[place], tag)
+
+    def receive(self, place: int, tag: int, key: Hashable) -> Any:
+        return place, tag
+
+    def wait(self, begun: Any) -> torch.Tensor:
+        place, tag = begun
+        return self.box.receive(self.members[place], tag)
