@@ -237,10 +237,9 @@ class Pipelined:
         return self.mesh.gather(y, self.layout, self.cutting.dim, order=self.cutting.order)
 
     def _begin(self, rows: int, part: int) -> None:
-        """A micro-batch comes into a stage."""
+        """A micro-batch's forward or backward pass begins in a stage."""
         self.given.now = self.parts_given[part]
-        if rows:
-            self.mesh.told.begin(rows)
+        self.mesh.told.begin(rows)  # also where this rank has none of its rows: passes are counted alike on all
 
     def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool, given: Any) -> list[torch.Tensor]:
         rows, samples = [len(each) for each in xs], samples_of(self.mesh, own)

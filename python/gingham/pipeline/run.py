@@ -29,7 +29,7 @@ class Held:
 
 class Runner:
     """stages: of this rank, by number; total: of all ranks; place_of: the pipeline rank of each; parts: the number of micro-batches;
-    begin: told the rows and the number of each that comes into a stage."""
+    begin: told the rows and the number of each whose pass begins in a stage."""
 
     def __init__(
         self,
@@ -104,10 +104,13 @@ class Runner:
         assert self.wire is not None
         self.wire.send(x, place, *self._tag(forward, stage, part))
 
+    def _take_up(self, x: Any, part: int) -> None:
+        self.begin(x.shape[0] if isinstance(x, torch.Tensor) and x.dim() else 0, part)
+
     def _forward(self, action: Action) -> None:
         stage, part = action.stage, action.part
         x = self.inputs[part] if stage == 0 else self._arrived(action)
-        self.begin(x.shape[0] if isinstance(x, torch.Tensor) and x.dim() else 0, part)
+        self._take_up(x, part)
         if stage and self.train and x.is_floating_point():
             x.requires_grad_()
         y = x
@@ -132,6 +135,7 @@ class Runner:
         if self.wire is not None and gradient is not None:
             self.wire.answered(self.place_of[stage + 1], self._tag(True, stage + 1, part)[0])
         x = held.x if stage else None
+        self._take_up(held.x, part)  # which checkpointed layers compute again
         if held.y.requires_grad:
             if action.kind == INPUTS:
                 with weights_later() as held.later:
