@@ -8,8 +8,8 @@ fits few cores. computed (2 ranks): a GPT of width 256, whose passes take what t
 of backward passes, and linears that make both gradients at once. Median of 5 steps, the mean over ranks.
 
 borders: what a message between two stages on one host costs through the memory that they share (pipeline/by_memory.py) and as one of
-torch.distributed's over Gloo (pipeline/by_messages.py, the way between hosts), in turns; and, each way in turns, a step of the computed GPT:
-its time, the processor's time of the whole rank, and that of its threads but the main one.
+torch.distributed's over Gloo (pipeline/by_messages.py, the way between hosts), in turns; and, each way in turns, of a step of the computed
+GPT its time, the processor's time of the whole rank, and that of its threads but the main one.
 """
 
 from __future__ import annotations

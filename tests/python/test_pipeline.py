@@ -111,7 +111,6 @@ def tensor_size(config: Any) -> int:
     ("config", "schedule"),
     [
         (dict(pipeline=2), "1f1b"),
-        (dict(pipeline=2, tensor=dict(size=2, mode="1d", sequence=True)), "zero_bubble"),  # some ranks have no rows of most micro-batches
         pytest.param(dict(pipeline=2), "dual", marks=pytest.mark.matrix),
         pytest.param(dict(pipeline=3, tensor=dict(size=2, mode="1d")), "gpipe", marks=pytest.mark.matrix),
         pytest.param(dict(pipeline=3, tensor=dict(size=4, mode="2d")), "zero_bubble", marks=pytest.mark.matrix),
@@ -126,6 +125,28 @@ def test_tied_tables_and_recomputed_blocks(ranks, config: Any, schedule: str) ->
     parts = 6
     answers = ranks(count)(steps, config, schedule, parts, 7, tied, torch.float64, 2)
     compare(answers, parts, 7, tied, torch.float64, 2)
+
+
+UNEVEN = [
+    (make, config, schedule, parts, batch)
+    for make in (tied, gpt)
+    for config in (dict(pipeline=2, data=2), dict(pipeline=2, data=3), dict(pipeline=2, tensor=dict(size=2, mode="1d", sequence=True)))
+    for schedule in ("interleaved", "zero_bubble", "1f1b")
+    for parts, batch in ((3, 7), (4, 7), (4, 8))
+    if schedule != "zero_bubble" or parts % 2 == 0
+]
+FEW = [(tied, dict(pipeline=2, data=2), "interleaved", 4, 7), (gpt, dict(pipeline=2, data=3), "zero_bubble", 4, 8)]
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "schedule", "parts", "batch"),
+    [pytest.param(*each, marks=[] if each in FEW else [pytest.mark.matrix]) for each in UNEVEN],
+    ids=lambda each: getattr(each, "__name__", str(each)),
+)
+def test_micro_batches_whose_rows_change_on_some_ranks_only(ranks, make: Any, config: Any, schedule: str, parts: int, batch: int) -> None:
+    """Also to none; in passes forward, and where layers are computed again for another micro-batch than the last that came forward."""
+    size = 2 * config.get("data", 1) * tensor_size(config)
+    compare(ranks(size)(steps, config, schedule, parts, batch, make, torch.float64, 2), parts, batch, make, torch.float64, 2)
 
 
 @pytest.mark.matrix

@@ -56,8 +56,8 @@ class Told:
         return self._rows == {rows} and self._step == _steps
 
     def find(self, block: Hashable, caller: Hashable, backward_passes: int) -> Any:
-        """What was heard in this forward pass by the caller that asks for this one, or None; in a recomputation, in the pass before or, where
-        a pipeline took up another micro-batch since, in this one. backward_passes: how many this process has made."""
+        """What was heard in this forward pass by the caller that asks for this one, or None; in a recomputation, in the pass before or,
+        where a pipeline took up another micro-batch since, in this one. backward_passes: how many this process has made."""
         again = _recomputes()
         now = self._passes, *(self._before[1:] if again else (_steps, backward_passes))
         if now != self._before or (caller in self._callers and not again):
