@@ -64,14 +64,15 @@ void define_mailbox(py::module_& m) {
       .def("send", &BoundMailbox::send, py::arg("peer"), py::arg("letter"), py::arg("x"))
       .def("receive", &BoundMailbox::receive, py::arg("peer"), py::arg("letter"))
       .def(
-          "await_taken", [](BoundMailbox& each, int peer, int letter) { each.box().await_taken(peer, letter); }, py::arg("peer"),
-          py::arg("letter"), nogil);
+          "await_taken", [](BoundMailbox& each, int peer, int letter) { each.box().await_taken(peer, letter); }, py::arg("peer"), py::arg("letter"),
+          nogil);
 
   py::class_<Flag, std::shared_ptr<Flag>>(m, "Flag")
       .def(py::init<>())
       .def("set", [](Flag& flag) { flag.word.store(1); })
       .def(
-          "wait", [](Flag& flag, const Member& member, int peer, const std::string& doing) { member.program->wait(flag.word, 1, peer, doing.c_str()); },
+          "wait",
+          [](Flag& flag, const Member& member, int peer, const std::string& doing) { member.program->wait(flag.word, 1, peer, doing.c_str()); },
           py::arg("program"), py::arg("peer"), py::arg("doing"), nogil);
 }
 

@@ -54,7 +54,7 @@ class Program {
   // Of the call begun last and of all before it: ranks whose calls differed where nothing moved are told at the next that moves something.
   uint64_t key() const { return key_; }
   const Call& call() const { return mine_; }
-  void note(std::shared_ptr<const Label> label);     // a call that moves nothing
+  void note(std::shared_ptr<const Label> label);  // a call that moves nothing
   // As Control::wait; peer: a member's number; doing: in words, null: the call begun last.
   void wait(Word& word, uint32_t target, int peer, const char* doing = nullptr);
   void sleep_until(double time);

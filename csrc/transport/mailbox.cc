@@ -30,9 +30,7 @@ void Mailbox::open(int peer, uint64_t offset) {
   theirs_[static_cast<size_t>(peer)] = static_cast<Letter*>(segment_.at(offset));
 }
 
-void Mailbox::check(int letter) const {
-  CHECK(MeshError, letter >= 0 && letter < letters_, "letter ", letter, " of a mailbox of ", letters_);
-}
+void Mailbox::check(int letter) const { CHECK(MeshError, letter >= 0 && letter < letters_, "letter ", letter, " of a mailbox of ", letters_); }
 
 Letter& Mailbox::at(int peer, int letter) const {
   check(letter);

@@ -1,12 +1,11 @@
 // Messages beside a program's calls: in any order, of any shape, and ranks that do not send or take.
-#include "transport/mailbox.h"
-
 #include <string.h>
 
 #include <chrono>
 #include <thread>
 
 #include "core_tests.h"
+#include "transport/mailbox.h"
 
 namespace gingham {
 namespace {
