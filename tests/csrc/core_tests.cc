@@ -305,8 +305,8 @@ int run_all(const std::string& words) {
                           {"collectives are exact", collectives_are_exact}};
   for (std::array<int, 3> grid : {std::array<int, 3>{1, 1, 1}, {2, 2, 1}, {2, 1, 2}, {1, 3, 2}, {3, 2, 1}, {2, 2, 2}})
     tests.push_back({"step is exact", [grid] { step_is_exact_on(grid); }});
-  for (const auto& more : {attention_tests(), engine_tests(), hosts_tests(), hosts_error_tests(), kernel_tests(), mailbox_tests(),
-                           memory_tests(), verdict_tests()})
+  for (const auto& more :
+       {attention_tests(), engine_tests(), hosts_tests(), hosts_error_tests(), kernel_tests(), mailbox_tests(), memory_tests(), verdict_tests()})
     tests.insert(tests.end(), more.begin(), more.end());
   std::erase_if(tests, [&](const Test& test) { return !has(test.name, words.c_str()); });
   int failed = 0;
