@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import MeshError
 from ..function import Function
@@ -38,17 +38,17 @@ class Whole:
     version: int = 0  # of the gradient after them
 
 
-_wholes = WeakIdKeyDictionary()  # by parameter
+_wholes: dict[int, Whole] = {}  # by the id of a parameter that lives
 
 
 def kept(parameter: Any, mesh: Mesh, cuts: Cuts, shape: Sequence[int]) -> Any:
     """The parameter, or where the mesh keeps weights whole over data, this rank's block of it as steps use it: a plain tensor, cut over
     the other axes. parameter: of the global `shape`, a DTensor, or a plain block cut as `cuts`, which is gathered at each call. Raises
     MeshError in a later backward pass where its gradient was changed under no_sync."""
-    found = [(dim, names) for dim, names in enumerate(cuts) if set(names) & set(mesh.axes.kept)]
-    if not found or parameter is None or mesh.parts(mesh.axes.kept) == 1:
+    find_dim = _kept_dim if torch.compiler.is_compiling() else _known_dim
+    if parameter is None or (where := find_dim(mesh.axes.kept, cuts)) is None or mesh.parts(mesh.axes.kept) == 1:
         return parameter
-    ((dim, names),) = found
+    dim, names = where
     if torch.compiler.is_compiling():
         return traced("kept", [mesh.handle, str(dim), ",".join(names), str(shape[dim])], [block_of(parameter)])[0]
     size = shape[dim]
@@ -63,10 +63,20 @@ def kept(parameter: Any, mesh: Mesh, cuts: Cuts, shape: Sequence[int]) -> Any:
     return used
 
 
+def _kept_dim(kept: Names, cuts: Cuts) -> tuple[int, Names] | None:
+    """The dim that axes which weights are kept whole over cut, and all axes that cut it."""
+    found = [(dim, names) for dim, names in enumerate(cuts) if set(names) & set(kept)]
+    return found[0] if found else None
+
+
+_known_dim = cache(_kept_dim)
+
+
 def _whole_of(parameter: torch.Tensor) -> Whole:
-    found: Whole | None = _wholes.get(parameter)
+    found = _wholes.get(id(parameter))
     if found is None:
-        found = _wholes[parameter] = Whole()
+        found = _wholes[id(parameter)] = Whole()
+        weakref.finalize(parameter, _wholes.pop, id(parameter), None)
     return found
 
 
@@ -78,9 +88,12 @@ def _key(parameter: Any) -> Any:
 
 def _lengths(mesh: Mesh, names: Names, size: int) -> list[int]:
     """Of the pieces that make this rank's whole block of a dim of `size` cut over `names`, the last of which is kept."""
-    count = mesh.sizes[names[-1]]
-    start = position(names[:-1], mesh.sizes, mesh.coordinates) * count
-    return chunks(size, [mesh.sizes[name] for name in names])[start : start + count]
+    return _pieces(size, tuple(mesh.sizes[name] for name in names), position(names[:-1], mesh.sizes, mesh.coordinates))
+
+
+@cache
+def _pieces(size: int, parts: tuple[int, ...], place: int) -> list[int]:
+    return chunks(size, list(parts))[place * parts[-1] : (place + 1) * parts[-1]]
 
 
 class _Kept(Function):
@@ -96,7 +109,7 @@ class _Kept(Function):
         key = _key(parameter)
         if whole.tensor is None or whole.key != key:
             whole.tensor = None  # its memory may serve again
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():
                 whole.tensor = _gathered(parameter._local_tensor, mesh, dim, _lengths(mesh, names, size))
             whole.key = key
         return alias(whole.tensor)

@@ -67,6 +67,7 @@ class Mesh(GridShape, Live):
             self.program.pair_with(self._sums)
         self._axes: dict[frozenset[str], native.Axis] = {}
         self._found: dict[Names, native.Axis | None] = {}  # by the names that were asked for
+        self.known_cuts: dict[tuple[tuple[Any, ...], int], Cuts] = {}  # of placements, by these and the number of dims
         self._keys: dict[str, native.Axis] = {}
         for index, (key, names) in enumerate(groups.items()):
             made = native.Axis(self.program, index, members(names, self.sizes, self.coordinates), source, *link)
@@ -371,6 +372,16 @@ def mesh_among(what: str, tensors: Iterable[Any]) -> Mesh | None:
 
 def cuts_of(mesh: Mesh, placements: Sequence[Any], ndim: int) -> Cuts:
     """The cuts of a DTensor of the mesh."""
+    if torch.compiler.is_compiling():  # whose graph is made once
+        return _cuts_of(mesh, placements, ndim)
+    asked = tuple(placements), ndim
+    found = mesh.known_cuts.get(asked)
+    if found is None:
+        found = mesh.known_cuts[asked] = _cuts_of(mesh, placements, ndim)
+    return found
+
+
+def _cuts_of(mesh: Mesh, placements: Sequence[Any], ndim: int) -> Cuts:
     placed = list(zip(mesh.sizes, placements, strict=True))
     return tuple(tuple(name for name, placement in placed if placement.is_shard(dim)) for dim in range(ndim))
 
