@@ -154,13 +154,14 @@ SHAPES = [(2, 2, 1), (1, 4, 1), (4, 1, 1), (3, 2, 1), (2, 2, 2), (1, 1, 4), (1, 
 
 def bounds(grid: tuple[int, int, int], source: str, slices: int) -> tuple[int, int]:
     """docs/theory.md section 3: two slices of each streamed operand on a ring, none in a window; with pk > 1 one gathered block of
-    Y, which has no slice dim, and on a ring two messages of its sum, one rank's part each."""
+    Y, which has no slice dim, and on a ring the parts of its sum: one of each other rank that comes, and forward, where Y is cut by columns,
+    one for each that goes."""
     (pm, pn, pk), (m, k, n) = grid, PRODUCT
     x, w, y = m * k // (pm * pk), k * n // (pk * pn), m * n // (pm * pn)
     streamed = 2 * (x * (pn > 1) + w * (pm > 1)) // slices if source == "ring" else 0
     gathered = y * (pk > 1)
-    messages = 2 * y // pk if source == "ring" and pk > 1 else 0
-    return 4 * max(streamed + gathered, gathered + messages), 4 * max(2 * streamed + gathered, gathered + messages)
+    parts = y * (pk - 1) // pk if source == "ring" else 0
+    return 4 * max(streamed + gathered, gathered + 2 * parts), 4 * max(2 * streamed + gathered, gathered + parts)
 
 
 @pytest.mark.parametrize(

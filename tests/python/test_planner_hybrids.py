@@ -45,7 +45,7 @@ COUNTED: dict[int, list[tuple[int, str | None, int, str, int, dict[str, Any]]]] 
         (3, None, 1, "1f1b", 2, dict(mode=None, size=2, grid=(1, 2, 1))),
         (2, None, 1, "1f1b", 1, dict(mode="sequence", size=3)),
         (2, "state", 1, "1f1b", 1, dict(mode="sequence", size=3, attention="heads")),
-        (1, None, 1, "1f1b", 2, dict(mode="sequence", size=6, attention="gathered")),
+        (2, None, 1, "1f1b", 2, dict(mode="sequence", size=3, attention="gathered")),
     ],
     12: [(2, "all", 3, "1f1b", 4, dict(mode="1d", size=2)), (3, "state", 1, "1f1b", 2, dict(mode="2d", size=4))],
 }
