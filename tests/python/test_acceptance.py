@@ -154,8 +154,8 @@ SHAPES = [(2, 2, 1), (1, 4, 1), (4, 1, 1), (3, 2, 1), (2, 2, 2), (1, 1, 4), (1, 
 
 def bounds(grid: tuple[int, int, int], source: str, slices: int) -> tuple[int, int]:
     """docs/theory.md section 3: two slices of each streamed operand on a ring, none in a window; with pk > 1 one gathered block of
-    Y, which has no slice dim, and on a ring the parts of its sum: one of each other rank that comes, and forward, where Y is cut by columns,
-    one for each that goes."""
+    Y, which has no slice dim, and on a ring the parts of its sum: one of each other rank that comes, and forward, where Y is cut by
+    columns, one for each that goes."""
     (pm, pn, pk), (m, k, n) = grid, PRODUCT
     x, w, y = m * k // (pm * pk), k * n // (pk * pn), m * n // (pm * pn)
     streamed = 2 * (x * (pn > 1) + w * (pm > 1)) // slices if source == "ring" else 0

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-# Python's lock is kept from the collective's end to the program's, so that torch's thread still waits for it then, with the last reference
-# to the collective's tensors
+# Python's lock is kept from the collective's end to the program's, so that torch's thread, once it has had a processor, waits for it then,
+# with the last reference to the collective's tensors
 HELD = """
 import sys, time, torch, torch.distributed as dist
 {}
@@ -16,7 +16,7 @@ out, x = [torch.zeros(4)], torch.ones(4)
 sys.setswitchinterval(100)
 work = dist.all_gather(out, x, async_op=True)
 del work, out, x
-end = time.perf_counter() + 0.1
+end = time.perf_counter() + 0.5
 while time.perf_counter() < end:
     pass
 {}
@@ -27,14 +27,21 @@ def ended(imported: str, last: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", HELD.format(imported, last)], capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("last", ["", "sys.exit(0)", "import atexit; atexit.register(dist.barrier)"])
+DESTROYED = "dist.destroy_process_group()"  # the mesh keeps the group and its threads
+
+
+@pytest.mark.parametrize("last", ["", "sys.exit(0)", "import atexit; atexit.register(dist.barrier)", DESTROYED])
 def test_a_program_that_went_right_ends_so(last: str) -> None:
-    done = ended("import gingham", last)
-    assert done.returncode == 0, done.stderr
+    for _ in range(3):
+        done = ended("import gingham", last)
+        assert done.returncode == 0, done.stderr
 
 
 def test_without_gingham_torch_ends_it_by_a_signal() -> None:
-    done = ended("")
-    if done.returncode == 0:
-        pytest.skip("this torch lets go by itself: gingham/launch/ending.py can go where it is the oldest that gingham runs on")
-    assert "terminate called without an active exception" in done.stderr
+    """Else the test above shows nothing."""
+    for _ in range(10):
+        done = ended("")
+        if done.returncode:
+            assert "terminate called without an active exception" in done.stderr
+            return
+    pytest.skip("10 programs ended well without gingham: this torch lets go by itself, or their threads had no processor")

@@ -37,8 +37,9 @@ class Whole:
     part: torch.Tensor | None = None  # of the gradient, of micro-batches under no_sync
     version: int = 0  # of the gradient after them
 
-
-_wholes: dict[int, Whole] = {}  # by the id of a parameter that lives
+    def __reduce__(self) -> Any:
+        """A parameter's copy, or one that is read from a file, has none of its own yet."""
+        return Whole, ()
 
 
 def kept(parameter: Any, mesh: Mesh, cuts: Cuts, shape: Sequence[int]) -> Any:
@@ -66,17 +67,19 @@ def kept(parameter: Any, mesh: Mesh, cuts: Cuts, shape: Sequence[int]) -> Any:
 def _kept_dim(kept: Names, cuts: Cuts) -> tuple[int, Names] | None:
     """The dim that axes which weights are kept whole over cut, and all axes that cut it."""
     found = [(dim, names) for dim, names in enumerate(cuts) if set(names) & set(kept)]
-    return found[0] if found else None
+    if not found:
+        return None
+    (one,) = found
+    return one
 
 
 _known_dim = cache(_kept_dim)
 
 
 def _whole_of(parameter: torch.Tensor) -> Whole:
-    found = _wholes.get(id(parameter))
+    found: Whole | None = parameter.__dict__.get("_kept_whole")
     if found is None:
-        found = _wholes[id(parameter)] = Whole()
-        weakref.finalize(parameter, _wholes.pop, id(parameter), None)
+        found = parameter._kept_whole = Whole()  # type: ignore[attr-defined]
     return found
 
 

@@ -10,8 +10,6 @@ import os
 import time
 from pathlib import Path
 
-import torch.distributed as dist
-
 _PATIENCE = 1.0  # seconds; a thread that is in a collective still, whose peers are slow, keeps what it holds
 _LOOK = 0.001  # seconds
 
@@ -19,22 +17,21 @@ _LOOK = 0.001  # seconds
 @atexit.register  # when gingham is imported: what a program registers later runs before
 def let_go() -> None:
     """Gives Python's lock away until torch's threads have nothing to do, for a second at most."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     end = time.monotonic() + _PATIENCE
     idle = 0
-    while idle < 2 and time.monotonic() < end:
+    while idle < 2 and (states := _states()) and time.monotonic() < end:
         time.sleep(_LOOK)
-        idle = 0 if _at_work() else idle + 1
+        idle = 0 if "R" in states else idle + 1
 
 
-def _at_work() -> bool:
-    """Whether a thread that torch named runs, or waits for a processor."""
+def _states() -> list[str]:
+    """Of the threads that torch named, whose work holds tensors: R for one that runs, or waits for a processor."""
+    found = []
     for each in Path("/proc/self/task").glob("*/stat"):
         try:
             name, _, rest = each.read_text().partition("(")[2].rpartition(")")
         except OSError:  # it has ended
             continue
-        if name.startswith("pt_") and int(each.parent.name) != os.getpid() and rest.split()[0] == "R":
-            return True
-    return False
+        if name.startswith("pt_") and int(each.parent.name) != os.getpid():
+            found.append(rest.split()[0])
+    return found

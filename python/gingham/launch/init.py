@@ -18,7 +18,7 @@ from ..mesh.layout import Layout
 from ..plan import choose
 from ..plan.workload import Linears, Workload
 from . import auto, rendezvous, world
-from . import ending as ending
+from . import ending as ending  # registers what it does at the end
 from .describe import describe
 from .parallel_config import parse_parallel, parse_pipeline
 

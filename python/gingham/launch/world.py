@@ -177,7 +177,7 @@ def _ordered(plan: Plan, hosts: list[Host], rank: int) -> Plan:
     better = tuple(plan.ranks[place] for place in places)
     if plan.operands is not None:
         return replace(plan, ranks=better)
-    if 0 < now >= WORSE * least and rank == plan.ranks[0]:
+    if now > 0 and now >= WORSE * least and rank == plan.ranks[0]:
         words, size, shape = 1 << 20, grid.size, " x ".join(f"{name}={size}" for name, size in grid.sizes.items())
         warnings.warn(
             f"gingham.init: {shape} on {', '.join(map(str, hosts))}: with ranks={better} another axis lies inside the hosts, and"

@@ -34,17 +34,23 @@ class ByMessages:
         self.mesh, self.program, self.ranks = mesh, whole.program, ranks
         self.members = [whole.ranks.index(rank) for rank in ranks]
         self.known: dict[Hashable, tuple[tuple[int, ...], torch.dtype]] = {}
-        self.told: set[Hashable] = set()  # places and keys whose header was sent
-        self.asked: set[Hashable] = set()  # or asked for
+        self.told: dict[Hashable, tuple[tuple[int, ...], torch.dtype]] = {}  # by place and key, what a header said that was sent
+        self.asked: set[Hashable] = set()  # places and keys whose header was asked for
         self._queue: SimpleQueue[tuple[Any, native.Flag, list[BaseException]]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def send(self, x: torch.Tensor, place: int, tag: int, key: Hashable) -> Any:
-        posted = []
-        if (place, key) not in self.told:
+        posted, now = [], (tuple(x.shape), x.dtype)
+        said = self.told.get((place, key))
+        if said is None:
             header = _header(x)
             posted.append((self._work(dist.isend, header, place, 2 * tag + 1), header, place))
-            self.told.add((place, key))
+            self.told[place, key] = now
+        elif said != now:
+            raise MeshError(
+                f"pipeline: rank {self.mesh.rank} sends {now[0]} of {now[1]} to rank {self.ranks[place]}, on another host, where the same"
+                f" inputs gave {said[0]} of {said[1]} before; after a change of a layer's outputs make the pipeline anew"
+            )
         return [*posted, (self._work(dist.isend, x, place, 2 * tag), x, place)]
 
     def await_gone(self, sent: Any) -> None:

@@ -171,6 +171,7 @@ class Pipelined:
         held: dict[int, Any] = {stage: stages[stage] for stage in mine}
         self.runner = Runner(held, total, place_of, self.place, microbatches, wire, self._begin)
         self.parts_given: list[dict[str, torch.Tensor]] = []  # of the batch under way, by micro-batch
+        self.dtypes: tuple[int, ...] = ()  # a number for the parameters' of each stage's rank
 
     def holds(self, path: str) -> bool:
         """Whether this rank's stages use the module of that path; one that no stage uses is everyone's."""
@@ -248,7 +249,7 @@ class Pipelined:
         inputs: Any = _Scattered(xs, lambda x: self._scatter(x, own))
         kind = self.mesh.device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        keys = [(tuple(each.shape), each.dtype, cast) for each in xs]
+        keys = [(tuple(each.shape), each.dtype, cast, self.dtypes) for each in xs]
         with no_sync(self.model):
             found = self.runner.run(self.order, inputs, keys, lose, train)
         self.given.now, self.parts_given = {}, []
@@ -279,8 +280,10 @@ class Pipelined:
         for each in batch:
             if isinstance(each, torch.Tensor):
                 found = checksum(each, crc32(f"{tuple(each.shape)} {each.dtype}".encode(), found))
-        told = self.mesh.over_stages(torch.tensor([found], device=self.mesh.device), "the batch of a pipeline's step")
-        if len({int(each) for each in told}) > 1:
+        dtypes = crc32(repr(sorted({str(each.dtype) for each in self.model.parameters()})).encode())
+        told = self.mesh.over_stages(torch.tensor([found, dtypes], device=self.mesh.device), "the batch of a pipeline's step")
+        self.dtypes = tuple(int(each[1]) for each in told)
+        if len({int(each[0]) for each in told}) > 1:
             raise MeshError(
                 f"gingham.pipeline: ranks {line_of(self.mesh)}, the stages of one batch, got different ones; give"
                 " every stage the same x and labels: seed loaders alike, or use mesh.sampler"

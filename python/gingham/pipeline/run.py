@@ -99,7 +99,7 @@ class Runner:
         """To `stage`, which takes it as its input or as the gradient of its output."""
         place = self.place_of[stage]
         if place == self.place:
-            self.arriving["here", stage, part, forward] = x.detach()  # type: ignore[index]
+            self.arriving["here", stage, part, forward] = x.detach().clone()  # type: ignore[index]
             return
         assert self.wire is not None
         self.wire.send(x, place, *self._tag(forward, stage, part))

@@ -42,11 +42,12 @@ def sum_ties(mesh: Mesh, ties: Ties, place: int, wire: Wire | None, first: int) 
         assert wire is not None
         held = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         local = getattr(held, "_local_tensor", held)
-        mine, others = mesh.empty(local.shape, local.dtype).copy_(local), [each for each in places if each != place]
+        mine, others = local.clone(), [each for each in places if each != place]
         tags = [first + number * mesh.pipeline.size + each for each in range(mesh.pipeline.size)]  # by who sends
+        key = "tie", number, local.dtype
         for each in others:
-            wire.send(mine, each, tags[place], ("tie", number))
-        begun = {each: wire.receive(each, tags[each], ("tie", number)) for each in others}
+            wire.send(mine, each, tags[place], key)
+        begun = {each: wire.receive(each, tags[each], key) for each in others}
         found = {each: wire.wait(begun[each]) for each in others} | {place: mine}
         local.copy_(sum(found[each] for each in sorted(found)))  # type: ignore[arg-type]
         parameter.grad = held

@@ -21,8 +21,8 @@ from .by_messages import DIMS, DTYPES, ByMessages
 
 
 class Wire:
-    """Of one rank; collective over `ranks`, the job's at this one's place in each pipeline rank. tags: how many it uses, from 0; each is of
-    one receiver, or alike for all of them."""
+    """Of one rank; collective over `ranks`, the job's at this one's place in each pipeline rank. tags: how many there are, from 0; one rank
+    sends under a tag to another, and may send under it to several."""
 
     def __init__(self, mesh: Mesh, ranks: list[int], tags: int) -> None:
         self.mesh = mesh
@@ -40,11 +40,12 @@ class Wire:
         return self.by_messages if self.elsewhere[place] else self.by_memory
 
     def send(self, x: torch.Tensor, place: int, tag: int, key: Hashable) -> None:
-        """To a pipeline rank. key: what the shape follows from, which both sides know."""
-        x = x.detach().contiguous()
+        """To a pipeline rank. key: what the shape follows from, which both sides know. A copy goes, since whoever made x may write to it
+        before it is taken: a hook that adds up outputs, a layer that uses its memory again."""
         if x.dim() > DIMS or x.dtype not in DTYPES:
             raise MeshError(f"pipeline: a tensor of {x.dim()} dims and {x.dtype} between stages; expected at most {DIMS} dims")
-        self.sent[place, tag] = self._way(place).send(x, place, tag, key)
+        copy = self.mesh.empty(x.shape, x.dtype).copy_(x.detach())
+        self.sent[place, tag] = self._way(place).send(copy, place, tag, key)
         borders = self.mesh.borders
         borders["bytes_sent"] += x.numel() * x.element_size()
 
