@@ -37,7 +37,7 @@ PYTHON_ROOMS = {
     "launch": {"mesh", "checks", "plan", "errors", "native"},
     "checkpoint": {"mesh", "launch", "errors", "native"},
     "convert": {"function", "graph_ops", "mesh", "checks", "plan", "autograd", "nn", "checkpoint", "errors"},
-    "pipeline": {"mesh", "checks", "plan", "autograd", "nn", "launch", "checkpoint", "errors"},
+    "pipeline": {"mesh", "checks", "plan", "autograd", "nn", "launch", "checkpoint", "errors", "native"},
     "integrations": {"mesh", "autograd", "nn", "convert", "checkpoint", "errors"},
     "commands": {"mesh", "plan", "launch", "nn", "checkpoint", "convert", "errors", "native", "__init__"},
 }

@@ -26,8 +26,8 @@ class Reusing(torch.nn.Module):
 
 
 def writing(mesh: Any) -> torch.nn.Sequential:
-    """Layers whose outputs are written to after they were given on, where no gradients are asked for: by hooks that add them up in the first
-    one's memory, and by Reusing."""
+    """Layers whose outputs are written to after they were given on, where no gradients are asked for: by hooks that add them up in the
+    first one's memory, and by Reusing."""
     torch.manual_seed(1)
     linear = torch.nn.Linear if mesh is None else nn.Linear
     layers = torch.nn.Sequential(*(each for _ in range(4) for each in (linear(8, 8, dtype=torch.float64), Reusing(mesh))))

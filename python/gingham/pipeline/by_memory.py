@@ -19,7 +19,7 @@ class ByMemory:
         assert whole is not None
         self.members = [whole.ranks.index(rank) for rank in ranks]
         self.box = native.Mailbox(whole.program, letters)
-        offsets = mesh.over_stages(torch.tensor([self.box.offset]), "the mailboxes of a pipeline")
+        offsets = mesh.over_stages(torch.tensor([self.box.offset], device=mesh.device), "the mailboxes of a pipeline")
         for member, offset, here in zip(self.members, offsets, near, strict=True):
             if here:
                 self.box.open(member, int(offset))
