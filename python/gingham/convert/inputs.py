@@ -134,8 +134,9 @@ class Border:
         self.probed.add(kind)
         if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
             return None
-        rows = self.mesh.interval(self.size + self.missing, self._rows())[1]
-        other = probe.run(function, model, args, kwargs, rows, self.rows)
+        size, cuts = self.size + self.missing, self._rows()
+        rows, most = self.mesh.interval(size, cuts)[1], max(chunks(size, [self.mesh.sizes[name] for name in cuts]))
+        other = probe.run(function, model, args, kwargs, rows, most, self.rows)
         self.open.clear()
         return other, rows
 

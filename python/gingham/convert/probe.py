@@ -38,10 +38,12 @@ def _is_heard(model: torch.nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
 
 
-def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, cut: Sequence[torch.Tensor]) -> Any:
-    """What the function gives for this rank's `rows` rows, all like the last one; cut: the tensors that have these rows. Where the
-    number of rows or a sample's place counts, it is of the shape of none."""
-    before = {id(x) for x in cut if rows > 1 and len(x) == rows}
+def run(
+    function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[torch.Tensor]
+) -> Any:
+    """What the function gives for this rank's `rows` rows, all like the last one; most: of the rows of all ranks, which call it as often;
+    cut: the tensors that have these rows. Where the number of rows or a sample's place counts, it is of the shape of none."""
+    before = {id(x) for x in cut if rows and len(x) == rows}
 
     def alike(more: int) -> Any:
         def change(x: Any) -> Any:
@@ -51,7 +53,7 @@ def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs:
 
     with torch.no_grad(), _restored(model):
         found = alike(0)
-    if rows < 2:
+    if most < 2:
         return found, None
     with torch.no_grad(), _in_eval(model):
         state = torch.get_rng_state()

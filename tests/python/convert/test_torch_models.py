@@ -89,7 +89,7 @@ def beside(rank: int, grid: dict[str, Any]) -> dict[str, dict[str, float]]:
     return found
 
 
-@grids("1d sequence", "2d", "3d")
+@grids("1d sequence", "2d", "2.5d")
 def test_outputs_and_gradients(ranks, name: str) -> None:
     for kind, result in ranks(ranks_of(name))(beside, GRIDS[name])[0].items():
         worst = max(result, key=result.get)
