@@ -1,6 +1,7 @@
 """The data axis: rows of activations cut over replicas in every mode, with weights whole or cut over it too, and one process's numbers."""
 
 import contextlib
+import copy
 import os
 import signal
 import time
@@ -225,6 +226,21 @@ QUICK_SECOND = {("none", "state"), ("1d", "all")}
 def test_second_gradients_are_one_processs(ranks, name: str, shard: str | None) -> None:
     for errors in ranks(TENSOR[name][0] * 2)(twice, parallel(name, shard, 2)):
         assert max(errors) <= 2e-6
+
+
+def copied(rank: int) -> tuple[float, ...]:
+    mesh = gingham.init(parallel=dict(data=dict(size=2, shard="state")))
+    model = nn.Linear(8, 8)
+    x = torch.ones(4, 8, dtype=torch.float64)
+    model(mesh.scatter(x.float())).sum().backward()
+    model.zero_grad()
+    model.double()
+    return tuple(mesh.gather(each(mesh.scatter(x))).sum().item() for each in (model, copy.deepcopy(model), model.float().double()))
+
+
+def test_state_a_model_goes_to_another_dtype_and_is_copied_after_a_step(ranks) -> None:
+    for answer in ranks(2)(copied):
+        assert len(set(answer)) == 1
 
 
 def misused(rank: int) -> list[str]:

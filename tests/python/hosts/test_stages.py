@@ -15,7 +15,7 @@ from pipelines import SHAPE, sample, tied
 from pool import RankError
 from virtual import ENGINES, on_host
 
-HOSTS = (0, 0, 1, 1)  # stages 0 | 1, and 2 | 3: each way of passing tensors, and the way round from the last to the first
+PLACED = (0, 0, 1, 1)  # stages 0 | 1, and 2 | 3: each way of passing tensors, and the way round from the last to the first
 
 
 def gpt(mesh: Any, dtype: torch.dtype) -> Any:
@@ -48,7 +48,7 @@ QUICK = {("interleaved", gpt), ("1f1b", tied)}
 )
 def test_borders_on_hosts_and_between_them_give_the_bits_of_one_host(ranks, schedule: str, make: Any) -> None:
     here = ranks(4)(trained, (), schedule, make, torch.float64)
-    there = ranks(4)(trained, HOSTS, schedule, make, torch.float64)
+    there = ranks(4)(trained, PLACED, schedule, make, torch.float64)
     crossed = [answer[2].pop("bytes_crossed") for answer in there]
     for (losses, outputs, count), (far_losses, far_outputs, far_count) in zip(here, there, strict=True):
         assert losses == far_losses and torch.equal(outputs, far_outputs) and count == far_count
@@ -62,7 +62,7 @@ def befall(kind: str, timeout: float) -> None:
 
 
 def faulty(rank: int, engine: str, kind: str, victim: int, timeout: float) -> Any:
-    with on_host(rank, HOSTS, engine):
+    with on_host(rank, PLACED, engine):
         mesh = gingham.init(parallel=dict(pipeline=4), timeout=timeout)
     model = gingham.pipeline(gpt(mesh, torch.float32), mesh, 4, "interleaved" if kind == "killed" else "1f1b")
     for number in range(1000):
@@ -91,3 +91,29 @@ def test_the_stage_for_which_all_wait_is_named_on_both_hosts(ranks, victim: int)
     answers = ranks(4)(faulty, "ucx", "slow", victim, 1.5, outcomes=True)
     others = [answer for rank, answer in enumerate(answers) if rank != victim]
     assert [answer[:2] for answer in others] == [("PeerStalled", victim)] * 3, others
+
+
+def doubled(rank: int, hosts: tuple[int, ...]) -> Any:
+    with on_host(rank, hosts):
+        mesh = gingham.init(parallel=dict(pipeline=4), timeout=30.0)
+    torch.manual_seed(2)
+    layers = (gingham.nn.Embedding(64, 8), *(gingham.nn.Linear(8, 8) for _ in range(3)), gingham.nn.Linear(8, 64))
+    model = gingham.pipeline(torch.nn.Sequential(*layers), mesh, 4)
+    ids, targets = (each.clamp(0, 63) for each in sample(8))
+    found = [model.step(ids, targets).item()]
+    model.zero_grad()
+    found.append(model.double().step(ids, targets).item())
+    layers[2].register_forward_hook(lambda _, __, y: y.float())  # on the border between the hosts
+    try:
+        model.step(ids, targets)
+    except (gingham.MeshError, gingham.PeerDied, gingham.ShapeError) as error:
+        found.append(str(error))
+    return found
+
+
+def test_what_changes_the_dtype_of_borders_is_followed_or_told(ranks) -> None:
+    """Between hosts the receiver makes room for what it was told of: the parameters' dtypes are; another change is refused by name."""
+    here, there = ranks(4)(doubled, ()), ranks(4)(doubled, PLACED)
+    assert [each[:2] for each in here] == [each[:2] for each in there]
+    for told in there:
+        assert "float32 to rank 2, on another host" in told[2] and "torch.float64 before" in told[2], told
