@@ -16,7 +16,6 @@ class BoundMailbox {
   }
 
   Mailbox& box() { return box_; }
-  bool holds(const py::object& x) { return box_.holds(tensor_of(x, "x", member_.job).data); }
 
   void send(int peer, int letter, const py::object& x) {
     const Tensor t = tensor_of(x, "x", member_.job);
@@ -34,9 +33,10 @@ class BoundMailbox {
     const std::string dtype = found->dtype;
     const std::vector<int64_t> shape(found->shape.dims, found->shape.dims + found->shape.ndim);
     Made made = make_tensor(member_.job, shape, dtype);
+    const Matrix room = Tensor{made.data, dtype_of(dtype), dtype, shape}.matrix();
     {
       const py::gil_scoped_release nogil;
-      box_.take(letter, made.data, static_cast<size_t>(Tensor{made.data, dtype_of(dtype), dtype, shape}.count()) * size_of(dtype_of(dtype)));
+      box_.take(letter, room.data, room.bytes());
     }
     return std::move(made.object);
   }
@@ -60,7 +60,6 @@ void define_mailbox(py::module_& m) {
       .def_property_readonly("offset", [](BoundMailbox& each) { return each.box().offset(); })
       .def(
           "open", [](BoundMailbox& each, int peer, uint64_t offset) { each.box().open(peer, offset); }, py::arg("peer"), py::arg("offset"))
-      .def("holds", &BoundMailbox::holds, py::arg("x"))
       .def("send", &BoundMailbox::send, py::arg("peer"), py::arg("letter"), py::arg("x"))
       .def("receive", &BoundMailbox::receive, py::arg("peer"), py::arg("letter"))
       .def(

@@ -44,7 +44,7 @@ void Mailbox::send(int peer, int letter, const void* data, const std::string& dt
   CHECK(ShapeError, shape.size() <= std::size(theirs.shape.dims) && dtype.size() < sizeof(theirs.dtype), "a message of ", shape.size(),
         " dims and dtype ", dtype, ", expected at most ", std::size(theirs.shape.dims), " dims");
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
-  CHECK(MeshError, empty || holds(data), "a message that does not lie in the memory that the ranks share");
+  CHECK(MeshError, empty || segment_.holds(data), "a message that does not lie in the memory that the ranks share");
   const uint32_t number = theirs.sent.load();
   program_.wait(theirs.taken, number, peer, kDoing);
   theirs.offset = empty ? 0 : segment_.offset_of(data);

@@ -29,7 +29,6 @@ class Mailbox {
   uint64_t offset() const { return segment_.offset_of(mine_); }
   // Where a member of this host has its letters, which are as many.
   void open(int peer, uint64_t offset);
-  bool holds(const void* data) const { return segment_.holds(data); }
   // data: contiguous, in the shared memory, unchanged until await_taken(). Waits where the letter's last message was not taken.
   void send(int peer, int letter, const void* data, const std::string& dtype, const std::vector<int64_t>& shape);
   void await_taken(int peer, int letter);

@@ -42,13 +42,13 @@ def sum_ties(mesh: Mesh, ties: Ties, place: int, wire: Wire | None, first: int) 
         assert wire is not None
         held = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         local = getattr(held, "_local_tensor", held)
-        mine, others = local.clone(), [each for each in places if each != place]
+        others = [each for each in places if each != place]
         tags = [first + number * mesh.pipeline.size + each for each in range(mesh.pipeline.size)]  # by who sends
         key = "tie", number, local.dtype
         for each in others:
-            wire.send(mine, each, tags[place], key)
+            wire.send(local, each, tags[place], key)
         begun = {each: wire.receive(each, tags[each], key) for each in others}
-        found = {each: wire.wait(begun[each]) for each in others} | {place: mine}
+        found = {each: wire.wait(begun[each]) for each in others} | {place: local}
         local.copy_(sum(found[each] for each in sorted(found)))  # type: ignore[arg-type]
         parameter.grad = held
         wire.finish()
