@@ -6,6 +6,8 @@
 #include "kernels/accumulate.h"
 #include "kernels/cast.h"
 #include "kernels/cross_entropy.h"
+#include "kernels/embedding.h"
+#include "kernels/indices.h"
 #include "kernels/layer_norm.h"
 
 namespace gingham {
@@ -140,12 +142,6 @@ Targets targets_of(const Tensor& ids, int64_t rows, int64_t ignore, int64_t firs
   return {static_cast<const int64_t*>(ids.data), ignore, first, vocabulary, smoothing};
 }
 
-void check_ids(const Targets& targets, int64_t rows, int rank) {
-  for (int64_t i = 0; i < rows; i++)
-    CHECK(ShapeError, targets.ids[i] == targets.ignore || (targets.ids[i] >= 0 && targets.ids[i] < targets.vocabulary), "cross_entropy: rank ", rank,
-          ": a target lies outside 0..", targets.vocabulary - 1, " and is not ignore_index=", targets.ignore, ": row ", i, " has ", targets.ids[i]);
-}
-
 // [rows, 4] float64 of this rank's columns: the largest m, and S, T, A about it (kernels/cross_entropy.h).
 py::object loss_parts(const Member& member, const py::object& logits, const py::object& target, int64_t ignore, int64_t first, int64_t vocabulary,
                       double smoothing) {
@@ -154,7 +150,6 @@ py::object loss_parts(const Member& member, const py::object& logits, const py::
   const Matrix x = in.matrix();
   const Targets targets = targets_of(ids, x.rows, ignore, first, vocabulary, smoothing);
   const Stream& stream = member.job->stream();
-  if (stream.device() == Device::cpu) check_ids(targets, x.rows, member.program->rank());
   const Made out = make_tensor(member.job, {x.rows, 4}, "float64");
   {
     py::gil_scoped_release nogil;
@@ -196,9 +191,68 @@ py::object loss_gradient(const Member& member, const py::object& logits, const p
   return out.object;
 }
 
+const int64_t* whole_numbers(const Tensor& t, const char* name) {
+  CHECK(ShapeError, t.dtype_name == "int64", name, " are ", t.dtype_name, ", expected int64");
+  return static_cast<const int64_t*>(t.data);
+}
+
+// table [count, width], ids [...]: [..., width].
+py::object rows_gathered(const Member& member, const py::object& table, const py::object& ids) {
+  const OnCallersStream on_stream(member);
+  const Tensor from = rows_of(table, "table", member), which = tensor_of(ids, "ids", member.job);
+  const int64_t* at = whole_numbers(which, "ids");
+  std::vector<int64_t> shape = which.shape;
+  shape.push_back(from.shape.back());
+  const Made out = make_tensor(member.job, shape, from.dtype_name);
+  {
+    py::gil_scoped_release nogil;
+    gather_rows(from.matrix(), at, dense(out.data, which.count(), shape.back(), from.dtype), member.job->stream());
+  }
+  return out.object;
+}
+
+// rows [..., width] of ids [...] -> [count, width] in their accumulator; order: None, or where the ids were before they were sorted.
+py::object rows_scattered(const Member& member, const py::object& rows, const py::object& ids, const py::object& order, int64_t first, int64_t count,
+                          int64_t skipped) {
+  const OnCallersStream on_stream(member);
+  const Tensor from = rows_of(rows, "rows", member), which = tensor_of(ids, "ids", member.job);
+  const Matrix x = from.matrix();
+  Places places{whole_numbers(which, "ids"), nullptr, first, skipped};
+  CHECK(ShapeError, which.count() == x.rows, "scatter of ", x.rows, " rows with ", which.count(), " ids");
+  if (!order.is_none()) {
+    const Tensor sorted = tensor_of(order, "order", member.job);
+    CHECK(ShapeError, sorted.count() == x.rows, "scatter of ", x.rows, " rows in an order of ", sorted.count());
+    places.order = whole_numbers(sorted, "order");
+  }
+  const std::string wide = x.dtype == DType::f64 ? "float64" : "float32";
+  const Made out = make_tensor(member.job, {count, x.cols}, wide, Heap::Kind::lasting);
+  {
+    py::gil_scoped_release nogil;
+    scatter_rows(x, places, dense(out.data, count, x.cols, dtype_of(wide)), member.job->stream());
+  }
+  return out.object;
+}
+
+// [3] int64: the smallest and the largest index outside of 0 .. classes - 1 that is not `ignored`, and how many there are.
+py::object wrong_found(const Member& member, const py::object& index, int64_t classes, int64_t ignored) {
+  const OnCallersStream on_stream(member);
+  const Tensor which = tensor_of(index, "index", member.job);
+  const int64_t* ids = whole_numbers(which, "indices");
+  const Made out = make_tensor(member.job, {3}, "int64");
+  {
+    py::gil_scoped_release nogil;
+    find_wrong(ids, which.count(), classes, ignored, static_cast<int64_t*>(out.data), member.job->stream());
+  }
+  return out.object;
+}
+
 }  // namespace
 
 void define_layers(py::module_& m) {
+  m.def("gather_rows", &rows_gathered, py::arg("program"), py::arg("table"), py::arg("ids"));
+  m.def("scatter_rows", &rows_scattered, py::arg("program"), py::arg("rows"), py::arg("ids"), py::arg("order"), py::arg("first"), py::arg("count"),
+        py::arg("skipped"));
+  m.def("find_wrong", &wrong_found, py::arg("program"), py::arg("index"), py::arg("classes"), py::arg("ignored"));
   m.def("norm_statistics", &norm_statistics, py::arg("program"), py::arg("x"), py::arg("centred"));
   m.def("norm_forward", &norm_forward, py::arg("program"), py::arg("x"), py::arg("parts"), py::arg("counts"), py::arg("weight"), py::arg("bias"),
         py::arg("eps"), py::arg("centred"));

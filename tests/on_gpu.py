@@ -8,6 +8,7 @@ CPU's. What a twin in the test's own process draws without a generator has other
 import io
 import os
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import cloudpickle
@@ -69,6 +70,15 @@ def redistribute_through_the_host() -> None:
 
     moved.given = given  # type: ignore[attr-defined]
     _redistribute.redistribute_local_tensor = moved
+
+
+def told_in_time(call: Callable[[], Any]) -> None:
+    """A call with wrong indices, which raises at once on the CPU. On a GPU the next call that looks at indices once the device has got
+    there raises it: here the same one again."""
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        call()
 
 
 def end() -> None:

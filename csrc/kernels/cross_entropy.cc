@@ -86,6 +86,8 @@ void softmax_parts(const Matrix& logits, const Targets& targets, const Matrix& m
       at(pieces, i, 0) = sum_of_exponentials(row, logits.cols, most == -std::numeric_limits<T>::infinity() ? T(0) : most);
       at(pieces, i, 1) = here ? static_cast<double>(row[target] - most) : 0.0;
       at(pieces, i, 2) = targets.smoothing > 0 ? sum_less(row, logits.cols, most) : 0.0;
+      if (targets.ids[i] != targets.ignore && (targets.ids[i] < 0 || targets.ids[i] >= targets.vocabulary))
+        at(pieces, i, 0) = std::numeric_limits<double>::quiet_NaN();
     }
   });
 }

@@ -85,9 +85,9 @@ __global__ void __launch_bounds__(kRowThreads, 4)
   block_sum(total);
   if (threadIdx.x != 0) return;
   const int64_t id = targets.ids[i], target = id - targets.first;
-  const bool here = id != targets.ignore && target >= 0 && target < cols;
+  const bool counts = id != targets.ignore, here = counts && target >= 0 && target < cols;
   *maxima.to(i, 0) = all;
-  *pieces.to(i, 0) = total[0];
+  *pieces.to(i, 0) = counts && (id < 0 || id >= targets.vocabulary) ? static_cast<double>(NAN) : total[0];
   *pieces.to(i, 1) = here ? static_cast<double>(widen(*logits.to(i, target)) - most) : 0.0;
   *pieces.to(i, 2) = smooth && cols > 0 ? total[1] + static_cast<double>(cols) * (static_cast<double>(first) - all) : 0.0;
 }

@@ -2,6 +2,7 @@
 // row; one small exchange joins them:
 //   softmax_parts -> the largest of these columns, max, and (S, T, A) about it:
 //     S = sum exp(x - max), T = x_target - max where the target lies here (else 0), A = sum (x - max), 0 without label smoothing
+//     S is NaN, and with it the loss and the row's gradient, where the target is no class of the vocabulary
 //   losses: loss = log S - (1 - e) T - e A / V, with smoothing e and vocabulary V; 0 for rows whose target is `ignore`
 //   softmax_gradient: dx = scale (exp(x - max) / S - (1 - e) [target] - e / V); 0 for ignored rows
 //   x = (1, 2 | 3, 4), target 3: max 4, S = 0.184 + 1.368, T = 0: loss 0.440

@@ -1,8 +1,10 @@
-// Gather is a copy at the speed of memory. The scatter adds without atomics: one kernel links every position to the next with its id (a warp
-// scans for it, 32 positions at a time), then the first position of each id walks its chain and adds in order. A single id in all of n
-// positions makes one chain of n steps, about a microsecond each.
+// Gather is a copy at the speed of memory. The scatter is told ids in ascending order, so that the rows of an id are a run of positions: a thread
+// takes a piece of 32 positions, some columns wide, sums its runs in order and stores each in its id's row. Of a run that came from the
+// piece before, the part in this piece goes to workspace, and a second kernel adds these parts, in order, to what the run's first piece has
+// stored. No atomics: the same bits every time. One id in all of n positions is a chain of 32 + n / 32 steps.
+#include "kernels/cast.h"
 #include "kernels/embedding.h"
-#include "kernels/reduce.cuh"
+#include "kernels/sweep.cuh"
 
 namespace gingham::cuda {
 namespace {
@@ -11,94 +13,132 @@ template <class T>
 struct Gather {
   View<T> table, out;
   const int64_t* ids;
-  int64_t first, rows;
+  int64_t rows;
   template <int W>
   __device__ void at(int64_t n, int64_t j) const {
-    const int64_t at = ids[n] - first;
-    out.template store<W>(n, j, at >= 0 && at < rows ? table.template load<W>(at, j) : Pack<T, W>{});
+    const int64_t id = ids[n];
+    Pack<T, W> row;
+    for (T& bits : row.at) bits = static_cast<T>(~T{0});  // a NaN in every real dtype
+    if (id >= 0 && id < rows) row = table.template load<W>(id, j);
+    out.template store<W>(n, j, row);
   }
 };
 
-constexpr int kLast = -1, kNotFirst = -2;
+constexpr int64_t kPiece = 32;  // positions
+constexpr int kTogether = 4;    // packs that a thread loads before it uses the first
 
-// next[n]: the next position with the same id or kLast; head[n]: 0 for an id's first position in this table, else kNotFirst. One warp each.
-__global__ void __launch_bounds__(kSweepThreads) link_kernel(const int64_t* ids, int* next, int* head, int count, int64_t first, int64_t rows) {
-  const int n = static_cast<int>(blockIdx.x * (kSweepThreads / 32) + threadIdx.x / 32), lane = static_cast<int>(threadIdx.x) % 32;
-  const int64_t id = n < count ? ids[n] : 0;
-  const bool here = n < count && id >= first && id < first + rows;
-  int found = count, before = 0;
-  for (int at = n + 1; here && at < count; at += 32) {
-    const int mine = at + lane < count && ids[at + lane] == id ? at + lane : count;
-    int least = mine;
-    for (int mask = 16; mask > 0; mask /= 2) {
-      const int other = shuffle_xor(least, mask);
-      least = other < least ? other : least;
-    }
-    found = least;
-    if (found < count) break;
-  }
-  for (int at = n - 32; here && at > -32 && !before; at -= 32) {
-    before = at + lane >= 0 && ids[at + lane] == id ? 1 : 0;
-    for (int mask = 16; mask > 0; mask /= 2) before |= shuffle_xor(before, mask);
-  }
-  if (n >= count || lane != 0) return;
-  next[n] = found < count ? found : kLast;
-  head[n] = here && !before ? 0 : kNotFirst;
-}
+// Positions in ascending order of their ids, and the rows of the table.
+struct Runs {
+  Places places;
+  int64_t count, rows;
+
+  __device__ int64_t id(int64_t p) const { return places.ids[p]; }
+  __device__ bool here(int64_t id) const { return id >= places.first && id < places.first + rows && id != places.skipped; }
+  __device__ bool goes_on(int64_t p) const { return p > 0 && p < count && id(p - 1) == id(p); }
+};
 
 template <class T>
-struct AddChain {
+struct SumPiece {
   View<T> rows;
-  View<Wide<T>> table;
-  const int64_t* ids;
-  const int *next, *head;
-  int64_t first;
+  View<Wide<T>> table, parts;
+  Runs runs;
   template <int W>
-  __device__ void at(int64_t n, int64_t j) const {
-    if (head[n] == kNotFirst) return;
-    const int64_t at = ids[n] - first;
-    Pack<Wide<T>, W> sum = table.template load<W>(at, j);
-    for (int64_t p = n; p != kLast; p = next[p]) {
-      const Pack<T, W> more = rows.template load<W>(p, j);
-      for (int k = 0; k < W; k++) sum.at[k] += widen(more.at[k]);
+  __device__ void at(int64_t piece, int64_t j) const {
+    const int64_t begin = piece * kPiece, end = begin + kPiece < runs.count ? begin + kPiece : runs.count;
+    bool entered = runs.goes_on(begin);
+    Pack<Wide<T>, W> sum{};
+    for (int64_t first = begin; first < end; first += kTogether) {
+      Pack<T, W> more[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; u++)
+        if (first + u < end && runs.here(runs.id(first + u))) more[u] = rows.template load<W>(runs.places.order[first + u], j);
+#pragma unroll
+      for (int u = 0; u < kTogether; u++) {
+        const int64_t p = first + u;
+        if (p >= end) break;
+        const int64_t id = runs.id(p);
+        if (runs.here(id)) {
+          const Pack<Wide<T>, W> values = widened(more[u]);
+#pragma unroll
+          for (int k = 0; k < W; k++) sum.at[k] += values.at[k];
+        }
+        if (p + 1 < end && runs.goes_on(p + 1)) continue;
+        if (runs.here(id)) {
+          if (entered)
+            parts.template store<W>(piece, j, sum);
+          else
+            table.template store<W>(id - runs.places.first, j, sum);
+        }
+        sum = {};
+        entered = false;
+      }
     }
-    table.template store<W>(at, j, sum);
+  }
+};
+
+// Of the second piece of a run: what it and those behind it left is added to the run's row.
+template <class T>
+struct JoinParts {
+  View<T> table, parts;
+  Runs runs;
+  int64_t pieces;
+  template <int W>
+  __device__ void at(int64_t piece, int64_t j) const {
+    const int64_t begin = piece * kPiece;
+    if (!runs.goes_on(begin) || !runs.here(runs.id(begin))) return;
+    const int64_t id = runs.id(begin), before = begin - kPiece;
+    if (before > 0 && runs.id(before - 1) == id) return;
+    Pack<T, W> sum = table.template load<W>(id - runs.places.first, j);
+    for (int64_t first = piece;; first += kTogether) {
+      Pack<T, W> more[kTogether];
+      bool there[kTogether];
+#pragma unroll
+      for (int u = 0; u < kTogether; u++) {
+        there[u] = first + u < pieces && runs.id((first + u) * kPiece) == id;
+        if (there[u]) more[u] = parts.template load<W>(first + u, j);
+      }
+#pragma unroll
+      for (int u = 0; u < kTogether; u++)
+        if (there[u])
+          for (int k = 0; k < W; k++) sum.at[k] += more[u].at[k];
+      if (!there[kTogether - 1]) break;
+    }
+    table.template store<W>(id - runs.places.first, j, sum);
   }
 };
 
 template <class T>
-void gather(const Matrix& table, const int64_t* ids, int64_t first, const Matrix& out, const Stream& stream) {
-  sweep<16 / static_cast<int>(sizeof(T))>(Gather<T>{View<T>(table), View<T>(out), ids, first, table.rows}, out.rows, out.cols, {&table, &out},
-                                          stream);
+void gather(const Matrix& table, const int64_t* ids, const Matrix& out, const Stream& stream) {
+  sweep<16 / static_cast<int>(sizeof(T))>(Gather<T>{View<T>(table), View<T>(out), ids, table.rows}, out.rows, out.cols, {&table, &out}, stream);
 }
 
 }  // namespace
 
-void gather_rows(const Matrix& table, const int64_t* ids, int64_t first, const Matrix& out, const Stream& stream) {
+void gather_rows(const Matrix& table, const int64_t* ids, const Matrix& out, const Stream& stream) {
   switch (size_of(out.dtype)) {
     case 2:
-      return gather<uint16_t>(table, ids, first, out, stream);
+      return gather<uint16_t>(table, ids, out, stream);
     case 4:
-      return gather<uint32_t>(table, ids, first, out, stream);
-    case 8:
-      return gather<uint64_t>(table, ids, first, out, stream);
+      return gather<uint32_t>(table, ids, out, stream);
     default:
-      return gather<uint8_t>(table, ids, first, out, stream);
+      return gather<uint64_t>(table, ids, out, stream);
   }
 }
 
-void scatter_add_rows(const Matrix& rows, const int64_t* ids, int64_t first, const Matrix& table, const Stream& stream) {
+void scatter_rows(const Matrix& rows, const Places& places, const Matrix& table, const Stream& stream) {
+  cuda::fill_zero(table, stream);
   if (rows.empty() || table.empty()) return;
-  CHECK(ShapeError, rows.rows <= INT32_MAX, "scatter of ", rows.rows, " rows, at most ", INT32_MAX);
-  const int count = static_cast<int>(rows.rows);
-  const Scratch room(stream, static_cast<size_t>(count) * 2 * sizeof(int));
-  int *next = reinterpret_cast<int*>(room.data()), *head = next + count;
-  launch(stream, link_kernel, dim3(static_cast<unsigned>(ceil_div(count, kSweepThreads / 32))), kSweepThreads, 0, ids, next, head, count, first,
-         table.rows);
+  CHECK(ShapeError, places.order, "a scatter on a GPU takes sorted ids and their order");
+  const int64_t pieces = ceil_div(rows.rows, kPiece), pitch = ceil_div(rows.cols, 16) * 16;
+  const Scratch room(stream, static_cast<size_t>(pieces * pitch) * size_of(table.dtype));
+  const Matrix parts{room.data(), pieces, rows.cols, pitch, 1, table.dtype};
   with_real(rows.dtype, "scatter", [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const AddChain<T> op{View<T>(rows), View<Wide<T>>(table), ids, next, head, first};
-    sweep<16 / static_cast<int>(sizeof(T))>(op, rows.rows, rows.cols, {&rows, &table}, stream);
+    using A = Wide<T>;
+    const Runs runs{places, rows.rows, table.rows};
+    const View<A> to(table), kept(parts);
+    sweep<16 / static_cast<int>(sizeof(T))>(SumPiece<T>{View<T>(rows), to, kept, runs}, pieces, rows.cols, {&rows, &table, &parts}, stream);
+    if (pieces > 1) sweep<16 / static_cast<int>(sizeof(A))>(JoinParts<A>{to, kept, runs, pieces}, pieces, rows.cols, {&table, &parts}, stream);
   });
 }
 

@@ -7,11 +7,11 @@
 namespace gingham::cuda {
 
 constexpr int kRowThreads = 256;
-constexpr size_t kRowShared = 4 * 32 * sizeof(double);  // block_sum of up to 4 numbers
+constexpr size_t kRowShared = 4 * 32 * sizeof(double);  // block_join of up to 4 numbers of 8 bytes
 
-template <int N, class Join>
-__device__ inline void block_join(double (&v)[N], Join join) {
-  double* memory = reinterpret_cast<double*>(shared_memory());
+template <class V, int N, class Join>
+__device__ inline void block_join(V (&v)[N], Join join) {
+  V* memory = reinterpret_cast<V*>(shared_memory());
   const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
   for (int mask = 16; mask > 0; mask /= 2)
     for (int n = 0; n < N; n++) v[n] = join(v[n], shuffle_xor(v[n], mask));
@@ -20,7 +20,7 @@ __device__ inline void block_join(double (&v)[N], Join join) {
     for (int n = 0; n < N; n++) shared_store(memory + warp * N + n, v[n]);
   block_barrier();
   for (int n = 0; n < N; n++) {
-    double all = shared_load(memory + n);
+    V all = shared_load(memory + n);
     for (int w = 1; w < warps; w++) all = join(all, shared_load(memory + w * N + n));
     v[n] = all;
   }

@@ -14,6 +14,8 @@ from ._C import blas as blas
 from ._C import crc32c as crc32c
 from ._C import device_report as device_report
 from ._C import dropout as dropout
+from ._C import find_wrong as find_wrong
+from ._C import gather_rows as gather_rows
 from ._C import gelu_backward as gelu_backward
 from ._C import handed_engine as handed_engine
 from ._C import hopper_status as hopper_status
@@ -27,6 +29,7 @@ from ._C import norm_backward as norm_backward
 from ._C import norm_forward as norm_forward
 from ._C import norm_pieces as norm_pieces
 from ._C import norm_statistics as norm_statistics
+from ._C import scatter_rows as scatter_rows
 from ._C import set_nccl_path as set_nccl_path
 from ._C import set_num_threads as set_num_threads
 from ._C import set_ucx_path as set_ucx_path

@@ -1,68 +1,61 @@
 """Indices (targets, ids) outside of their range: refused at once on the CPU, later on a GPU, where asking would make the host wait.
 
-On a GPU the call goes on, with NaN where the index is wrong, and the error is raised by the first call that looks at indices once the
-device has got there: the call itself, or one of a later step. In a CUDA graph nothing is told: NaN alone shows.
+On a GPU the call goes on, with NaN where the index is wrong, and the error is raised by the first call on the mesh that looks at indices
+once the device has got there; gingham.destroy warns of what none has told. In a CUDA graph nothing is told: NaN alone shows.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from .. import native
 from ..errors import ShapeError
+from ..mesh import Mesh
+from ..mesh.findings import LATE, Finding
 
-_pending: deque[tuple[Any, torch.Tensor, str]] = deque()  # (event, [smallest, largest index, how many are wrong] in pinned memory, words)
+Named = Callable[[ShapeError], ShapeError]
 
 
-def refuse_indices(index: torch.Tensor, count: int, ignored: int | None, words: str) -> None:
+def whole(index: torch.Tensor) -> torch.Tensor:
+    """As the core reads indices."""
+    return index.long().contiguous()
+
+
+def refuse_indices(mesh: Mesh, index: torch.Tensor, count: int, ignored: int | None, words: str, named: Named | None = None) -> None:
     """Raises ShapeError where an index lies outside 0..count - 1 and is not `ignored`; on a GPU the host waits for the answer.
 
-    words: who asks, as "cross_entropy: rank 1: a target".
+    words: who asks, as "cross_entropy: rank 1: a target"; named: puts a layer's name before the error's words.
     """
-    wrong = _outside(index, count, ignored)
-    if wrong.any():
-        raise ShapeError(f"{_rule(count, ignored, words)}: {_got(index[wrong].min(), index[wrong].max())}")
+    seen = _found(mesh, index, count, ignored).tolist()
+    if seen[2]:
+        raise _told(count, ignored, words, named, "", seen)
 
 
-def wrong_indices(index: torch.Tensor, count: int, ignored: int | None, words: str) -> torch.Tensor | None:
-    """On the CPU refuse_indices, and None. On a GPU a mask of those indices; raises ShapeError for what an earlier call found."""
+def check_indices(mesh: Mesh, index: torch.Tensor, count: int, ignored: int | None, words: str, named: Named | None = None) -> None:
+    """On the CPU refuse_indices. On a GPU raises ShapeError for what an earlier call found, and has the device look at these."""
     if not index.is_cuda:
-        refuse_indices(index, count, ignored, words)
-        return None
-    wrong = _outside(index, count, ignored)
+        refuse_indices(mesh, index, count, ignored, words, named)
+        return
     if torch.cuda.is_current_stream_capturing():
-        return wrong
-    found = torch.where(wrong, index, 0)
+        return
+    mesh.findings.raise_late()
     seen = torch.empty(3, dtype=torch.int64, pin_memory=True, device="cpu")
-    seen.copy_(torch.stack([found.amin(), found.amax(), wrong.sum()]) if index.numel() else index.new_zeros(3), non_blocking=True)
+    seen.copy_(_found(mesh, index, count, ignored), non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    _pending.append((event, seen, _rule(count, ignored, words)))
-    raise_late()
-    return wrong
+    mesh.findings.waiting.append(Finding(event, seen, partial(_told, count, ignored, words, named, LATE)))
 
 
-def _outside(index: torch.Tensor, count: int, ignored: int | None) -> torch.Tensor:
-    wrong = (index < 0) | (index >= count)
-    return wrong if ignored is None else wrong & (index != ignored)
+def _found(mesh: Mesh, index: torch.Tensor, count: int, ignored: int | None) -> torch.Tensor:
+    return native.find_wrong(mesh.program, whole(index), count, 0 if ignored is None else ignored)  # 0 is never wrong
 
 
-def _rule(count: int, ignored: int | None, words: str) -> str:
-    return f"{words} lies outside 0..{count - 1}" + ("" if ignored is None else f" and is not ignore_index={ignored}")
-
-
-def _got(least: Any, most: Any) -> str:
-    return f"got {int(least)}" if int(least) == int(most) else f"got {int(least)}..{int(most)}"
-
-
-def raise_late() -> None:
-    """Raises ShapeError for what the device has found since; asks without waiting."""
-    while _pending and _pending[0][0].query():
-        _, seen, words = _pending.popleft()
-        least, most, count = seen.tolist()
-        if count:
-            _pending.clear()
-            got = _got(least or most, most or least)
-            raise ShapeError(f"{words}: {got}, {count} of them; found by the GPU after the call had gone on, with NaN in their place")
+def _told(count: int, ignored: int | None, words: str, named: Named | None, late: str, seen: list[int]) -> ShapeError:
+    least, most, wrong = seen
+    rule = f"{words} lies outside 0..{count - 1}" + ("" if ignored is None else f" and is not ignore_index={ignored}")
+    got = f"got {least}" if least == most else f"got {least}..{most}"
+    error = ShapeError(f"{rule}: {got}" + (f", {wrong} of them{late}" if late else ""))
+    return error if named is None else named(error)

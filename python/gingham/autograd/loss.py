@@ -9,7 +9,7 @@ import torch
 from .. import native
 from ..mesh import Mesh
 from ..mesh.layout import Names
-from .indices import wrong_indices
+from .indices import check_indices
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,11 @@ class Classes:
 def softmax_parts(mesh: Mesh, names: Names, logits: torch.Tensor, target: torch.Tensor, classes: Classes) -> torch.Tensor:
     """Of whole rows, [rows, 4] in float64: the largest logit m, the sum of exp(x - m), x - m of the target and, with smoothing, the sum of
     x - m. logits [rows, columns here], target [rows] int64; names: of the axes over which the vocabulary is cut."""
-    wrong = None
-    if mesh.job.has_gpu:  # the core reads those of the host itself
-        wrong = wrong_indices(target, classes.vocabulary, classes.ignored, f"cross_entropy: rank {mesh.rank}: a target")
+    # of a wrong target the sum is NaN, and with it its loss and its row's gradient
+    check_indices(mesh, target, classes.vocabulary, classes.ignored, f"cross_entropy: rank {mesh.rank}: a target")
     part = native.loss_parts(
         mesh.program, _fitting(logits), target.contiguous(), classes.ignored, classes.first, classes.vocabulary, classes.smoothing
     )
-    if wrong is not None:  # its loss and its row's gradient are NaN
-        part[:, 1:] = part[:, 1:].masked_fill(wrong.unsqueeze(-1), torch.nan)
     if mesh.axis(names) is None:
         return part
     # T and A travel as sums of x, since each rank's m is another

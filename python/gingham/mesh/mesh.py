@@ -18,6 +18,7 @@ from .. import native
 from ..errors import MeshError, ShapeError
 from ..function import untraceable
 from ..graph_ops import keep, traced
+from .findings import Findings
 from .layout import Cuts, Interval, Names, block, coordinates_of, dims_of_axes, interval, members, slices
 from .live import Live
 from .modes import Axes as Axes
@@ -87,7 +88,7 @@ class Mesh(GridShape, Live):
         _alive.append(weakref.ref(self, _alive.remove))
         self._labels: dict[str, native.Label] = {}
         self._next_number = count()
-        self.told = Told()
+        self.told, self.findings = Told(), Findings()
         self.checks: Any = None  # while the first step is checked: see checks/
         self.sums: Any = None  # those behind a backward pass: autograd/background.py
         self.ended = self.zigzag = False  # zigzag: whether a sequence was cut in that order
@@ -277,6 +278,7 @@ class Mesh(GridShape, Live):
 
     def close(self) -> None:
         """For destroy: later calls of the others that wait for this rank raise PeerDied."""
+        self.findings.end()
         self.program.close()
         if self._sums is not None:
             self._sums.close()

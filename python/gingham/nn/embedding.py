@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from ..autograd.background import Work, all_reduced, summed
 from ..autograd.casts import like, local_of
 from ..autograd.gradients import deferring, sum_or_defer
-from ..autograd.indices import wrong_indices
+from ..autograd.indices import check_indices
+from ..autograd.lookup import rows_of, sums_of_rows
 from ..autograd.second_order import gathered, refuse_deferred, replay, shared
 from ..checks import row_dim
 from ..errors import MeshError, ShapeError
@@ -77,6 +78,7 @@ class Embedding(Layer, torch.nn.Embedding):
         self.place = SimpleNamespace(
             mesh=self.mesh, cut=self.cut, summed=self.summed, count=count, width=width, padding_idx=self.padding_idx, label="Embedding"
         )
+        self.place.owner = weakref.ref(self)
         self.handle = register(self.mesh, self.place)
 
     @classmethod
@@ -111,7 +113,7 @@ class Embedding(Layer, torch.nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return traced("embedding", [self.handle], [block_of(self.operand("weight")), self._checked(ids)])[0]
-        self.place.label = self.label()
+        self.place.label, self.place.owner = self.label(), weakref.ref(self)
         try:
             return _Embedding.apply(self.operand("weight"), self._checked(ids), self.place)
         except (ShapeError, MeshError, TypeError) as error:
@@ -130,33 +132,23 @@ class Embedding(Layer, torch.nn.Embedding):
 class _Embedding(Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor, layer: Any) -> torch.Tensor:
-        wrong = wrong_indices(ids, layer.count, None, f"Embedding({layer.count}): rank {layer.mesh.rank}: an id")
+        mesh: Mesh = layer.mesh
+        check_indices(mesh, ids, layer.count, None, f"rank {mesh.rank}: an id", partial(_named, layer.owner, layer.label))
         ctx.layer, ctx.weight = layer, weight
         ctx.save_for_backward(ids)
-        axis, local = layer.mesh.axis(layer.cut), local_of(weight)
+        axis, local = mesh.axis(layer.cut), local_of(weight)
         ctx.label = layer.label
-        layer.mesh.say(ctx.label, moves=axis is not None)
-        table = torch.cat(axis.all_gather(local)) if axis is not None else local
-        if wrong is None:
-            return F.embedding(ids, table)
-        # on a GPU: wrong rows are NaN, and the error comes later
-        return F.embedding(torch.where(wrong, 0, ids), table).masked_fill_(wrong.unsqueeze(-1), torch.nan)
+        mesh.say(ctx.label, moves=axis is not None)
+        return rows_of(mesh, torch.cat(axis.all_gather(local)) if axis is not None else local, ids)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         (ids,), layer, mesh = ctx.saved_tensors, ctx.layer, ctx.layer.mesh
-        if ids.is_cuda:  # what forward has told stops no kernel here
-            ids = ids.clamp(0, layer.count - 1)
         if torch.is_grad_enabled():
             refuse_deferred("an Embedding", mesh, deferring([ctx.weight]))
             return *replay(lambda block: [_look_up(layer, block, ids)], [ctx.weight], [True], [dy]), None, None
-        wide = dy if dy.dtype == torch.float64 else dy.float()
-        table = wide.new_zeros(layer.count, dy.shape[-1])
-        table.index_add_(0, ids.reshape(-1), wide.reshape(ids.numel(), dy.shape[-1]))
-        if layer.padding_idx is not None:
-            table[layer.padding_idx] = 0
-        if mesh.axis(layer.cut) is not None and not layer.summed:
-            table = table.narrow(0, *mesh.interval(layer.count, layer.cut)).contiguous()
+        own = mesh.axis(layer.cut) is not None and not layer.summed  # every rank has all rows of dy, and sums those of its ids
+        table = sums_of_rows(mesh, dy, ids, *(mesh.interval(layer.count, layer.cut) if own else (0, layer.count)), layer.padding_idx)
         if mesh.axis(layer.cut) is not None or mesh.axis(mesh.axes.depth) is not None:
             mesh.say(ctx.label)
         depth = () if mesh.axes.kept else mesh.axes.depth  # else where the pieces of the whole are summed
@@ -169,6 +161,12 @@ class _Embedding(Function):
 
         total = summed(mesh, [ctx.weight], [ctx.next_functions[0][0]], table, work, ctx.label)
         return like(None if total is None else total.to(dy.dtype), ctx.weight), None, None
+
+
+def _named(owner: Any, label: str, error: ShapeError) -> ShapeError:
+    """With the name of the layer whose ids they are."""
+    layer = owner()
+    return ShapeError(f"{label}: {error}") if layer is None else layer.named(error)
 
 
 def _own_rows(layer: Any) -> Work:
@@ -184,7 +182,9 @@ def _own_rows(layer: Any) -> Work:
 
 def _look_up(layer: Any, block: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """The forward pass in functions whose gradients have gradients."""
-    mesh = layer.mesh
+    mesh, ids = layer.mesh, ids.long()
+    if mesh.job.has_gpu:  # what forward has found stops no kernel here
+        ids = ids.clamp(0, layer.count - 1)
     lengths = chunks(layer.count, [mesh.sizes[name] for name in layer.cut])
     block = block if mesh.axes.kept else shared(block, mesh, mesh.axes.depth)
     table = gathered(block, mesh, layer.cut, lengths, bool(layer.summed))

@@ -127,7 +127,10 @@ class Layer(torch.nn.Module):
         self.mesh.say(self.label())
 
     def named(self, error: Raised) -> Raised:
-        """The error with the layer's name before it: its path in the model it is part of, found when it is needed."""
+        """The error with the layer's name before it: its path in the model it is part of, found when it is needed. One that tells of an
+        earlier call (mesh/findings.py) has its own name."""
+        if hasattr(error, "late"):
+            return error
         where = path_of(self)
         kind = f"{type(self).__name__}({', '.join(map(str, self.sizes()))})"
         text = f"{where} ({kind})" if where else kind

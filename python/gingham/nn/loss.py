@@ -198,7 +198,7 @@ class _Accuracy(Function):
         x = torch.nan_to_num(x, nan=torch.inf, posinf=torch.finfo(x.dtype).max, neginf=-torch.inf)
         label = f"accuracy({layout=}, {ignore_index=}, {top_k=})"
         (start, width), vocabulary = _columns(mesh, named, target.numel(), logits.shape[-1], label)
-        refuse_indices(target, vocabulary, ignore_index, f"accuracy: rank {mesh.rank}: a target")
+        refuse_indices(mesh, target, vocabulary, ignore_index, f"accuracy: rank {mesh.rank}: a target")
         kept = target != ignore_index
         mine = (target >= start) & (target < start + width)
         column = torch.where(mine, target - start, 0).unsqueeze(1)

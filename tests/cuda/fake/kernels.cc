@@ -11,9 +11,11 @@
 #include "kernels/cast.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/dropout.h"
+#include "kernels/embedding.h"
 #include "kernels/epilogue.h"
 #include "kernels/gemm.h"
 #include "kernels/gemm_sm90.cuh"
+#include "kernels/indices.h"
 #include "kernels/layer_norm.h"
 
 void shim_enqueue(cudaStream_t stream, std::function<void()> work);
@@ -128,6 +130,16 @@ void losses(const Matrix& pieces, const Targets& targets, const Matrix& out, con
 void softmax_gradient(const Matrix& logits, const Matrix& maxima, const Matrix& pieces, const Targets& targets, const Matrix& scale,
                       const Matrix& gradient, const Stream& stream) {
   later(stream, [=] { gingham::softmax_gradient(logits, maxima, pieces, targets, scale, gradient, kHost); });
+}
+
+void gather_rows(const Matrix& table, const int64_t* ids, const Matrix& out, const Stream& stream) {
+  later(stream, [=] { gingham::gather_rows(table, ids, out, kHost); });
+}
+void scatter_rows(const Matrix& rows, const Places& places, const Matrix& table, const Stream& stream) {
+  later(stream, [=] { gingham::scatter_rows(rows, places, table, kHost); });
+}
+void find_wrong(const int64_t* ids, int64_t count, int64_t classes, int64_t ignored, int64_t* found, const Stream& stream) {
+  later(stream, [=] { gingham::find_wrong(ids, count, classes, ignored, found, kHost); });
 }
 
 bool sm90_checked(const Stream&) { return false; }

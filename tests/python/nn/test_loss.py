@@ -9,6 +9,7 @@ from torch.nn import functional as F
 import gingham
 from gingham.nn import accuracy
 from grids import GRIDS, every_grid, grids, ranks_of, relative
+from on_gpu import told_in_time
 
 
 def losses(rank: int, options: dict[str, Any]) -> dict[str, float]:
@@ -119,8 +120,8 @@ def test_what_it_refuses() -> None:
         logits = mesh.scatter(torch.randn(4, 5))
         with pytest.raises(gingham.ShapeError, match="expected"):
             gingham.cross_entropy(logits, torch.zeros(3, dtype=torch.long))
-        with pytest.raises(gingham.ShapeError, match="0..4"):
-            gingham.cross_entropy(logits, torch.full((4,), 5))
+        with pytest.raises(gingham.ShapeError, match=r"^cross_entropy: rank 0: a target lies outside 0..4 .*: got 5"):
+            told_in_time(lambda: gingham.cross_entropy(logits, torch.full((4,), 5)))
         with pytest.raises(TypeError, match="integer"):
             gingham.cross_entropy(logits, torch.zeros(4))
         with pytest.raises(gingham.ShapeError, match="weight"):
