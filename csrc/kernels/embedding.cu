@@ -9,6 +9,15 @@
 namespace gingham::cuda {
 namespace {
 
+// All bits set: a NaN in every real dtype.
+template <class T, int W>
+__device__ inline Pack<T, W> nans() {
+  Pack<T, W> out;
+#pragma unroll
+  for (int k = 0; k < W; k++) out.at[k] = static_cast<T>(~T{0});
+  return out;
+}
+
 template <class T>
 struct Gather {
   View<T> table, out;
@@ -17,15 +26,12 @@ struct Gather {
   template <int W>
   __device__ void at(int64_t n, int64_t j) const {
     const int64_t id = ids[n];
-    Pack<T, W> row;
-    for (T& bits : row.at) bits = static_cast<T>(~T{0});  // a NaN in every real dtype
-    if (id >= 0 && id < rows) row = table.template load<W>(id, j);
-    out.template store<W>(n, j, row);
+    out.template store<W>(n, j, id >= 0 && id < rows ? table.template load<W>(id, j) : nans<T, W>());
   }
 };
 
-constexpr int64_t kPiece = 32;  // positions
-constexpr int kTogether = 4;    // packs that a thread loads before it uses the first
+constexpr int kPiece = 32;    // positions
+constexpr int kTogether = 4;  // packs that a thread loads before it uses the first
 
 // Positions in ascending order of their ids, and the rows of the table.
 struct Runs {
@@ -44,30 +50,30 @@ struct SumPiece {
   Runs runs;
   template <int W>
   __device__ void at(int64_t piece, int64_t j) const {
-    const int64_t begin = piece * kPiece, end = begin + kPiece < runs.count ? begin + kPiece : runs.count;
+    const int64_t begin = piece * kPiece, *ids = runs.places.ids + begin, *order = runs.places.order + begin;
+    const int length = begin + kPiece < runs.count ? kPiece : static_cast<int>(runs.count - begin);
     bool entered = runs.goes_on(begin);
     Pack<Wide<T>, W> sum{};
-    for (int64_t first = begin; first < end; first += kTogether) {
+    for (int first = 0; first < length; first += kTogether) {
       Pack<T, W> more[kTogether];
 #pragma unroll
       for (int u = 0; u < kTogether; u++)
-        if (first + u < end && runs.here(runs.id(first + u))) more[u] = rows.template load<W>(runs.places.order[first + u], j);
+        if (first + u < length && runs.here(ids[first + u])) more[u] = rows.template load<W>(order[first + u], j);
 #pragma unroll
       for (int u = 0; u < kTogether; u++) {
-        const int64_t p = first + u;
-        if (p >= end) break;
-        const int64_t id = runs.id(p);
-        if (runs.here(id)) {
+        const int p = first + u;
+        if (p >= length) break;
+        if (runs.here(ids[p])) {
           const Pack<Wide<T>, W> values = widened(more[u]);
 #pragma unroll
           for (int k = 0; k < W; k++) sum.at[k] += values.at[k];
         }
-        if (p + 1 < end && runs.goes_on(p + 1)) continue;
-        if (runs.here(id)) {
+        if (p + 1 < length && ids[p + 1] == ids[p]) continue;
+        if (runs.here(ids[p])) {
           if (entered)
             parts.template store<W>(piece, j, sum);
           else
-            table.template store<W>(id - runs.places.first, j, sum);
+            table.template store<W>(ids[p] - runs.places.first, j, sum);
         }
         sum = {};
         entered = false;

@@ -8,7 +8,7 @@ CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/colu
 ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
 LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
 ROW, WHOLE, KEPT = "kernels/norm_row.cuh", "layer_norm_whole", "kernels/layer_norm_whole.cu"
-DROPOUT = "kernels/dropout.cu"
+DROPOUT, INDICES = "kernels/dropout.cu", "kernels/indices.cu"
 PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
 SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
 
@@ -19,6 +19,10 @@ def gemm(name: str, file: str, old: str, new: str, *checks: str, rung: int = 4) 
 
 def other(name: str, kind: str, unit: str, file: str, old: str, new: str, check: str = "") -> Mutation:
     return Mutation(name, kind, file, old, new, 4, unit, (check or unit,))
+
+
+def embedding(name: str, old: str, new: str) -> Mutation:
+    return other(f"embedding: {name}", "embedding", "embedding", EMBED, old, new)
 
 
 def sm90(name: str, old: str, new: str, file: str = SM90) -> Mutation:
@@ -146,7 +150,31 @@ FAULTS = [
     other("softmax: target of the group's first", "loss", "cross_entropy", LOSS, "at = target - j;", "at = target;"),
     other("softmax: head of a row taken for its tail", "loss", "cross_entropy", PACKED, "s < row.head ? s : s + inside", "s + inside"),
     other("softmax: sums about another maximum", "loss", "cross_entropy", LOSS, "sum *= exp_below<T>(top - high);", "sum *= 1;"),
-    other("embedding: ids of other ranks", "embedding", "embedding", EMBED, "at >= 0 && at < rows ?", "at < rows ?"),
+    Mutation(
+        "softmax: the class behind the last has a loss",
+        "loss",
+        LOSS,
+        "id >= targets.vocabulary) ?",
+        "id > targets.vocabulary) ?",
+        3,
+        "cross_entropy",
+        ("cross_entropy, odd",),
+    ),
+    other("embedding: ids below the table", "embedding", "embedding", EMBED, "id >= 0 && id < rows ?", "id < rows ?"),
+    embedding("a piece takes the next one's first position", "runs.count ? kPiece : static", "runs.count ? kPiece + 1 : static"),
+    embedding("a lost part of a run", "parts.template store<W>(piece, j, sum);", "parts.template store<W>(piece, j, {});"),
+    embedding(
+        "a run's part stored over its row",
+        "          if (entered)",
+        "          if (false)",
+    ),
+    embedding(
+        "a run's end not seen in its piece", "if (p + 1 < length && ids[p + 1] == ids[p]) continue;", "if (p + 1 < length) continue;"
+    ),
+    embedding("parts behind the first four", "      if (!there[kTogether - 1]) break;", "      break;"),
+    embedding("every piece joins what follows", "    if (before > 0 && runs.id(before - 1) == id) return;\n", "    (void)before;\n"),
+    embedding("the skipped id is summed", " && id != places.skipped;", ";"),
+    other("indices: those behind the first 1024", "indices", "indices", INDICES, "i < count; i +=", "i < count && i < kThreads; i +="),
     *ATTENTION,
     other("quantise: largest of half a block", "quantise", "quantise", QUANTISE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
 ]

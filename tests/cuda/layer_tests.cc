@@ -9,6 +9,7 @@
 #include "kernels/cast.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
+#include "kernels/indices.h"
 #include "kernels/layer_norm.h"
 #include "kernels/quantise.h"
 
@@ -257,43 +258,114 @@ void odd_losses() {
         softmax_parts(masked.view(), {&beside, -100, 5, n + 5, 0}, maxima.view(), pieces.view(), stream);
         expect(load(maxima.view(), 0, 0) == -infinity && load(pieces.view(), 0, 0) == 0, name + ": masked columns of a row count");
         expect(loss_of(50, nan, -100) == 0, name + ": an ignored row has a loss");
+        expect(std::isnan(loss_of(50, 50, n)) && std::isnan(loss_of(50, 50, -1)), name + ": a target that is no class has a loss");
       });
 }
 
-void embeddings() {
+void gathered() {
   std::mt19937 random(5);
   for (const DType dtype : kReal)
     for (const Size& s : kSizes)
       on_both([&](const Stream& stream, const std::string& where) {
-        const int64_t vocabulary = 9, first = 20;
+        const int64_t vocabulary = 9;
         const Layout layout = kLayouts[s.cols % 3];
-        const Buffer table(vocabulary, s.cols, dtype, layout, random), out(s.rows, s.cols, dtype, layout, random);
-        const Buffer before(vocabulary, s.cols, accumulator(dtype), layout, random), gradient = before.copy();
+        const Buffer table(vocabulary, s.cols, dtype, layout, random), out(s.rows, s.cols, dtype, layout, random), beside = out.copy();
         std::vector<int64_t> ids;
-        for (int64_t i = 0; i < s.rows; i++) ids.push_back(18 + static_cast<int64_t>(random() % (s.rows > 100 ? 13 : 5)));
-        const Buffer dy = out.copy();
-        gather_rows(table.view(), ids.data(), first, out.view(), stream);
-        scatter_add_rows(dy.view(), ids.data(), first, gradient.view(), stream);
-        std::vector<double> want(static_cast<size_t>(s.rows * s.cols), 0.0), sums = before.values();
+        for (int64_t i = 0; i < s.rows; i++) ids.push_back(static_cast<int64_t>(random() % 13) - 2);
+        gather_rows(table.view(), ids.data(), out.view(), stream);
+        std::vector<double> want(static_cast<size_t>(s.rows * s.cols), 0.0), got = out.values();
         for (int64_t i = 0; i < s.rows; i++)
           for (int64_t j = 0; j < s.cols; j++) {
-            const int64_t id = ids[static_cast<size_t>(i)] - first;
-            if (id < 0 || id >= vocabulary) continue;
-            want[static_cast<size_t>(i * s.cols + j)] = load(table.view(), id, j);
-            sums[static_cast<size_t>(id * s.cols + j)] += load(dy.view(), i, j);
+            const int64_t id = ids[static_cast<size_t>(i)];
+            const size_t at = static_cast<size_t>(i * s.cols + j);
+            const bool there = id >= 0 && id < vocabulary;
+            expect(there || std::isnan(got[at]), "gather_rows of an id that is none gives a number");
+            if (there) want[at] = load(table.view(), id, j);
+            if (!there) got[at] = 0;
           }
-        report("gather_rows" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(out.values(), want), 0);
-        report("scatter_add_rows" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(gradient.values(), sums),
-               dtype == DType::f64 ? 1e-14 : 1e-6);
-        expect(out.same_padding(dy) && gradient.same_padding(before), "embedding wrote beside its output");
+        report("gather_rows" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(got, want), 0);
+        expect(out.same_padding(beside), "gather_rows wrote beside its output");
       });
 }
 
-const Register all[] = {{"quantise", quantised},
-                        {"layer_norm", layer_norms},
-                        {"cross_entropy", cross_entropies},
-                        {"cross_entropy, odd", odd_losses},
-                        {"embedding", embeddings}};
+// Of a table with the ids 20 to 28, and some others: at random; one alone; runs that end before, at and behind the border of every 32 positions.
+std::vector<int64_t> ids_of(int64_t rows, int kind, std::mt19937& random) {
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < rows; i++) {
+    const int64_t run = 29 + kind;  // 31, 32, 33
+    ids.push_back(kind == 0 ? 18 + static_cast<int64_t>(random() % 13) : kind == 1 ? 23 : 20 + std::min<int64_t>(i / run, 8));
+  }
+  if (kind > 1) std::shuffle(ids.begin(), ids.end(), random);
+  return ids;
+}
+
+void scattered() {
+  std::mt19937 random(9);
+  constexpr int64_t vocabulary = 9, first = 20;
+  for (const DType dtype : kReal)
+    for (const Size& s : {Size{1, 1}, Size{7, 37}, Size{32, 600}, Size{33, 40}, Size{65, 64}, Size{161, 16}, Size{300, 24}, Size{300, 7}})
+      for (int kind = 0; kind < 5; kind++) {
+        const Layout layout = kLayouts[s.cols % 3];
+        const Buffer dy(s.rows, s.cols, dtype, layout, random), before(vocabulary, s.cols, accumulator(dtype), layout, random);
+        const std::vector<int64_t> ids = ids_of(s.rows, kind, random);
+        std::vector<int64_t> order, sorted;
+        for (int64_t i = 0; i < s.rows; i++) order.push_back(i);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return ids[static_cast<size_t>(a)] < ids[static_cast<size_t>(b)]; });
+        for (const int64_t i : order) sorted.push_back(ids[static_cast<size_t>(i)]);
+        const Places places{sorted.data(), order.data(), first, kind == 0 ? 24 : -1};
+        std::vector<double> want(static_cast<size_t>(vocabulary * s.cols), 0.0);
+        for (int64_t i = 0; i < s.rows; i++)
+          for (int64_t j = 0; j < s.cols; j++) {
+            const int64_t id = ids[static_cast<size_t>(i)];
+            if (id >= first && id < first + vocabulary && id != places.skipped)
+              want[static_cast<size_t>((id - first) * s.cols + j)] += load(dy.view(), i, j);
+          }
+        on_both([&](const Stream& stream, const std::string& where) {
+          const Buffer table = before.copy(), again = before.copy();
+          scatter_rows(dy.view(), places, table.view(), stream);
+          // the host may leave the ids as they come
+          scatter_rows(dy.view(), where.empty() ? places : Places{ids.data(), nullptr, first, places.skipped}, again.view(), stream);
+          const std::string shape = shape_of({s.rows, s.cols});
+          report("scatter_rows" + where, name_of(dtype), shape, error_of(table.values(), want), dtype == DType::f64 ? 1e-14 : 1e-6);
+          report("scatter_rows, again" + where, name_of(dtype), shape, error_of(again.values(), table.values()), 0);
+          expect(table.same_padding(before), "scatter_rows wrote beside its output");
+        });
+      }
+}
+
+void wrong_indices() {
+  std::mt19937 random(3);
+  constexpr int64_t least = std::numeric_limits<int64_t>::min(), most = std::numeric_limits<int64_t>::max();
+  on_both([&](const Stream& stream, const std::string& where) {
+    const auto look = [&](const std::vector<int64_t>& ids, int64_t ignored, const std::vector<int64_t>& want) {
+      const std::vector<int64_t> exact(ids);  // of its own size, so that a read behind the last is seen
+      int64_t found[3] = {-7, -7, -7};
+      find_wrong(exact.data(), static_cast<int64_t>(exact.size()), 10, ignored, found, stream);
+      const bool right = want.empty() ? found[2] == 0 : std::equal(want.begin(), want.end(), found);
+      expect(right, "find_wrong" + where + " of " + std::to_string(ids.size()) + " found " + std::to_string(found[0]) + ".." +
+                        std::to_string(found[1]) + ", " + std::to_string(found[2]));
+    };
+    look({}, -100, {});
+    look({0, 9, -100}, -100, {});
+    look({0, 9, -100}, 0, {-100, -100, 1});
+    look({10, 3, -1}, 0, {-1, 10, 2});
+    look({least, most, 5}, -100, {least, most, 2});
+    for (const size_t count : {31, 1023, 1024, 1025, 5003}) {
+      std::vector<int64_t> ids;
+      for (size_t i = 0; i < count; i++) ids.push_back(static_cast<int64_t>(random() % 10));
+      look(ids, -100, {});
+      ids.front() = 12;
+      ids.back() = 1000;
+      ids[count / 2] = -3;
+      look(ids, -100, {-3, 1000, 3});
+      look(ids, -3, {12, 1000, 2});
+    }
+  });
+}
+
+const Register all[] = {
+    {"quantise", quantised},         {"layer_norm", layer_norms},       {"cross_entropy", cross_entropies}, {"cross_entropy, odd", odd_losses},
+    {"embedding, gather", gathered}, {"embedding, scatter", scattered}, {"indices", wrong_indices}};
 
 }  // namespace
 }  // namespace gingham::tests

@@ -37,12 +37,12 @@ LIMITS = {"sm_80": {"shared": 164 * 1024, "threads": 2048}, "sm_90a": {"shared":
 # The table's rows: one dtype of those that differ in nothing else, vector widths and aligned tiles.
 SHOWN = re.compile(
     r"tile_kernel<(Bf16|float), .*true>$|sm90_kernel<Bf16|plain_kernel|dropout_kernel<(Bf16|float)>|(quantise|dequantise)_kernel<Bf16>"
-    r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|AddChain)<Bf16>)>"
-    r"|sweep_kernel<4, (Sum<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
+    r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|SumPiece)<Bf16>)>"
+    r"|sweep_kernel<4, (Sum<float>|JoinParts<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
     r"|attention_(forward|backward)_kernel<(Bf16|float), |delta_kernel<8, Bf16>"
     r"|slab_kernel<8, (Column<Bf16>|WeightSums<Bf16, (true|false)>)>"
     r"|(statistics|layer_norm|pieces|backward|whole|whole_backward)_kernel<8, Bf16>"
-    r"|parts_kernel<Bf16, |gradient_kernel<Bf16>"
+    r"|parts_kernel<Bf16, |gradient_kernel<Bf16>|find_kernel"
 )
 Row = dict[str, Any]
 

@@ -163,7 +163,10 @@ class Checks:
         self.pairs(lambda host: layers.cross_entropy(host, 4, 301, "f32", 0.1))
 
     def embedding(self) -> None:
-        self.pairs(lambda host: layers.embedding(host, 20, 33, 70, "f32"))
+        self.pairs(lambda host: layers.embedding(host, 20, 9, 330, "f32"))
+
+    def indices(self) -> None:
+        self.pairs(lambda host: layers.indices(host, 1500), 0)
 
     def quantise(self) -> None:
         self.pairs(lambda host: layers.quantise(host, 3, 200, "f32", "e4m3"), 1 / 16)

@@ -2,6 +2,7 @@
 #include "host.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/embedding.h"
+#include "kernels/indices.h"
 #include "kernels/layer_norm.h"
 #include "kernels/quantise.h"
 
@@ -44,11 +45,16 @@ int host_cross_entropy(const Matrix* logits, const int64_t* ids, double smoothin
   });
 }
 
-int host_embedding(const Matrix* table, const int64_t* ids, int64_t first, const Matrix* out, const Matrix* gradient) {
-  return guarded(false, [&](const Stream& stream) {
-    cuda::gather_rows(*table, ids, first, *out, stream);
-    cuda::scatter_add_rows(*out, ids, first, *gradient, stream);
-  });
+int host_embedding(const Matrix* table, const int64_t* ids, const Matrix* out) {
+  return guarded(false, [&](const Stream& stream) { cuda::gather_rows(*table, ids, *out, stream); });
+}
+
+int host_scatter(const Matrix* rows, const int64_t* ids, const int64_t* order, int64_t first, int64_t skipped, const Matrix* table) {
+  return guarded(false, [&](const Stream& stream) { cuda::scatter_rows(*rows, {ids, order, first, skipped}, *table, stream); });
+}
+
+int host_find_wrong(const int64_t* ids, int64_t count, int64_t classes, int64_t ignored, int64_t* found) {
+  return guarded(false, [&](const Stream& stream) { cuda::find_wrong(ids, count, classes, ignored, found, stream); });
 }
 
 int host_quantise(const Matrix* x, const Matrix* codes, const Matrix* scales, const Matrix* back, int code) {

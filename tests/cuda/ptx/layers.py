@@ -66,25 +66,33 @@ def cross_entropy(host: Host, rows: int, cols: int, dtype: str, smoothing: float
 
 
 def embedding(host: Host, rows: int, cols: int, count: int, dtype: str) -> Iterator[Pair]:
-    """A table that begins at id 5; some ids lie outside, some come often."""
+    """Some ids are none of the table's, one comes in two of three positions. The sums are those of a table that begins at id 5."""
+    ids = np.random.default_rng(3).integers(-2, rows + 10, count)
+    ids[: 2 * count // 3] = 7
     table, out = host.matrix(normal(rows, cols, 1), dtype), host.empty(count, cols, dtype)
-    gradient = host.matrix(normal(rows, cols, 2), "f64" if dtype == "f64" else "f32")
-    before = host.read(gradient)
-    ids = np.random.default_rng(3).integers(0, rows + 10, count)
-    ids[: count // 3] = 7
+    host.call("host_embedding", ctypes.byref(table.matrix), host.integers(ids), ctypes.byref(out.matrix))
+    got, there = host.read(out), (ids >= 0) & (ids < rows)
+    got[~there] = np.where(np.isnan(got[~there]), 0, 1)
+    yield "gather", got, np.where(there[:, None], host.read(table)[np.where(there, ids, 0)], 0)
+    given, sums = host.matrix(normal(count, cols, 2), dtype), host.empty(rows, cols, "f64" if dtype == "f64" else "f32")
+    order, skipped = np.argsort(ids, kind="stable"), 9
+    numbers = ctypes.c_int64(5), ctypes.c_int64(skipped)
     host.call(
-        "host_embedding",
-        ctypes.byref(table.matrix),
-        host.integers(ids),
-        ctypes.c_int64(5),
-        *(ctypes.byref(v.matrix) for v in (out, gradient)),
+        "host_scatter", ctypes.byref(given.matrix), host.integers(ids[order]), host.integers(order), *numbers, ctypes.byref(sums.matrix)
     )
-    expected = np.zeros((count, cols))
-    here = (ids >= 5) & (ids < 5 + rows)
-    expected[here] = host.read(table)[ids[here] - 5]
-    np.add.at(before, ids[here] - 5, expected[here])
-    yield "gather", host.read(out), expected
-    yield "scatter", host.read(gradient), before
+    expected, here = np.zeros((rows, cols)), (ids >= 5) & (ids < 5 + rows) & (ids != skipped)
+    np.add.at(expected, ids[here] - 5, host.read(given)[here])
+    yield "scatter", host.read(sums), expected
+
+
+def indices(host: Host, count: int) -> Iterator[Pair]:
+    """One index is ignored, the last and another are wrong."""
+    ids = np.random.default_rng(4).integers(0, 50, count)
+    ids[[0, count // 2, -1]] = -100, -3, 2**40
+    found = host.memory.array(np.zeros(3, np.int64))
+    numbers = (ctypes.c_int64(each) for each in (count, 50, -100))
+    host.call("host_find_wrong", host.integers(ids), *numbers, ctypes.c_void_p(found))
+    yield "indices", host.memory.read(found).astype(float), np.array([-3, 2.0**40, 2])
 
 
 def quantise(host: Host, rows: int, cols: int, dtype: str, code: str) -> Iterator[Pair]:
