@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import gingham
 from gingham import nn
@@ -46,7 +47,8 @@ def trained(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> tuple[list[
     """Losses of three steps, the first's gradients and the norms that were clipped."""
     optimizer, losses, norms = torch.optim.AdamW(model.parameters(), lr=1e-3), [], []
     gradients: dict[str, torch.Tensor] = {}
-    clip = gingham.clip_grad_norm_ if gingham.mesh.has_mesh() else torch.nn.utils.clip_grad_norm_
+    on_mesh = any(isinstance(weight, DTensor) for weight in model.parameters())
+    clip = gingham.clip_grad_norm_ if on_mesh else torch.nn.utils.clip_grad_norm_
     for _ in range(3):
         optimizer.zero_grad()
         loss = model.loss(model(ids), targets)
@@ -76,15 +78,17 @@ def steps(rank: int, config: dict[str, Any], rows: tuple[int, ...] | None, batch
     return found, held / sum(weight.numel() for weight in model.parameters()), mesh.data, rank
 
 
-def serial(batch: int, dtype: torch.dtype) -> Any:
+def serial(rank: int, batch: int, dtype: torch.dtype) -> Any:
+    """On a mesh of one rank, which draws the bits that ranks draw where they are a GPU's."""
     from gingham.commands.gpt import GPT, Shape, serial_kit
 
+    gingham.init()
     torch.manual_seed(3)
     return trained(GPT(serial_kit(), Shape(**SHAPE)).to(dtype), *sample(batch))
 
 
-def check(answers: list[Any], batch: int) -> None:
-    (losses, exact, norms), (_, single, _) = serial(batch, torch.float64), serial(batch, torch.float32)
+def check(ranks: Any, answers: list[Any], batch: int) -> None:
+    (losses, exact, norms), (_, single, _) = (ranks(1)(serial, batch, dtype)[0] for dtype in (torch.float64, torch.float32))
     for (found, *_), *_ in answers:
         assert found == pytest.approx(losses, rel=1e-5)
     _, gradients, clipped = answers[0][0]
@@ -100,7 +104,7 @@ def check(answers: list[Any], batch: int) -> None:
 def test_losses_gradients_and_norms_are_one_processs(ranks, name: str, shard: str | None, data: int) -> None:
     size = TENSOR[name][0] * data
     answers = ranks(size)(steps, parallel(name, shard, data), None, 7)
-    check(answers, 7)
+    check(ranks, answers, 7)
     places = [place.rank for *_, place, _ in answers]
     assert places == [rank * data // size for rank in range(size)]  # the ranks of one data rank are neighbours
     if shard:
@@ -115,7 +119,7 @@ ALL = [(name, shard) for name in ("none", "1d", "2d", "1x2x2") for shard in (Non
 @pytest.mark.parametrize(("name", "shard"), [pytest.param(*each, marks=[] if each in OWN else [pytest.mark.matrix]) for each in ALL])
 def test_each_data_rank_loads_its_own_rows(ranks, name: str, shard: str | None) -> None:
     """Uneven ones, with another number of valid tokens in each: the loss is the mean over all of the job's."""
-    check(ranks(TENSOR[name][0] * 2)(steps, parallel(name, shard, 2), (5, 3), 8), 8)
+    check(ranks, ranks(TENSOR[name][0] * 2)(steps, parallel(name, shard, 2), (5, 3), 8), 8)
 
 
 def bytes_of_layers(rank: int, config: dict[str, Any]) -> list[tuple[str, int, int]]:
