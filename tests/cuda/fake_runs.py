@@ -18,6 +18,7 @@ RINGS = ("the_ring_against_float64", "dropout_by_global_index_and_second_gradien
 PYTHON_TESTS = {
     "products": ["tests/python/test_factorisations.py", "tests/python/test_functional.py"],
     "model": ["tests/python/test_gpt.py"],
+    "lookups": [f"tests/python/{name}.py" for name in ("nn/test_embedding", "nn/test_loss", "test_indices")],
     "rings": [f"tests/python/nn/test_ring.py::test_{name}" for name in RINGS],
 }
 TRAIN = "--ranks 8 --mode 2.5d --depth 2 --device cuda --steps 3 --layers 2 --width 64 --context 32 --sample 0 --plot= --compare-serial"

@@ -52,5 +52,16 @@ def test_kernels_under_thread_sanitizer() -> None:
     program = shim_build.build("thread")
     provoked = subprocess.run([str(program), "--only", "provoked"], capture_output=True, text=True, env=os.environ | shim_build.ENVIRONMENT)
     assert provoked.returncode != 0 and "data race" in provoked.stderr, "ThreadSanitizer does not see CUDA threads race"
-    for part in ("gemm tiles", "column_sums", "cast", "layer_norm", "cross_entropy", "embedding", "dropout", "quantise", "attention"):
+    for part in (
+        "gemm tiles",
+        "column_sums",
+        "cast",
+        "layer_norm",
+        "cross_entropy",
+        "embedding",
+        "indices",
+        "dropout",
+        "quantise",
+        "attention",
+    ):
         assert run(program, "--only", part).endswith("ok\n")

@@ -148,7 +148,8 @@ class _Embedding(Function):
             refuse_deferred("an Embedding", mesh, deferring([ctx.weight]))
             return *replay(lambda block: [_look_up(layer, block, ids)], [ctx.weight], [True], [dy]), None, None
         own = mesh.axis(layer.cut) is not None and not layer.summed  # every rank has all rows of dy, and sums those of its ids
-        table = sums_of_rows(mesh, dy, ids, *(mesh.interval(layer.count, layer.cut) if own else (0, layer.count)), layer.padding_idx)
+        first, count = mesh.interval(layer.count, layer.cut) if own else (0, layer.count)
+        table = sums_of_rows(mesh, dy, ids, first, count, layer.padding_idx)
         if mesh.axis(layer.cut) is not None or mesh.axis(mesh.axes.depth) is not None:
             mesh.say(ctx.label)
         depth = () if mesh.axes.kept else mesh.axes.depth  # else where the pieces of the whole are summed
