@@ -1,5 +1,6 @@
 """Wrong targets and ids: refused at once on the CPU; on a GPU told once the device has got there, without waiting for it."""
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import gingham
+import on_gpu
 from gingham import ShapeError
 from gingham.autograd import indices
 from gingham.mesh.findings import LATE, Finding, Findings
@@ -45,15 +47,17 @@ def found(seen: list[int], words: str, event: Reached | None = None, named: Any 
 
 
 def test_at_once_on_the_cpu(mesh: Any) -> None:
-    indices.check_indices(mesh, torch.tensor([0, 3, -100]), 4, -100, "loss: rank 2: a target")
-    indices.check_indices(mesh, torch.empty(0, 2, dtype=torch.int32), 4, None, "an id")
+    """And on a GPU by what waits for it."""
+    refuse = indices.refuse_indices if on_gpu.wanted() else indices.check_indices
+    refuse(mesh, torch.tensor([0, 3, -100]), 4, -100, "loss: rank 2: a target")
+    refuse(mesh, torch.empty(0, 2, dtype=torch.int32), 4, None, "an id")
     with pytest.raises(ShapeError, match=r"^loss: rank 2: a target lies outside 0..3 and is not ignore_index=-100: got 4..9$"):
-        indices.check_indices(mesh, torch.tensor([9, 4, 0, -100]), 4, -100, "loss: rank 2: a target")
+        refuse(mesh, torch.tensor([9, 4, 0, -100]), 4, -100, "loss: rank 2: a target")
     with pytest.raises(ShapeError, match=r"^an id lies outside 0..3: got -1$"):
-        indices.check_indices(mesh, torch.tensor([[-1, 0]], dtype=torch.int16).t(), 4, None, "an id")
+        refuse(mesh, torch.tensor([[-1, 0]], dtype=torch.int16).t(), 4, None, "an id")
     largest = torch.iinfo(torch.int64).max
     with pytest.raises(ShapeError, match=rf"got -{largest + 1}..{largest}$"):
-        indices.check_indices(mesh, torch.tensor([largest, -largest - 1]), 4, None, "an id")
+        refuse(mesh, torch.tensor([largest, -largest - 1]), 4, None, "an id")
 
 
 def test_later_on_a_gpu() -> None:
@@ -102,14 +106,24 @@ def test_what_no_call_has_told_is_a_warning_of_destroy() -> None:
     said = str(told[0].message)
     assert "Embedding(4, 2): rank 0: an id lies outside 0..3: got 6, 1 of them" in said and "(and 1 later calls)" in said
     assert not mesh.findings.waiting
-    following = gingham.init()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            gingham.nn.Embedding(4, 2)(torch.tensor([0]))
-            assert not following.findings.waiting
-            gingham.destroy()
-    finally:
+    gingham.init()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="gingham.destroy")
+        gingham.nn.Embedding(4, 2)(torch.tensor([0]))
+        gingham.destroy()
+
+
+def test_wrong_ids_of_a_last_call() -> None:
+    """Refused at once on the CPU; a GPU has gone on, and destroy tells."""
+    gingham.init()
+    layer, ids = gingham.nn.Embedding(4, 2), torch.tensor([3, 4])
+    said = r"Embedding\(4, 2\): rank 0: an id lies outside 0..3: got 4"
+    if on_gpu.wanted():
+        assert layer(ids).isnan().any(-1).tolist() == [False, True]
+    else:
+        with pytest.raises(ShapeError, match=said):
+            layer(ids)
+    with pytest.warns(UserWarning, match=said) if on_gpu.wanted() else contextlib.nullcontext():
         gingham.destroy()
 
 
