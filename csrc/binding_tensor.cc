@@ -3,6 +3,7 @@
 #include <dlpack.h>
 
 #include <array>
+#include <map>
 #include <mutex>
 #include <unordered_map>
 
@@ -223,9 +224,9 @@ namespace {
 Made from_torch(const Gpu* gpu, const Known& type, const std::vector<int64_t>& shape) {
   static const py::module_& torch = *new py::module_(py::module_::import("torch"));
   static const py::object& empty = *new py::object(torch.attr("empty"));
-  static std::unordered_map<std::string, py::dict>& known_options = *new std::unordered_map<std::string, py::dict>;
+  static std::map<std::pair<const Known*, int>, py::dict>& known_options = *new std::map<std::pair<const Known*, int>, py::dict>;
   const int ordinal = gpu ? gpu->ordinal() : -1;
-  const auto [at, fresh] = known_options.try_emplace(concat(type.name, ordinal));
+  const auto [at, fresh] = known_options.try_emplace({&type, ordinal});
   py::dict& options = at->second;
   if (fresh) {
     options["dtype"] = torch.attr(type.name);

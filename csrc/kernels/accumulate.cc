@@ -69,6 +69,13 @@ void sum_rows(const Matrix& a, const Matrix& out, bool add, Widen widen) {
 void column_sums(const Matrix& a, const Matrix& out, bool add, [[maybe_unused]] const Stream& stream) {
   DISPATCH_DEVICE(stream, column_sums(a, out, add, stream));
   if (a.cols == 0) return;
+  if (out.dtype != accumulator(a.dtype)) {
+    CHECK(ShapeError, !add && out.dtype == a.dtype, "column sums of ", name_of(a.dtype), " into ", name_of(out.dtype));
+    std::vector<float> row(static_cast<size_t>(a.cols));
+    const Matrix wide = dense(row.data(), 1, a.cols, DType::f32);
+    column_sums(a, wide, false, stream);
+    return cast(wide, out, stream);
+  }
   switch (a.dtype) {
     case DType::f32:
       return sum_rows<float, float>(a, out, add, [](float x) { return x; });

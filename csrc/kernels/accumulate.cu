@@ -33,23 +33,25 @@ struct Column {
 };
 
 // Columns that lie along memory: one warp a column, each lane in double.
-template <class T>
-__global__ void __launch_bounds__(32 * kStrands) line_kernel(View<T> a, View<Wide<T>> out, int64_t rows, int64_t cols, bool add) {
+template <class T, class Out>
+__global__ void __launch_bounds__(32 * kStrands) line_kernel(View<T> a, View<Out> out, int64_t rows, int64_t cols, bool add) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kStrands + threadIdx.x / 32;
   double total = 0;
   if (j < cols)
     for (int64_t i = threadIdx.x % 32; i < rows; i += 32) total += static_cast<double>(widen(*a.to(i, j)));
   for (int mask = 32 / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
-  if (j < cols && threadIdx.x % 32 == 0) *out.to(0, j) = static_cast<Wide<T>>(add ? static_cast<double>(*out.to(0, j)) + total : total);
+  if (j >= cols || threadIdx.x % 32 != 0) return;
+  Out& to = *out.to(0, j);
+  narrow(static_cast<Wide<T>>(add ? static_cast<double>(widen(to)) + total : total), to);
 }
 
-template <class T>
+template <class T, class Out>
 void sum_columns(const Matrix& a, const Matrix& out, bool add, const Stream& stream) {
   if (column_major(a)) {
     const unsigned blocks = static_cast<unsigned>(ceil_div(a.cols, kStrands));
-    return launch(stream, line_kernel<T>, dim3(blocks), 32 * kStrands, 0, View<T>(a), View<Wide<T>>(out), a.rows, a.cols, add);
+    return launch(stream, line_kernel<T, Out>, dim3(blocks), 32 * kStrands, 0, View<T>(a), View<Out>(out), a.rows, a.cols, add);
   }
-  sum_slabs<16 / static_cast<int>(sizeof(T))>(Column<T>{View<T>(a)}, a.rows, {out}, add, {&a}, stream);
+  sum_slabs<16 / static_cast<int>(sizeof(T)), Out>(Column<T>{View<T>(a)}, a.rows, {out}, add, {&a}, stream);
 }
 
 }  // namespace
@@ -73,7 +75,12 @@ void column_sums(const Matrix& a, const Matrix& out, bool add, const Stream& str
     if (!add) gingham::fill_zero(out, stream);
     return;
   }
-  with_real(a.dtype, "column sums", [&](auto tag) { sum_columns<typename decltype(tag)::type>(a, out, add, stream); });
+  with_real(a.dtype, "column sums", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if (out.dtype == accumulator(a.dtype)) return sum_columns<T, Wide<T>>(a, out, add, stream);
+    CHECK(ShapeError, !add && out.dtype == a.dtype, "column sums of ", name_of(a.dtype), " into ", name_of(out.dtype));
+    if constexpr (sizeof(T) == 2) sum_columns<T, T>(a, out, false, stream);
+  });
 }
 
 }  // namespace gingham::cuda

@@ -61,23 +61,23 @@ struct SlabSums {
   View<T> at[2];
 };
 
+// T: of the result, rounded by way of the accumulator.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) slabs_kernel(const double* partial, SlabSums<T> outs, int64_t slabs, int64_t cols, bool add) {
   const int64_t j = static_cast<int64_t>(blockIdx.x) * kSweepThreads + threadIdx.x;
   if (j >= cols) return;
   T* out = blockIdx.y == 0 ? outs.at[0].to(0, j) : outs.at[1].to(0, j);
   partial += blockIdx.y * slabs * cols;
-  double total = add ? static_cast<double>(*out) : 0.0;
+  double total = add ? static_cast<double>(widen(*out)) : 0.0;
 #pragma unroll 8
   for (int64_t s = 0; s < slabs; s++) total += partial[s * cols + j];
-  *out = static_cast<T>(total);
+  narrow(static_cast<Wide<T>>(total), *out);
 }
 
-// outs, [1, cols] each, as many as op has sums, (+)= them; views: every operand of op.
-template <int W, class Op>
+// outs, [1, cols] each in Out, as many as op has sums, (+)= them; views: every operand of op.
+template <int W, class Out, class Op>
 void sum_slabs(const Op& op, int64_t rows, std::initializer_list<Matrix> outs, bool add, std::initializer_list<const Matrix*> views,
                const Stream& stream) {
-  using T = typename Op::Sum;
   const int64_t cols = outs.begin()->cols, slabs = ceil_div(rows, kSlab);
   const Scratch room(stream, static_cast<size_t>(Op::count * slabs * cols) * sizeof(double));
   double* partial = reinterpret_cast<double*>(room.data());
@@ -90,9 +90,9 @@ void sum_slabs(const Op& op, int64_t rows, std::initializer_list<Matrix> outs, b
     go(slab_kernel<W, Op>, W);
   else
     go(slab_kernel<1, Op>, 1);
-  SlabSums<T> to;
-  for (int n = 0; n < Op::count; n++) to.at[n] = View<T>(outs.begin()[n]);
-  launch(stream, slabs_kernel<T>, dim3(blocks(ceil_div(cols, kSweepThreads)), Op::count), kSweepThreads, 0, partial, to, slabs, cols, add);
+  SlabSums<Out> to;
+  for (int n = 0; n < Op::count; n++) to.at[n] = View<Out>(outs.begin()[n]);
+  launch(stream, slabs_kernel<Out>, dim3(blocks(ceil_div(cols, kSweepThreads)), Op::count), kSweepThreads, 0, partial, to, slabs, cols, add);
 }
 
 }  // namespace gingham::cuda

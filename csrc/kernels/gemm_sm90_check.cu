@@ -23,7 +23,8 @@ __global__ void fill_kernel(T* to, int count, uint32_t seed) {
   narrow(static_cast<float>((x >> 16) % 9) - 4.0f, to[i]);
 }
 
-__global__ void compare_kernel(const float* a, const float* b, int count, int* differ) {
+template <class V>
+__global__ void compare_kernel(const V* a, const V* b, int count, int* differ) {
   const int i = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
   if (i < count && !(a[i] == b[i])) *differ = 1;
 }
@@ -62,6 +63,24 @@ Store<T> adding_to(float* c) {
   return store;
 }
 
+// Results in 16 bits, which take another way out.
+template <class T>
+Store<T> rounding_to(T* z, const T* bias) {
+  constexpr DType dtype = std::is_same_v<T, Bf16> ? DType::bf16 : DType::f16;
+  Store<T> store;
+  store.keep = false;
+  store.aligned = true;
+  store.tail.z = View<T>(dense(z, kRows, kCols, dtype));
+  store.tail.bias = View<T>(repeated(dense(const_cast<T*>(bias), 1, kCols, dtype), kRows));
+  return store;
+}
+
+template <class V>
+void demand_equal(const V* one, const V* two, int* flags, const Stream& stream) {
+  constexpr int count = kRows * kCols;
+  launch(stream, compare_kernel<V>, dim3(static_cast<unsigned>(ceil_div(count, kBlock))), kBlock, 0, one, two, count, flags);
+}
+
 // Device memory: flags[0] becomes 1 where the results differ, flags[1] where a wait had no end.
 template <class T>
 void compare(int* flags, const Stream& stream) {
@@ -79,8 +98,11 @@ void compare(int* flags, const Stream& stream) {
       fill(two, count, 3, stream);
       run_sm90(p, adding_to<T>(one), wide, flags + 1, stream);
       reference(p, adding_to<T>(two), stream);
-      launch(stream, compare_kernel, dim3(static_cast<unsigned>(ceil_div(count, kBlock))), kBlock, 0, static_cast<const float*>(one),
-             static_cast<const float*>(two), count, flags);
+      demand_equal(one, two, flags, stream);
+      T *first = reinterpret_cast<T*>(one), *second = reinterpret_cast<T*>(two);
+      run_sm90(p, rounding_to<T>(first, a), wide, flags + 1, stream);
+      reference(p, rounding_to<T>(second, a), stream);
+      demand_equal(reinterpret_cast<const uint16_t*>(first), reinterpret_cast<const uint16_t*>(second), flags, stream);
     }
 }
 

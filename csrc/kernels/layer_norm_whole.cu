@@ -168,9 +168,9 @@ void sum_weights(const Matrix& dy, const Matrix& x, const Norm& norm, const Norm
   const View<T> grad(dy), in(x);
   const NormViews<T> views(norm);
   if (out.dbeta.data)
-    sum_slabs<width>(WeightSums<T, true>{grad, in, views}, x.rows, {out.dgamma, out.dbeta}, false, {&dy, &x}, stream);
+    sum_slabs<width, Wide<T>>(WeightSums<T, true>{grad, in, views}, x.rows, {out.dgamma, out.dbeta}, false, {&dy, &x}, stream);
   else
-    sum_slabs<width>(WeightSums<T, false>{grad, in, views}, x.rows, {out.dgamma}, false, {&dy, &x}, stream);
+    sum_slabs<width, Wide<T>>(WeightSums<T, false>{grad, in, views}, x.rows, {out.dgamma}, false, {&dy, &x}, stream);
 }
 
 }  // namespace

@@ -41,6 +41,35 @@ __device__ inline void tma_load(uint32_t shared, const CUtensorMap* map, int x, 
                : "memory");
 }
 
+// A box from shared memory to the map's tensor, in the thread's own group of stores; what lies outside of the tensor is left out. Plain stores to
+// that memory come first through fence_for_tma and a barrier, and it may be written again after tma_stores_read.
+__device__ inline void tma_store(const CUtensorMap* map, uint32_t shared, int x, int y) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y), "r"(shared) : "memory");
+}
+__device__ inline void tma_stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ inline void tma_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ inline void fence_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Four 8x8 matrices of 16-bit elements, as ldmatrix_x4 reads them, to shared memory.
+__device__ inline void stmatrix_x4(uint32_t row, const uint32_t (&in)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
+               : "memory");
+}
+
+__device__ inline uint32_t shuffle_from(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }
+
+// Two neighbours in 32 bits, the first in the lower half.
+__device__ inline uint32_t narrow_pair(float first, float second, Bf16) {
+  uint32_t out;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  return out;
+}
+__device__ inline uint32_t narrow_pair(float first, float second, F16) {
+  uint32_t out;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(out) : "f"(second), "f"(first));
+  return out;
+}
+
 __device__ inline void tma_prefetch(const CUtensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 template <int count>

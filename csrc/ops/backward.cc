@@ -11,7 +11,7 @@ namespace gingham {
 namespace {
 
 struct ProjectionState {
-  Matrix dy, dw, dw_sum, dw_block, db_sum, w;  // dw_block, w: whole over the axis of W where that lacks the slice dim
+  Matrix dy, dw, dw_sum, dw_block, db, db_sum, w;  // dw_block, w: whole over the axis of W where that lacks the slice dim
   Pipeline::Slot w_slot, dy_slot, dw_slot;
   Input* dy_in = nullptr;
   bool dw_rounded = false;  // the last product stores dw
@@ -121,11 +121,22 @@ class BackwardRun {
       state.dw_block = in_w(step_.d) < 0 ? step_.pipeline.block_for(place, place.offsets, state.dw_sum, storage) : state.dw_sum;
       state.dw_slot = step_.pipeline.declare(step_.w_place(i), state.dw_sum, Pipeline::Role::output);
     }
-    if (call_.need_bias[i]) {
-      state.db_sum = step_.pipeline.workspace(1, n_of(i), accumulator(w.dtype));
-      fill_zero(state.db_sum, step_.stream);
-    }
+    if (call_.need_bias[i]) declare_bias(i);
   }
+
+  // Columns that are summed once, and nowhere else, go straight to db in its own dtype.
+  void declare_bias(size_t i) {
+    ProjectionState& state = states_[i];
+    const Projection& map = step_.config.maps[i];
+    const Axis* depth = step_.config.depth;
+    const bool travels = call_.reduce_bias && (map.w.shared() || (depth && depth->size() > 1));
+    const DType wide = accumulator(call_.w[i].dtype);
+    state.db = call_.allocate(1, n_of(i));
+    state.db_sum = state.db.dtype == wide || (columns_once() && !travels) ? state.db : step_.pipeline.workspace(1, n_of(i), wide);
+    if (!columns_once()) fill_zero(state.db_sum, step_.stream);
+  }
+  // Slices along M bring pieces of every column of dY.
+  bool columns_once() const { return in_y(step_.d) != 0; }
 
   void compose(size_t i) {
     ProjectionState& state = states_[i];
@@ -167,7 +178,7 @@ class BackwardRun {
     const int dim = in_y(step_.d);
     if (dim < 0 && (s || t)) return;  // the whole dY passes once
     const auto piece = slices.piece(s, t);
-    column_sums(state.dy_in->at(s, t), dim == 1 ? state.db_sum.slice(1, piece.begin, piece.end) : state.db_sum, true, step_.stream);
+    column_sums(state.dy_in->at(s, t), dim == 1 ? state.db_sum.slice(1, piece.begin, piece.end) : state.db_sum, !columns_once(), step_.stream);
   }
 
   // The slice dim is empty: nothing is multiplied, what would have been summed is zero, and db does not depend on it.
@@ -176,7 +187,11 @@ class BackwardRun {
     for (size_t i = 0; i < states_.size(); i++) {
       if (&step_.group(i) != &step_.groups[g]) continue;
       if (call_.need_w) fill_zero(states_[i].dw_block, step_.stream);
-      if (in_y(step_.d) < 0 && call_.need_bias[i]) column_sums(states_[i].dy, states_[i].db_sum, true, step_.stream);
+      if (!call_.need_bias[i] || in_y(step_.d) == 0) continue;
+      if (in_y(step_.d) < 0)
+        column_sums(states_[i].dy, states_[i].db_sum, false, step_.stream);
+      else
+        fill_zero(states_[i].db_sum, step_.stream);
     }
   }
 
@@ -199,8 +214,8 @@ class BackwardRun {
       out_.db.push_back({});
       if (!call_.need_bias[i]) continue;
       if (call_.reduce_bias) sum_bias(c.maps[i], state.db_sum);
-      out_.db.back() = call_.allocate(1, state.db_sum.cols);
-      cast(state.db_sum, out_.db.back(), step_.stream);
+      if (state.db_sum.data != state.db.data) cast(state.db_sum, state.db, step_.stream);
+      out_.db.back() = state.db;
     }
     return out_;
   }

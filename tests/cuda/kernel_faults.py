@@ -25,8 +25,12 @@ def embedding(name: str, old: str, new: str) -> Mutation:
     return other(f"embedding: {name}", "embedding", "embedding", EMBED, old, new)
 
 
-def sm90(name: str, old: str, new: str, file: str = SM90) -> Mutation:
-    return Mutation(name, "sm90", file, old, new, 4, "gemm_sm90", ("sm90",))
+def sm90(name: str, old: str, new: str, file: str = SM90, check: str = "sm90") -> Mutation:
+    return Mutation(name, "sm90", file, old, new, 4, "gemm_sm90", (check,))
+
+
+def boxes(name: str, old: str, new: str, file: str = SM90) -> Mutation:
+    return sm90(name, old, new, file, "boxes")
 
 
 MMA_B = '"r"(b0), "r"(b1));'
@@ -115,10 +119,20 @@ FAULTS = [
     sm90("f16 tiles of 256 read as bf16", "m64n256k16.f32.f16.f16", "m64n256k16.f32.bf16.bf16", WGMMA),
     sm90(
         "shared memory is not asked for",
-        "  if (shared_bytes > kSharedWithoutAsking)\n",
-        "  if (shared_bytes > 1024 * 1024)\n",
+        "if (shared_bytes > kSharedWithoutAsking) ask_for_shared",
+        "if (shared_bytes > 1024 * 1024) ask_for_shared",
         "kernels/launch.cuh",
     ),
+    boxes("Y fills boxes that Z has not left", "    if (lane == 0) tma_stores_read();\n    warp_barrier();\n    store_boxes", "    store_boxes"),
+    boxes("boxes in another swizzle", "^ (r & 7)) << 4)", "^ (r & 3)) << 4)"),
+    boxes("bias of the columns before", "(j + i / 2) * 4 + (lane & 3)", "j * 4 + (lane & 3)"),
+    boxes("bias of another word", "const int c = col + 64 * t + 2 * lane;", "const int c = col + 64 * t + lane;"),
+    boxes("bias left out", "boxes.bias = tail.bias.data;", "boxes.bias = nullptr;"),
+    boxes("neighbours change places", "narrow_pair(first, second, T{})", "narrow_pair(second, first, T{})"),
+    boxes("sums rounded to zero", "cvt.rn.bf16x2.f32 %0, %1, %2;", "cvt.rz.bf16x2.f32 %0, %1, %2;", WGMMA),
+    boxes("the last box of a tile is not stored", "if (col + box * 64 >= n) break;", "if (col + box * 64 + 64 >= n) break;"),
+    boxes("Y where Z belongs", "boxes.z = map_of(encode, dtype, tail.z.data", "boxes.z = map_of(encode, dtype, tail.y.data"),
+    boxes("Z's lines as long as Y's", "p.n, p.m, tail.z.row_stride, kRows", "p.n, p.m, p.n, kRows"),
     sm90("stages not aligned to the swizzle", "+ 1023) & ~1023u;", "+ 127) & ~127u;"),
     other("transpose: dropped barrier", "cast", "cast", CAST, "  block_barrier();\n", ""),
     other("transpose: another pitch", "cast", "cast", CAST, "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)"),

@@ -197,6 +197,11 @@ def test_column_sums(report: Report, dtype: str, column_major: bool) -> None:
     expected = host.read(a).sum(0) + host.read(out)[0]
     host.run("column_sums", a, out, 1)
     report.check(f"column sums {dtype} {'c' if column_major else 'r'}", host.read(out)[0], expected, 1e-14 if dtype == "f64" else 1e-6)
+    if dtype in ("bf16", "f16"):  # rounded to their own dtype, by way of float32
+        wide, narrow = host.empty(1, 70, "f32"), host.empty(1, 70, dtype)
+        host.run("column_sums", a, wide, 0)
+        host.run("column_sums", a, narrow, 0)
+        report.check(f"column sums of {dtype}, rounded", host.read(narrow), rounded(host, host.read(wide), dtype), 0)
 
 
 @pytest.mark.parametrize("sizes", [(3, 5, 30, 4, 6, 40, 1, 1, 7), (1, 2, 4610, 1, 2, 9220, 0, 0, 4610)])

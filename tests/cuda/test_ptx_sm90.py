@@ -1,6 +1,7 @@
 """Rung 4 of the Hopper gemm: TMA, mbarriers and warpgroup products as cuda/ptx models them, against float64, and its start-up check."""
 
 import ctypes
+import math
 
 import numpy as np
 import pytest
@@ -104,6 +105,29 @@ def test_pieces_of_k_and_the_tail(report: Report) -> None:
     linear = host.read(a) @ host.read(b) + host.read(bias)
     report.check("sm_90a's tail, Z with bias", host.read(z), linear, 2.0**-8)
     report.check("sm_90a's tail, Y = silu(Z)", host.read(y), linear / (1 + np.exp(-linear)), 2.0**-8)
+
+
+@pytest.mark.parametrize("wide", [128, 256])
+@pytest.mark.parametrize(("dtype", "timing"), [("bf16", "early"), ("f16", "late")])
+def test_results_in_16_bits_leave_in_boxes(report: Report, dtype: str, timing: str, wide: int) -> None:
+    """Z with bias, and Y = gelu(Z), in whole lines; nothing is written beyond their ends, rows and columns cut in a box."""
+    host = Host(timing=timing, seed=wide)
+    m, n, k = 150, 2 * wide + 40, 136
+    a, b = host.matrix(normal(m, k, 1), dtype), host.matrix(normal(k, n, 2), dtype, True)
+    bias = host.matrix(normal(1, n + 3, 3), dtype, offset=0)
+    for offset in (0, 1):  # a bias that begins at an odd number of 16 bits
+        bias = host.matrix(normal(1, n, 3 + offset), dtype, offset=offset)
+        z, y = host.empty(m, n, dtype, pad=8), host.empty(m, n, dtype)
+        host.sm90(a, b, None, tail=host.tail("gelu", bias=bias, z=z, y=y), wide=wide)
+        linear = host.read(a) @ host.read(b) + host.read(bias)
+        bound = 2.0**-8 if dtype == "bf16" else 2.0**-11
+        name = f"sm_90a {dtype} {timing} wide {wide}, bias at {offset}"
+        report.check(f"{name}, Z in boxes", host.read(z), linear, bound)
+        report.check(f"{name}, Y in boxes", host.read(y), linear * 0.5 * (1 + np.vectorize(math.erf)(linear / 2**0.5)), bound)
+    plain = host.empty(m, n, dtype)
+    host.sm90(a, b, None, tail=host.tail("none", z=plain), wide=wide)
+    report.check(f"sm_90a {dtype} {timing} wide {wide}, Z alone", host.read(plain), host.read(a) @ host.read(b), bound)
+    assert all("true>" in launched.name or "Lb1EEEv" in launched.name for launched in host.launches), host.launches[-1].name
 
 
 def takes(host: Host, a: View, b: View) -> bool:

@@ -7,6 +7,7 @@ the interpreter refused to go on. Anything else means that the question could no
 """
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -92,6 +93,18 @@ class Checks:
             self.product(host, (72, 136, 584), "bf16", "cr", wide=256)
             self.product(host, (392, 264, 72), "bf16", "rc", wide=128)
             self.product(host, (72, 136, 72), "f16", "rr", wide=256)
+
+    def boxes(self) -> None:
+        """Results in 16 bits, which the accelerator stores: Z, then Y through the same memory; rows and columns that end in a box."""
+        for host in self.hosts():
+            for dtype, wide in (("bf16", 256), ("f16", 128)):
+                a, b = host.matrix(normal(150, 72, 1), dtype), host.matrix(normal(72, 296, 2), dtype)
+                bias = host.matrix(normal(1, 296, 3), dtype)
+                z, y = host.empty(150, 296, dtype, pad=8), host.empty(150, 296, dtype)
+                host.sm90(a, b, None, tail=host.tail("gelu", bias=bias, z=z, y=y), wide=wide)
+                linear = host.read(a) @ host.read(b) + host.read(bias)
+                close("Z", host.read(z), linear, 2.0**-8)
+                close("Y", host.read(y), linear / 2 * (1 + np.vectorize(math.erf)(linear / 2**0.5)), 2.0**-8)
 
     def cast(self) -> None:
         for host in self.hosts():
