@@ -1,6 +1,6 @@
 """Layers on one rank's GPU beside torch's: medians by events, torch's time over gingham's (above 1: gingham is faster), and their kernels.
 
-python bench/gpu/times.py [linears | sweeps | gpt | kernels | host] ...
+python bench/gpu/times.py [linears | sweeps | gpt | graphs | kernels | host] ...
 """
 
 from __future__ import annotations
@@ -108,32 +108,55 @@ def sweeps() -> None:
         )
 
 
-def gpt() -> None:
+def gpt_steps() -> dict[str, Callable[[], None]]:
+    """A training step of the same GPT by gingham and by torch, all in place, so that a CUDA graph can hold it."""
     begin()
     mesh = gingham.mesh.current()
     shape = Shape(layers=4, width=1024, heads=16, context=512, dropout=0.0)
     models = {"gingham": GPT(parallel_kit(mesh), shape).to(torch.bfloat16), "torch": GPT(serial_kit(), shape).to("cuda", torch.bfloat16)}
     tokens = torch.randint(256, (16, shape.context + 1), device="cuda")
     ids, target = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    times = {}
-    for name, model in models.items():
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-        def step(model: torch.nn.Module = model, optimizer: torch.optim.Optimizer = optimizer) -> None:
-            loss = model.loss(model(ids), target)
+    def step_of(model: torch.nn.Module) -> Callable[[], None]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True, capturable=True)
+
+        def step() -> None:
             optimizer.zero_grad()
-            loss.backward()
+            model.loss(model(ids), target).backward()
             optimizer.step()
 
+        return step
+
+    return {name: step_of(model) for name, model in models.items()}
+
+
+def gpt() -> None:
+    steps, times = gpt_steps(), {}
+    for name, step in steps.items():
         times[name] = milliseconds(step)
         profiled(f"GPT step, {name}", step, 14)
-    row(
-        "GPT 4 x 1024, 8192 tokens, bf16, a step",
-        times["gingham"],
-        unit="ms",
-        torch=times["torch"],
-        ratio=times["torch"] / times["gingham"],
-    )
+    both_of("GPT 4 x 1024, 8192 tokens, bf16, a step", times)
+
+
+def graphs() -> None:
+    """The same steps as CUDA graphs: without the host."""
+    times = {}
+    for name, step in gpt_steps().items():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        times[name] = milliseconds(graph.replay)
+    both_of("GPT 4 x 1024, 8192 tokens, bf16, a step in a CUDA graph", times)
+
+
+def both_of(name: str, times: dict[str, float]) -> None:
+    row(name, times["gingham"], unit="ms", torch=times["torch"], ratio=times["torch"] / times["gingham"])
 
 
 def profiled(name: str, run: Callable[[], object], most: int = 8) -> None:
@@ -213,6 +236,6 @@ def host_microseconds(run: Callable[[], object], rounds: int = 200) -> float:
     return took
 
 
-PARTS = {"linears": linears, "sweeps": sweeps, "gpt": gpt, "kernels": kernels, "host": host}
+PARTS = {"linears": linears, "sweeps": sweeps, "gpt": gpt, "graphs": graphs, "kernels": kernels, "host": host}
 if __name__ == "__main__":
     main(PARTS)
