@@ -1,12 +1,13 @@
 """torch's own tools on one rank's GPU: a training loop beside torch's, autocast, GradScaler, CUDA graphs, torch.compile, checkpoints.
 
-python bench/gpu/tools.py [train | waits | autocast | scaler | graph | compiled | saved] ...
+python bench/gpu/tools.py [train | waits | threads | indices | autocast | scaler | graph | compiled | saved] ...
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,21 @@ def waits() -> None:
     torch.cuda.set_sync_debug_mode("default")
     places = sorted({f"{Path(each.filename).name}:{each.lineno}" for each in seen if "synchroniz" in str(each.message)})
     row("waits of the host in a step", float(len(places)), 0.0, places=places)
+
+
+def threads() -> None:
+    """Backward runs in the thread that calls it while there is a mesh, and where torch would run it after destroy."""
+    ours, _ = models()
+    seen: list[int] = []
+    ours.token.weight.register_post_accumulate_grad_hook(lambda _: seen.append(threading.get_ident()))
+    loss_of(ours, 0).backward()
+    row("backward passes in other threads", float(seen != [threading.get_ident()]), 0.0)
+    gingham.destroy()
+    seen.clear()
+    x = torch.ones(3, device=PLACE, requires_grad=True)
+    x.register_post_accumulate_grad_hook(lambda _: seen.append(threading.get_ident()))
+    x.sum().backward()
+    row("backward passes in this thread after destroy", float(PLACE == "cuda" and seen == [threading.get_ident()]), 0.0)
 
 
 def indices() -> None:
@@ -226,6 +242,7 @@ def saved() -> None:
 PARTS: dict[str, Callable[[], None]] = {
     "train": train,
     "waits": waits,
+    "threads": threads,
     "indices": indices,
     "autocast": autocast,
     "scaler": scaler,

@@ -28,7 +28,7 @@ struct Ring {
   static_assert(4 * kConsumers * 16 * (wide + 8) * 4 <= stages * stage);
 };
 
-constexpr int kRows = 16, kBoxBytes = kRows * kLine;  // of a box that is stored
+constexpr int kRows = 16;  // of a box that is stored
 
 // Where a result in 16 bits goes that leaves in boxes.
 struct Boxes {
@@ -39,7 +39,8 @@ struct Boxes {
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-constexpr int kBox = 64 * kLine;              // of 64 lines
+constexpr int kBox = 64 * kLine;  // of 64 lines
+constexpr int kBoxBytes = kRows * kLine;
 constexpr int64_t kPatience = 2'000'000'000;  // cycles, in a check
 
 // Waits for a phase; in a check no longer than until `deadline`, which a kernel that works never sees.

@@ -123,7 +123,11 @@ FAULTS = [
         "if (shared_bytes > 1024 * 1024) ask_for_shared",
         "kernels/launch.cuh",
     ),
-    boxes("Y fills boxes that Z has not left", "    if (lane == 0) tma_stores_read();\n    warp_barrier();\n    store_boxes", "    store_boxes"),
+    boxes(
+        "Y fills boxes that Z has not left",
+        "    if (lane == 0) tma_stores_read();\n    warp_barrier();\n    store_boxes",
+        "    store_boxes",
+    ),
     boxes("boxes in another swizzle", "^ (r & 7)) << 4)", "^ (r & 3)) << 4)"),
     boxes("bias of the columns before", "(j + i / 2) * 4 + (lane & 3)", "j * 4 + (lane & 3)"),
     boxes("bias of another word", "const int c = col + 64 * t + 2 * lane;", "const int c = col + 64 * t + lane;"),

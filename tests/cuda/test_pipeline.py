@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-VIRTUAL, REFUSED = (Path(__file__).parent / "fake" / name for name in ("hosts.py", "refused.py"))
+VIRTUAL, REFUSED, ONE_THREAD = (Path(__file__).parent / "fake" / name for name in ("hosts.py", "refused.py", "one_thread.py"))
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,10 @@ def package() -> Path:
 def test_products_and_collectives(package: Path) -> None:
     """2, 4 and 8 devices, every product, 1 and 3 slices, NCCL and copies; rendezvous, buffered, one communicator at a time, jitter."""
     print(run([str(package / "pipeline_tests")], fake_build.environment(package)))
+
+
+def test_backward_runs_in_the_thread_that_has_the_mesh(package: Path) -> None:
+    run([sys.executable, str(ONE_THREAD)], fake_build.package_environment(package))
 
 
 @pytest.mark.matrix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ def use_gpu(job: native.Job) -> torch.device:
     ordinal = int(os.environ.get("LOCAL_RANK", job.rank))
     find_nccl()
     job.use_gpu(ordinal, torch.backends.cuda.matmul.allow_tf32)
+    backward_here()
     if job.on_host:  # a runtime that stands in for a device
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -26,6 +28,22 @@ def use_gpu(job: native.Job) -> torch.device:
         )
     torch.cuda.set_device(job.gpu)
     return torch.device("cuda", job.gpu)
+
+
+_multithreaded: dict[int, bool] = {}  # as it was before init, by the thread that called it
+
+
+def backward_here() -> None:
+    """Backward passes that this thread begins run in it. torch hands them to a thread a device, which pays where a process has several; a
+    rank has one, and the Python of its layers takes twice as long there (docs/decisions.md)."""
+    _multithreaded.setdefault(threading.get_ident(), torch.autograd.set_multithreading_enabled(False).prev)
+
+
+def backward_as_before() -> None:
+    """What `backward_here` found, where this thread called it."""
+    before = _multithreaded.pop(threading.get_ident(), None)
+    if before is not None:
+        torch.autograd.set_multithreading_enabled(before)
 
 
 def ranks_share_gpus() -> bool:

@@ -27,7 +27,7 @@ from ..mesh.modes import GridShape
 from ..plan.hosts import best_order
 from . import faults, rendezvous
 from .engines import Choice, choose_engine
-from .gpu import use_gpu
+from .gpu import backward_as_before, use_gpu
 from .hosts import VARIABLE, Host, host_numbers
 from .links import Links, agree_on_network
 from .meeting import Meeting, seen_by_all
@@ -128,6 +128,8 @@ def add_mesh(plan: Plan) -> Mesh:
         meeting.exchange("made", None)
     except BaseException as error:
         meeting.fail(error)
+        if joined is None:
+            backward_as_before()
         for job in jobs:
             # what all ranks of the mesh have seen alike leaves the job, and its other meshes, as they are
             if not isinstance(error, PeerDied | PeerStalled) and not hasattr(error, "seen_by_all"):
@@ -278,6 +280,7 @@ def end(ended: Sequence[Mesh]) -> None:
             for each in ended:
                 # DTensor and dynamo remember meshes for ever, and a mesh its groups, whose threads wake 100 times a second each
                 getattr(each.device_mesh, "_pg_registry", {}).clear()
+        backward_as_before()
         _world = None
     # DTensor keeps what it has planned for a mesh with that mesh, and gives it to any equal one: that of a later life has other groups, by
     # names that nothing has any more, or another group
