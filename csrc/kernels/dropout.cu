@@ -17,7 +17,8 @@ __device__ inline T scaled(T x, bool kept, Wide<T> keep) {
 // Counters that a thread draws for neighbouring elements, 16 bytes of them or two times 16, and how many such packs it takes.
 template <class T>
 constexpr int kCounters = sizeof(T) == 2 ? 2 : 1;
-constexpr int kPacks = 2;
+template <class T>
+constexpr int kPacks = sizeof(T) == 8 ? 1 : 2;
 
 struct Drawn {
   RoundKeys keys;
@@ -46,9 +47,9 @@ __device__ inline void drop_four(const T* from, T* to, int64_t at, int64_t lengt
 // Counter q of a run is the one q after that in which its first element falls.
 template <class T>
 __global__ void __launch_bounds__(kSweepThreads) dropout_kernel(const T* x, T* y, DropoutRuns runs, Drawn draw, Wide<T> keep) {
-  constexpr int C = kCounters<T>, W = 4 * C;
+  constexpr int C = kCounters<T>, W = 4 * C, P = kPacks<T>;
   constexpr int64_t step = static_cast<int64_t>(kSweepThreads) * C;  // counters from a thread's pack to its next
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kPacks * step + static_cast<int64_t>(threadIdx.x) * C;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * P * step + static_cast<int64_t>(threadIdx.x) * C;
   for (int64_t r = blockIdx.y; r < runs.count; r += gridDim.y) {
     const uint64_t index = runs.index(r), counter = index / 4;
     const int64_t skip = static_cast<int64_t>(index % 4), at = 4 * first - skip, base = r * runs.length;  // at: of the first word in the run
@@ -56,15 +57,15 @@ __global__ void __launch_bounds__(kSweepThreads) dropout_kernel(const T* x, T* y
     const T* from = x + base + at;
     T* to = y + base + at;
     const bool aligned = (reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % 16 == 0;
-    Pack<T, W> in[kPacks];
-    bool whole[kPacks];
+    Pack<T, W> in[P];
+    bool whole[P];
 #pragma unroll
-    for (int p = 0; p < kPacks; p++) {
+    for (int p = 0; p < P; p++) {
       whole[p] = aligned && at >= 0 && at + 4 * p * step + W <= runs.length;
       if (whole[p]) in[p] = load_pack<W>(from + 4 * p * step);
     }
 #pragma unroll
-    for (int p = 0; p < kPacks; p++) {
+    for (int p = 0; p < P; p++) {
       if (!whole[p]) continue;
       Pack<T, W> out;
 #pragma unroll
@@ -74,12 +75,12 @@ __global__ void __launch_bounds__(kSweepThreads) dropout_kernel(const T* x, T* y
       }
       store_pack<W>(to + 4 * p * step, out);
     }
-    if (whole[0] && whole[1]) continue;
+    if (whole[0] && whole[P - 1]) continue;
 #pragma unroll 1
-    for (int n = 0; n < kPacks * C; n++) {
+    for (int n = 0; n < P * C; n++) {
       const int64_t more = n / C * step + n % C;
       if (at + 4 * more >= runs.length) break;
-      if (n < C ? whole[0] : whole[1]) continue;
+      if (n < C ? whole[0] : whole[P - 1]) continue;
       const Counter words = philox(counter + static_cast<uint64_t>(first + more), draw.call, draw.keys);
       drop_four(from + 4 * more, to + 4 * more, at + 4 * more, runs.length, words, draw.threshold, keep);
     }
@@ -97,7 +98,7 @@ void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& lo
     using T = typename decltype(tag)::type;
     const DropoutDraw of_key = draw_of(key);
     const Drawn draw{RoundKeys(of_key.k0, of_key.k1), key.call, of_key.threshold};
-    const unsigned across = blocks(ceil_div(runs.length + 3, int64_t{4} * kSweepThreads * kCounters<T> * kPacks));
+    const unsigned across = blocks(ceil_div(runs.length + 3, int64_t{4} * kSweepThreads * kCounters<T> * kPacks<T>));
     launch(stream, dropout_kernel<T>, dim3(across, down), kSweepThreads, 0, static_cast<const T*>(x), static_cast<T*>(y), runs, draw,
            static_cast<Wide<T>>(of_key.keep));
   });

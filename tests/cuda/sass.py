@@ -26,6 +26,7 @@ COUNTS = {
     "HGMMA": r"HGMMA\.",
     "LDGSTS": r"LDGSTS\.",
     "UTMALDG": r"UTMALDG",
+    "UTMASTG": r"UTMASTG",
     "LDSM": r"LDSM\.",
     "LDG.128": r"LDG\.\S*128",
     "STG.128": r"STG\.\S*128",
