@@ -198,7 +198,8 @@ def test_gemm_takes_it_once_the_check_has_passed(report: Report) -> None:
     host.library.host_device(0, 8, 0, 0)
     assert ["sm90_kernel" in launched.name for launched in host.launches] == [True, True]
     report.check("gemm through the Hopper kernel", host.read(c), host.read(a) @ host.read(b), LIMIT)
-    assert (host.read(c) == host.read(turned)).all()
+    # not to the bit: the model's products are numpy's, whose order of sums is another for a turned operand on some processors
+    report.check("the same, turned", host.read(turned), host.read(a) @ host.read(b), LIMIT)
 
 
 @pytest.mark.matrix
