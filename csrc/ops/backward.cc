@@ -114,8 +114,7 @@ class BackwardRun {
     }
     if (call_.need_w) {
       state.dw = storage == Storage::column_major ? call_.allocate(w.cols, w.rows).t() : call_.allocate(w.rows, w.cols);
-      const Axis* depth = step_.config.depth;
-      const bool summed = depth && depth->size() > 1 && call_.reduce_depth;
+      const bool summed = deep() && call_.reduce_depth;
       state.dw_rounded = !summed && step_.rounded_by_gemm(place, step_.group(i), state.dw.dtype);
       state.dw_sum = step_.sums_beside(state.dw, storage, state.dw_rounded, in_w(step_.d), step_.group(i), 1);
       state.dw_block = in_w(step_.d) < 0 ? step_.pipeline.block_for(place, place.offsets, state.dw_sum, storage) : state.dw_sum;
@@ -128,13 +127,14 @@ class BackwardRun {
   void declare_bias(size_t i) {
     ProjectionState& state = states_[i];
     const Projection& map = step_.config.maps[i];
-    const Axis* depth = step_.config.depth;
-    const bool travels = call_.reduce_bias && (map.w.shared() || (depth && depth->size() > 1));
+    const bool travels = call_.reduce_bias && (map.w.shared() || deep());
     const DType wide = accumulator(call_.w[i].dtype);
     state.db = call_.allocate(1, n_of(i));
     state.db_sum = state.db.dtype == wide || (columns_once() && !travels) ? state.db : step_.pipeline.workspace(1, n_of(i), wide);
     if (!columns_once()) fill_zero(state.db_sum, step_.stream);
   }
+  // Whether other ranks hold this W too.
+  bool deep() const { return step_.config.depth && step_.config.depth->size() > 1; }
   // Slices along M bring pieces of every column of dY.
   bool columns_once() const { return in_y(step_.d) != 0; }
 
@@ -187,7 +187,7 @@ class BackwardRun {
     for (size_t i = 0; i < states_.size(); i++) {
       if (&step_.group(i) != &step_.groups[g]) continue;
       if (call_.need_w) fill_zero(states_[i].dw_block, step_.stream);
-      if (!call_.need_bias[i] || in_y(step_.d) == 0) continue;
+      if (!call_.need_bias[i] || !columns_once()) continue;
       if (in_y(step_.d) < 0)
         column_sums(states_[i].dy, states_[i].db_sum, false, step_.stream);
       else
@@ -224,10 +224,10 @@ class BackwardRun {
   // the depth sum runs on 1/q of it: reduce-scatter over row, all-reduce over depth, all-gather over row.
   void sum_bias(const Projection& map, const Matrix& db) {
     const Step::Config& c = step_.config;
-    const bool rows = map.w.shared(), deep = c.depth && c.depth->size() > 1;
-    if (!rows && deep) all_reduce(*c.depth, db, step_.stream);
-    if (rows && !deep) all_reduce(*map.w.axis, db, step_.stream);
-    if (!rows || !deep) return;
+    const bool rows = map.w.shared();
+    if (!rows && deep()) all_reduce(*c.depth, db, step_.stream);
+    if (rows && !deep()) all_reduce(*map.w.axis, db, step_.stream);
+    if (!rows || !deep()) return;
     const Shares shares{db, 1, chunk(db.cols, map.w.axis->size())};
     const Matrix own = shares[map.w.axis->rank()];
     reduce_scatter(*map.w.axis, shares, own, step_.stream);
