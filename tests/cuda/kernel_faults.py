@@ -6,7 +6,7 @@ from cuda.mutation import Mutation
 TILE, DEVICE, STORE, PLAIN = "kernels/gemm_tile.cuh", "kernels/device.cuh", "kernels/gemm_store.cuh", "kernels/gemm_plain.cu"
 CAST, SWEEP, SLABS, TAIL = "kernels/cast.cu", "kernels/sweep.cuh", "kernels/column_slabs.cuh", "kernels/tail.cuh"
 ACCUMULATE, NORM, REDUCE = "kernels/accumulate.cu", "kernels/layer_norm.cu", "kernels/reduce.cuh"
-LOSS, EMBED, QUANTISE = "kernels/cross_entropy.cu", "kernels/embedding.cu", "kernels/quantise.cu"
+LOSS, EMBED = "kernels/cross_entropy.cu", "kernels/embedding.cu"
 ROW, WHOLE, KEPT = "kernels/norm_row.cuh", "layer_norm_whole", "kernels/layer_norm_whole.cu"
 DROPOUT, INDICES = "kernels/dropout.cu", "kernels/indices.cu"
 PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
@@ -194,5 +194,4 @@ FAULTS = [
     embedding("the skipped id is summed", " && id != places.skipped;", ";"),
     other("indices: those behind the first 1024", "indices", "indices", INDICES, "i < count; i +=", "i < count && i < kThreads; i +="),
     *ATTENTION,
-    other("quantise: largest of half a block", "quantise", "quantise", QUANTISE, "int mask = 16; mask > 0", "int mask = 8; mask > 0"),
 ]

@@ -1,4 +1,4 @@
-// What layers need besides products: quantise, layer_norm, cross_entropy, embedding, on the device and on the host, against float64.
+// What layers need besides products: layer_norm, cross_entropy, embedding, on the device and on the host, against float64.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -11,7 +11,6 @@
 #include "kernels/embedding.h"
 #include "kernels/indices.h"
 #include "kernels/layer_norm.h"
-#include "kernels/quantise.h"
 
 namespace gingham::tests {
 namespace {
@@ -33,40 +32,6 @@ const Layout kLayouts[] = {{false, 0, 0}, {false, 8, 8}, {false, 3, 1}};
 void on_both(const std::function<void(const Stream&, const std::string&)>& body) {
   body(DeviceStream(), "");
   body(HostStream(), " (cpu)");
-}
-
-void quantised() {
-  std::mt19937 random(2);
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16})
-    for (const Size& s : {Size{3, 128}, Size{5, 300}, Size{1, 1}, Size{2, 131}})
-      for (const Layout& layout : kLayouts)
-        for (const Code code : {Code::int8, Code::e4m3}) {
-          const int64_t blocks = (s.cols + kQuantiseBlock - 1) / kQuantiseBlock;
-          const Buffer x(s.rows, s.cols, dtype, layout, random);
-          if (s.rows > 1)
-            for (int64_t j = 0; j < s.cols; j++) store(x.view(), 1, j, 0);
-          const Buffer codes(s.rows, s.cols, DType::bytes1, layout, random), scales(s.rows, blocks, DType::f32, {}, random);
-          const Buffer codes_cpu = codes.copy(), scales_cpu = scales.copy(), back = x.copy(), back_cpu = x.copy();
-          quantise(x.view(), codes.view(), scales.view(), code, DeviceStream());
-          quantise(x.view(), codes_cpu.view(), scales_cpu.view(), code, HostStream());
-          dequantise(codes.view(), scales.view(), back.view(), code, DeviceStream());
-          dequantise(codes_cpu.view(), scales_cpu.view(), back_cpu.view(), code, HostStream());
-          const std::string name = code == Code::int8 ? "quantise int8" : "quantise e4m3", shape = shape_of({s.rows, s.cols});
-          report(name + " codes", name_of(dtype), shape, error_of(codes.values(), codes_cpu.values()), 0);
-          report(name + " scales", name_of(dtype), shape, error_of(scales.values(), scales_cpu.values()), 0);
-          report(name + " back, to cpu", name_of(dtype), shape, error_of(back.values(), back_cpu.values()), 0);
-          report(name + " back", name_of(dtype), shape, error_of(back.values(), x.values()), code == Code::int8 ? 1e-2 : 4e-2);
-          const std::vector<double> want = x.values(), got = back.values();
-          for (size_t i = 0; i < want.size(); i++) {
-            const double scale = load(scales.view(), static_cast<int64_t>(i) / s.cols, static_cast<int64_t>(i) % s.cols / kQuantiseBlock);
-            const double bound = (code == Code::int8 ? 0.501 * scale : std::fabs(want[i]) / 15.9 + scale * 0.001) + 0.004 * std::fabs(want[i]);
-            expect(std::fabs(got[i] - want[i]) <= bound, name + ": an element came back wrong");
-          }
-          expect(codes.same_padding(codes_cpu) && back.same_padding(x), "quantise wrote beside its output");
-        }
-  for (int bits = 0; bits < 256; bits++)
-    if ((bits & 0x7f) != 0x7f)
-      expect(encode(Code::e4m3, decode(Code::e4m3, static_cast<uint8_t>(bits))) == bits, "e4m3 code " + std::to_string(bits));
 }
 
 // What a norm of rows gives, in float64.
@@ -363,9 +328,8 @@ void wrong_indices() {
   });
 }
 
-const Register all[] = {
-    {"quantise", quantised},         {"layer_norm", layer_norms},       {"cross_entropy", cross_entropies}, {"cross_entropy, odd", odd_losses},
-    {"embedding, gather", gathered}, {"embedding, scatter", scattered}, {"indices", wrong_indices}};
+const Register all[] = {{"layer_norm", layer_norms},     {"cross_entropy", cross_entropies}, {"cross_entropy, odd", odd_losses},
+                        {"embedding, gather", gathered}, {"embedding, scatter", scattered},  {"indices", wrong_indices}};
 
 }  // namespace
 }  // namespace gingham::tests

@@ -37,7 +37,7 @@ COUNTS = {
 LIMITS = {"sm_80": {"shared": 164 * 1024, "threads": 2048}, "sm_90a": {"shared": 228 * 1024, "threads": 2048}}
 # The table's rows: one dtype of those that differ in nothing else, vector widths and aligned tiles.
 SHOWN = re.compile(
-    r"tile_kernel<(Bf16|float), .*true>$|sm90_kernel<Bf16|plain_kernel|dropout_kernel<(Bf16|float)>|(quantise|dequantise)_kernel<Bf16>"
+    r"tile_kernel<(Bf16|float), .*true>$|sm90_kernel<Bf16|plain_kernel|dropout_kernel<(Bf16|float)>"
     r"|sweep_kernel<8, (Copy<float, Bf16>|Copy<Bf16, float>|(Apply|Gradient|AddPieces|SumPiece)<Bf16>)>"
     r"|sweep_kernel<4, (Sum<float>|JoinParts<float>|Copy<uint, uint>)>|sweep_kernel<8, Gather<ushort>>|transpose_kernel<uint, uint>"
     r"|attention_(forward|backward)_kernel<(Bf16|float), |delta_kernel<8, Bf16>"

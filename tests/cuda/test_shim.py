@@ -61,7 +61,6 @@ def test_kernels_under_thread_sanitizer() -> None:
         "embedding",
         "indices",
         "dropout",
-        "quantise",
         "attention",
     ):
         assert run(program, "--only", part).endswith("ok\n")

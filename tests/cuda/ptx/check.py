@@ -181,9 +181,6 @@ class Checks:
     def indices(self) -> None:
         self.pairs(lambda host: layers.indices(host, 1500), 0)
 
-    def quantise(self) -> None:
-        self.pairs(lambda host: layers.quantise(host, 3, 200, "f32", "e4m3"), 1 / 16)
-
 
 def main(csrc: str, unit: str, *names: str) -> int:
     checks = Checks(Path(csrc), unit)

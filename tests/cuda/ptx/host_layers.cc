@@ -4,7 +4,6 @@
 #include "kernels/embedding.h"
 #include "kernels/indices.h"
 #include "kernels/layer_norm.h"
-#include "kernels/quantise.h"
 
 using namespace gingham;
 
@@ -55,13 +54,6 @@ int host_scatter(const Matrix* rows, const int64_t* ids, const int64_t* order, i
 
 int host_find_wrong(const int64_t* ids, int64_t count, int64_t classes, int64_t ignored, int64_t* found) {
   return guarded(false, [&](const Stream& stream) { cuda::find_wrong(ids, count, classes, ignored, found, stream); });
-}
-
-int host_quantise(const Matrix* x, const Matrix* codes, const Matrix* scales, const Matrix* back, int code) {
-  return guarded(false, [&](const Stream& stream) {
-    cuda::quantise(*x, *codes, *scales, static_cast<Code>(code), stream);
-    cuda::dequantise(*codes, *scales, *back, static_cast<Code>(code), stream);
-  });
 }
 
 }  // extern "C"

@@ -1,4 +1,4 @@
-"""Layer norm, cross-entropy, embedding and quantisation on a Host, each result beside its float64 twin."""
+"""Layer norm, cross-entropy and embedding on a Host, each result beside its float64 twin."""
 
 import ctypes
 from collections.abc import Iterator
@@ -93,19 +93,3 @@ def indices(host: Host, count: int) -> Iterator[Pair]:
     numbers = (ctypes.c_int64(each) for each in (count, 50, -100))
     host.call("host_find_wrong", host.integers(ids), *numbers, ctypes.c_void_p(found))
     yield "indices", host.memory.read(found).astype(float), np.array([-3, 2.0**40, 2])
-
-
-def quantise(host: Host, rows: int, cols: int, dtype: str, code: str) -> Iterator[Pair]:
-    x = host.matrix(normal(rows, cols, 1) * np.exp(normal(rows, 1, 2)), dtype)
-    blocks = -(-cols // 128)
-    codes, scales, back = host.empty(rows, cols, "bytes1"), host.empty(rows, blocks, "f32"), host.empty(rows, cols, dtype)
-    host.run("quantise", x, codes, scales, back, ["int8", "e4m3"].index(code))
-    values = host.read(x)
-    padded = np.pad(values, ((0, 0), (0, blocks * 128 - cols))).reshape(rows, blocks, 128)
-    most = np.abs(padded).max(2)
-    top = 127 if code == "int8" else 448
-    yield "scales", host.read(scales), most / top
-    yield "there and back", host.read(back), values
-    if code == "int8":
-        exact = values * top / np.repeat(most, 128, axis=1)[:, :cols]
-        yield "codes", host.read(codes).view(np.int8).astype(float), np.rint(exact)
