@@ -46,6 +46,11 @@ __device__ inline void tma_load(uint32_t shared, const CUtensorMap* map, int x, 
 __device__ inline void tma_store(const CUtensorMap* map, uint32_t shared, int x, int y) {
   asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y), "r"(shared) : "memory");
 }
+// The same, each element added to what is there, in fp32, rounded to nearest; what is smaller than fp32's normal numbers counts as zero.
+__device__ inline void tma_add(const CUtensorMap* map, uint32_t shared, int x, int y) {
+  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y), "r"(shared)
+               : "memory");
+}
 __device__ inline void tma_stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 __device__ inline void tma_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
 __device__ inline void fence_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
@@ -54,6 +59,10 @@ __device__ inline void fence_for_tma() { asm volatile("fence.proxy.async.shared:
 __device__ inline void stmatrix_x4(uint32_t row, const uint32_t (&in)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(in[0]), "r"(in[1]), "r"(in[2]), "r"(in[3])
                : "memory");
+}
+
+__device__ inline void shared_store_pair(uint32_t at, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(at), "f"(first), "f"(second) : "memory");
 }
 
 __device__ inline uint32_t shuffle_from(uint32_t value, int lane) { return __shfl_sync(0xffffffffu, value, lane); }

@@ -10,7 +10,7 @@ LOSS, EMBED = "kernels/cross_entropy.cu", "kernels/embedding.cu"
 ROW, WHOLE, KEPT = "kernels/norm_row.cuh", "layer_norm_whole", "kernels/layer_norm_whole.cu"
 DROPOUT, INDICES = "kernels/dropout.cu", "kernels/indices.cu"
 PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
-SM90, WGMMA = "kernels/gemm_sm90.cu", "kernels/wgmma.cuh"
+SM90, SM90_STORE, WGMMA = "kernels/gemm_sm90.cu", "kernels/gemm_sm90_store.cuh", "kernels/wgmma.cuh"
 
 
 def gemm(name: str, file: str, old: str, new: str, *checks: str, rung: int = 4) -> Mutation:
@@ -29,7 +29,7 @@ def sm90(name: str, old: str, new: str, file: str = SM90, check: str = "sm90") -
     return Mutation(name, "sm90", file, old, new, 4, "gemm_sm90", (check,))
 
 
-def boxes(name: str, old: str, new: str, file: str = SM90) -> Mutation:
+def boxes(name: str, old: str, new: str, file: str = SM90_STORE) -> Mutation:
     return sm90(name, old, new, file, "boxes")
 
 
@@ -131,12 +131,17 @@ FAULTS = [
     boxes("boxes in another swizzle", "^ (r & 7)) << 4)", "^ (r & 3)) << 4)"),
     boxes("bias of the columns before", "(j + i / 2) * 4 + (lane & 3)", "j * 4 + (lane & 3)"),
     boxes("bias of another word", "const int c = col + 64 * t + 2 * lane;", "const int c = col + 64 * t + lane;"),
-    boxes("bias left out", "boxes.bias = tail.bias.data;", "boxes.bias = nullptr;"),
+    boxes("bias left out", "boxes.bias = tail.bias.data;", "boxes.bias = nullptr;", SM90),
     boxes("neighbours change places", "narrow_pair(first, second, T{})", "narrow_pair(second, first, T{})"),
     boxes("sums rounded to zero", "cvt.rn.bf16x2.f32 %0, %1, %2;", "cvt.rz.bf16x2.f32 %0, %1, %2;", WGMMA),
     boxes("the last box of a tile is not stored", "if (col + box * 64 >= n) break;", "if (col + box * 64 + 64 >= n) break;"),
-    boxes("Y where Z belongs", "boxes.z = map_of(encode, dtype, tail.z.data", "boxes.z = map_of(encode, dtype, tail.y.data"),
-    boxes("Z's lines as long as Y's", "p.n, p.m, tail.z.row_stride, kRows", "p.n, p.m, p.n, kRows"),
+    boxes("Y where Z belongs", "boxes.z = map_of(encode, dtype, tail.z.data", "boxes.z = map_of(encode, dtype, tail.y.data", SM90),
+    boxes("Z's lines as long as Y's", "p.n, p.m, tail.z.row_stride, kBoxRows", "p.n, p.m, p.n, kBoxRows", SM90),
+    sm90("sums are stored where they are added", "boxes.add = store.add;", "boxes.add = false;"),
+    sm90("sums are added where they are stored", "boxes.add = store.add;", "boxes.add = true;"),
+    sm90("halves of odd rows change places", "2 * (j ^ (odd ? 2 : 0))", "2 * j", SM90_STORE),
+    sm90("rows 8 below are put over the first", "(r + 8 * below) * kLine", "r * kLine", SM90_STORE),
+    sm90("columns of the next box", "col + box * 32, row);\n      else", "col + box * 64, row);\n      else", SM90_STORE),
     sm90("stages not aligned to the swizzle", "+ 1023) & ~1023u;", "+ 127) & ~127u;"),
     other("transpose: dropped barrier", "cast", "cast", CAST, "  block_barrier();\n", ""),
     other("transpose: another pitch", "cast", "cast", CAST, "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)"),

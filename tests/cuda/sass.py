@@ -27,6 +27,7 @@ COUNTS = {
     "LDGSTS": r"LDGSTS\.",
     "UTMALDG": r"UTMALDG",
     "UTMASTG": r"UTMASTG",
+    "UTMAREDG": r"UTMAREDG",
     "LDSM": r"LDSM\.",
     "LDG.128": r"LDG\.\S*128",
     "STG.128": r"STG\.\S*128",

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import re
 
 import numpy as np
 import pytest
@@ -20,6 +21,13 @@ LIMIT = 1e-6
 
 def normal(rows: int, cols: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((rows, cols))
+
+
+def way_out(kernel: str) -> str:
+    """The last template argument, of a name that may be mangled."""
+    found = re.search(r"sm90_kernel.*?(?:Li(\d)EEEv|, (\d)>)", kernel)
+    assert found, kernel
+    return ("slabs", "halves", "sums")[int(found[1] or found[2])]
 
 
 def check(
@@ -66,10 +74,44 @@ def test_columns_that_no_word_of_16_bytes_divides(report: Report) -> None:
 
 @pytest.mark.parametrize("wide", [128, 256])
 def test_no_bank_conflicts(wide: int) -> None:
+    """On each way out of the registers."""
     host = Host(timing="early", conflicts={})
     a, b = host.matrix(normal(128, 64, 1), "bf16"), host.matrix(normal(64, 256, 2), "bf16")
+    z = host.empty(128, 256, "bf16")
     host.sm90(a, b, host.empty(128, 256, "f32"), wide=wide)
+    host.sm90(a, b, None, tail=host.tail("none", z=z), wide=wide)
+    host.sm90(a, b, host.empty(128, 256, "f32"), tail=host.tail("none", z=z), wide=wide)
+    assert [way_out(launched.name) for launched in host.launches] == ["sums", "halves", "slabs"]
     assert host.conflicts == {}
+
+
+@pytest.mark.parametrize("timing", ["early", "late"])
+def test_sums_are_added_where_they_lie(report: Report, timing: str) -> None:
+    """C += A B by the accelerator: to the bit what fp32 makes of C and the product; nothing is written beside C."""
+    host = Host(timing=timing, seed=7)
+    m, n, k = 150, 296, 72
+    a, b = host.matrix(np.rint(normal(m, k, 1) * 3), "bf16"), host.matrix(np.rint(normal(k, n, 2) * 3), "bf16")  # exact sums
+    c = host.matrix(normal(m, n, 3), "f32", pad=4)
+    expected = host.read(c).astype(np.float32) + (host.read(a) @ host.read(b)).astype(np.float32)
+    host.sm90(a, b, c, True, wide=256)
+    assert way_out(host.launches[-1].name) == "sums"
+    report.check(f"sm_90a +=, {timing}", host.read(c), expected, 0)
+
+
+def test_sums_leave_through_slabs_where_boxes_cannot(report: Report) -> None:
+    """C whose lines begin anywhere, C with a tail behind it."""
+    host = Host(timing="late", seed=8)
+    m, n, k = 136, 264, 136
+    a, b = host.matrix(normal(m, k, 1), "bf16"), host.matrix(normal(k, n, 2), "bf16")
+    product = host.read(a) @ host.read(b)
+    odd, even, z = host.matrix(normal(m, n, 3), "f32", pad=1), host.matrix(normal(m, n, 4), "f32"), host.empty(m, n, "bf16")
+    before = host.read(odd), host.read(even)
+    host.sm90(a, b, odd, True, wide=256)
+    host.sm90(a, b, even, True, tail=host.tail("none", z=z), wide=128)
+    assert [way_out(launched.name) for launched in host.launches] == ["slabs", "slabs"]
+    report.check("sm_90a += in slabs, odd lines", host.read(odd), before[0] + product, LIMIT)
+    report.check("sm_90a += in slabs, with a tail", host.read(even), before[1] + product, LIMIT)
+    report.check("sm_90a += in slabs, its tail", host.read(z), before[1] + product, 2.0**-8)
 
 
 @pytest.mark.matrix
@@ -127,7 +169,7 @@ def test_results_in_16_bits_leave_in_boxes(report: Report, dtype: str, timing: s
     plain = host.empty(m, n, dtype)
     host.sm90(a, b, None, tail=host.tail("none", z=plain), wide=wide)
     report.check(f"sm_90a {dtype} {timing} wide {wide}, Z alone", host.read(plain), host.read(a) @ host.read(b), bound)
-    assert all("true>" in launched.name or "Lb1EEEv" in launched.name for launched in host.launches), host.launches[-1].name
+    assert all(way_out(launched.name) == "halves" for launched in host.launches), host.launches[-1].name
 
 
 def takes(host: Host, a: View, b: View) -> bool:

@@ -47,11 +47,13 @@ def test_hopper_kernels_use_warpgroup_products_and_the_tensor_memory_accelerator
     hopper = {name: row for name, row in instances("sm_90a").items() if row["source"] == "gemm_sm90.cu"}
     assert hopper
     assert all(row["HGMMA"] > 0 and row["UTMALDG"] > 0 and row["HMMA"] == 0 for row in hopper.values()), hopper
-    # of results in boxes (the last argument) nothing is stored by hand
-    boxed = {name: row for name, row in hopper.items() if name.endswith("true>")}
-    assert len(boxed) == len(hopper) // 2 == 16, sorted(hopper)
-    for name, row in hopper.items():
-        assert (row["UTMASTG"] > 0) == (name in boxed) == (row["STG.128"] == 0), (name, row)
+    # the last argument: of results that leave in boxes nothing is stored by hand, and what is added to is not fetched
+    ways = {way: {name: row for name, row in hopper.items() if name.endswith(f" {way}>")} for way in range(3)}
+    assert [len(rows) for rows in ways.values()] == [16, 16, 16], sorted(hopper)
+    for way, rows in ways.items():
+        for name, row in rows.items():
+            assert (row["STG.128"] > 0) == (row["LDG.128"] > 0) == (way == 0), (name, row)
+            assert (row["UTMASTG"] > 0) == (way > 0) and (row["UTMAREDG"] > 0) == (way == 2), (name, row)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

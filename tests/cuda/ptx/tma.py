@@ -74,6 +74,14 @@ def cells(tensor: TensorMap, start: tuple[int, ...]) -> tuple[Array, Array]:
     return place.reshape(-1), np.broadcast_to(inside, place.shape).reshape(-1)
 
 
+def added(one: Array, two: Array) -> Array:
+    """add.f32 of the accelerator (section 9.7.9.27.1.3): to nearest, subnormal numbers count as zeros before and after."""
+    tiny = np.finfo(np.float32).tiny
+    flushed = [np.where(np.abs(each) < tiny, np.float32(0), each).astype(np.float32) for each in (one, two)]
+    total = flushed[0] + flushed[1]
+    return np.where(np.abs(total) < tiny, np.float32(0), total).astype(np.float32)
+
+
 class Accelerator:
     def __init__(self, m: Machine) -> None:
         self.m = m
@@ -112,7 +120,7 @@ class Accelerator:
         linear = to + np.arange(int(np.prod(tensor.box))) * tensor.width
         return swizzled(linear, tensor.span)
 
-    def move(self, tensor: TensorMap, block: int, to: int, start: tuple[int, ...], store: bool) -> None:
+    def move(self, tensor: TensorMap, block: int, to: int, start: tuple[int, ...], store: bool, add: bool = False) -> None:
         m = self.m
         place, inside = cells(tensor, start)
         here = self.shared_addresses(tensor, to)
@@ -120,7 +128,8 @@ class Accelerator:
         kind = f"u{tensor.width}"
         source = m.memory.check(place[inside], tensor.width, WRITE if store else READ)
         if store:
-            m.memory.store(source, m.shared.load(at[inside], kind), kind)
+            values = m.shared.load(at[inside], "f4" if add else kind)
+            m.memory.store(source, added(values, m.memory.load(source, "f4")) if add else values, "f4" if add else kind)
             return
         values = np.zeros(len(here), kind)
         values[inside] = m.memory.load(source, kind)
@@ -172,6 +181,7 @@ def load_tensor(m: Machine, instr: Instr) -> Step:
 def store_tensor(m: Machine, instr: Instr) -> Step:
     tensor_at, source = instr.operands[:2]
     assert isinstance(tensor_at, Address)
+    add = "reduce" in instr.mods
     own, groups = accelerator_of(m), bulk_of(m)
     coords = coordinates(m, tensor_at)
     where, maps_at = address(m, source), address(m, Address(tensor_at.base, tensor_at.offset))
@@ -181,11 +191,13 @@ def store_tensor(m: Machine, instr: Instr) -> Step:
         here, maps, starts = where(sel), maps_at(sel), [np.broadcast_to(coord(sel), threads.shape) for coord in coords]
         for i, thread in enumerate(threads):
             tensor, start = own.tensor(int(maps[i])), tuple(int(s[i]) for s in starts)
+            if add and tensor.width != 4:
+                raise Fault("the accelerator adds in fp32 here, to elements of another size", i)
 
             def land(
                 tensor: TensorMap = tensor, block: int = int(m.block_of[thread]), to: int = int(here[i]), start: tuple[int, ...] = start
             ) -> None:
-                own.move(tensor, block, to, start, store=True)
+                own.move(tensor, block, to, start, store=True, add=add)
 
             groups.issue(int(thread), land)
 
@@ -247,6 +259,6 @@ def bulk(m: Machine, instr: Instr) -> Step:
     copies_of(m)
     if known and "mbarrier::complete_tx::bytes" in instr.mods and "global" in instr.mods:
         return load_tensor(m, instr)
-    if known and "bulk_group" in instr.mods and "reduce" not in instr.mods:
+    if known and "bulk_group" in instr.mods and ("reduce" not in instr.mods or "add" in instr.mods):
         return store_tensor(m, instr)
     raise PtxError(f"unknown opcode cp.{'.'.join(instr.mods)} in {instr}")

@@ -1,0 +1,164 @@
+// How the sums of a Hopper product leave their registers: in boxes by the tensor memory accelerator, or through slabs of shared memory in words of
+// 16 bytes. Both lie in the stages, which are free by then. A warp has 16 rows; wgmma.cuh says which sums a lane holds.
+//   halves   16-bit results, 64 columns a box: Z with bias, and Y = gelu(Z)
+//   sums     C, or C += in fp32, 32 columns a box; the addition is made where C lies, so that it is not fetched
+//   slabs    what else a tail asks for, and C whose lines the accelerator cannot take
+#pragma once
+#include "kernels/gemm_store.cuh"
+#include "kernels/wgmma.cuh"
+
+namespace gingham::cuda {
+
+constexpr int kLine = 128;    // bytes, of shared memory as the accelerator moves it
+constexpr int kBoxRows = 16;  // of a box that is stored
+constexpr int kBoxBytes = kBoxRows * kLine;
+
+// Template arguments, hence numbers.
+constexpr int kSlabs = 0, kHalves = 1, kSums = 2;
+
+// Where a result goes that leaves in boxes.
+struct Boxes {
+  CUtensorMap z, y;            // z: of C as well
+  const void* bias = nullptr;  // a row
+  bool has_z = false, has_y = false;
+  bool add = false;  // to what C holds
+};
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// The sums of a warp, 16 rows, through a slab of shared memory, so that they are stored in words of 16 bytes (as in gemm_tile.cuh).
+template <class T, int wide>
+__device__ inline void store_slab(const float (&sum)[wide / 2], const Store<T>& store, int64_t row, int64_t col, int64_t m, int64_t n, float* slab,
+                                  int lane) {
+  constexpr int pitch = wide + 8, width = 16 / static_cast<int>(sizeof(T)), groups = wide / width;
+#pragma unroll
+  for (int j = 0; j < wide / 8; j++) {
+    float* at = slab + (lane >> 2) * pitch + j * 8 + (lane & 3) * 2;
+    shared_store(reinterpret_cast<float2*>(at), make_float2(sum[4 * j], sum[4 * j + 1]));
+    shared_store(reinterpret_cast<float2*>(at + 8 * pitch), make_float2(sum[4 * j + 2], sum[4 * j + 3]));
+  }
+  warp_barrier();
+#pragma unroll 1
+  for (int index = lane; index < 16 * groups; index += 32) {
+    const int r = index / groups, q = index % groups;
+    if (row + r >= m || col + q * width >= n) continue;
+    const float4* from = reinterpret_cast<const float4*>(slab + r * pitch + q * width);
+    // Lanes 4..7 of 8 read their halves in the other order: 8 lanes, 8 groups of banks.
+    const int half = (lane >> 2) & 1;
+    const uint4 one = bits_as<uint4>(shared_load(from + half)), two = bits_as<uint4>(shared_load(from + 1 - half));
+    Words<16 * (width / 4)> words;
+    words.at[0] = half ? two : one;
+    words.at[1] = half ? one : two;
+    store.template put_row<width>(row + r, col + q * width, n, bits_as<Pack<float, width>>(words));
+  }
+}
+
+// The bias of a tile's columns, in a warp: lane l has 64 t + 2 l and the next in word t, zero beyond column n.
+template <int wide>
+__device__ inline void load_bias(uint32_t (&pairs)[wide / 64], const void* bias, int col, int n, int lane) {
+  const auto* row = static_cast<const uint16_t*>(bias);
+  const bool whole = reinterpret_cast<uintptr_t>(bias) % 4 == 0;
+#pragma unroll
+  for (int t = 0; t < wide / 64; t++) {
+    const int c = col + 64 * t + 2 * lane;
+    pairs[t] = 0;
+    if (bias && whole && c + 1 < n)
+      pairs[t] = *reinterpret_cast<const uint32_t*>(row + c);
+    else if (bias && c < n)
+      pairs[t] = row[c] | static_cast<uint32_t>(c + 1 < n ? row[c + 1] : 0) << 16;
+  }
+}
+
+// A box of a warp's sums, plus bias, to shared memory: lines of 128 bytes, swizzled. In stmatrix lane l gives row l % 16 of the columns 8 (l / 16)
+// of each 16.
+template <class T, int wide, Epilogue kind>
+__device__ inline void fill_box(const float (&sum)[wide / 2], uint32_t bias, int box, uint32_t room, int lane) {
+  const int r = lane & 15;
+#pragma unroll
+  for (int j = 0; j < 8; j += 2) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {  // two neighbours of row l / 4, or of the row 8 below
+      const auto shift = widened(bits_as<Pack<T, 2>>(shuffle_from(bias, (j + i / 2) * 4 + (lane & 3))));
+      const int at = 4 * (8 * box + j) + 2 * i;
+      float first = sum[at] + shift.at[0], second = sum[at + 1] + shift.at[1];
+      if constexpr (kind != Epilogue::none) {
+        first = activate<float>(kind, first);
+        second = activate<float>(kind, second);
+      }
+      words[i] = narrow_pair(first, second, T{});
+    }
+    stmatrix_x4(room + r * kLine + (((j + (lane >> 4)) ^ (r & 7)) << 4), words);
+  }
+}
+
+// 16 rows of results through a warp's boxes. Those must have been read before they are filled again.
+template <class T, int wide, Epilogue kind>
+__device__ inline void store_boxes(const float (&sum)[wide / 2], const uint32_t (&bias)[wide / 64], const CUtensorMap* map, int row, int col, int n,
+                                   uint32_t room, int lane) {
+#pragma unroll
+  for (int box = 0; box < wide / 64; box++) {
+    if (col + box * 64 >= n) break;
+    fill_box<T, wide, kind>(sum, bias[box], box, room + box * kBoxBytes, lane);
+    fence_for_tma();
+    warp_barrier();
+    if (lane == 0) tma_store(map, room + box * kBoxBytes, col + box * 64, row);
+  }
+  if (lane == 0) tma_stores_commit();
+}
+
+// Z = sums + bias, Y = gelu of the same.
+template <class T, int wide>
+__device__ inline void store_boxes(const float (&sum)[wide / 2], const uint32_t (&bias)[wide / 64], const Boxes& boxes, int row, int col, int n,
+                                   uint32_t room, int lane) {
+  if (boxes.has_z) store_boxes<T, wide, Epilogue::none>(sum, bias, &boxes.z, row, col, n, room, lane);
+  if (boxes.has_y) {
+    if (lane == 0) tma_stores_read();
+    warp_barrier();
+    store_boxes<T, wide, Epilogue::gelu>(sum, bias, &boxes.y, row, col, n, room, lane);
+  }
+  if (lane == 0) tma_stores_read();  // a block's memory must last until then
+}
+
+// A box of a warp's sums to shared memory: lines of 32 columns, swizzled. Odd rows put the halves of a line down in the other order, so that the 16
+// lanes of a store lie in different banks.
+template <int wide>
+__device__ inline void fill_box_of_sums(const float (&sum)[wide / 2], int box, uint32_t room, int lane) {
+  const int r = lane >> 2;
+  const bool odd = r & 1;
+#pragma unroll
+  for (int below = 0; below < 2; below++)  // rows r and r + 8
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int here = 4 * (4 * box + j) + 2 * below, across = 4 * (4 * box + (j ^ 2)) + 2 * below;
+      const float first = odd ? sum[across] : sum[here], second = odd ? sum[across + 1] : sum[here + 1];
+      const int word = (2 * (j ^ (odd ? 2 : 0)) + (lane & 3) / 2) ^ r;
+      shared_store_pair(room + (r + 8 * below) * kLine + (word << 4) + (lane & 1) * 8, first, second);
+    }
+}
+
+// C = sums, or C += sums, 16 rows through a warp's boxes.
+template <int wide>
+__device__ inline void store_boxes_of_sums(const float (&sum)[wide / 2], const Boxes& boxes, int row, int col, int n, uint32_t room, int lane) {
+#pragma unroll
+  for (int box = 0; box < wide / 32; box++) {
+    if (col + box * 32 >= n) break;
+    fill_box_of_sums<wide>(sum, box, room + box * kBoxBytes, lane);
+    fence_for_tma();
+    warp_barrier();
+    if (lane == 0) {
+      if (boxes.add)
+        tma_add(&boxes.z, room + box * kBoxBytes, col + box * 32, row);
+      else
+        tma_store(&boxes.z, room + box * kBoxBytes, col + box * 32, row);
+    }
+  }
+  if (lane == 0) {
+    tma_stores_commit();
+    tma_stores_read();  // a block's memory must last until then
+  }
+}
+
+#endif
+
+}  // namespace gingham::cuda
