@@ -25,6 +25,7 @@ struct Options {
   DType dtype = DType::f32;
   bool tf32 = false;
   bool narrow = false;                                     // C of gemm in the operands' 16-bit type
+  bool add = false;                                        // C of gemm is added to
   std::string library = "gingham";                         // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
   std::function<void(Job&)> before;                        // called before a round is queued
   std::function<void(Job&)> entered;                       // called when the rank has its GPU, before its axes

@@ -21,7 +21,7 @@ constexpr int kLaunches = 20, kMostSets = 64;
 constexpr size_t kBeyondCache = size_t{160} << 20;  // an H100 has 50 MB of L2 cache
 constexpr size_t kLead = size_t{1} << 30;           // zeros, of which a device writes some 3 TB/s: longer than the host queues kLaunches
 
-// C in the accumulator of the operands' type, or with --narrow in that type, which the tail writes and no C.
+// C in the accumulator of the operands' type, or with --narrow in that type, which the tail writes and no C. With --add C += A B.
 class Gemm {
  public:
   Gemm(Job& job, const Options& o)
@@ -51,12 +51,18 @@ class Gemm {
 
   // Elements of C beyond 4 sqrt(K) u |a| |b| of the host's product, u of the sums: twice what K roundings of a random sign add up to, for
   // either side; a narrow C is rounded once more. Operands have at most 10 bits, so that tf32 rounds none of them.
-  double wrong() const {
+  double wrong() {
     const DType sum = accumulator(o_.dtype);
     const Scratch room(job_.host_stream(), static_cast<size_t>(o_.m * o_.n) * size_of(sum));
     const Matrix expected = dense(room.data(), o_.m, o_.n, sum);
     set_blas_threads(static_cast<int>(std::thread::hardware_concurrency()));
-    gemm(a_.host(), b_.host(), expected, false, job_.host_stream());
+    if (o_.add) {  // what the rounds have added up is put aside
+      for (int64_t i = 0; i < expected.count(); i++) store(c_.host(), i, number_at(i, 3));
+      cast(c_.host(), expected, job_.host_stream());
+      c_.upload();
+      product(sets_[0]);
+    }
+    gemm(a_.host(), b_.host(), expected, o_.add, job_.host_stream());
     set_blas_threads(1);
     c_.download();
     const std::vector<double> rows = lengths(a_.host()), cols = lengths(b_.host().t());
@@ -78,7 +84,7 @@ class Gemm {
 
   void product(const Set& s) {
     if (lt_) return lt_->gemm(s.a, s.b, s.c);
-    if (!o_.narrow) return gemm(s.a, s.b, s.c, false, job_.stream());
+    if (!o_.narrow) return gemm(s.a, s.b, s.c, o_.add, job_.stream());
     Tail tail;
     tail.z = s.c;
     gemm(s.a, s.b, {}, false, tail, job_.stream());
@@ -127,6 +133,7 @@ class Gemm {
 
 Row run_gemm(Job& job, const Options& o) {
   CHECK(Error, !o.narrow || size_of(o.dtype) == 2, "--narrow with dtype ", name_of(o.dtype), ", expected bfloat16 or float16: C is rounded to them");
+  CHECK(Error, !o.add || (!o.narrow && o.library == "gingham"), "--add with --narrow or --library ", o.library, ", expected sums of gingham's alone");
   enter(job, o);
   if (job.gpu()) job.gpu()->stream().math = o.tf32 ? Math::tf32 : Math::exact;
   Gemm product(job, o);

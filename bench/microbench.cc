@@ -45,6 +45,7 @@ const char* kUsage =
     "  --library LIBRARY             gingham | cublaslt (gemm) | nccl (collectives): whose is measured (default gingham)\n"
     "  --tf32                        float32 products on tensor cores\n"
     "  --narrow                      gemm: C in the operands' 16-bit type, rounded once (default: its fp32 sums)\n"
+    "  --add                         gemm: C += A B\n"
     "  --rounds R                    timed rounds, of which the median counts (default 10)\n"
     "  --check                       compare with exact integer results, gemm with the host's product; status 1 on a difference\n"
     "  --help                        this text\n"
@@ -169,6 +170,8 @@ Command parse(int argc, char** argv) {
       o.tf32 = true;
     } else if (flag == "--narrow") {
       o.narrow = true;
+    } else if (flag == "--add") {
+      o.add = true;
     } else {
       const std::string value = i + 1 < argc ? argv[i + 1] : "";
       CHECK(Error, take_number(c, flag, value) || take_word(o, flag, value), "unknown option ", flag, "; see --help");
@@ -200,7 +203,7 @@ Measured measure(const Options& o) {
 std::string title(const Options& o) {
   const DType out = o.narrow ? o.dtype : accumulator(o.dtype);
   const char* type = out == DType::f64 ? "f64" : out == DType::f32 ? "f32" : out == DType::bf16 ? "bf16" : "f16";
-  return o.name == "gemm" ? concat(o.library == "cublaslt" ? "cublaslt" : "gemm", ">", type) : o.name;
+  return o.name == "gemm" ? concat(o.library == "cublaslt" ? "cublaslt" : "gemm", o.add ? "+>" : ">", type) : o.name;
 }
 
 // Returns whether everything checked was right and every byte as the formula says.

@@ -93,6 +93,7 @@ class Checks:
             self.product(host, (72, 136, 584), "bf16", "cr", wide=256)
             self.product(host, (392, 264, 72), "bf16", "rc", wide=128)
             self.product(host, (72, 136, 72), "f16", "rr", wide=256)
+            self.product(host, (72, 136, 72), "bf16", "rc", wide=128, add=False)
 
     def boxes(self) -> None:
         """Results in 16 bits, which the accelerator stores: Z, then Y through the same memory; rows and columns that end in a box."""
