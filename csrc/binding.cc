@@ -167,6 +167,9 @@ void define_job(py::module_& m) {
       .def(
           "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
+      .def("beside", &beside)
+      .def("back", &back)
+      .def("join", &join)
       .def_property_readonly("has_gpu", [](Job& job) { return job.gpu() != nullptr; })
       .def_property_readonly("gpu", [](Job& job) { return job.gpu() ? job.gpu()->ordinal() : -1; })
       .def_property_readonly("on_host", [](Job& job) { return !job.gpu() || job.gpu()->memory_is_host(); })

@@ -203,6 +203,27 @@ OnCallersStream::~OnCallersStream() {
   }
 }
 
+namespace {
+
+template <class Fn>
+void on_gpu(Job& job, Fn fn) {
+  CHECK(MeshError, job.gpu(), "rank ", job.rank(), " has no GPU to queue work on");
+  const OnDevice device(*job.gpu());
+  fn(*job.gpu());
+}
+
+}  // namespace
+
+void beside(Job& job) {
+  on_gpu(job, [](Gpu& gpu) { gpu.beside(torch_stream(gpu)); });
+}
+void back(Job& job) {
+  on_gpu(job, [](Gpu& gpu) { gpu.back(); });
+}
+void join(Job& job) {
+  on_gpu(job, [](Gpu& gpu) { gpu.join(torch_stream(gpu)); });
+}
+
 void use_gpu(Job& job, int ordinal, bool tf32) {
   const DLPackExchangeAPI* api = maker();
   {

@@ -51,6 +51,11 @@ class OnCallersStream {
   std::optional<OnDevice> device_;  // torch's code goes on with the device that it had
 };
 
+// Of the rank's GPU, whose stream is torch's in this thread: see Gpu. Without a GPU they throw MeshError.
+void beside(Job& job);
+void back(Job& job);
+void join(Job& job);
+
 // Moves this rank to a GPU: workspace comes from torch's allocator. tf32: fp32 products may be rounded for the tensor cores.
 void use_gpu(Job& job, int ordinal, bool tf32);
 

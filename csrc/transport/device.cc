@@ -21,6 +21,25 @@ bool allocates_on_host() {
   return found.type == cudaMemoryTypeHost;
 }
 
+// Of the highest priority: its kernels are small, and messages wait for them.
+class SideStream {
+ public:
+  SideStream() = default;
+  SideStream(const SideStream&) = delete;
+  ~SideStream() {
+    if (stream_) cudaStreamDestroy(stream_);
+  }
+  void make() {
+    int least = 0, greatest = 0;
+    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
+  }
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
 class CudaGpu : public Gpu {
  public:
   CudaGpu(int ordinal, Carrier carrier) : stream_(ordinal), order_(stream_), carrier_(carrier) { memory_is_host_ = allocates_on_host(); }
@@ -29,7 +48,30 @@ class CudaGpu : public Gpu {
   bool memory_is_host() const override { return memory_is_host_; }
   void begin(std::optional<void*> stream) override {
     stream_.enter();
-    if (stream) stream_.follow(static_cast<cudaStream_t>(*stream));
+    if (stream && !beside_) stream_.follow(static_cast<cudaStream_t>(*stream));
+  }
+  void beside(std::optional<void*> stream) override {
+    CHECK(DeviceError, !beside_, "a call beside the caller's inside of another");
+    begin(stream);
+    if (!side_.get()) side_.make();
+    callers_ = native(stream_);
+    forked_.record(callers_);
+    forked_.hold_back(side_.get());
+    stream_.follow(side_.get());
+    beside_ = unjoined_ = true;
+  }
+  void back() override {
+    if (!beside_) return;
+    stream_.follow(callers_);
+    beside_ = false;
+  }
+  void join(std::optional<void*> stream) override {
+    back();
+    begin(stream);
+    if (!unjoined_) return;
+    joined_.record(side_.get());
+    joined_.hold_back(native(stream_));
+    unjoined_ = false;
   }
   int enter(int ordinal) override {
     int before = 0;
@@ -72,6 +114,10 @@ class CudaGpu : public Gpu {
   GroupOrder order_;
   Carrier carrier_;
   bool memory_is_host_ = false;
+  SideStream side_;
+  Event forked_, joined_;
+  cudaStream_t callers_ = nullptr;
+  bool beside_ = false, unjoined_ = false;
 };
 
 int visible_devices() {

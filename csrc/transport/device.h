@@ -25,6 +25,11 @@ class Gpu {
   // A call begins on this thread: its work goes to the stream on which the caller computes; null is CUDA's default stream, which is
   // torch's as well. Without one it stays where it was.
   virtual void begin(std::optional<void*> stream) = 0;
+  // Calls from beside() to back() are queued on a stream of their own, after all that the caller has queued so far, and run beside what the caller
+  // queues next; what it queues after join() comes after them. Their operands must last until then.
+  virtual void beside(std::optional<void*> stream) = 0;
+  virtual void back() = 0;
+  virtual void join(std::optional<void*> stream) = 0;
   virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;

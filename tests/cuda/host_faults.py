@@ -44,7 +44,20 @@ RECEIVED += "    ring_.group_end();\n"
 APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
+DEVICE, BESIDE = "transport/device.cc", "sums beside the caller"
+
 FAULTS = [
+    host("work beside does not wait for the caller's", "order", DEVICE, "    forked_.hold_back(side_.get());\n", "", BESIDE),
+    host("the caller does not wait for work beside", "order", DEVICE, "    joined_.hold_back(native(stream_));\n", "", BESIDE),
+    host("a call beside follows the caller", "order", DEVICE, "if (stream && !beside_)", "if (stream)", BESIDE),
+    host(
+        "work beside is not beside",
+        "order",
+        DEVICE,
+        "    stream_.follow(side_.get());\n    beside_ = unjoined_ = true;\n",
+        "    beside_ = unjoined_ = true;\n",
+        "sums beside run while the caller does",
+    ),
     host(
         "a 16-bit product keeps its sums in fp32",
         "memory",

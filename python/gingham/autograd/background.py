@@ -6,6 +6,8 @@ thread of each rank makes the sums, in the order in which the layers ask (the sa
 no gradient of such a parameter; a callback at the end of the backward pass waits for the sums and adds them to .grad. Where something may
 read the gradient earlier (a hook, autograd.grad) the layer waits for its sum at once: the same message by the same way, so that a hook may
 stand on one rank only.
+
+On a GPU there is no thread: the sums are queued on a stream beside the one that computes, by the mesh's own axes, in the same order.
 """
 
 from __future__ import annotations
@@ -49,11 +51,65 @@ class Pending:
 
 
 class Sums:
-    """The thread of one mesh and the gradients it has not delivered."""
+    """The gradients of one mesh that have not been delivered. How their sums are made: _give, all that was given up to `last` at once
+    (_let_go), and _wait."""
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self.pending: list[Pending] = []
+
+    def now(self, part: torch.Tensor, work: Work, label: str) -> torch.Tensor:
+        """The sum, behind all that was asked for before."""
+        entry = Pending((), part, work, label, -1, self.mesh.program.epoch)
+        self._let_go(entry)
+        return self._wait(entry)
+
+    def later(self, parameters: Sequence[torch.Tensor], part: torch.Tensor, work: Work, label: str) -> None:
+        task = torch._C._current_graph_task_id()
+        if not any(entry.task == task for entry in self.pending):
+            callback = partial(self._deliver, task)
+            weakref.finalize(callback, self._forget, task)  # a backward pass that raises drops it uncalled
+            torch.autograd.Variable._execution_engine.queue_callback(callback)
+        entry = Pending(parameters, part, work, label, task, self.mesh.program.epoch)
+        self.pending.append(entry)
+        self._give(entry)
+
+    def stop(self) -> None:
+        """The mesh ends."""
+
+    def _give(self, entry: Pending) -> None:
+        self._let_go(entry)
+
+    def _let_go(self, *last: Pending) -> None:
+        raise NotImplementedError
+
+    def _wait(self, entry: Pending) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _forget(self, task: int) -> None:
+        self.pending = [entry for entry in self.pending if entry.task != task]
+
+    @torch.no_grad()
+    def _deliver(self, task: int) -> None:
+        mine = [entry for entry in self.pending if entry.task == task]
+        self._let_go()
+        for entry in reversed(mine):  # the last first, so that this thread wakes once
+            self._wait(entry)
+        self._forget(task)
+        for entry in mine:
+            whole, several = self._wait(entry), len(entry.parameters) > 1
+            for parameter, total in zip(entry.parameters, whole.unbind() if several else [whole], strict=True):
+                if parameter.grad is not None:
+                    getattr(parameter.grad, "_local_tensor", parameter.grad).add_(total)
+                    continue
+                parameter.grad = like(total if total.dtype == parameter.dtype else total.to(parameter.dtype), parameter)
+
+
+class ThreadSums(Sums):
+    """Those of a thread."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__(mesh)
         self._kept_back: list[Pending] = []
         self._at_once = bool(mesh.program.spans) or has_idle_cores(mesh)
         self._lock = threading.Lock()
@@ -98,12 +154,6 @@ class Sums:
             raise entry.error
         return entry.total
 
-    def now(self, part: torch.Tensor, work: Work, label: str) -> torch.Tensor:
-        """The sum, behind all that was asked for before."""
-        entry = Pending((), part, work, label, -1, self.mesh.program.epoch)
-        self._let_go(entry)
-        return self._wait(entry)
-
     def _let_go(self, *last: Pending) -> None:
         """Gives the thread what was kept back, in its order."""
         with self._lock:
@@ -111,42 +161,38 @@ class Sums:
                 self._queue.put(entry)
             self._kept_back.clear()
 
-    def _keep_back(self, entry: Pending) -> None:
+    def _give(self, entry: Pending) -> None:
+        if self._at_once:
+            return self._let_go(entry)
         with self._lock:
             self._kept_back.append(entry)
             if len(self._kept_back) == 1:
                 self._queue.put("look")  # from now on, whether another rank waits
+        return None
 
-    def later(self, parameters: Sequence[torch.Tensor], part: torch.Tensor, work: Work, label: str) -> None:
-        task = torch._C._current_graph_task_id()
-        if not any(entry.task == task for entry in self.pending):
-            callback = partial(self._deliver, task)
-            weakref.finalize(callback, self._forget, task)  # a backward pass that raises drops it uncalled
-            torch.autograd.Variable._execution_engine.queue_callback(callback)
-        entry = Pending(parameters, part, work, label, task, self.mesh.program.epoch)
-        self.pending.append(entry)
-        if self._at_once:
-            self._let_go(entry)
-        else:
-            self._keep_back(entry)
+
+class StreamSums(Sums):
+    """Those of a GPU, queued on a stream of their own as soon as the layer has queued what they are sums of. An entry keeps its tensor
+    until the caller's stream waits for them: its memory is the caller's stream's, which would use it again."""
+
+    def _let_go(self, *last: Pending) -> None:
+        job = self.mesh.program.job
+        for entry in last:
+            self.mesh.say(entry.label)
+            job.beside()
+            try:
+                entry.total = entry.work(self.mesh.axis, entry.total)
+            finally:
+                job.back()
+
+    def _wait(self, entry: Pending) -> torch.Tensor:
+        self.mesh.program.job.join()
+        return entry.total
 
     def _forget(self, task: int) -> None:
-        self.pending = [entry for entry in self.pending if entry.task != task]
-
-    @torch.no_grad()
-    def _deliver(self, task: int) -> None:
-        mine = [entry for entry in self.pending if entry.task == task]
-        self._forget(task)
-        self._let_go()
-        for entry in reversed(mine):  # the last first, so that this thread wakes once
-            self._wait(entry)
-        for entry in mine:
-            whole, several = self._wait(entry), len(entry.parameters) > 1
-            for parameter, total in zip(entry.parameters, whole.unbind() if several else [whole], strict=True):
-                if parameter.grad is not None:
-                    getattr(parameter.grad, "_local_tensor", parameter.grad).add_(total)
-                    continue
-                parameter.grad = like(total if total.dtype == parameter.dtype else total.to(parameter.dtype), parameter)
+        if any(entry.task == task for entry in self.pending):
+            self.mesh.program.job.join()
+        super()._forget(task)
 
 
 def has_idle_cores(mesh: Mesh) -> bool:
@@ -157,7 +203,7 @@ def has_idle_cores(mesh: Mesh) -> bool:
 
 def sums_of(mesh: Mesh) -> Sums:
     if mesh.sums is None:
-        mesh.sums = Sums(mesh)
+        mesh.sums = StreamSums(mesh) if mesh.program.job.has_gpu else ThreadSums(mesh)
     return mesh.sums  # type: ignore[no-any-return]
 
 
@@ -170,7 +216,7 @@ def summed(mesh: Mesh, parameters: Sequence[Any], nodes: Sequence[Any], part: to
 
 
 def behind(mesh: Mesh, parameters: Sequence[Any], nodes: Sequence[Any], part: torch.Tensor, work: Work, label: str) -> torch.Tensor | None:
-    """`summed`, by the thread."""
+    """`summed`, by the thread or the stream."""
     sums = sums_of(mesh)
     if not all(map(_may_come_later, parameters, nodes)):
         return sums.now(part, work, label)
@@ -211,10 +257,10 @@ def puts_off(mesh: Mesh) -> bool:
     return mesh.has_background and bool(mesh.program.spans)
 
 
-def has_thread(mesh: Mesh, weights: Sequence[torch.Tensor]) -> bool:
-    """Whether the sums over depth of these weights' gradients are a thread's: on a GPU they are queued on a stream and need none,
-    those of 16-bit weights are made of wider ones inside the step."""
-    if mesh.axis(mesh.axes.depth) is None or not mesh.has_background:
+def sums_later(mesh: Mesh, weights: Sequence[torch.Tensor]) -> bool:
+    """Whether the sums over depth of these weights' gradients are made behind the backward pass: those of 16-bit weights are made of wider
+    ones inside the step."""
+    if mesh.axis(mesh.axes.depth) is None or not (mesh.has_background or mesh.program.job.has_gpu):
         return False
     return all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
 

@@ -254,10 +254,10 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
     plan.mesh.say(plan.label)
-    threaded = not (put_off or keeps) and bool(wanted) and background.has_thread(plan.mesh, wanted)
-    nodes = nodes_of(ctx, parameters) if threaded or bias_later else []
+    behind = not (put_off or keeps) and bool(wanted) and background.sums_later(plan.mesh, wanted)
+    nodes = nodes_of(ctx, parameters) if behind or bias_later else []
     dx, dws, dbs = plan.step.backward(
-        x, weights, dys, need_x, bool(wanted), need_b, not (threaded or put_off or cast or keeps), not bias_later
+        x, weights, dys, need_x, bool(wanted), need_b, not (behind or put_off or cast or keeps), not bias_later
     )
     for index, mine in enumerate(here):
         if mine:
@@ -269,8 +269,8 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
             dbs[index] = background.summed(plan.mesh, [bias], [node], dbs[index], over_rows, plan.label)
     dws = [as_parameter(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
     over_depth = background.all_reduced(plan.mesh.axes.depth)
-    for index, (weight, dw) in enumerate(zip(parameters, dws, strict=False)) if (threaded or put_off or cast) and not keeps else ():
-        if threaded and dw is not None:
+    for index, (weight, dw) in enumerate(zip(parameters, dws, strict=False)) if (behind or put_off or cast) and not keeps else ():
+        if behind and dw is not None:
             dws[index] = background.behind(plan.mesh, [weight], [nodes[index]], dw, over_depth, plan.label)
         elif put_off and dw is not None:
             dw.copy_(gradients.sum_or_defer(plan.mesh, plan.mesh.axes.depth, weight, dw, partial(sum_over_depth, plan.mesh)))

@@ -81,4 +81,9 @@ void a_scope_gives_the_device_back();
 void slots_of_copies_are_taken_in_turn();
 void some_shares_are_empty();
 
+// Of pipeline_beside.cc.
+void sums_beside_the_caller();
+void sums_beside_are_captured();
+void sums_beside_run_while_the_caller_does();
+
 }  // namespace gingham
