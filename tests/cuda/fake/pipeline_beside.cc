@@ -11,11 +11,10 @@ namespace {
 
 constexpr int kRanks = 4, kCount = 1003;
 
-void sleep_for(Job& job, int milliseconds) {
+void sleep_for(cudaStream_t stream, int milliseconds) {
   static int length = 0;
   length = milliseconds;
-  CUDA_CHECK(
-      fake_enqueue(job.stream().native(), [](void* p) { std::this_thread::sleep_for(std::chrono::milliseconds(*static_cast<int*>(p))); }, &length));
+  CUDA_CHECK(fake_enqueue(stream, [](void* p) { std::this_thread::sleep_for(std::chrono::milliseconds(*static_cast<int*>(p))); }, &length));
 }
 
 struct Rank {
@@ -57,20 +56,21 @@ Row both(Rank& rank) {
     fill(from, job.rank() + 1);
     fill(x, -1);
     fill(y, 100);
-    sleep_for(job, 30);
+    sleep_for(mine, 30);
     cast(from.view(), x.view(), job.stream());
     rank.gpu().beside(std::nullopt);
     rank.gpu().begin(static_cast<void*>(mine));  // as every call does
     EXPECT(job.stream().native() != static_cast<void*>(mine), "a call beside went to the caller's stream");
     rank.sum(x.view());
+    accumulate(from.view(), x.view(), job.stream());  // x += from: a kernel that no message waits for
     rank.gpu().back();
     EXPECT(job.stream().native() == static_cast<void*>(mine), "the caller's stream was not given back");
     EXPECT(fake_unjoined(mine) > 0, "the caller waits already");
     rank.sum(y.view());
     rank.gpu().join(std::nullopt);
     EXPECT(fake_unjoined(mine) == 0, "what ran beside is not joined");
-    accumulate(x.view(), y.view(), job.stream());  // y += x
-    wrong += differing(x, 10) + differing(y, 410);
+    accumulate(y.view(), x.view(), job.stream());  // x += y
+    wrong += differing(x, 411 + job.rank()) + differing(y, 400);
   }
   return {static_cast<double>(wrong)};
 }
@@ -81,11 +81,12 @@ Row overlapped(Rank& rank) {
   Room x(job, 1, kCount, DType::f32);
   fill(x, 2);
   Event summed;
+  const cudaStream_t mine = native(job.stream());
   rank.gpu().beside(std::nullopt);
+  sleep_for(mine, 1500);
   rank.sum(x.view());
   summed.record(native(job.stream()));
   rank.gpu().back();
-  sleep_for(job, 1500);
   Event callers;
   callers.record(native(job.stream()));
   const double begun = now();
