@@ -1,5 +1,6 @@
 # make demo: train a GPT on 8 ranks beside its serial twin.   make test: run the tests.   Both set up everything first, with the
 # versions of requirements.lock.   make lock: renew that file.   make test-newest: the same tests on the newest releases.
+# make wheels: wheels of HEAD into dist/ for the interpreters in WHEELS="python3.11 python3.12".
 # TEXT=file or folder to train on;  TORCH_INDEX=https://download.pytorch.org/whl/cpu for the small CPU-only torch;
 # TORCH=torch for the newest torch in make lock and make test-newest.
 PYTHON := $(shell command -v python3.11 || command -v python3)
@@ -9,12 +10,13 @@ TORCH ?= torch==2.13.0
 LOCK := requirements.lock
 TORCH_INDEX ?=
 TEXT ?=
+WHEELS ?= python3.11 python3.12
 export OMP_NUM_THREADS ?= 1
 export GINGHAM_WERROR ?= ON
 
 SOURCES := CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-all test-newest lock build lint sanitize clean
+.PHONY: demo test test-all test-newest lock build lint sanitize wheels clean
 demo: build
 	$(BIN)/python -m gingham train --ranks 8 --mode 2.5d --depth 2 --steps 200 --compare-serial $(if $(TEXT),--text "$(TEXT)")
 
@@ -56,8 +58,8 @@ lock: newest
 	  $(NEWEST)/bin/python -m pip freeze --all --exclude pip --exclude gingham | sed 's/+cpu$$//'; } > $(LOCK)
 
 lint: $(VENV)/built
-	$(BIN)/ruff check python tests bench examples setup.py
-	$(BIN)/ruff format --check python tests bench examples setup.py
+	$(BIN)/ruff check python tests bench examples setup.py wheels.py
+	$(BIN)/ruff format --check python tests bench examples setup.py wheels.py
 	$(BIN)/mypy
 	find csrc bench tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
@@ -72,6 +74,10 @@ sanitize: $(VENV)/built
 	done
 	$(if $(FAKE),$(BIN)/cmake --build build/thread --target pipeline_tests && FAKE_CUDA_JITTER=100 GINGHAM_BLAS=plain \
 	  GINGHAM_NCCL=$(abspath build/thread/libfakecuda.so) TSAN_OPTIONS=halt_on_error=1 build/thread/pipeline_tests "products over copies")
+
+# an sdist and a wheel for each interpreter in dist/, of HEAD, with the CUDA backend where nvcc is
+wheels:
+	$(PYTHON) wheels.py --out dist $(WHEELS)
 
 clean:
 	rm -rf build python/gingham/_C*.so python/gingham/bin $(VENV)/built

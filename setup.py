@@ -18,7 +18,8 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        folder = ROOT / "build" / f"pip-{sys.implementation.cache_tag}"
+        # GINGHAM_BUILD: one folder for several interpreters, whose objects of the core are the same (wheels.py)
+        folder = Path(os.environ.get("GINGHAM_BUILD", ROOT / "build" / f"pip-{sys.implementation.cache_tag}"))
         options = {
             "GINGHAM_OUTPUT": output,
             "GINGHAM_VERSION": VERSION,
