@@ -38,7 +38,7 @@ def said(*command: str | Path) -> str:
 
 
 def interpreter(name: str) -> str | None:
-    """The path of a Python that runs: a path as given, a name such as python3.12 from the path or, where that is none, from pyenv's folder."""
+    """The path of a Python that runs: given as a path, or as a name such as python3.12 from the path, else from pyenv's folder."""
     version = re.fullmatch(r"python(\d+\.\d+)", name)
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     candidates = [shutil.which(name), *(sorted(pyenv.glob(f"{version[1]}.*/bin/python")) if version else [])]
@@ -118,7 +118,8 @@ def main() -> int:
         archive = sdist(scratch, tools / "python")
         with tarfile.open(archive) as opened:
             opened.extractall(scratch / "source", filter="data")
-        (source,) = (scratch / "source").iterdir()
+        (unpacked,) = (scratch / "source").iterdir()
+        source = unpacked.rename(scratch / "unpacked")  # pip would keep what it builds from a folder with a version in its name
         chosen.out.mkdir(parents=True, exist_ok=True)
         lines.append(f"{shutil.copy(archive, chosen.out)}")
         for name, path in found.items():
