@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Rung 7: one command on a machine with an NVIDIA GPU and the CUDA toolkit; it needs no network and ends within 10 minutes.
 #   bench/gpu.sh           builds core, binding and microbenchmark, then checks everything and takes the first times (bench/gpu/run.py truth)
-#   bench/gpu.sh long      the long part: sanitizers, every grid, products beside cuBLASLt, hardware counters
+#   bench/gpu.sh long      the long part: every grid, products beside cuBLASLt, sanitizers, hardware counters, tests with ranks on one GPU
 #   bench/gpu.sh SET --built        takes what python/gingham holds, nothing is built;  further words go to bench/gpu/run.py
-# Writes gpu_SET.json, gpu_SET.log and build.log into OUT (bench/results), the table last. Status: the number of parts that failed; 2 without
-# a GPU. Python (3.11 or newer, with torch for CUDA, pybind11, rich, cloudpickle, pytest): PYTHON=..., else .venv, else python3.
+#   python bench/gpu/run.py SET --list      the parts, their limits and what they are known to take; needs no GPU
+# Writes gpu_SET.json, gpu_SET.log and build.log into OUT (bench/results), the table last. Status: the number of parts that failed, those
+# without time left among them; 2 where nothing was run. Python (3.11 or newer, with torch for CUDA): PYTHON=..., else .venv, else python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 stop() { echo "gpu.sh: $1" >&2; exit 2; }
@@ -16,6 +17,10 @@ SET=truth
 built=no
 [ "${1:-}" = --built ] && { built=yes; shift; }
 OUT=${OUT:-bench/results}
+"$PYTHON" -c 'import importlib.util, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+sys.exit("lacking: " + ", ".join(missing) if missing else 0)' torch numpy safetensors rich cloudpickle pytest $([ $built = no ] && echo pybind11) ||
+  stop "$PYTHON cannot run the parts: name another with PYTHON=..."
 mkdir -p "$OUT" build
 echo "gingham $(git rev-parse --short HEAD 2> /dev/null || echo 'of an unknown commit'), $(date -u +%FT%TZ), $("$PYTHON" --version), driver $(nvidia-smi --query-gpu=driver_version --format=csv,noheader | head -1)"
 
@@ -41,4 +46,5 @@ WHEELS=$("$PYTHON" -c 'import importlib.util, pathlib
 spec = importlib.util.find_spec("nvidia")
 print(":".join(str(p) for root in (spec.submodule_search_locations if spec else []) for p in pathlib.Path(root).glob("*/lib")))' 2> /dev/null)
 export LD_LIBRARY_PATH="${WHEELS:+$WHEELS:}${LD_LIBRARY_PATH:-}"
-exec "$PYTHON" bench/gpu/run.py "$SET" --out "$OUT" "$@"
+# all of it ends within 10 minutes, the build included
+exec "$PYTHON" bench/gpu/run.py "$SET" --out "$OUT" --budget $((575 - SECONDS)) "$@"

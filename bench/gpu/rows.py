@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -34,6 +35,16 @@ def error_of(got: torch.Tensor, truth: torch.Tensor) -> float:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[torch.cuda.Stream]:
+    """What is queued in it lies on a stream of its own, behind what came before, before what comes after: to warm a capture up."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        yield side
+    torch.cuda.current_stream().wait_stream(side)
 
 
 def milliseconds(run: Callable[[], object], rounds: int = 20, warmup: int = 3) -> float:

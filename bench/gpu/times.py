@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from rows import RATES, main, milliseconds, row
+from rows import RATES, aside, main, milliseconds, row
 
 import gingham
 from gingham import nn
@@ -142,12 +142,9 @@ def graphs() -> None:
     """The same steps as CUDA graphs: without the host."""
     times = {}
     for name, step in gpt_steps().items():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        with aside():
             for _ in range(3):
                 step()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()

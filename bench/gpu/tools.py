@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rows import PLACE, error_of, main, row, whole
+from rows import PLACE, aside, error_of, main, row, whole
 
 import gingham
 from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
@@ -185,12 +185,9 @@ def graph() -> None:
                 (w.to_local() if hasattr(w, "to_local") else w).copy_(start[name])
 
     eager = []
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with aside():
         for _ in range(4):
             eager.append(step().item())
-    torch.cuda.current_stream().wait_stream(side)
     back()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):

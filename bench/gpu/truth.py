@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rows import PLACE, RATES, error_of, main, row, whole
+from rows import PLACE, RATES, aside, error_of, main, row, whole
 
 import gingham
 from gingham import native, nn
@@ -65,12 +65,9 @@ def streams() -> None:
 
     once("default stream")
     backward("default stream")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with aside() as side:
         once("side stream")
         backward("side stream")
-    torch.cuda.current_stream().wait_stream(side)
     once("default stream again")
     y = layer(source)
     y.record_stream(side)

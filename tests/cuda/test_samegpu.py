@@ -1,6 +1,7 @@
 """The stand-in for NCCL whose ranks share one GPU, on a fake GPU: what a run on a real one is worth rests on this."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,8 +25,11 @@ def package() -> Path:
 def messages(package: Path, mode: str, **environment: str) -> list[str]:
     folder = package / "gingham"
     told = fake_build.environment(package, FAKE_CUDA_LIBRARY=str(folder / "libfakecuda.so"), FAKE_CUDA_JITTER="300", **environment)
-    out = run([sys.executable, str(MESSAGES), str(folder / "libsamegpu.so"), mode], told, limit=120)
-    found: list[str] = json.loads(out.splitlines()[-1])
+    command = [sys.executable, str(MESSAGES), str(folder / "libsamegpu.so"), mode]
+    done = subprocess.run(command, capture_output=True, text=True, env=told, timeout=120, cwd=nvcc.ROOT)
+    assert done.stdout, done.stderr
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])
+    assert done.returncode == bool(found), done.stdout + done.stderr  # bench/gpu.sh looks at the status alone
     return found
 
 

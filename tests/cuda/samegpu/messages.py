@@ -1,5 +1,5 @@
 """Processes that send each other messages through the same-GPU stand-in for NCCL, without gingham: on a real GPU, or on a fake one
-(FAKE_CUDA_LIBRARY names the fake runtime). Prints what went wrong, as JSON: [] for nothing.
+(FAKE_CUDA_LIBRARY names the fake runtime). Prints what went wrong, as JSON: [] for nothing, else its status is 1.
 
 python messages.py LIBRARY exchange | mismatch | abort | again | old driver
 """
@@ -268,3 +268,4 @@ if __name__ == "__main__":
     found = main()
     print(f"{sys.argv[2]}: {time.monotonic() - began:.1f} s", file=sys.stderr)
     print(json.dumps(found))
+    sys.exit(1 if found else 0)
