@@ -15,7 +15,8 @@ import torch
 
 import gingham
 
-PLACE = "cuda" if torch.cuda.is_available() else "cpu"  # cpu: over the fake runtime of tests/cuda, to try these scripts
+# GINGHAM_PLACE=cpu: to try these scripts over the fake runtime of tests/cuda. Never by itself: a machine whose torch sees no GPU must fail
+PLACE = os.environ.get("GINGHAM_PLACE", "cuda")
 RATES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
 
 

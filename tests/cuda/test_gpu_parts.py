@@ -91,18 +91,19 @@ def gpu_sh(tmp_path: Path, *words: str, **environment: str) -> subprocess.Comple
 
 
 def test_the_command_up_to_the_device(tmp_path: Path) -> None:
-    """A machine that says it has a GPU and has none: the part comes to its first device call and fails there; one wrong part, status 1."""
+    """A machine that says it has a GPU and has none: parts come to their first device call and fail; none computes on the CPU instead."""
     stub = tmp_path / "bin" / "nvidia-smi"
     stub.parent.mkdir()
     stub.write_text("#!/bin/sh\necho 'GPU 0: a stub'\n")
     stub.chmod(0o755)
     path = os.pathsep.join([str(stub.parent), os.environ["PATH"]])
-    done = gpu_sh(tmp_path, "truth", "--built", "--only", "stand-in for NCCL: abort,order of streams", PATH=path)
-    (first, second) = json.loads((tmp_path / "out" / "gpu_truth.json").read_text())
-    assert done.returncode == 2 and first["part"] == "order of streams" and first["ended"] == second["ended"] == "status 1", done.stdout
+    done = gpu_sh(tmp_path, "truth", "--built", "--only", "stand-in for NCCL: abort,layers", PATH=path)
+    (first, second, third) = json.loads((tmp_path / "out" / "gpu_truth.json").read_text())
+    assert done.returncode == 3 and [each["ended"] for each in (first, second, third)] == ["status 1"] * 3, done.stdout
+    assert first["part"] == "layers, sm_80 kernels" and first["rows"] and all(each["right"] is False for each in first["rows"]), first
     said = str(first["rows"])
-    assert any(word in said for word in ("NVIDIA driver", "not compiled with CUDA", "dummy base class", "No CUDA GPUs")), said
-    assert "0 of 2 parts as they should be, 2 not" in done.stdout.splitlines()[-1]
+    assert any(word in said for word in ("no CUDA device is visible", "built without CUDA")), said
+    assert "0 of 3 parts as they should be, 3 not" in done.stdout.splitlines()[-1]
     # with a Python that lacks what the parts import nothing is run
     lacking = gpu_sh(tmp_path, "truth", "--built", PATH=path, PYTHON=str(bare(tmp_path)))
     assert lacking.returncode == 2 and "lacking: torch" in lacking.stderr and "PYTHON=" in lacking.stderr, lacking.stderr
