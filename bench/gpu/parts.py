@@ -71,9 +71,9 @@ def bench(*words: str) -> list[str]:
     return [BENCH, *words, *ON_GPU]
 
 
-def pytest(*words: str, failures: int = 10) -> list[str]:
+def pytest(*words: str, failures: int = 10, marks: str = "not matrix") -> list[str]:
     """The tests' quick ones; tests/conftest.py leaves out what a GPU mesh refuses."""
-    options = ["-q", "-p", "no:cacheprovider", "-m", "not matrix", f"--maxfail={failures}", "--durations=5"]
+    options = ["-q", "-p", "no:cacheprovider", "-m", marks, f"--maxfail={failures}", "--durations=5"]
     if importlib.util.find_spec("pytest_timeout"):  # without it the part's own limit is all
         options.append("--timeout=60")
     return [sys.executable, "-X", "faulthandler", "-m", "pytest", *options, *words]
@@ -156,16 +156,11 @@ def long_parts() -> list[Part]:
     words = ["--clock-control", "none", "--metrics", counters, "--launch-count", "60", "--csv"]
     parts.append(Part("ncu", ["ncu", *words, *python("times.py", "kernels")], 200))
     # of these no run on a GPU has come to the end of a limit of 150 s: a test of ranks that share one takes 5 to 20 s
-    for file in (
-        "test_functional",
-        "test_traffic",
-        "nn/test_layers",
-        "nn/test_linear",
-        "nn/test_loss",
-        "nn/test_embedding",
-        "nn/test_layer_traffic",
-    ):
+    for file in ("test_functional", "test_traffic", *(f"nn/test_{name}" for name in ("layers", "linear", "loss", "embedding"))):
         parts.append(Part(f"ranks on one GPU: {file}", pytest(f"tests/python/{file}.py"), 150, same_gpu()))
+    # its quick tests are those of windows
+    ring = pytest("tests/python/nn/test_layer_traffic.py", marks="matrix")
+    parts.append(Part("ranks on one GPU: nn/test_layer_traffic", ring, 150, same_gpu()))
     return parts
 
 

@@ -80,6 +80,17 @@ def test_the_list_predicts(runner: Any) -> None:
     assert done.returncode == 0 and f"their limits, for {len(long)} that no GPU has timed" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.matrix
+def test_parts_of_tests_have_some(runner: Any) -> None:
+    """A choice that leaves nothing over ends with status 5 on the GPU."""
+    every = [part for part in [*runner.parts_of("truth"), *runner.parts_of("long")] if "pytest" in part.command]
+    assert len(every) == 8
+    for part in every:
+        environment = os.environ | part.environment | {"PYTHONPATH": f"{nvcc.ROOT / 'python'}:{nvcc.ROOT / 'tests'}"}
+        done = subprocess.run([*part.command, "--collect-only"], capture_output=True, text=True, env=environment, cwd=nvcc.ROOT)
+        assert done.returncode == 0, (part.name, done.stdout[-1000:])
+
+
 def gpu_sh(tmp_path: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(nvcc.ROOT / "bench" / "gpu.sh"), *words],
