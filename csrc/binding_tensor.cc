@@ -98,9 +98,9 @@ auto told(Job& job, const Make& make) {
 
 class TorchMemory : public DeviceMemory {
  public:
-  TorchMemory(const DLPackExchangeAPI* api, Job& job) : api_(api), job_(job) {}
+  explicit TorchMemory(const DLPackExchangeAPI* api) : api_(api) {}
   void* allocate(size_t bytes, int device, void*) override {
-    DLManagedTensorVersioned* made = told(job_, [&] { return torch_tensor(api_, {kDLCUDA, device}, known("uint8"), {static_cast<int64_t>(bytes)}); });
+    DLManagedTensorVersioned* made = torch_tensor(api_, {kDLCUDA, device}, known("uint8"), {static_cast<int64_t>(bytes)});
     void* data = static_cast<char*>(made->dl_tensor.data) + made->dl_tensor.byte_offset;
     const std::lock_guard lock(mutex_);
     held_[data] = made;
@@ -119,7 +119,6 @@ class TorchMemory : public DeviceMemory {
 
  private:
   const DLPackExchangeAPI* api_;
-  Job& job_;  // which owns this, through its GPU
   std::mutex mutex_;
   std::unordered_map<void*, DLManagedTensorVersioned*> held_;
 };
@@ -189,6 +188,9 @@ std::optional<void*> torch_stream(const Gpu& gpu) {
 OnCallersStream::OnCallersStream(const Member& member) : job_(member.job.get()), program_(member.program.get()), calling_(program_) {
   Gpu* gpu = job_ ? job_->gpu() : nullptr;
   if (!gpu) return;
+  // CUDA is of no use there, and would say so in words of its own, or wait for ever.
+  CHECK(MeshError, !job_->orphaned(), "rank ", job_->rank(), ": a call on a GPU mesh in a process forked from this rank, such as a data loader's",
+        " worker, which is no rank: leave GPUs and collectives to the rank");
   device_.emplace(*gpu);
   gpu->begin(torch_stream(*gpu));
 }
@@ -232,7 +234,7 @@ void use_gpu(Job& job, int ordinal, bool tf32) {
   }
   job.gpu()->stream().math = tf32 ? Math::tf32 : Math::exact;
   if (job.gpu()->memory_is_host()) return;
-  job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api, job));
+  job.gpu()->take_memory_from(std::make_shared<TorchMemory>(api));
   job.gpu()->begin(torch_stream(*job.gpu()));  // torch's memory is used again in the order of torch's stream
   py::gil_scoped_release nogil;
   check_hopper(job.gpu()->stream());
@@ -273,8 +275,12 @@ Made from_torch(const Gpu* gpu, const Known& type, const std::vector<int64_t>& s
 
 Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& shape, const std::string& dtype_name, Heap::Kind kind) {
   const Known& type = known(dtype_name);
-  if (const Gpu* gpu = gpu_of(job.get())) return told(*job, [&] { return from_torch(gpu, type, shape); });
-  if (job->gpu() || job->orphaned()) return from_torch(nullptr, type, shape);
+  if (job->orphaned()) return from_torch(gpu_of(job.get()), type, shape);
+  if (job->gpu())
+    return told(*job, [&] {
+      job->gpu()->refuse_injected();
+      return from_torch(gpu_of(job.get()), type, shape);
+    });
   auto owner = std::make_unique<Owner>();
   owner->job = job;
   owner->shape = shape;

@@ -14,12 +14,13 @@ from pool import Pool  # noqa: E402
 LIMIT = 24  # processes kept at a time: more would crowd out the memory of a small machine
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """On GPUs, real or fake, without the tests that ask for windows or a slowed link (also "amid"): a GPU mesh refuses both."""
-    if os.environ.get("GINGHAM_DEVICE") == "cuda":
-        refused = [item for item in items if any(word in item.nodeid.lower() for word in ("window", "link", "amid"))]
-        config.hook.pytest_deselected(items=refused)
-        items[:] = [item for item in items if item not in refused]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On GPUs each test that is not for them is skipped, and says why."""
+    for item in items if os.environ.get("GINGHAM_DEVICE") == "cuda" else ():
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        why = on_gpu.left_out(getattr(item, "originalname", item.name), parameters)
+        if why is not None:
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture(scope="session")

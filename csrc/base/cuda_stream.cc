@@ -39,8 +39,17 @@ CudaStream::~CudaStream() {
   if (own_) cudaStreamDestroy(own_);
 }
 
+void CudaStream::refuse_injected() const { CHECK(OutOfMemory, !fails_.exchange(false), "GPU ", ordinal_, " has no memory (injected)"); }
+
 void* CudaStream::allocate(size_t bytes, Heap::Kind kind) const {
-  void* p = memory_->allocate(bytes, ordinal_, stream_);
+  void* p = nullptr;
+  try {
+    refuse_injected();
+    p = memory_->allocate(bytes, ordinal_, stream_);
+  } catch (const OutOfMemory& error) {
+    if (refused) refused(error.what());
+    throw;
+  }
   const std::lock_guard lock(mutex_);
   blocks_[p] = {bytes, kind};
   usage_.grown++;

@@ -2,8 +2,11 @@
 //   order   events between streams, never a wait of the host: a step may run while the host is far ahead, and may be captured in a graph
 //   memory  freed at once on the host; it is used again in the order of the compute stream, which by then waits for all other streams
 #pragma once
+#include <atomic>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <unordered_map>
 
 #include "base/cuda.h"
@@ -49,6 +52,9 @@ class CudaStream : public Stream {
   void enter() const { CUDA_CHECK(cudaSetDevice(ordinal_)); }  // makes the device the calling thread's
   void follow(cudaStream_t stream) { stream_ = stream; }
   void take_memory_from(std::shared_ptr<DeviceMemory> memory) { memory_ = std::move(memory); }
+  std::function<void(const std::string&)> refused;  // told of an allocation for which there is no memory, before it throws
+  void fail_next() { fails_ = true; }               // the next allocation is refused, as though the device had no memory
+  void refuse_injected() const;                     // throws where that is this one
   Heap::Usage usage() const;
   void reset_peak();
 
@@ -59,6 +65,7 @@ class CudaStream : public Stream {
   mutable std::mutex mutex_;
   mutable std::unordered_map<void*, std::pair<size_t, Heap::Kind>> blocks_;
   mutable Heap::Usage usage_;
+  mutable std::atomic<bool> fails_{false};
 };
 
 }  // namespace gingham

@@ -82,6 +82,9 @@ class CudaGpu : public Gpu {
   void take_memory_from(std::shared_ptr<DeviceMemory> memory) override { stream_.take_memory_from(std::move(memory)); }
   Heap::Usage usage() const override { return stream_.usage(); }
   void reset_peak() override { stream_.reset_peak(); }
+  void tell_refusals(std::function<void(const std::string&)> tell) override { stream_.refused = std::move(tell); }
+  void fail_next() override { stream_.fail_next(); }
+  void refuse_injected() const override { stream_.refuse_injected(); }
   void synchronize() override { CUDA_CHECK(cudaStreamSynchronize(native(stream_))); }
   void upload(void* device, const void* host, size_t bytes) override {
     CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, native(stream_)));

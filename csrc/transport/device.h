@@ -33,6 +33,9 @@ class Gpu {
   virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;
+  virtual void tell_refusals(std::function<void(const std::string&)> tell) = 0;  // of workspace, before OutOfMemory is thrown
+  virtual void fail_next() = 0;                                                  // the next allocation, of workspace or of a result
+  virtual void refuse_injected() const = 0;  // throws OutOfMemory where that is the one of the caller, who makes a result
   // Makes device `ordinal` the calling thread's; which one it was.
   virtual int enter(int ordinal) = 0;
   // For measuring and tests, never inside a step: wait for all work of this rank, and copy to and from its memory.

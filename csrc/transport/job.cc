@@ -96,7 +96,7 @@ std::shared_ptr<Program> Job::program(uint64_t id, std::vector<int> members, con
   for (int line : lines) room += AxisMemory::bytes(members.size(), std::min(static_cast<size_t>(line), locals));
   auto made = std::make_shared<Program>(*control_, *segment_, *heap_, id, std::move(members), lines, room, timeout);
   Program* program = made.get();
-  program->fail_allocation = [this] { heap_->fail_after(0); };
+  program->fail_allocation = [this] { gpu_ ? gpu_->fail_next() : heap_->fail_after(0); };
   program->given_up = [this] { heap_->hold(true); };
   program->reset = [this, program] { reset(*program); };
   const std::lock_guard lock(programs_lock_);
@@ -158,7 +158,10 @@ Job::~Job() { forget_forks(this); }
 
 void Job::orphan() { control_->orphan(); }
 
-void Job::use_gpu(int ordinal, Carrier carrier) { gpu_ = make_gpu(*control_, ordinal, carrier); }
+void Job::use_gpu(int ordinal, Carrier carrier) {
+  gpu_ = make_gpu(*control_, ordinal, carrier);
+  gpu_->tell_refusals([this](const std::string& message) { out_of_memory(concat("rank ", rank(), ": ", message)); });
+}
 
 void Job::reset_peak() {
   if (gpu_) return gpu_->reset_peak();
