@@ -227,6 +227,8 @@ void define_program(py::module_& m) {
       .def("all_reduce_", &BoundAxis::all_reduce, py::arg("x"), py::arg("counted") = true)
       .def("reduce_scatter", &BoundAxis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("counted") = true)
       .def("broadcast_", &BoundAxis::broadcast, py::arg("x"), py::arg("root"), py::arg("counted") = true)
+      .def("post", &BoundAxis::post, py::arg("sends"), py::arg("recvs"))
+      .def("settle", &BoundAxis::settle, py::arg("number"))
       .def("exchange", &BoundAxis::exchange, py::arg("sends"), py::arg("recvs"), py::arg("dtype"), py::arg("counted") = true, py::arg("rows") = -1,
            py::arg("features") = 0);
 }

@@ -128,6 +128,34 @@ class BoundAxis {
     return out.object;
   }
 
+  // One group of messages beside the program's calls, on an axis that queues: (peer, tensor) of what is sent and of where is received. Both
+  // ends have agreed on it and on its place among all groups, since messages have no tags. Not counted. Returns its number for settle();
+  // until that is called, tensors must stay as they are.
+  uint64_t post(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, py::object>>& recvs) {
+    const OnCallersStream on_stream(member_);
+    Ring& ring = axis_->ring();
+    CHECK(MeshError, ring.queues(), "messages beside a program's calls, on an axis that does not queue: a mailbox carries them");
+    const auto matrices = [this](const auto& messages) {
+      Messages out;
+      for (const auto& [peer, x] : messages) out.emplace_back(peer, tensor_of(x, "x", member_.job).matrix());
+      return out;
+    };
+    const Messages out = matrices(sends), in = matrices(recvs);
+    const py::gil_scoped_release nogil;
+    const Uncounted scope(*axis_, false);
+    ring.group_start();
+    for (const auto& [peer, m] : out) ring.send(peer, m.data, m.bytes());
+    for (const auto& [peer, m] : in) ring.recv(peer, m.data, m.bytes());
+    ring.group_end();
+    return ring.queued(0);
+  }
+
+  // Kernels queued from here on come after the group of that number.
+  void settle(uint64_t number) {
+    const OnCallersStream on_stream(member_);
+    axis_->ring().settle(0, number);
+  }
+
   void broadcast(const py::object& x, int root, bool counted) {
     const OnCallersStream on_stream(member_);
     const Tensor mine = tensor_of(x, "x", member_.job);

@@ -1,6 +1,9 @@
 #include "binding_mailbox.h"
 
+#include <pybind11/stl.h>
+
 #include <memory>
+#include <utility>
 
 #include "base/wait.h"
 #include "binding_tensor.h"
@@ -11,9 +14,7 @@ namespace {
 
 class BoundMailbox {
  public:
-  BoundMailbox(Member member, int letters) : member_(std::move(member)), box_(*member_.job, *member_.program, letters) {
-    CHECK(MeshError, !member_.job->gpu() || member_.job->gpu()->memory_is_host(), "a mailbox is for tensors of the CPU");
-  }
+  BoundMailbox(Member member, int letters) : member_(std::move(member)), box_(*member_.job, *member_.program, letters) {}
 
   Mailbox& box() { return box_; }
 
@@ -24,14 +25,8 @@ class BoundMailbox {
   }
 
   py::object receive(int peer, int letter) {
-    const Letter* found = nullptr;
-    {
-      const py::gil_scoped_release nogil;
-      found = &box_.await(peer, letter);
-    }
+    const auto [shape, dtype] = awaited(peer, letter);
     const Calling calling(member_.program.get());
-    const std::string dtype = found->dtype;
-    const std::vector<int64_t> shape(found->shape.dims, found->shape.dims + found->shape.ndim);
     Made made = make_tensor(member_.job, shape, dtype);
     const Matrix room = Tensor{made.data, dtype_of(dtype), dtype, shape}.matrix();
     {
@@ -41,7 +36,26 @@ class BoundMailbox {
     return std::move(made.object);
   }
 
+  // x: of any device; its data go another way.
+  void tell(int peer, int letter, const py::object& x) {
+    const Tensor t = tensor_of(x, "x", member_.job);
+    const py::gil_scoped_release nogil;
+    box_.tell(peer, letter, t.dtype_name, t.shape);
+  }
+
+  std::pair<std::vector<int64_t>, std::string> hear(int peer, int letter) {
+    auto found = awaited(peer, letter);
+    box_.take(letter, nullptr, 0);
+    return found;
+  }
+
  private:
+  std::pair<std::vector<int64_t>, std::string> awaited(int peer, int letter) {
+    const py::gil_scoped_release nogil;
+    const Letter& found = box_.await(peer, letter);
+    return {{found.shape.dims, found.shape.dims + found.shape.ndim}, found.dtype};
+  }
+
   Member member_;
   Mailbox box_;
 };
@@ -62,6 +76,8 @@ void define_mailbox(py::module_& m) {
           "open", [](BoundMailbox& each, int peer, uint64_t offset) { each.box().open(peer, offset); }, py::arg("peer"), py::arg("offset"))
       .def("send", &BoundMailbox::send, py::arg("peer"), py::arg("letter"), py::arg("x"))
       .def("receive", &BoundMailbox::receive, py::arg("peer"), py::arg("letter"))
+      .def("tell", &BoundMailbox::tell, py::arg("peer"), py::arg("letter"), py::arg("x"))
+      .def("hear", &BoundMailbox::hear, py::arg("peer"), py::arg("letter"))
       .def(
           "await_taken", [](BoundMailbox& each, int peer, int letter) { each.box().await_taken(peer, letter); }, py::arg("peer"), py::arg("letter"),
           nogil);

@@ -52,6 +52,9 @@ class Ring {
   virtual void arrived(int) {}  // (lane)
   virtual void group_start() {}
   virtual void group_end() {}
+  // Of messages beside a call: the number of the group queued last in the lane, and kernels queued from here on come after its end.
+  virtual uint64_t queued(int) const { return 0; }                  // (lane)
+  virtual void settle(int, uint64_t) {}                             // (lane, number)
   virtual size_t chunk_bytes() const { return size_t{256} << 10; }  // of a pipelined message: large against a message's latency
   void take(int peer, void* data, size_t bytes, int lane = 0) {
     recv(peer, data, bytes, lane);

@@ -40,14 +40,21 @@ Letter& Mailbox::at(int peer, int letter) const {
 }
 
 void Mailbox::send(int peer, int letter, const void* data, const std::string& dtype, const std::vector<int64_t>& shape) {
-  Letter& theirs = at(peer, letter);
-  CHECK(ShapeError, shape.size() <= std::size(theirs.shape.dims) && dtype.size() < sizeof(theirs.dtype), "a message of ", shape.size(),
-        " dims and dtype ", dtype, ", expected at most ", std::size(theirs.shape.dims), " dims");
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
   CHECK(MeshError, empty || segment_.holds(data), "a message that does not lie in the memory that the ranks share");
+  write(at(peer, letter), peer, empty ? 0 : segment_.offset_of(data), dtype, shape);
+}
+
+void Mailbox::tell(int peer, int letter, const std::string& dtype, const std::vector<int64_t>& shape) {
+  write(at(peer, letter), peer, 0, dtype, shape);
+}
+
+void Mailbox::write(Letter& theirs, int peer, uint64_t offset, const std::string& dtype, const std::vector<int64_t>& shape) {
+  CHECK(ShapeError, shape.size() <= std::size(theirs.shape.dims) && dtype.size() < sizeof(theirs.dtype), "a message of ", shape.size(),
+        " dims and dtype ", dtype, ", expected at most ", std::size(theirs.shape.dims), " dims");
   const uint32_t number = theirs.sent.load();
   program_.wait(theirs.taken, number, peer, kDoing);
-  theirs.offset = empty ? 0 : segment_.offset_of(data);
+  theirs.offset = offset;
   theirs.shape = {};
   theirs.shape.ndim = static_cast<int32_t>(shape.size());
   std::copy(shape.begin(), shape.end(), theirs.shape.dims);

@@ -32,6 +32,8 @@ class Mailbox {
   // data: contiguous, in the shared memory, unchanged until await_taken(). Waits where the letter's last message was not taken.
   void send(int peer, int letter, const void* data, const std::string& dtype, const std::vector<int64_t>& shape);
   void await_taken(int peer, int letter);
+  // A letter alone: what a message is whose data travel another way. Who takes it gives no room for them.
+  void tell(int peer, int letter, const std::string& dtype, const std::vector<int64_t>& shape);
   // Of the next message of an own letter, which `peer` sends: what it is; then its data.
   const Letter& await(int peer, int letter);
   void take(int letter, void* data, size_t bytes);
@@ -39,6 +41,7 @@ class Mailbox {
  private:
   Letter& at(int peer, int letter) const;
   void check(int letter) const;
+  void write(Letter& theirs, int peer, uint64_t offset, const std::string& dtype, const std::vector<int64_t>& shape);
 
   Segment& segment_;
   Heap& heap_;

@@ -65,6 +65,8 @@ class Queued : public Axis, public Board, public Ring {
   void drain(int peer, int lane, uint32_t left) override;
   void group_start() override { open_groups_++; }
   void group_end() override;
+  uint64_t queued(int lane) const override { return lines_[static_cast<size_t>(line_of(lane))].groups; }
+  void settle(int lane, uint64_t number) override { await_group(lines_[static_cast<size_t>(line_of(lane))], number); }
   size_t chunk_bytes() const override { return size_t{4} << 20; }  // a group costs microseconds to launch
 
   // For a watch, a thread of its own: seconds since the oldest group that has not ended could begin; 0 where there is none. What a group waits

@@ -76,6 +76,26 @@ void a_letter_waits_until_its_last_message_was_taken() {
   });
 }
 
+// Of what travels another way the letter alone, and the next one waits until it was heard.
+void a_letter_tells_what_comes_another_way() {
+  run_ranks(2, As::threads, [](Job& job, Program& program) -> Row {
+    Mailbox box(job, program, 1);
+    meet(job, program, box);
+    for (int64_t number = 0; number < 50; number++) {
+      if (program.rank() == 0) {
+        box.tell(1, 0, "bfloat16", {number, 3});
+      } else {
+        const Letter& found = box.await(0, 0);
+        EXPECT(found.shape.ndim == 2 && found.shape.dims[0] == number && found.shape.dims[1] == 3 && strcmp(found.dtype, "bfloat16") == 0);
+        box.take(0, nullptr, 0);
+      }
+    }
+    if (program.rank() == 0) box.await_taken(1, 0);
+    meet(job, program, box);
+    return {};
+  });
+}
+
 void messages_without_elements_have_a_shape() {
   run_ranks(2, As::threads, [](Job& job, Program& program) -> Row {
     Mailbox box(job, program, 1);
@@ -159,6 +179,7 @@ std::vector<Test> mailbox_tests() {
   return {{"letters are taken in any order", letters_are_taken_in_any_order},
           {"a letter waits until its last message was taken", a_letter_waits_until_its_last_message_was_taken},
           {"messages without elements have a shape", messages_without_elements_have_a_shape},
+          {"a letter tells what comes another way", a_letter_tells_what_comes_another_way},
           {"wrong messages are refused", wrong_messages_are_refused},
           {"who holds up those that wait for each other is named", who_holds_up_those_that_wait_for_each_other_is_named},
           {"a rank that takes no message and leaves is named", a_rank_that_takes_no_message_and_leaves_is_named}};

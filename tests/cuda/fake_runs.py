@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import on_gpu
 from cuda import fake_build, nvcc
 
 FAULTS = Path(__file__).parent / "fake" / "faults.py"
@@ -20,6 +21,18 @@ PYTHON_TESTS = {
     "model": ["tests/python/test_gpt.py"],
     "lookups": [f"tests/python/{name}.py" for name in ("nn/test_embedding", "nn/test_loss", "test_indices")],
     "rings": [f"tests/python/nn/test_ring.py::test_{name}" for name in RINGS],
+}
+NAMED = """agreement data ending faults gradients hybrid_options indices memory_at_rest operations optimizers parallel_config
+planner_hybrids ranges second_order train training_tools versions writes acceptance bad_input checked checked_trials fork mesh spawn
+transforms limits"""
+# minutes together
+LONG_TESTS = {
+    "checkpoints": sorted(str(path.relative_to(nvcc.ROOT)) for path in nvcc.ROOT.glob("tests/python/test_checkpoint*.py")),
+    "hybrids": ["tests/python/test_hybrids.py"],
+    "pipelines": sorted(str(path.relative_to(nvcc.ROOT)) for path in nvcc.ROOT.glob("tests/python/test_pipeline*.py")),
+    "converted pipelines": [f"tests/python/convert/test_{name}.py" for name in ("pipelines", "pipeline_masks")],
+    "layers": sorted(str(path.relative_to(nvcc.ROOT)) for path in nvcc.ROOT.glob("tests/python/nn/test_*.py")),
+    "the rest": [f"tests/python/test_{name}.py" for name in NAMED.split()],
 }
 TRAIN = "--ranks 8 --mode 2.5d --depth 2 --device cuda --steps 3 --layers 2 --width 64 --context 32 --sample 0 --plot= --compare-serial"
 
@@ -36,10 +49,14 @@ def run(command: list[str], environment: dict[str, str], limit: float = 600) -> 
 
 
 def python_tests(package: Path, names: list[str], marks: str, limit: float = 600, **environment: str) -> str:
-    """These tests on the fake GPUs; tests/conftest.py leaves out what a GPU mesh refuses."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, *names]
-    out = run(command, fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", **environment), limit)
+    """These tests on the fake GPUs. Skipped is what on_gpu.left_out names, and nothing else."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", marks, *names]
+    told = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="500", **environment)
+    out = run(command, told, limit)
     print(out.splitlines()[-1])
+    skips, reasons = [line for line in out.splitlines() if line.startswith("SKIPPED")], {on_gpu.WINDOWS, *on_gpu.LEFT_OUT.values()}
+    assert " passed" in out and all(any(reason in line for reason in reasons) for line in skips), out[-5000:]
+    assert bool(skips) == (" skipped" in out.splitlines()[-1]), out[-5000:]
     return out
 
 

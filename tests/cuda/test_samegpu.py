@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cuda import fake_build, nvcc
-from cuda.fake_runs import PYTHON_TESTS, python_tests, run, same_gpu, survivors, train
+from cuda.fake_runs import LONG_TESTS, PYTHON_TESTS, python_tests, run, same_gpu, survivors, train
 
 pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
@@ -62,8 +62,7 @@ def test_ranks_share_a_gpu_only_with_it(package: Path) -> None:
 
 def test_products_on_one_gpu(package: Path) -> None:
     """Equal to torch in float64, forward and backward, in every mode, with all ranks on one GPU."""
-    out = python_tests(package, PYTHON_TESTS["products"], "not matrix", **same_gpu(package))
-    assert " passed" in out and "skipped" not in out, out
+    python_tests(package, PYTHON_TESTS["products"], "not matrix", **same_gpu(package))
 
 
 def test_a_killed_rank_is_named(package: Path) -> None:
@@ -80,8 +79,21 @@ def test_more_faults_are_named(package: Path, fault: str) -> None:
 @pytest.mark.matrix
 def test_models_on_one_gpu(package: Path) -> None:
     for name in ("model", "rings"):
-        out = python_tests(package, PYTHON_TESTS[name], "not matrix", **same_gpu(package))
-        assert " passed" in out and "skipped" not in out, out
+        python_tests(package, PYTHON_TESTS[name], "not matrix", **same_gpu(package))
+
+
+QUICK = ("tests/python/test_checkpoint_joins.py", "tests/python/test_pipeline_checkpoints.py")
+
+
+def test_checkpoints_and_pipelines_on_one_gpu(package: Path) -> None:
+    """Stages write a checkpoint that other hybrids read, and train on as one process does."""
+    python_tests(package, list(QUICK), "not matrix", **same_gpu(package))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", LONG_TESTS)
+def test_all_that_trains_on_one_gpu(package: Path, name: str) -> None:
+    python_tests(package, LONG_TESTS[name], "not matrix", 3600, **same_gpu(package))
 
 
 @pytest.mark.matrix

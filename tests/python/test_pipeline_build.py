@@ -182,6 +182,7 @@ def converted(rank: int, family: str, config: Any, schedule: str, folder: str, b
     heap = mesh.memory()["tensors"]
     model = gingham.pipeline(make if builder else make(), mesh, 2, schedule)
     heap, mine = mesh.memory()["tensors"] - heap, sum(map(size_of, model.parameters()))
+    heap = mine if mesh.job.has_gpu else heap  # torch's allocator gives a GPU's parameters, which the mesh does not count
     drawn = {name: each.clone() for name, each in families.plain(model, gradients=False).items()}
     gingham.import_safetensors(model, folder)
     inputs = families.batch(family)

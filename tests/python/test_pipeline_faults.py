@@ -106,3 +106,46 @@ def test_stages_that_got_other_batches_are_told(ranks) -> None:
         assert isinstance(answers[rank], RankError) and "ranks [1, 3], the stages of one batch, got different ones" in str(answers[rank])
     for rank in (0, 2):
         assert answers[rank][0] == "PeerDied" and "got different ones" in answers[rank][2]
+
+
+def test_ranks_that_cut_a_model_otherwise_are_told(ranks) -> None:
+    def differ(rank: int) -> str:
+        mesh = gingham.init(parallel=dict(pipeline=2), timeout=30.0)
+        with pytest.raises(gingham.MeshError) as error:
+            gingham.pipeline(sequential(nn.Linear), mesh, 4 + rank)
+        return str(error.value)
+
+    for told in ranks(2)(differ):
+        assert "microbatches=4" in told and "microbatches=5" in told, told
+
+
+class Shifted(torch.nn.Module):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return (ids + 1) % 64
+
+
+def test_ids_cross_a_border_and_no_gradient_comes_back(ranks) -> None:
+    """A first stage that gives ids has nothing to differentiate."""
+
+    def step(rank: int, parallel: Any) -> float:
+        mesh = gingham.init(parallel=parallel, timeout=10.0)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(Shifted(), nn.Embedding(64, 16, dtype=torch.float64), nn.Linear(16, 64, dtype=torch.float64))
+        if "pipeline" in parallel:
+            model = Two(model)
+        model = gingham.pipeline(model, mesh, 2)
+        ids = torch.arange(12).view(4, 3)
+        return float(model.step(ids, ids))
+
+    class Two(torch.nn.Module):
+        """Two parts, with ids between them."""
+
+        def __init__(self, row: Any) -> None:
+            super().__init__()
+            self.row = row
+
+        def in_a_row(self) -> Any:
+            return [(self.row[0], [self.row[0]]), (lambda x: self.row[2](self.row[1](x)), [self.row[1], self.row[2]])]
+
+    alone = ranks(1)(step, {})[0]
+    assert ranks(2)(step, dict(pipeline=2)) == [pytest.approx(alone, rel=1e-12)] * 2

@@ -28,6 +28,7 @@ FAMILIES = {
     "bert": ("masked", "pretraining", "choices", "classes", "tokens", "answers"),
     "vit": ("classes",),
 }
+WORDS = {"choices": "next sentences"}  # of losses whose name says too much: BertForMultipleChoice is not among them
 KEYS = "attention_mask"
 IMAGES = ("pixel_values", "bool_masked_pos")  # of which every rank has whole samples
 
@@ -37,7 +38,7 @@ def check_model(model: Any, mesh: Mesh, family: str | None, loss: str | None, ba
     if not mesh.outer.time:
         return
     if family not in FAMILIES or base is not None and loss not in FAMILIES[family]:
-        known = "; ".join(f"{name} with {', '.join(losses)}" for name, losses in FAMILIES.items())
+        known = "; ".join(f"{name} with {', '.join(WORDS.get(each, each) for each in losses)}" for name, losses in FAMILIES.items())
         raise NotImplementedError(
             f"{type(model).__name__} on {mesh}: mode 'sequence' converts bases, and models by the kind of their loss: {known};"
             " choose a mode that keeps samples whole, or build the model of gingham.nn's layers"

@@ -153,8 +153,8 @@ def built(make: Callable[[], Any]) -> tuple[Any, Tape]:
 
 
 @torch.no_grad()
-def fill(model: torch.nn.Module, tape: Tape | None) -> None:
-    """Gives all of a model that stands on the meta device its values. Raises MeshError where nothing says what they are."""
+def fill(model: torch.nn.Module, tape: Tape | None, device: torch.device) -> None:
+    """Gives all of a model that stands on the meta device its values, drawn on the CPU and put on `device`. Raises MeshError where nothing says what they are."""
     now, made = torch.get_rng_state(), dict[int, torch.Tensor]()
     for parameter in model.parameters():
         if promised.waits(parameter):
@@ -165,12 +165,12 @@ def fill(model: torch.nn.Module, tape: Tape | None) -> None:
                 for name, each in held.items():
                     if each is not None and each.is_meta and id(each) not in made:
                         made[id(each)] = each  # alive, so that no id comes twice
-                        _fill_plain(path, module, name, each, tape)
+                        _fill_plain(path, module, name, each, tape, device)
     finally:
         torch.set_rng_state(now)
 
 
-def _fill_plain(path: str, module: torch.nn.Module, name: str, tensor: torch.Tensor, tape: Tape | None) -> None:
+def _fill_plain(path: str, module: torch.nn.Module, name: str, tensor: torch.Tensor, tape: Tape | None, device: torch.device) -> None:
     where = f"{path}.{name} of {type(module).__name__}"
     if tape is None:
         raise MeshError(
@@ -178,7 +178,7 @@ def _fill_plain(path: str, module: torch.nn.Module, name: str, tensor: torch.Ten
             " the function that builds the model (gingham.pipeline(build, mesh)), or use the layer of gingham.nn"
         )
     try:
-        value = tape.make(tensor)
+        value = tape.make(tensor).to(device)
     except KeyError:
         raise MeshError(
             f"gingham.pipeline: {where} follows from tensors that were made before the model was built; make them inside the function that"

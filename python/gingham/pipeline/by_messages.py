@@ -39,7 +39,8 @@ class ByMessages:
         self._queue: SimpleQueue[tuple[Any, native.Flag, list[BaseException]]] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def send(self, x: torch.Tensor, place: int, tag: int, key: Hashable) -> Any:
+    def tell(self, x: torch.Tensor, place: int, tag: int, key: Hashable) -> list[Any]:
+        """The shape of a message, where it is not known yet. Returns what await_gone takes."""
         posted, now = [], (tuple(x.shape), x.dtype)
         said = self.told.get((place, key))
         if said is None:
@@ -51,7 +52,18 @@ class ByMessages:
                 f"pipeline: rank {self.mesh.rank} sends {now[0]} of {now[1]} to rank {self.ranks[place]}, on another host, where the same"
                 f" inputs gave {said[0]} of {said[1]} before; after a change of a layer's outputs make the pipeline anew"
             )
-        return [*posted, (self._work(dist.isend, x, place, 2 * tag), x, place)]
+        return posted
+
+    def hear(self, place: int, tag: int, key: Hashable) -> tuple[tuple[int, ...], torch.dtype]:
+        """What `tell` tells; both ends ask for the messages of a key in the same order."""
+        if (place, key) not in self.known:
+            header = torch.empty(DIMS + 2, dtype=torch.int64, device="cpu")
+            self._wait(self._work(dist.irecv, header, place, 2 * tag + 1), place)
+            self._learn(place, key, header)
+        return self.known[place, key]
+
+    def send(self, x: torch.Tensor, place: int, tag: int, key: Hashable) -> Any:
+        return [*self.tell(x, place, tag, key), (self._work(dist.isend, x, place, 2 * tag), x, place)]
 
     def await_gone(self, sent: Any) -> None:
         for work, _, place in sent:
@@ -72,10 +84,13 @@ class ByMessages:
             return self.wait(self._begin(place, tag, key))
         self._wait(work, place)
         if (place, key) not in self.known:
-            count, kind, *dims = x.tolist()
-            self.known[place, key] = tuple(dims[:count]), DTYPES[kind]
+            self._learn(place, key, x)
             return self.wait(self._begin(place, tag, key))
         return x  # type: ignore[no-any-return]
+
+    def _learn(self, place: int, key: Hashable, header: torch.Tensor) -> None:
+        count, kind, *dims = header.tolist()
+        self.known[place, key] = tuple(dims[:count]), DTYPES[kind]
 
     def _begin(self, place: int, tag: int, key: Hashable) -> Any:
         shape, dtype = self.known[place, key]

@@ -21,7 +21,7 @@ from .cut import Part, cut, drop, parts_of
 from .families import BORDER, check_places, family_of, images_here, samples_of, shifted
 from .given import Given, check, split
 from .given import cut as cut_given
-from .orders import order, stages_of
+from .orders import of_rank, stages_of
 from .run import Runner
 from .ties import line_of, sum_ties, tags_of, ties_of
 from .wire import Wire
@@ -57,7 +57,7 @@ def pipeline(
     loss(y, labels): the mean over a micro-batch from this rank's blocks of both, weighed by rows; default: cross-entropy, the mean over
     all labels of the step that are not -100. layout: of the outputs, "outer" | "inner" | "rows"; default what the last linear says. dim,
     order: as scatter's of x and labels, for models whose attention goes over cut sequences: dim=1, order="zigzag".
-    Raises MeshError where numbers do not fit, NotImplementedError for a model that is not known to be layers in a row, and on GPUs.
+    Raises MeshError where numbers do not fit, NotImplementedError for a model that is not known to be layers in a row.
     Bytes: 2 x activations of the batch at each border between ranks (plan/pipeline.py); sums over replicas once a step.
     """
     mesh = current(mesh)
@@ -75,12 +75,8 @@ def pipeline(
         raise MeshError(f"gingham.pipeline: microbatches={microbatches!r}, expected a number of at least 1")
     if hasattr(model, "step") or hasattr(model, "_pipeline"):
         raise MeshError(f"gingham.pipeline: {type(model).__name__} has a method step already; call gingham.pipeline once, on a plain model")
-    if mesh.whole is not None and mesh.device.type != "cpu":
-        raise NotImplementedError(
-            f"gingham.pipeline on {mesh.device}: messages between stages have tags, which NCCL ignores; on GPUs use data and tensor ranks"
-        )
     made = Pipelined(model, mesh, microbatches, schedule, count if mesh.whole else 1, loss, Cutting(layout, dim, order))
-    fill(model, tape)
+    fill(model, tape, mesh.device)
     kind = type(model)
     methods = _ConvertedMethods if made.family is not None else _Methods
     model.__class__ = type(kind.__name__, (methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
@@ -90,7 +86,7 @@ def pipeline(
 
 def alike(mesh: Mesh, call: str) -> None:
     """Tells all ranks of the job, where one makes another call than the others or gives it other options, whose and which. Raises
-    ShapeError there."""
+    MeshError there."""
     job = mesh.whole or mesh
     if job.size > 1:
         job.say(call)
@@ -165,9 +161,10 @@ class Pipelined:
         self.absent, self.first_keys = _absent(model, stages, mine)
         used = [{id(each) for part in stage for outer in part.modules for each in outer.modules()} for stage in stages]
         self.others = set[int]().union(*used) - set[int]().union(*(used[stage] for stage in mine))
-        self.order = order(schedule, self.place, self.size, microbatches, count)
         self.passes = 2 * total * microbatches  # tags of run.py
         wire = None if mesh.whole is None else Wire(mesh, line_of(mesh), self.passes + tags_of(self.ties, self.size))
+        ordered = wire is not None and wire.ordered
+        self.orders = {train: of_rank(self.place, self.size, schedule, microbatches, count, train, ordered) for train in (True, False)}
         held: dict[int, Any] = {stage: stages[stage] for stage in mine}
         self.runner = Runner(held, total, place_of, self.place, microbatches, wire, self._begin)
         self.parts_given: list[dict[str, torch.Tensor]] = []  # of the batch under way, by micro-batch
@@ -251,7 +248,7 @@ class Pipelined:
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         keys = [(tuple(each.shape), each.dtype, cast, self.dtypes) for each in xs]
         with no_sync(self.model):
-            found = self.runner.run(self.order, inputs, keys, lose, train)
+            found = self.runner.run(self.orders[train], inputs, keys, lose, train)
         self.given.now, self.parts_given = {}, []
         if train:
             make_sums(self.model.parameters())
@@ -271,8 +268,8 @@ class Pipelined:
             raise
 
     def _compare(self, batch: Sequence[Any], how: str) -> None:
-        """Raises ShapeError where ranks make other calls, MeshError where the stages were given different batches: labels of the last
-        would belong to other inputs."""
+        """Raises MeshError where ranks make other calls, or where the stages were given different batches: labels of the last would belong
+        to other inputs."""
         alike(self.mesh, f"a pipeline's {how}{'' if self.model.training else ' of a model in eval()'}")
         if self.mesh.whole is None:
             return

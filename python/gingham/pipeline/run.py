@@ -12,7 +12,7 @@ from ..autograd.gradients import weights_later
 from ..checks import plain
 from ..errors import MeshError
 from .cut import Part
-from .orders import BACKWARD, FORWARD, INPUTS, Action
+from .orders import BACKWARD, FORWARD, INPUTS, WEIGHTS, Action, Message
 from .wire import Wire
 
 AHEAD = 2  # passes whose messages are asked for before they are needed
@@ -46,22 +46,29 @@ class Runner:
 
     def run(
         self,
-        order: Sequence[Action],
+        order: Sequence[Action | Message],
         inputs: Sequence[Any],
         keys: Sequence[Hashable],
         lose: Callable[[Any, int], torch.Tensor],
         train: bool,
     ) -> list[torch.Tensor]:
-        """inputs: of the first stage, by micro-batch; keys: what shapes follow from; lose(y, part): the share of the loss that is
-        differentiated, or, train=False, whatever is kept of the outputs. Returns what it gave, on the rank of the last stage, else []."""
+        """order: with the moments of messages where the wire keeps them in order; inputs: of the first stage, by micro-batch; keys: what
+        shapes follow from; lose(y, part): the share of the loss that is differentiated, or, train=False, whatever is kept of the
+        outputs. Returns what it gave, on the rank of the last stage, else []."""
         self.inputs, self.keys, self.lose, self.train = inputs, keys, lose, train
         self.held: dict[tuple[int, int], Held] = {}
-        self.arriving: dict[tuple[str, int, int], Any] = {}
+        # by direction, stage to which it comes and micro-batch: begun, handed on within this rank, made but not sent yet
+        self.arriving: dict[tuple[bool, int, int], Any] = {}
+        self.here: dict[tuple[bool, int, int], torch.Tensor] = {}
+        self.leaving: dict[tuple[bool, int, int], torch.Tensor] = {}
         self.results: dict[int, torch.Tensor] = {}
-        order = order if train else [each for each in order if each.kind == FORWARD]
         for at, action in enumerate(order):
-            for near in order[at : at + 1 + AHEAD]:
-                self._ask(near)
+            if isinstance(action, Message):
+                self._queue(action)
+                continue
+            if self.wire is not None and not self.wire.ordered:
+                for near in order[at : at + 1 + AHEAD]:
+                    self._ask(near)  # type: ignore[arg-type]
             if action.kind == FORWARD:
                 self._forward(action)
             elif action.kind in (BACKWARD, INPUTS):
@@ -76,40 +83,58 @@ class Runner:
     def _ask(self, action: Action) -> None:
         """Begins to receive what a pass needs from another rank."""
         forward = action.kind == FORWARD
-        if action.kind not in (FORWARD, BACKWARD, INPUTS) or (action.kind, action.stage, action.part) in self.arriving:
-            return
         other = action.stage + (-1 if forward else 1)
-        if self.wire is None or not 0 <= other < self.total or self.place_of[other] == self.place:
+        if action.kind == WEIGHTS or not 0 <= other < self.total or self.place_of[other] == self.place:
             return
-        tag, key = self._tag(forward, action.stage, action.part)
-        self.arriving[action.kind, action.stage, action.part] = self.wire.receive(self.place_of[other], tag, key)
+        if (forward, action.stage, action.part) not in self.arriving:
+            self._receive(forward, action.stage, action.part)
+
+    def _queue(self, message: Message) -> None:
+        """Sends what was made, or begins to receive."""
+        forward, stage, part = message.forward, message.stage, message.part
+        if not message.sends:
+            if forward or self.held[stage, part].y.is_floating_point():
+                self._receive(forward, stage, part)
+        elif (x := self.leaving.pop((forward, stage, part), None)) is not None:  # None: of ids, which have no gradient
+            self._send(x, forward, stage, part)
+
+    def _receive(self, forward: bool, stage: int, part: int) -> None:
+        assert self.wire is not None
+        place = self.place_of[stage + (-1 if forward else 1)]
+        self.arriving[forward, stage, part] = self.wire.receive(place, *self._tag(forward, stage, part))
+
+    def _send(self, x: torch.Tensor, forward: bool, stage: int, part: int) -> None:
+        assert self.wire is not None
+        self.wire.send(x, self.place_of[stage], *self._tag(forward, stage, part))
 
     def _tag(self, forward: bool, stage: int, part: int) -> tuple[int, Hashable]:
         """Of what comes to a stage."""
         return (2 * stage + forward) * self.parts + part, (forward, stage, self.keys[part], self.train)
 
-    def _arrived(self, action: Action) -> Any:
-        begun = self.arriving.pop((action.kind, action.stage, action.part), None)
-        assert self.wire is not None or begun is None
+    def _arrived(self, forward: bool, stage: int, part: int) -> Any:
+        begun = self.arriving.pop((forward, stage, part), None)
         if begun is None:
-            return self.arriving.pop(("here", action.stage, action.part, action.kind == FORWARD))  # type: ignore[arg-type]
-        return self.wire.wait(begun)  # type: ignore[union-attr]
+            return self.here.pop((forward, stage, part))
+        assert self.wire is not None
+        return self.wire.wait(begun)
 
-    def _hand(self, x: Any, forward: bool, stage: int, part: int) -> None:
+    def _hand(self, x: torch.Tensor, forward: bool, stage: int, part: int) -> None:
         """To `stage`, which takes it as its input or as the gradient of its output."""
-        place = self.place_of[stage]
-        if place == self.place:
-            self.arriving["here", stage, part, forward] = x.detach().clone()  # type: ignore[index]
+        if self.place_of[stage] == self.place:
+            self.here[forward, stage, part] = x.detach().clone()
             return
         assert self.wire is not None
-        self.wire.send(x, place, *self._tag(forward, stage, part))
+        if self.wire.ordered:
+            self.leaving[forward, stage, part] = x
+        else:
+            self._send(x, forward, stage, part)
 
     def _take_up(self, x: Any, part: int) -> None:
         self.begin(x.shape[0] if isinstance(x, torch.Tensor) and x.dim() else 0, part)
 
     def _forward(self, action: Action) -> None:
         stage, part = action.stage, action.part
-        x = self.inputs[part] if stage == 0 else self._arrived(action)
+        x = self.inputs[part] if stage == 0 else self._arrived(True, stage, part)
         self._take_up(x, part)
         if stage and self.train and x.is_floating_point():
             x.requires_grad_()
@@ -131,7 +156,8 @@ class Runner:
     def _backward(self, action: Action) -> None:
         stage, part = action.stage, action.part
         held = self.held[stage, part] if action.kind == INPUTS else self.held.pop((stage, part))
-        gradient = None if stage == self.total - 1 else self._arrived(action)
+        last = stage == self.total - 1 or not held.y.is_floating_point()  # ids have no gradient
+        gradient = None if last else self._arrived(False, stage, part)
         if self.wire is not None and gradient is not None:
             self.wire.answered(self.place_of[stage + 1], self._tag(True, stage + 1, part)[0])
         x = held.x if stage else None

@@ -45,10 +45,9 @@ def sum_ties(mesh: Mesh, ties: Ties, place: int, wire: Wire | None, first: int) 
         others = [each for each in places if each != place]
         tags = [first + number * mesh.pipeline.size + each for each in range(mesh.pipeline.size)]  # by who sends
         key = "tie", number, local.dtype
-        for each in others:
-            wire.send(local, each, tags[place], key)
-        begun = {each: wire.receive(each, tags[each], key) for each in others}
-        found = {each: wire.wait(begun[each]) for each in others} | {place: local}
+        sends = [(local, each, tags[place], key) for each in others]
+        begun = wire.exchange(sends, [(each, tags[each], key) for each in others])
+        found = {each: wire.wait(message) for each, message in zip(others, begun, strict=True)} | {place: local}
         local.copy_(sum(found[each] for each in sorted(found)))  # type: ignore[arg-type]
         parameter.grad = held
         wire.finish()
