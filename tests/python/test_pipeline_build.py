@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gingham
 from gingham import nn
 from gingham.commands.gpt import GPT, Shape, parallel_kit, serial_kit
+from gingham.pipeline import build
 from gingham.plan.pipeline import SCHEDULES
 from pipelines import SHAPE, sample, tied
 
@@ -281,3 +282,10 @@ def seeded(rank: int) -> str:
 
 def test_stages_that_were_drawn_from_other_seeds_are_told(ranks) -> None:
     assert all("gingham.pipeline(Sequential" in text for text in ranks(2)(seeded))
+
+
+def test_values_are_put_on_the_device_of_the_mesh() -> None:
+    """Which are drawn on the CPU, here for a device that every machine has."""
+    model, tape = build.built(lambda: torch.nn.Linear(4, 4))
+    build.fill(model, tape, torch.device("meta"))
+    assert model.weight.is_meta and model.bias.is_meta

@@ -154,7 +154,8 @@ def built(make: Callable[[], Any]) -> tuple[Any, Tape]:
 
 @torch.no_grad()
 def fill(model: torch.nn.Module, tape: Tape | None, device: torch.device) -> None:
-    """Gives all of a model that stands on the meta device its values, drawn on the CPU and put on `device`. Raises MeshError where nothing says what they are."""
+    """Gives all of a model that stands on the meta device its values, drawn on the CPU and put on `device`. Raises MeshError
+    where nothing says what they are."""
     now, made = torch.get_rng_state(), dict[int, torch.Tensor]()
     for parameter in model.parameters():
         if promised.waits(parameter):

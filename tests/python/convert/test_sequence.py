@@ -166,7 +166,8 @@ def refusals(rank: int) -> list[str]:
 
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
     config = hf.BertConfig(vocab_size=96, is_decoder=True, **sizes)
-    for model in (hf.BertModel(config), hf.ViTForMaskedImageModeling(hf.ViTConfig(image_size=8, patch_size=2, **sizes))):
+    choices = hf.BertForMultipleChoice(hf.BertConfig(vocab_size=96, **sizes))
+    for model in (hf.BertModel(config), hf.ViTForMaskedImageModeling(hf.ViTConfig(image_size=8, patch_size=2, **sizes)), choices):
         with pytest.raises(NotImplementedError) as refused:
             gingham.parallelize(model, mesh)
         found.append(str(refused.value))
@@ -179,6 +180,7 @@ def refusals(rank: int) -> list[str]:
 
 
 def test_what_has_no_form_is_refused_by_name(ranks) -> None:
-    for bert, vit, short, packed in ranks(2)(refusals):
+    for bert, vit, choices, short, packed in ranks(2)(refusals):
+        assert "BertForMultipleChoice" in choices and "next sentences" in choices and "choices" not in choices
         assert "BERT as a decoder" in bert and "ViTForMaskedImageModeling" in vit
         assert "1 places on 2 ranks" in short and "packed" in packed
