@@ -99,7 +99,11 @@ auto told(Job& job, const Make& make) {
 class TorchMemory : public DeviceMemory {
  public:
   explicit TorchMemory(const DLPackExchangeAPI* api) : api_(api) {}
-  void* allocate(size_t bytes, int device, void*) override {
+  // Torch's memory is used again in the order of torch's current stream, which must be the one that asks.
+  void* allocate(size_t bytes, int device, void* stream) override {
+    void* current = nullptr;
+    const bool answered = api_->current_work_stream(kDLCUDA, device, &current) == 0;
+    CHECK(DeviceError, answered && current == stream, "GPU ", device, ": workspace for a stream that is not torch's current one");
     DLManagedTensorVersioned* made = torch_tensor(api_, {kDLCUDA, device}, known("uint8"), {static_cast<int64_t>(bytes)});
     void* data = static_cast<char*>(made->dl_tensor.data) + made->dl_tensor.byte_offset;
     const std::lock_guard lock(mutex_);
@@ -216,8 +220,9 @@ void on_gpu(Job& job, Fn fn) {
 
 }  // namespace
 
-void beside(Job& job) {
+uintptr_t beside(Job& job) {
   on_gpu(job, [](Gpu& gpu) { gpu.beside(torch_stream(gpu)); });
+  return reinterpret_cast<uintptr_t>(job.gpu()->stream().native());
 }
 void back(Job& job) {
   on_gpu(job, [](Gpu& gpu) { gpu.back(); });

@@ -51,8 +51,9 @@ class OnCallersStream {
   std::optional<OnDevice> device_;  // torch's code goes on with the device that it had
 };
 
-// Of the rank's GPU, whose stream is torch's in this thread: see Gpu. Without a GPU they throw MeshError.
-void beside(Job& job);
+// Of the rank's GPU, whose stream is torch's in this thread: see Gpu. Without a GPU they throw MeshError. beside gives the stream, which must be
+// torch's current one until back(): workspace is torch's.
+uintptr_t beside(Job& job);
 void back(Job& job);
 void join(Job& job);
 

@@ -16,6 +16,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from queue import Empty, SimpleQueue
@@ -175,15 +176,26 @@ class StreamSums(Sums):
     """Those of a GPU, queued on a stream of their own as soon as the layer has queued what they are sums of. An entry keeps its tensor
     until the caller's stream waits for them: its memory is the caller's stream's, which would use it again."""
 
+    _known: Any = None
+
     def _let_go(self, *last: Pending) -> None:
         job = self.mesh.program.job
         for entry in last:
             self.mesh.say(entry.label)
-            job.beside()
+            part, beside = entry.total, job.beside()
             try:
-                entry.total = entry.work(self.mesh.axis, entry.total)
+                with nullcontext() if job.on_host else torch.cuda.stream(self._stream(beside)):
+                    entry.total = entry.work(self.mesh.axis, part)
             finally:
                 job.back()
+            if entry.total is not part and not job.on_host:  # memory of the other stream's
+                entry.total.record_stream(torch.cuda.current_stream())
+
+    def _stream(self, number: int) -> Any:
+        """Torch's of that number: workspace is torch's, whose memory is used again in the order of its current stream."""
+        if self._known is None or self._known.cuda_stream != number:
+            self._known = torch.cuda.ExternalStream(number, device=self.mesh.device)
+        return self._known
 
     def _wait(self, entry: Pending) -> torch.Tensor:
         self.mesh.program.job.join()
