@@ -116,6 +116,8 @@ def truth_parts() -> list[Part]:
     for dtype in ("bfloat16", "float32"):
         words = ("attention", "--check", "--ranks", "4", "--shape", "515,64,4", "--dtype", dtype, "--rounds", "2")
         parts.append(Part(f"attention ring {dtype}", bench(*words), 30))
+    words = ("gemm", "--add", "--check", "--shape", "8192,1024,4096", "--dtype", "bfloat16", "--rounds", "10")
+    parts.append(Part("product added to C", bench(*words), 25))
     parts.append(Part("times", python("times.py"), 120))
     parts += [Part(f"stand-in for NCCL: {name}", same_gpu_messages(name), 60) for name in ("exchange", "mismatch", "abort", "again")]
     parts.append(Part("ranks on one GPU: gradients of a GPT", pytest("tests/python/test_gpt.py", failures=1), 120, same_gpu()))
