@@ -26,7 +26,7 @@ NAMED = """agreement data ending faults gradients hybrid_options indices memory_
 planner_hybrids ranges second_order train training_tools versions writes acceptance bad_input checked checked_trials fork mesh spawn
 transforms limits"""
 # Minutes together. Not in them: cli (no microbenchmark is built over the fakes), checksums, compare, layout, planner, planner_models and
-# spawn (they ask for no device), defects_of_peers, hosts/, integrations/ and test_meshes.py. In the last a rank that survives another's
+# defects_of_peers (they ask for no device), hosts/, integrations/ and test_meshes.py. In the last a rank that survives another's
 # death was ended by a signal in 3 of 33 runs, its heap corrupted: not understood, perhaps messages under way that write into tensors
 # which the error has freed, on a GPU the allocator's memory and here malloc's. A rank of test_agreement.py ended so once.
 LONG_TESTS = {
