@@ -40,18 +40,25 @@ Letter& Mailbox::at(int peer, int letter) const {
 }
 
 void Mailbox::send(int peer, int letter, const void* data, const std::string& dtype, const std::vector<int64_t>& shape) {
+  Letter& theirs = at(peer, letter);
+  check_fits(theirs, dtype, shape);
   const bool empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
   CHECK(MeshError, empty || segment_.holds(data), "a message that does not lie in the memory that the ranks share");
-  write(at(peer, letter), peer, empty ? 0 : segment_.offset_of(data), dtype, shape);
+  write(theirs, peer, empty ? 0 : segment_.offset_of(data), dtype, shape);
 }
 
 void Mailbox::tell(int peer, int letter, const std::string& dtype, const std::vector<int64_t>& shape) {
-  write(at(peer, letter), peer, 0, dtype, shape);
+  Letter& theirs = at(peer, letter);
+  check_fits(theirs, dtype, shape);
+  write(theirs, peer, 0, dtype, shape);
+}
+
+void Mailbox::check_fits(const Letter& letter, const std::string& dtype, const std::vector<int64_t>& shape) {
+  CHECK(ShapeError, shape.size() <= std::size(letter.shape.dims) && dtype.size() < sizeof(letter.dtype), "a message of ", shape.size(),
+        " dims and dtype ", dtype, ", expected at most ", std::size(letter.shape.dims), " dims");
 }
 
 void Mailbox::write(Letter& theirs, int peer, uint64_t offset, const std::string& dtype, const std::vector<int64_t>& shape) {
-  CHECK(ShapeError, shape.size() <= std::size(theirs.shape.dims) && dtype.size() < sizeof(theirs.dtype), "a message of ", shape.size(),
-        " dims and dtype ", dtype, ", expected at most ", std::size(theirs.shape.dims), " dims");
   const uint32_t number = theirs.sent.load();
   program_.wait(theirs.taken, number, peer, kDoing);
   theirs.offset = offset;

@@ -41,6 +41,7 @@ class Mailbox {
  private:
   Letter& at(int peer, int letter) const;
   void check(int letter) const;
+  static void check_fits(const Letter& letter, const std::string& dtype, const std::vector<int64_t>& shape);
   void write(Letter& theirs, int peer, uint64_t offset, const std::string& dtype, const std::vector<int64_t>& shape);
 
   Segment& segment_;
