@@ -6,7 +6,8 @@
 // in every run. fake_unjoined() counts the streams with work that a stream has not waited for (what would break a graph capture and let
 // memory be used again too early), fake_host_waits() the calls that made the host wait, fake_legacy_uses() those of the default stream,
 // fake_legacy_joins() the waits between it and streams that were made without cudaStreamNonBlocking.
-// Freed memory is poisoned with NaN bit patterns when the stream gets there, new memory too: what is read too early shows.
+// Freed memory is poisoned with NaN bit patterns when the stream gets there, new memory too: what is read too early shows. What is freed under a
+// message that is still to come or to go ends the process: on a device another tensor would be there by then.
 #include <cuda_runtime_api.h>
 #include <stdio.h>
 #include <string.h>
@@ -258,6 +259,10 @@ cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
   fake::enqueue(stream, [p] {
     size_t bytes = 0;
     memcpy(&bytes, static_cast<char*>(p) - 64, sizeof(bytes));
+    if (fake::under_way(p, bytes)) {
+      fprintf(stderr, "fake CUDA: memory of a message under way is used again\n");
+      abort();
+    }
     memset(p, 0xff, bytes);
     cudaFree(p);
   });

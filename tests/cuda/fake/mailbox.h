@@ -55,13 +55,15 @@ class Comm {
   void accept(const standin::Op& op);
   void launch(cudaStream_t stream, const std::vector<standin::Op>& ops);
   void destroy() {}  // the process' end frees it: work of its streams may still name it
-  // NCCL frees what a call of another thread may be using.
+  // NCCL frees what a call of another thread may be using. When it returns no kernel of the communicator's moves data any more, and those that are
+  // queued behind will not.
   void abort() {
     if (inside.load()) {
       fprintf(stderr, "fake NCCL: a communicator is aborted under a call of its rank's\n");
       ::abort();
     }
     aborted.store(true);
+    while (running.load()) nap(50);
   }
   ncclResult_t error() {
     const auto found = static_cast<ncclResult_t>(failure.load());
@@ -78,7 +80,7 @@ class Comm {
   std::shared_ptr<Device> device;
   const int on = current();  // the device of the thread that made it
   std::atomic<bool> aborted{false};
-  std::atomic<int> failure{0}, inside{0};
+  std::atomic<int> failure{0}, inside{0}, running{0};
 
  private:
   static int current() {

@@ -7,6 +7,8 @@
 //   FAKE_NCCL_REFUSE=rank,n   the n-th send of that rank is refused
 //   FAKE_NCCL_SLOW=rank,n     the call that queues the n-th group of that rank takes half a second
 // A receive whose size differs from its send's is an asynchronous error, where the real one would hang or corrupt memory.
+#include <list>
+
 #include "mailbox.h"
 
 namespace fake {
@@ -19,6 +21,37 @@ bool flag(const char* name) {
 
 std::atomic<uint64_t> received{0};
 
+// A group from its launch to its end, or until what was captured is dropped.
+struct Group {
+  Group(Comm& comm, const std::vector<standin::Op>& given) : comm(comm) {
+    for (const standin::Op& op : given) ops.push_back({op});
+    const std::lock_guard lock(all_mutex);
+    all.push_back(this);
+  }
+  Group(const Group&) = delete;
+  ~Group() {
+    const std::lock_guard lock(all_mutex);
+    all.remove(this);
+  }
+  bool names(const void* data, size_t bytes) const {
+    const char* begin = static_cast<const char*>(data);
+    return std::any_of(ops.begin(), ops.end(), [&](const Op& op) { return op.data < begin + bytes && begin < op.data + op.bytes; });
+  }
+  // What an abort ended touches nothing any more, and will not.
+  bool over() const { return comm.aborted.load() && comm.running.load() == 0; }
+
+  Comm& comm;
+  std::vector<Op> ops;
+  static inline std::mutex& all_mutex = *new std::mutex;  // for streams that outlive the process' last line
+  static inline std::list<Group*>& all = *new std::list<Group*>;
+};
+
+struct Running {
+  explicit Running(Comm& comm) : comm(comm) { comm.running++; }
+  ~Running() { comm.running--; }
+  Comm& comm;
+};
+
 // Whether the variable names this rank and its group.
 bool chosen(const char* name, const Comm& comm, int number) {
   int rank = -1, group = -1;
@@ -26,9 +59,13 @@ bool chosen(const char* name, const Comm& comm, int number) {
   return text && sscanf(text, "%d,%d", &rank, &group) == 2 && comm.device->rank == rank && number == group;
 }
 
-void run(Comm& comm, std::vector<Op>& ops) {
+void run(Group& group) {
+  Comm& comm = group.comm;
+  std::vector<Op>& ops = group.ops;
   std::unique_lock<std::mutex> alone;
   if (flag("FAKE_NCCL_ONE_AT_A_TIME")) alone = std::unique_lock(comm.device->mutex);
+  if (comm.aborted.load()) return;
+  const Running running(comm);
   const int number = static_cast<int>(comm.device->groups++);
   const bool fails = chosen("FAKE_NCCL_FAIL", comm, number), broken = fails || chosen("FAKE_NCCL_HANG", comm, number);
   const bool buffered = flag("FAKE_NCCL_BUFFERED");
@@ -65,14 +102,22 @@ void Comm::launch(cudaStream_t stream, const std::vector<standin::Op>& ops) {
   if (chosen("FAKE_NCCL_SLOW", *this, static_cast<int>(device->launched++))) nap(500000);
   inside--;
   if (aborted.load()) throw standin::Refused(ncclInvalidUsage, "the communicator was aborted");
-  std::vector<Op> group;
-  for (const standin::Op& op : ops) group.push_back({op});
-  enqueue(stream, [this, group = std::move(group)]() mutable { run(*this, group); });
+  enqueue(stream, [group = std::make_shared<Group>(*this, ops)] { run(*group); });
+}
+
+bool under_way(const void* data, size_t bytes) {
+  const std::lock_guard lock(Group::all_mutex);
+  return std::any_of(Group::all.begin(), Group::all.end(), [&](const Group* each) { return !each->over() && each->names(data, bytes); });
 }
 
 }  // namespace fake
 
 extern "C" unsigned long long fake_nccl_received() { return fake::received.load(); }
+// Groups that are queued or move, all communicators together.
+extern "C" int fake_nccl_under_way() {
+  const std::lock_guard lock(fake::Group::all_mutex);
+  return static_cast<int>(std::count_if(fake::Group::all.begin(), fake::Group::all.end(), [](const fake::Group* each) { return !each->over(); }));
+}
 
 using Comm = fake::Comm;
 #include "entries.h"
