@@ -2,6 +2,7 @@
 #pragma once
 #include <pybind11/stl.h>
 
+#include <deque>
 #include <memory>
 #include <string>
 #include <utility>
@@ -130,7 +131,7 @@ class BoundAxis {
 
   // One group of messages beside the program's calls, on an axis that queues: (peer, tensor) of what is sent and of where is received. Both
   // ends have agreed on it and on its place among all groups, since messages have no tags. Not counted. Returns its number for settle();
-  // until that is called, tensors must stay as they are.
+  // until that is called, tensors must stay as they are, and are kept: who would settle may be left by an error.
   uint64_t post(const std::vector<std::pair<int, py::object>>& sends, const std::vector<std::pair<int, py::object>>& recvs) {
     const OnCallersStream on_stream(member_);
     Ring& ring = axis_->ring();
@@ -141,6 +142,10 @@ class BoundAxis {
       return out;
     };
     const Messages out = matrices(sends), in = matrices(recvs);
+    Posted& posted = posted_.emplace_back();
+    posted.number = ring.queued(0) + 1;
+    for (const auto* messages : {&sends, &recvs})
+      for (const auto& each : *messages) posted.tensors.push_back(each.second);
     const py::gil_scoped_release nogil;
     const Uncounted scope(*axis_, false);
     ring.group_start();
@@ -152,8 +157,14 @@ class BoundAxis {
 
   // Kernels queued from here on come after the group of that number.
   void settle(uint64_t number) {
-    const OnCallersStream on_stream(member_);
-    axis_->ring().settle(0, number);
+    {
+      const OnCallersStream on_stream(member_);
+      axis_->ring().settle(0, number);
+    }
+    while (!posted_.empty() && posted_.front().number <= number) {
+      const Posted ended = std::move(posted_.front());
+      posted_.pop_front();
+    }
   }
 
   void broadcast(const py::object& x, int root, bool counted) {
@@ -186,8 +197,13 @@ class BoundAxis {
   }
 
  private:
+  struct Posted {
+    uint64_t number = 0;  // of the group
+    Objects tensors;
+  };
   Member member_;
   int index_;
+  std::deque<Posted> posted_;  // those of groups that nobody has settled outlast the axis, which ends with its messages
   std::unique_ptr<Axis> axis_;
 };
 

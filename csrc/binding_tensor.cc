@@ -3,6 +3,7 @@
 #include <dlpack.h>
 
 #include <array>
+#include <exception>
 #include <map>
 #include <mutex>
 #include <unordered_map>
@@ -189,7 +190,14 @@ std::optional<void*> torch_stream(const Gpu& gpu) {
 
 }  // namespace
 
-OnCallersStream::OnCallersStream(const Member& member) : job_(member.job.get()), program_(member.program.get()), calling_(program_) {
+thread_local OnCallersStream* OnCallersStream::innermost = nullptr;
+
+void OnCallersStream::keep(const py::object& made) {
+  if (innermost) innermost->made_.push_back(made);
+}
+
+OnCallersStream::OnCallersStream(const Member& member)
+    : job_(member.job.get()), program_(member.program.get()), calling_(program_), errors_(std::uncaught_exceptions()), outer_(innermost) {
   Gpu* gpu = job_ ? job_->gpu() : nullptr;
   if (!gpu) return;
   // CUDA is of no use there, and would say so in words of its own, or wait for ever.
@@ -197,12 +205,17 @@ OnCallersStream::OnCallersStream(const Member& member) : job_(member.job.get()),
         " worker, which is no rank: leave GPUs and collectives to the rank");
   device_.emplace(*gpu);
   gpu->begin(torch_stream(*gpu));
+  innermost = this;
 }
 
 OnCallersStream::~OnCallersStream() {
+  innermost = outer_;
   if (job_) job_->end_call(*program_);
-  if (!job_ || !job_->gpu() || !job_->gpu()->memory_is_host()) return;
+  if (!job_ || !job_->gpu()) return;
+  if (std::uncaught_exceptions() > errors_) job_->gpu()->break_off();
+  if (!job_->gpu()->memory_is_host()) return;
   try {
+    const py::gil_scoped_release nogil;
     job_->gpu()->synchronize();
   } catch (const Error&) {
     // the call that was to be waited for has thrown already
@@ -284,7 +297,9 @@ Made make_tensor(const std::shared_ptr<Job>& job, const std::vector<int64_t>& sh
   if (job->gpu())
     return told(*job, [&] {
       job->gpu()->refuse_injected();
-      return from_torch(gpu_of(job.get()), type, shape);
+      Made made = from_torch(gpu_of(job.get()), type, shape);
+      OnCallersStream::keep(made.object);
+      return made;
     });
   auto owner = std::make_unique<Owner>();
   owner->job = job;

@@ -38,16 +38,23 @@ struct Member {
 };
 
 // A call of the program, or one beside it on its memory. While in scope its kernels go to the stream on which torch computes in this
-// thread. Over the tests' fake runtime, whose tensors are torch's CPU tensors, the scope's end waits for them.
+// thread. Over the tests' fake runtime, whose tensors are torch's CPU tensors, the scope's end waits for them. The tensors made in it live at
+// least as long, so that those of a call that an error leaves are free only once their stream has been told to wait for what is under way.
 class OnCallersStream {
  public:
   explicit OnCallersStream(const Member& member);
   ~OnCallersStream();
+  OnCallersStream(const OnCallersStream&) = delete;
+  static void keep(const py::object& made);  // in this thread's innermost scope
 
  private:
   Job* job_;
   Program* program_;
   Calling calling_;
+  const int errors_;  // on their way where it began
+  OnCallersStream* const outer_;
+  std::vector<py::object> made_;
+  static thread_local OnCallersStream* innermost;
   std::optional<OnDevice> device_;  // torch's code goes on with the device that it had
 };
 

@@ -1,6 +1,7 @@
 #include "base/cuda_stream.h"
 
 #include <algorithm>
+#include <exception>
 
 namespace gingham {
 namespace {
@@ -66,6 +67,7 @@ void CudaStream::free(void* p) const {
     (at->second.second == Heap::Kind::tensor ? usage_.tensors : usage_.workspace) -= at->second.first;
     blocks_.erase(at);
   }
+  if (broken_off && std::uncaught_exceptions() > 0) broken_off();
   memory_->free(p, stream_);
 }
 

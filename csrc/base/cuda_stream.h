@@ -1,6 +1,7 @@
 // The CUDA half of base/stream.h: work is queued on the stream that the caller computes on, memory comes from the caller's allocator.
 //   order   events between streams, never a wait of the host: a step may run while the host is far ahead, and may be captured in a graph
-//   memory  freed at once on the host; it is used again in the order of the compute stream, which by then waits for all other streams
+//   memory  freed at once on the host; it is used again in the order of the compute stream, which by then waits for all other streams: a call
+//           sees to that before it ends, and where an error leaves it on the way, `broken_off` does
 #pragma once
 #include <atomic>
 #include <functional>
@@ -52,6 +53,7 @@ class CudaStream : public Stream {
   void enter() const { CUDA_CHECK(cudaSetDevice(ordinal_)); }  // makes the device the calling thread's
   void follow(cudaStream_t stream) { stream_ = stream; }
   void take_memory_from(std::shared_ptr<DeviceMemory> memory) { memory_ = std::move(memory); }
+  std::function<void()> broken_off;                 // told of memory that is freed while an error is on its way; throws nothing
   std::function<void(const std::string&)> refused;  // told of an allocation for which there is no memory, before it throws
   void fail_next() { fails_ = true; }               // the next allocation is refused, as though the device had no memory
   void refuse_injected() const;                     // throws where that is this one

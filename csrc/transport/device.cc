@@ -42,7 +42,10 @@ class SideStream {
 
 class CudaGpu : public Gpu {
  public:
-  CudaGpu(int ordinal, Carrier carrier) : stream_(ordinal), order_(stream_), carrier_(carrier) { memory_is_host_ = allocates_on_host(); }
+  CudaGpu(int ordinal, Carrier carrier) : stream_(ordinal), order_(stream_), carrier_(carrier) {
+    memory_is_host_ = allocates_on_host();
+    stream_.broken_off = [this] { break_off(); };
+  }
   Stream& stream() override { return stream_; }
   int ordinal() const override { return stream_.ordinal(); }
   bool memory_is_host() const override { return memory_is_host_; }
@@ -72,6 +75,16 @@ class CudaGpu : public Gpu {
     joined_.record(side_.get());
     joined_.hold_back(native(stream_));
     unjoined_ = false;
+  }
+  void break_off() override {
+    try {
+      order_.break_off();
+      if (!unjoined_) return;
+      joined_.record(side_.get());
+      joined_.hold_back(beside_ ? callers_ : native(stream_));
+    } catch (const Error&) {
+      cudaGetLastError();  // the device or a capture has gone before: there is nothing to wait for
+    }
   }
   int enter(int ordinal) override {
     int before = 0;

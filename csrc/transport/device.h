@@ -30,6 +30,8 @@ class Gpu {
   virtual void beside(std::optional<void*> stream) = 0;
   virtual void back() = 0;
   virtual void join(std::optional<void*> stream) = 0;
+  // A call was left by an error: what is queued from here on, and memory that is freed, comes after all that is under way, messages and calls beside.
+  virtual void break_off() = 0;
   virtual void take_memory_from(std::shared_ptr<DeviceMemory> memory) = 0;
   virtual Heap::Usage usage() const = 0;
   virtual void reset_peak() = 0;

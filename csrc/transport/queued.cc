@@ -9,17 +9,29 @@ bool reached(const Event& event) { return cudaEventQuery(event.get()) != cudaErr
 
 }  // namespace
 
+// Groups run one after the other, so that the end of the last line is the end of all.
+void GroupOrder::break_off() {
+  for (Queued* axis : axes) axis->forget();
+  const cudaStream_t stream = native(compute);
+  if (!last_stream || capture_of(last_stream) != capture_of(stream)) return;
+  all.record(last_stream);
+  all.hold_back(stream);
+}
+
 Queued::Queued(std::unique_ptr<Axis> shared, GroupOrder& order) : Axis(shared->rank(), shared->size()), shared_(std::move(shared)), order_(order) {
   compute().enter();
   int least = 0, greatest = 0;
   CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
   // Above the compute stream's priority: the few blocks of a message must not wait for a product's last wave.
   for (Line& line : lines_) CUDA_CHECK(cudaStreamCreateWithPriority(&line.stream, cudaStreamNonBlocking, greatest));
+  order_.axes.push_back(this);
 }
 
 Queued::~Queued() {
+  std::erase(order_.axes, this);
   for (Line& line : lines_) {
-    if (order_.last_stream == line.stream) order_.last = nullptr;  // it ends here; its calls have joined it to the compute stream
+    // It ends here; its calls have joined it to the compute stream.
+    if (order_.last_stream == line.stream) order_.last = nullptr, order_.last_stream = nullptr;
     if (line.stream) cudaStreamDestroy(line.stream);
   }
 }
@@ -64,6 +76,7 @@ void Queued::flush(Line& line) {
   if (line.last_groups.size() < kRemembered) line.last_groups.emplace_back();
   Group& group = this->group(line, line.groups + 1);
   if (!capture) group.begin.record(line.stream);
+  order_.last_stream = line.stream;
   carry(static_cast<int>(&line - lines_.data()), line.waiting);
   {
     const std::lock_guard lock(mutex_);
@@ -72,7 +85,6 @@ void Queued::flush(Line& line) {
     line.groups++;
   }
   order_.last = &group;
-  order_.last_stream = line.stream;
   for (const Message& m : line.waiting) {
     LaneState& lane = lanes_[static_cast<size_t>(m.lane)];
     if (m.way == Way::recv) {
@@ -83,6 +95,11 @@ void Queued::flush(Line& line) {
     }
   }
   line.waiting.clear();
+}
+
+void Queued::forget() {
+  open_groups_ = 0;
+  for (Line& line : lines_) line.waiting.clear();
 }
 
 bool Queued::idle() {

@@ -7,6 +7,9 @@
 // from previous}, which no rank can block. group_start() and group_end() put any number of messages into one group.
 // Groups of all lines run one after the other in the order in which the host queued them (GroupOrder). Ranks queue the same groups, so that
 // no two of them can wait for each other on different communicators, even where a device progresses only one at a time.
+// A call that an error leaves does not come to its arrived() and drain(), but its memory is free to be used again: GroupOrder::break_off() holds
+// the compute stream back in their place, and drops what was not queued yet. Where messages never end the watch aborts their communicators, and
+// the stream goes on.
 // In a graph capture no stream may wait for what was queued outside of it, nor the other way round (GroupEnd::capture).
 // Keys, rows and shapes of a call are compared through shared memory on the host, as on the CPU (shm).
 #pragma once
@@ -32,11 +35,16 @@ struct Group {
   }
 };
 
-// What the axes of one rank share: its compute stream, and the group queued last.
+class Queued;
+
+// What the axes of one rank share: its compute stream, the group queued last, and the line to which one went last, whole or in part.
 struct GroupOrder {
   explicit GroupOrder(CudaStream& compute) : compute(compute) {}
+  // Kernels queued from here on come after all that the lines have been given so far, what still waits on the host is never sent.
+  void break_off();
   CudaStream& compute;
-  Event entry;
+  std::vector<Queued*> axes;
+  Event entry, all;
   const Group* last = nullptr;
   cudaStream_t last_stream = nullptr;
 };
@@ -72,7 +80,8 @@ class Queued : public Axis, public Board, public Ring {
   // For a watch, a thread of its own: seconds since the oldest group that has not ended could begin; 0 where there is none. What a group waits
   // for (kernels, groups of other axes) is not its own time, and captured groups are left out: a question about their events breaks the capture.
   double waiting();
-  bool idle();  // whether all its groups have ended, captured ones aside
+  void forget();  // the messages that wait on the host
+  bool idle();    // whether all its groups have ended, captured ones aside
 
  protected:
   enum class Way { send, recv };

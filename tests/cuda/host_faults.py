@@ -44,7 +44,7 @@ RECEIVED += "    ring_.group_end();\n"
 APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
-DEVICE, BESIDE = "transport/device.cc", "sums beside the caller"
+DEVICE, BESIDE, LEFT = "transport/device.cc", "sums beside the caller", "what an error left is not sent"
 
 FAULTS = [
     host("work beside does not wait for the caller's", "order", DEVICE, "    forked_.hold_back(side_.get());\n", "", BESIDE),
@@ -213,6 +213,25 @@ FAULTS = [
         "a refused send closes its group",
     ),
     host("aborted under a call", "watch", NCCL, "  const std::lock_guard calls(world_.calls_);\n", "", "an abort waits for a call"),
+    host(
+        "memory is free under messages that an error left",
+        "memory",
+        "base/cuda_stream.cc",
+        "  if (broken_off && std::uncaught_exceptions() > 0) broken_off();\n",
+        "",
+        "memory outlasts messages",
+    ),
+    host("an error leaves messages unjoined", "event", QUEUED, "  all.hold_back(stream);\n", "", "memory outlasts messages", LEFT),
+    host("an error leaves half a group unjoined", "event", QUEUED, "  order_.last_stream = line.stream;\n  carry", "  carry", LEFT),
+    host("an error leaves messages to be sent", "group", QUEUED, "  for (Queued* axis : axes) axis->forget();\n", "", LEFT),
+    host(
+        "an error leaves work beside unjoined",
+        "order",
+        DEVICE,
+        "      joined_.hold_back(beside_ ? callers_ : native(stream_));\n",
+        "",
+        LEFT,
+    ),
     host(
         "messages' streams wait for the default stream",
         "stream",

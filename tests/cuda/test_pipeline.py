@@ -16,7 +16,8 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-VIRTUAL, REFUSED, ONE_THREAD = (Path(__file__).parent / "fake" / name for name in ("hosts.py", "refused.py", "one_thread.py"))
+FAKE = Path(__file__).parent / "fake"
+VIRTUAL, REFUSED, ONE_THREAD, BROKEN_OFF = (FAKE / name for name in ("hosts.py", "refused.py", "one_thread.py", "broken_off.py"))
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +108,15 @@ def test_what_attention_on_gpus_refuses(package: Path) -> None:
         assert "heads of 264" in ring and "at most 256" in ring and "ring=False" in ring, ring
         assert "too wide for GPUs" in order and "rank 1" in core and "heads of 264 float32" in core, (order, core)
         assert same
+
+
+def test_memory_outlasts_messages(package: Path) -> None:
+    """Of a group that nobody has settled, and of a call that an error leaves while one of its messages hangs."""
+    faults = {"FAKE_NCCL_HANG": "0,4", "FAKE_NCCL_REFUSE": "0,5"}
+    out = run([sys.executable, str(BROKEN_OFF)], fake_build.package_environment(package, **faults), limit=120)
+    seen = json.loads(out.splitlines()[-1])
+    assert [(alive, left, under_way) for alive, left, _, under_way in seen] == [(2, 0, 0)] * 4, seen
+    assert "a send was refused (injected)" in seen[0][2], seen
 
 
 @pytest.mark.parametrize(

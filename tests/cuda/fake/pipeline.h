@@ -16,6 +16,7 @@ unsigned long long fake_legacy_uses();
 unsigned long long fake_legacy_joins();
 unsigned long long fake_nccl_received();
 int fake_nccl_open_groups();
+int fake_nccl_under_way();
 cudaError_t fake_enqueue(void* stream, void (*work)(void*), void* data);
 }
 
@@ -77,6 +78,7 @@ void a_late_hang_is_named();
 void long_kernels_are_no_stall();
 void a_refused_send_closes_its_group();
 void an_abort_waits_for_a_call();
+void memory_outlasts_messages();
 void a_scope_gives_the_device_back();
 void slots_of_copies_are_taken_in_turn();
 void some_shares_are_empty();
@@ -84,6 +86,7 @@ void some_shares_are_empty();
 // Of pipeline_beside.cc.
 void sums_beside_the_caller();
 void sums_beside_are_captured();
+void what_an_error_left_is_not_sent();
 void sums_beside_run_while_the_caller_does();
 
 }  // namespace gingham

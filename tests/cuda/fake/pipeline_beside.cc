@@ -123,6 +123,29 @@ Row captured(Rank& rank) {
   return {static_cast<double>(wrong + differing(x, 16))};
 }
 
+// The second send of rank 0 is refused, in a sum beside: the caller waits for the first, and what was not queued, whose memory the call has
+// given back, must not leave with the next messages.
+Row refused(Rank& rank) {
+  Room x(rank.job, 1, kCount, DType::f32);
+  bool told = false;
+  rank.gpu().beside(std::nullopt);
+  try {
+    rank.sum(x.view());
+  } catch (const Error&) {
+    told = true;
+    rank.gpu().break_off();  // as a call of the binding does on its way out
+  }
+  rank.gpu().back();
+  const bool joined = fake_unjoined(rank.job.stream().native()) == 0;
+  Ring& ring = rank.axis->ring();
+  const uint64_t queued = ring.queued(0);
+  ring.group_start();
+  ring.group_end();
+  rank.gpu().join(std::nullopt);  // of ranks that saw no error
+  const bool right = told && joined && ring.queued(0) == queued;
+  return {static_cast<double>(rank.job.rank() == 0 && !right)};
+}
+
 void expect_none_wrong(Row (*body)(Rank&)) {
   const auto rows = run_ranks(kRanks, As::processes, [&](Job& job, Program& program) {
     Options o = options(Carrier::nccl, {1, 1, 1});
@@ -141,6 +164,11 @@ void sums_beside_the_caller() {
 }
 
 void sums_beside_are_captured() { expect_none_wrong(captured); }
+
+void what_an_error_left_is_not_sent() {
+  const With second("FAKE_NCCL_REFUSE", "0,1");
+  expect_none_wrong(refused);
+}
 
 void sums_beside_run_while_the_caller_does() { expect_none_wrong(overlapped); }
 

@@ -78,6 +78,19 @@ void an_abort_waits_for_a_call() {
   EXPECT(said.find("NCCL reports on rank 0") != std::string::npos, "it said: ", said);
 }
 
+// A call that an error leaves while a message hangs: the fake runtime ends a process that uses the memory of one again.
+void memory_outlasts_messages() {
+  const With hang("FAKE_NCCL_HANG", "0,1");
+  for (const char* which : {"0,2", "0,3"}) {
+    const With refused("FAKE_NCCL_REFUSE", which);
+    Options o = options(Carrier::nccl, {1, 2, 1});
+    o.name = "backward";
+    o.slices = 4;
+    const std::string said = failure_of(o, 1, [] {});
+    EXPECT(said.find("a send was refused (injected)") != std::string::npos, "it said: ", said);
+  }
+}
+
 // Rank 1 computes on device 1 and its thread was on another.
 void a_scope_gives_the_device_back() {
   Options o = options(Carrier::nccl, {1, 2, 1});
