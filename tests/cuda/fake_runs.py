@@ -23,12 +23,10 @@ PYTHON_TESTS = {
     "rings": [f"tests/python/nn/test_ring.py::test_{name}" for name in RINGS],
 }
 NAMED = """agreement data ending faults gradients hybrid_options indices memory_at_rest operations optimizers parallel_config
-planner_hybrids ranges second_order train training_tools versions writes acceptance bad_input checked checked_trials fork mesh spawn
+planner_hybrids ranges second_order train training_tools versions writes acceptance bad_input checked checked_trials fork mesh meshes spawn
 transforms limits"""
 # Minutes together. Not in them: cli (no microbenchmark is built over the fakes), checksums, compare, layout, planner, planner_models and
-# defects_of_peers (they ask for no device), hosts/, integrations/ and test_meshes.py. In the last a rank that survives another's
-# death was ended by a signal in 3 of 33 runs, its heap corrupted: not understood, perhaps messages under way that write into tensors
-# which the error has freed, on a GPU the allocator's memory and here malloc's. A rank of test_agreement.py ended so once.
+# defects_of_peers (they ask for no device), hosts/ and integrations/.
 LONG_TESTS = {
     "checkpoints": sorted(str(path.relative_to(nvcc.ROOT)) for path in nvcc.ROOT.glob("tests/python/test_checkpoint*.py")),
     "hybrids": ["tests/python/test_hybrids.py"],
