@@ -48,8 +48,8 @@ def build(kernels: str, sanitizer: str = "", binding: bool = False, source: Path
     return folder
 
 
-def check(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+def check(*command: str, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
 
 

@@ -19,6 +19,7 @@
 #include "kernels/layer_norm.h"
 
 void shim_enqueue(cudaStream_t stream, std::function<void()> work);
+extern "C" void fake_note(cudaStream_t stream, const char* text);
 
 namespace gingham {
 namespace {
@@ -32,6 +33,15 @@ const Malloc kHost;
 
 void later(const Stream& stream, std::function<void()> work) { shim_enqueue(static_cast<cudaStream_t>(stream.native()), std::move(work)); }
 
+// For the model of time (trace.cc).
+template <class... Parts>
+void note(const Stream& stream, const Parts&... parts) {
+  fake_note(static_cast<cudaStream_t>(stream.native()), concat(parts...).c_str());
+}
+void note_product(const Stream& stream, const Matrix& a, const Matrix& b, bool adds, size_t stored) {
+  note(stream, "gemm ", a.rows, " ", b.cols, " ", a.cols, " ", adds ? 1 : 0, " ", stored);
+}
+
 void forget(const Matrix& m) {
   DISPATCH(m.dtype, T, {
     for (int64_t i = 0; i < m.rows; i++)
@@ -44,15 +54,19 @@ void forget(const Matrix& m) {
 namespace cuda {
 
 void accumulate(const Matrix& a, const Matrix& b, const Stream& stream) {
+  note(stream, "accumulate ", a.bytes() + 2 * b.bytes());
   later(stream, [=] { gingham::accumulate(a, b, kHost); });
 }
 void column_sums(const Matrix& a, const Matrix& out, bool add, const Stream& stream) {
+  note(stream, "sums ", a.bytes());
   later(stream, [=] { gingham::column_sums(a, out, add, kHost); });
 }
 void cast(const Matrix& from, const Matrix& to, const Stream& stream) {
+  note(stream, "cast ", from.bytes() + to.bytes());
   later(stream, [=] { gingham::cast(from, to, kHost); });
 }
 void fill_zero(const Matrix& m, const Stream& stream) {
+  note(stream, "fill ", m.bytes());
   later(stream, [=] { gingham::fill_zero(m, kHost); });
 }
 void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& local, const std::vector<int64_t>& global,
@@ -60,18 +74,22 @@ void dropout(const void* x, void* y, DType dtype, const std::vector<int64_t>& lo
   later(stream, [=] { gingham::dropout(x, y, dtype, local, global, offset, key, kHost); });
 }
 void accumulate_into(const Matrix& a, const Matrix& b, const Matrix& out, const Stream& stream) {
+  note(stream, "accumulate ", a.bytes() + b.bytes() + out.bytes());
   later(stream, [=] { gingham::accumulate_into(a, b, out, kHost); });
 }
 void epilogue(const Matrix& c, const Tail& tail, const Stream& stream) {
+  note(stream, "epilogue ", c.bytes() + tail.z.bytes() + tail.y.bytes());
   later(stream, [=] { gingham::epilogue(c, tail, kHost); });
 }
 void activation_backward(const Matrix& dy, const Matrix& z, const Matrix& dz, Epilogue kind, const Stream& stream) {
   later(stream, [=] { gingham::activation_backward(dy, z, dz, kind, kHost); });
 }
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Stream& stream) {
+  note_product(stream, a, b, accumulate, size_of(c.dtype));
   later(stream, [=] { gingham::gemm(a, b, c, accumulate, kHost); });
 }
 void gemm(const Matrix& a, const Matrix& b, const Matrix& c, bool accumulate, const Tail& tail, const Stream& stream) {
+  note_product(stream, a, b, accumulate, (tail.keeps_sum ? 4 : 0) + (tail.z.empty() ? 0 : size_of(tail.z.dtype)) + (tail.y.empty() ? 0 : 2));
   later(stream, [=] {
     gingham::gemm(a, b, c, accumulate, tail, kHost);
     if (!tail.keeps_sum && c.data) forget(c);  // a GPU's kernel does not store it

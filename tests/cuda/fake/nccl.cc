@@ -10,6 +10,7 @@
 #include <list>
 
 #include "mailbox.h"
+#include "stream.h"
 
 namespace fake {
 namespace {
@@ -102,6 +103,11 @@ void Comm::launch(cudaStream_t stream, const std::vector<standin::Op>& ops) {
   if (chosen("FAKE_NCCL_SLOW", *this, static_cast<int>(device->launched++))) nap(500000);
   inside--;
   if (aborted.load()) throw standin::Refused(ncclInvalidUsage, "the communicator was aborted");
+  std::string told;
+  for (const standin::Op& op : ops)
+    told += std::string(told.empty() ? "" : " ") + (op.sends ? "s," : "r,") + std::to_string(members_.hall) + "," +
+            std::to_string(members_.ranks[static_cast<size_t>(op.peer)]) + "," + std::to_string(op.bytes);
+  trace(stream_of(stream), 'G', told);
   enqueue(stream, [group = std::make_shared<Group>(*this, ops)] { run(*group); });
 }
 

@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <set>
+#include <string>
 
 #include "capture.h"
 #include "fake.h"
@@ -15,6 +16,8 @@
 namespace fake {
 
 class Stream;
+bool tracing();  // of trace.cc
+void trace(const Stream& stream, char what, const std::string& text);
 
 // A point that a stream reaches.
 class Ticket {
@@ -45,6 +48,8 @@ class Ticket {
   std::chrono::steady_clock::time_point when_;
 
  public:
+  static inline std::atomic<uint64_t> made{0};
+  const uint64_t number = made++;
   std::map<const Stream*, uint64_t> clock;  // of the stream where the event was recorded
   std::shared_ptr<Capture> capture;         // that the stream was part of
 };
@@ -86,12 +91,14 @@ class Stream {
     const std::lock_guard lock(mutex_);
     ticket->clock = clock_;
     ticket->capture = capture_;
+    trace(*this, 'R', std::to_string(ticket->number));
     push([ticket] { ticket->punch(); });
     return ticket;
   }
   void wait_for(const std::shared_ptr<Ticket>& ticket) {
     const std::lock_guard lock(mutex_);
     for (const auto& [stream, work] : ticket->clock) clock_[stream] = std::max(clock_[stream], work);
+    trace(*this, 'W', std::to_string(ticket->number));
     push([ticket] { ticket->wait(); });
   }
   std::map<const Stream*, uint64_t> clock() {
@@ -178,6 +185,8 @@ class Stream {
   bool ended_ = false;
 
  public:
+  static inline std::atomic<int> made{0};
+  const int number = made++;
   const int device;
   const bool blocking;  // by the default stream of its device
 

@@ -1,0 +1,246 @@
+"""The expected overlap of one Linear of a deep stack, forward and backward, on 8 H100s of one NVLink host at 2.5D (q = 2, depth 2).
+
+    PYTHONPATH=tests python -m cuda.overlap      prints the table of docs/cuda.md
+
+What a step queues is not assumed: fake/deep.py runs the host side on fake devices, every size divided by SCALE, and what each rank
+queues on which stream, with its events, is written down (fake/trace.cc). Here that is replayed in time, which is a model: several
+GPUs were never seen. It assumes:
+
+  host             ahead of the devices at all times, as in a CUDA graph
+  links            380 GB/s a direction of 450, shared by all messages of a rank under way; 8 us until a group's first byte
+  products         R / (1 + H / K), R = 808 TFLOP/s, H = 265 with results in 16 bits: through 759 at K = 4096 and 642 at K = 1024,
+                   both measured on one H100. H = 400 where C is fp32, stored or added to: 581 at K = 1024, the slow end of what was
+                   computed for it (docs/cuda.md)
+  other kernels    what they read and write at 3.0 TB/s, and 2 us
+  kernels at once  of two streams share the device evenly
+  multiprocessors  messages by NCCL hold 16 of 132 while one is under way: products are that much slower (maxCTAs is not set: NCCL
+                   may take more); by copy engines none
+
+A share is the time of one layer's products alone, each in one launch with results in 16 bits, over what a layer adds to a step:
+stacks of two depths are compared, so that the first and the last layer, which have nothing beside them, do not count. What torch
+computes between layers is left out.
+"""
+
+from __future__ import annotations
+
+import collections
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cuda import fake_build
+
+NVLINK, ALPHA, HBM, LAUNCH = 380e9, 8e-6, 3.0e12, 2e-6
+BEST, NARROW, WIDE = 808e12, 265.0, 400.0
+BLOCKS, MULTIPROCESSORS = 16, 132
+RANKS, Q, DEPTH = 8, 2, 2
+SCALE = 64  # by which sizes are divided on the fake devices
+DEPTHS = (2, 4)  # layers of the two stacks
+SHAPES = ((16384, 8192), (8192, 8192), (32768, 16384))
+DEEP = Path(__file__).parent / "fake" / "deep.py"
+
+
+@dataclass
+class Work:
+    """A piece of a rank's stream. seconds: of a kernel alone on the device."""
+
+    kind: str  # kernel, product, record, wait, group
+    seconds: float = 0.0
+    ticket: int = -1
+    messages: list[tuple[str, int, int, float]] = field(default_factory=list)  # way, hall, peer, bytes
+
+
+@dataclass
+class Transfer:
+    source: int
+    target: int
+    left: float  # bytes
+    ends: int = 0  # that have begun
+    since: float = 0.0
+
+
+def product_seconds(m: int, n: int, k: int, adds: bool, stored: int) -> float:
+    flops = 2.0 * m * n * k / BEST * (1 + (WIDE if adds or stored > 2 else NARROW) / k)
+    return max(flops, (2 * (m * k + k * n) + m * n * (stored + 4 * adds)) / HBM)
+
+
+def kernel(words: list[str], scale: int) -> Work:
+    if words[0] == "gemm":
+        m, n, k, adds, stored = map(int, words[1:])
+        return Work("product", product_seconds(m * scale, n * scale, k * scale, bool(adds), stored))
+    return Work("kernel", int(words[1]) * scale**2 / HBM + LAUNCH)
+
+
+def read(path: Path, scale: int, marks: tuple[str, str]) -> dict[int, list[Work]]:
+    """The streams of a rank between two marks."""
+    streams: dict[int, list[Work]] = collections.defaultdict(list)
+    on = False
+    for line in path.read_text().splitlines():
+        what, first, *words = line.split(" ")
+        if what == "M":
+            text = " ".join([first, *words])
+            on = text == marks[0] or (on and text != marks[1])
+            continue
+        if not on:
+            continue
+        stream = streams[int(first)]
+        if what == "K":
+            stream.append(kernel(words, scale))
+        elif what in "RW":
+            stream.append(Work("record" if what == "R" else "wait", ticket=int(words[0])))
+        else:
+            parts = [word.split(",") for word in words]
+            stream.append(Work("group", messages=[(way, int(hall), int(peer), int(size) * scale**2) for way, hall, peer, size in parts]))
+    return streams
+
+
+class Machine:
+    """All ranks' streams, replayed."""
+
+    def __init__(self, ranks: list[dict[int, list[Work]]], lent: int) -> None:
+        self.queues = {(rank, stream): collections.deque(work) for rank, streams in enumerate(ranks) for stream, work in streams.items()}
+        self.known = [{work.ticket for works in streams.values() for work in works if work.kind == "record"} for streams in ranks]
+        self.done: list[set[int]] = [set() for _ in ranks]
+        self.lent, self.now = lent, 0.0
+        self.left: dict[tuple[int, int], float] = {}  # seconds of the kernels under way
+        self.transfers: dict[tuple[int, int, int, int], Transfer] = {}
+        self.counts: collections.Counter[tuple[int, int, int, str]] = collections.Counter()
+        self.groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+        self.busy = [0.0] * len(ranks)  # seconds in which a rank had a product under way
+
+    def run(self) -> float:
+        while any(self.queues.values()):
+            changed = True
+            while changed:
+                changed = False
+                for place in self.queues:
+                    changed |= self._begin(place)
+            if any(self.queues.values()):
+                self._advance()
+        return self.now
+
+    def _begin(self, place: tuple[int, int]) -> bool:
+        """Starts or ends what stands first in a stream; whether anything changed."""
+        queue, rank = self.queues[place], place[0]
+        if not queue:
+            return False
+        work = queue[0]
+        if work.kind == "record":
+            self.done[rank].add(work.ticket)
+        elif work.kind == "wait":
+            if work.ticket in self.known[rank] and work.ticket not in self.done[rank]:
+                return False
+        elif work.kind == "group":
+            if place not in self.groups:
+                self.groups[place] = [self._join(rank, *message) for message in work.messages if message[3]]
+                return True
+            if any(key in self.transfers for key in self.groups[place]):
+                return False
+            del self.groups[place]
+        else:
+            if place not in self.left:
+                self.left[place] = work.seconds
+                return True
+            if self.left[place] > 1e-12:
+                return False
+            del self.left[place]
+        queue.popleft()
+        return True
+
+    def _join(self, rank: int, way: str, hall: int, peer: int, size: float) -> tuple[int, int, int, int]:
+        source, target = (rank, peer) if way == "s" else (peer, rank)
+        self.counts[hall, source, target, way] += 1
+        key = (hall, source, target, self.counts[hall, source, target, way])
+        transfer = self.transfers.setdefault(key, Transfer(source, target, size))
+        assert transfer.left == size, f"a message of {size} bytes meets one of {transfer.left}"
+        transfer.ends += 1
+        transfer.since = self.now + ALPHA
+        return key
+
+    def _advance(self) -> None:
+        moving = [each for each in self.transfers.values() if each.ends == 2 and each.since <= self.now]
+        out, into = collections.Counter(each.source for each in moving), collections.Counter(each.target for each in moving)
+        talks = {rank for each in self.transfers.values() if each.ends == 2 for rank in (each.source, each.target)}
+        kernels = collections.Counter(rank for rank, _ in self.left)
+        speeds = [NVLINK / max(out[each.source], into[each.target]) for each in moving]
+        rates = {}
+        for place in self.left:
+            slower = (MULTIPROCESSORS - self.lent) / MULTIPROCESSORS if place[0] in talks and self.queues[place][0].kind == "product" else 1
+            rates[place] = slower / kernels[place[0]]
+        times = [each.left / speed for each, speed in zip(moving, speeds, strict=True)]
+        times += [each.since - self.now for each in self.transfers.values() if each.ends == 2 and each.since > self.now]
+        times += [self.left[place] / rate for place, rate in rates.items()]
+        assert times, "every stream waits"
+        step = max(min(times), 1e-12)
+        for place in self.left:
+            if self.queues[place][0].kind == "product":
+                self.busy[place[0]] += step
+        for each, speed in zip(moving, speeds, strict=True):
+            each.left -= speed * step
+        for place, rate in rates.items():
+            self.left[place] -= rate * step
+        self.now += step
+        for key in [key for key, each in self.transfers.items() if each.left <= 1e-3]:
+            del self.transfers[key]
+
+
+def seconds(folder: Path, scale: int, lent: int, marks: tuple[str, str]) -> float:
+    files = sorted(folder.glob("*.txt"), key=lambda path: int(path.stem))
+    assert len(files) == RANKS, f"{folder} holds the queues of {len(files)} ranks, expected {RANKS}"
+    return Machine([read(path, scale, marks) for path in files], lent).run()
+
+
+def record(package: Path, folder: Path, layers: int, tokens: int, width: int) -> Path:
+    """What the ranks queue. package: a build of fake_build with its binding."""
+    folder.mkdir()
+    told = fake_build.package_environment(
+        package, FAKE_TRACE=str(folder), GINGHAM_EARLY_BYTES="0", GINGHAM_CHUNK_BYTES=str((4 << 20) // SCALE**2)
+    )
+    fake_build.check(sys.executable, str(DEEP), *map(str, (layers, tokens // SCALE, width // SCALE)), environment=told)
+    return folder
+
+
+@dataclass
+class Layer:
+    """Seconds that a layer adds to a step, and of its products alone, each with K whole."""
+
+    seconds: float
+    alone: float
+
+    @property
+    def share(self) -> float:
+        return self.alone / self.seconds
+
+
+def layer(package: Path, tokens: int, width: int, lent: int) -> dict[str, Layer]:
+    """Of stacks of Linear(width, width): forward, backward and both."""
+    found = {}
+    with tempfile.TemporaryDirectory() as room:
+        shallow, deep = (record(package, Path(room) / str(layers), layers, tokens, width) for layers in DEPTHS)
+        m, n = tokens // (Q * DEPTH), width // Q
+        y, dx, dw = (product_seconds(*sizes, False, 2) for sizes in ((m, n, width), (m, width, n), (width, n, m)))
+        parts = {
+            "forward": (("step 3", "backward 3"), [y]),
+            "backward": (("backward 3", "step 4"), [dx, dw]),
+            "both": (("step 3", "step 4"), [y, dx, dw]),
+        }
+        for part, (marks, products) in parts.items():
+            one, other = (seconds(folder, SCALE, lent, marks) for folder in (shallow, deep))
+            found[part] = Layer((other - one) / (DEPTHS[1] - DEPTHS[0]), sum(products))
+    return found
+
+
+def main() -> None:
+    package = fake_build.build("cpu", binding=True)
+    print("| tokens x in x out | messages by | pass | products alone | a layer | of the products alone |")
+    print("|---|---|---|---|---|---|")
+    for tokens, width in SHAPES:
+        for name, lent in (("NCCL", BLOCKS), ("copy engines (not built)", 0)):
+            for part, found in layer(package, tokens, width, lent).items():
+                figures = f"{found.alone * 1e3:.2f} ms | {found.seconds * 1e3:.2f} ms | {found.share:.0%}"
+                print(f"| {tokens} x {width} x {width} | {name} | {part} | {figures} |")
+
+
+if __name__ == "__main__":
+    main()
