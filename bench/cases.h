@@ -26,8 +26,11 @@ struct Options {
   bool tf32 = false;
   bool narrow = false;                                     // C of gemm in the operands' 16-bit type
   bool add = false;                                        // C of gemm is added to
+  bool early = false;                                      // W is gathered before the call (between GPUs, where it is cut)
   std::string library = "gingham";                         // cublaslt for gemm, nccl for collectives between GPUs: the yardsticks
   std::function<void(Job&)> before;                        // called before a round is queued
+  std::function<void(Job&)> delay;                         // called before the W of an early gather is written
+  std::function<void(Job&)> between;                       // called when an early gather has its place and is not yet queued
   std::function<void(Job&)> entered;                       // called when the rank has its GPU, before its axes
   std::function<void(Job&)> after;                         // called when a round has been queued, before it is waited for
   std::function<std::vector<Row>(const RankBody&)> start;  // runs the ranks; none: run_ranks, as `as` says

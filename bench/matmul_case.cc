@@ -168,14 +168,30 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   Block y(job, p.m, p.y_n, o, 0), dx(job, p.m, p.x_k, o, 0), dw(job, w_rows, w_cols, o, 0, Storage::column_major);
 
   const bool forward = o.name == "matmul", need_x = o.name != "dw", need_w = o.name != "dx";
+  std::vector<std::unique_ptr<Room>> rooms;                            // of peers' parts of W, used again in every round
+  const Block late(job, w_rows, w_cols, o, 0, Storage::column_major);  // W, which the caller's stream writes in every round
+  std::unique_ptr<EarlyWeights> early;
+  const auto gather = [&] {
+    size_t used = 0;
+    fill_zero(late.view().t(), job.stream());
+    if (o.delay) o.delay(job);
+    cast(w.view(), late.view(), job.stream());
+    early = step.early({late.view()}, [&](int64_t rows, int64_t cols) {
+      if (used == rooms.size()) rooms.push_back(std::make_unique<Room>(job, rows, cols, o.dtype));
+      return rooms[used++]->view();
+    });
+    if (o.between) o.between(job);
+    step.gather(*early);
+  };
   auto once = [&] {
+    if (o.early && step.gathers_early() && o.name != "dw") gather();
     if (forward) {
-      step.forward({x.view(), {w.view()}, {Matrix{}}, o.m, Epilogue::none, [&](int64_t, int64_t) { return y.view(); }});
+      step.forward({x.view(), {w.view()}, {Matrix{}}, o.m, Epilogue::none, [&](int64_t, int64_t) { return y.view(); }, {}, early.get()});
       return;
     }
     bool first = need_x;
     auto allocate = [&](int64_t, int64_t) { return std::exchange(first, false) ? dx.view() : dw.view().t(); };
-    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, true, allocate});
+    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, true, allocate, early.get()});
   };
   const double seconds = median_of_rounds(
       o, [] {},

@@ -167,7 +167,8 @@ void define_job(py::module_& m) {
       .def(
           "trim", [](Job& job, size_t spare) { job.heap().trim(spare); }, py::arg("spare") = 0)
       .def("use_gpu", &use_gpu, py::arg("ordinal"), py::arg("tf32") = false)
-      .def("beside", &beside)
+      .def("mark", &mark)
+      .def("beside", &beside, py::arg("mark") = 0)
       .def("back", &back)
       .def("join", &join)
       .def_property_readonly("has_gpu", [](Job& job) { return job.gpu() != nullptr; })
@@ -243,14 +244,19 @@ void define_step(py::module_& m) {
            }),
            py::arg("axis"), py::arg("dim"), py::arg("offsets"), py::arg("replicated") = false);
 
+  py::class_<BoundEarly, std::shared_ptr<BoundEarly>>(m, "Early");
   py::class_<BoundStep, std::shared_ptr<BoundStep>>(m, "Step")
       .def(py::init<Member, const std::string&, const OperandSpec&, const std::vector<OperandSpec>&, const std::vector<OperandSpec>&,
                     std::shared_ptr<BoundAxis>, const std::string&, int64_t, const std::vector<int64_t>&, int, bool>(),
            py::arg("program"), py::arg("name"), py::arg("x"), py::arg("w"), py::arg("y"), py::arg("depth"), py::arg("slice_dim"), py::arg("k"),
            py::arg("n"), py::arg("slices") = 1, py::arg("out_in") = true)
-      .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none", py::arg("out_dtype") = "")
+      .def("forward", &BoundStep::forward, py::arg("x"), py::arg("ws"), py::arg("biases"), py::arg("epilogue") = "none", py::arg("out_dtype") = "",
+           py::arg("early") = nullptr)
+      .def("early", &BoundStep::early, py::arg("ws"))
+      .def("gather", &BoundStep::gather, py::arg("early"))
+      .def_property_readonly("gathers_early", &BoundStep::gathers_early)
       .def("backward", &BoundStep::backward, py::arg("x"), py::arg("ws"), py::arg("dys"), py::arg("need_x"), py::arg("need_w"), py::arg("need_b"),
-           py::arg("reduce_depth") = true, py::arg("reduce_bias") = true);
+           py::arg("reduce_depth") = true, py::arg("reduce_bias") = true, py::arg("early") = nullptr, py::arg("wide_w") = false);
 }
 
 void define_functions(py::module_& m) {

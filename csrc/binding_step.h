@@ -48,6 +48,22 @@ struct OperandSpec {
   Operand operand() const { return {axis ? &axis->axis() : nullptr, dim, offsets, replicated}; }
 };
 
+// What BoundStep::early made, with the tensors that it comes into: settled when it goes, so that nothing is written into their memory afterwards.
+struct BoundEarly {
+  Member member;
+  std::vector<std::shared_ptr<BoundAxis>> kept;
+  Objects tensors;
+  std::unique_ptr<EarlyWeights> weights;
+  ~BoundEarly() {
+    if (!weights || !weights->begun()) return;
+    try {
+      const OnCallersStream on_stream(member);
+      weights->settle();
+    } catch (const std::exception&) {  // the job is over, which its next call tells
+    }
+  }
+};
+
 class BoundStep {
  public:
   BoundStep(Member member, const std::string& name, const OperandSpec& x, const std::vector<OperandSpec>& w, const std::vector<OperandSpec>& y,
@@ -61,7 +77,8 @@ class BoundStep {
   }
 
   // out_dtype: of the results; "": x's. float32 for 16-bit operands: their sums are kept as they are made.
-  Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind, const std::string& out_dtype) {
+  Objects forward(const py::object& x, const Objects& ws, const Objects& biases, const std::string& kind, const std::string& out_dtype,
+                  const std::shared_ptr<BoundEarly>& early) {
     CHECK(ShapeError, ws.size() == maps_ && biases.size() == maps_, "step of ", maps_, " weights got ", ws.size(), " and ", biases.size(), " biases");
     CHECK(ShapeError, kind == "none" || kind == "gelu", "epilogue=", kind, ", expected none or gelu");
     const OnCallersStream on_stream(member_);
@@ -70,6 +87,7 @@ class BoundStep {
     Step::Forward call;
     call.x = tx.matrix();
     call.lead = tx.shape[0];
+    call.early = early ? early->weights.get() : nullptr;
     for (size_t i = 0; i < maps_; i++) {
       call.w.push_back(weight(ws[i]));
       call.bias.push_back(biases[i].is_none() ? Matrix{} : bias(biases[i], call.w[i]));
@@ -90,8 +108,9 @@ class BoundStep {
     return made.of(results);
   }
 
+  // wide_w: gradients of weights in 16 bits are float32, as they are summed.
   py::tuple backward(const py::object& x, const Objects& ws, const Objects& dys, bool need_x, bool need_w, const std::vector<bool>& need_b,
-                     bool reduce_depth, bool reduce_bias) {
+                     bool reduce_depth, bool reduce_bias, const std::shared_ptr<BoundEarly>& early, bool wide_w) {
     CHECK(ShapeError, ws.size() == maps_ && dys.size() == maps_ && need_b.size() == maps_, "step of ", maps_, " weights got ", dys.size(),
           " gradients");
     const OnCallersStream on_stream(member_);
@@ -118,6 +137,7 @@ class BoundStep {
     call.need_w = need_w;
     call.reduce_depth = reduce_depth;
     call.reduce_bias = reduce_bias;
+    call.early = early ? early->weights.get() : nullptr;
     Results made(member_.job);
     call.allocate = [&](int64_t rows, int64_t cols) {
       // dX (and only dX) has the leading dims of X; it is the first tensor made.
@@ -125,6 +145,10 @@ class BoundStep {
       if (as_x) shape.back() = cols;
       return made.add(as_x ? shape : std::vector<int64_t>{rows, cols}, dtype, as_x ? Heap::Kind::tensor : Heap::Kind::lasting);
     };
+    if (wide_w)
+      call.allocate_w = [&](int64_t rows, int64_t cols) {
+        return made.add({rows, cols}, size_of(call.dy[0].dtype) == 2 ? "float32" : dtype, Heap::Kind::lasting);
+      };
     Step::Gradients g;
     {
       py::gil_scoped_release nogil;
@@ -134,6 +158,34 @@ class BoundStep {
     for (auto& b : db)
       if (!b.is_none()) b = b.attr("view")(-1);
     return py::make_tuple(made.of(g.dx), made.of(g.dw), db);
+  }
+
+  bool gathers_early() const { return step_.gathers_early(); }
+
+  // Room for ws, of a later call, which gather() fills.
+  std::shared_ptr<BoundEarly> early(const Objects& ws) {
+    CHECK(ShapeError, ws.size() == maps_, "step of ", maps_, " weights got ", ws.size());
+    const OnCallersStream on_stream(member_);
+    auto out = std::make_shared<BoundEarly>();
+    out->member = member_;
+    out->kept = kept_;
+    std::vector<Matrix> w;
+    for (const py::object& each : ws) w.push_back(weight(each));
+    const std::string dtype = tensor_of(ws[0], "weight", member_.job).dtype_name;
+    const auto allocate = [&](int64_t rows, int64_t cols) {
+      py::gil_scoped_acquire gil;
+      const Made made = make_tensor(member_.job, {rows, cols}, dtype, Heap::Kind::workspace);
+      out->tensors.push_back(made.object);
+      return Tensor{made.data, dtype_of(dtype), {}, {rows, cols}}.matrix();
+    };
+    for (const py::object& each : ws) out->tensors.push_back(each);
+    out->weights = step_.early(w, allocate);
+    return out;
+  }
+  void gather(const std::shared_ptr<BoundEarly>& early) {
+    const OnCallersStream on_stream(member_);
+    py::gil_scoped_release nogil;
+    step_.gather(*early->weights);
   }
 
  private:

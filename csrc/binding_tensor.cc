@@ -233,8 +233,13 @@ void on_gpu(Job& job, Fn fn) {
 
 }  // namespace
 
-uintptr_t beside(Job& job) {
-  on_gpu(job, [](Gpu& gpu) { gpu.beside(torch_stream(gpu)); });
+uint64_t mark(Job& job) {
+  uint64_t made = 0;
+  on_gpu(job, [&made](Gpu& gpu) { made = gpu.mark(torch_stream(gpu)); });
+  return made;
+}
+uintptr_t beside(Job& job, uint64_t mark) {
+  on_gpu(job, [mark](Gpu& gpu) { gpu.beside(torch_stream(gpu), mark); });
   return reinterpret_cast<uintptr_t>(job.gpu()->stream().native());
 }
 void back(Job& job) {

@@ -60,7 +60,8 @@ class OnCallersStream {
 
 // Of the rank's GPU, whose stream is torch's in this thread: see Gpu. Without a GPU they throw MeshError. beside gives the stream, which must be
 // torch's current one until back(): workspace is torch's.
-uintptr_t beside(Job& job);
+uintptr_t beside(Job& job, uint64_t mark);
+uint64_t mark(Job& job);
 void back(Job& job);
 void join(Job& job);
 

@@ -81,6 +81,7 @@ std::string Call::text() const {
   for (int bit = 0; bit < 3; bit++) out += has(bit) ? words[bit] : "";
   for (int map = 0; map < kMapBits; map++) out += has(kBiasGradient + map) ? concat(" bias ", map, "'s gradient") : "";
   out += has(kEpilogue) ? " the output with gelu" : "";
+  out += has(kEarly) ? " weights gathered ahead" : "";
   for (int map = 0; map < kMapBits; map++) out += has(kBias + map) ? concat(" bias ", map) : "";
   return out + ")";
 }

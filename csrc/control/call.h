@@ -20,7 +20,7 @@ struct Label {
 
 // A step's flags: bits 1 to 7 its slice dim, 8 to 31 the slices, and from 32 on what it computes.
 constexpr uint64_t kStep = uint64_t{1} << 63;
-enum StepBit { kInputGradient, kWeightGradient, kDepthSum, kBiasGradient, kBiasSum = 11, kEpilogue = 12, kBias };
+enum StepBit { kInputGradient, kWeightGradient, kDepthSum, kBiasGradient, kBiasSum = 11, kEpilogue = 12, kBias, kEarly = 21 };
 // Of attention over a cut sequence: what it does.
 constexpr uint64_t kAttention = uint64_t{1} << 62;
 enum AttentionBit { kCausal, kZigzag, kMasked, kDropping };

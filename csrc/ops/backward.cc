@@ -15,6 +15,7 @@ struct ProjectionState {
   Pipeline::Slot w_slot, dy_slot, dw_slot;
   Input* dy_in = nullptr;
   bool dw_rounded = false;  // the last product stores dw
+  bool dw_adding = false;   // its sums go through Pipeline::adding
 };
 
 class BackwardRun {
@@ -53,6 +54,7 @@ class BackwardRun {
   void begin() {
     const Step::Config& c = step_.config;
     step_.flag(kInputGradient, call_.need_x);
+    step_.flag(kEarly, call_.early != nullptr);
     step_.flag(kWeightGradient, call_.need_w);
     step_.flag(kDepthSum, call_.reduce_depth);
     step_.flag(kBiasSum, call_.reduce_bias);
@@ -87,6 +89,7 @@ class BackwardRun {
 
   void declare_x() {
     const Operand& x = step_.config.x;
+    if (call_.early) call_.early->settle();
     if (call_.need_w) {
       x_ = in_x(step_.d) < 0 ? step_.pipeline.gathered(x, step_.x_cuts, call_.x) : call_.x;
       x_slot_ = step_.pipeline.declare(step_.x_place(), call_.x);
@@ -94,8 +97,9 @@ class BackwardRun {
     if (call_.need_x) {
       out_.dx = call_.allocate(own_size(x, step_.x_cuts, 0, m_), own_size(x, step_.x_cuts, 1, k_));
       // Maps that have groups of their own add to dX one after the other.
-      dx_rounded_ = step_.groups.size() == 1 && step_.rounded_by_gemm(x, step_.groups[0], out_.dx.dtype);
-      dx_sum_ = step_.sums_beside(out_.dx, Storage::row_major, dx_rounded_, in_x(step_.d), step_.groups[0], states_.size());
+      dx_adding_ = step_.adds_to_arrivals(x, in_x(step_.d), call_.need_w);
+      dx_rounded_ = step_.groups.size() == 1 && step_.rounded_by_gemm(x, step_.groups[0], out_.dx.dtype, dx_adding_);
+      dx_sum_ = step_.sums_beside(out_.dx, Storage::row_major, dx_rounded_, in_x(step_.d), step_.groups[0], states_.size(), dx_adding_);
       dx_block_ = in_x(step_.d) < 0 ? step_.pipeline.block_for(x, step_.x_cuts, dx_sum_) : dx_sum_;
       dx_slot_ = step_.pipeline.declare(step_.x_place(), dx_sum_, Pipeline::Role::output);
     }
@@ -108,15 +112,17 @@ class BackwardRun {
     state.dy = in_y(step_.d) < 0 ? step_.pipeline.gathered(step_.config.maps[i].y, step_.y_cuts[i], call_.dy[i]) : call_.dy[i];
     state.dy_slot = step_.pipeline.declare(step_.y_place(i), call_.dy[i]);
     const Operand& place = step_.config.maps[i].w;
-    if (call_.need_x) {
+    if (call_.need_x && !call_.early) {
       state.w = in_w(step_.d) < 0 ? step_.pipeline.gathered(place, place.offsets, w, storage) : w;
       state.w_slot = step_.pipeline.declare(step_.w_place(i), w);
     }
     if (call_.need_w) {
-      state.dw = storage == Storage::column_major ? call_.allocate(w.cols, w.rows).t() : call_.allocate(w.rows, w.cols);
+      const Step::Allocate& make = call_.allocate_w ? call_.allocate_w : call_.allocate;
+      state.dw = storage == Storage::column_major ? make(w.cols, w.rows).t() : make(w.rows, w.cols);
       const bool summed = deep() && call_.reduce_depth;
-      state.dw_rounded = !summed && step_.rounded_by_gemm(place, step_.group(i), state.dw.dtype);
-      state.dw_sum = step_.sums_beside(state.dw, storage, state.dw_rounded, in_w(step_.d), step_.group(i), 1);
+      state.dw_adding = step_.adds_to_arrivals(place, in_w(step_.d), call_.need_x || states_.size() > step_.groups.size());
+      state.dw_rounded = !summed && step_.rounded_by_gemm(place, step_.group(i), state.dw.dtype, state.dw_adding);
+      state.dw_sum = step_.sums_beside(state.dw, storage, state.dw_rounded, in_w(step_.d), step_.group(i), 1, state.dw_adding);
       state.dw_block = in_w(step_.d) < 0 ? step_.pipeline.block_for(place, place.offsets, state.dw_sum, storage) : state.dw_sum;
       state.dw_slot = step_.pipeline.declare(step_.w_place(i), state.dw_sum, Pipeline::Role::output);
     }
@@ -144,22 +150,29 @@ class BackwardRun {
     Pipeline& pipeline = step_.pipeline;
     state.dy_in = pipeline.input(step_.y_place(i), state.dy, state.dy_slot, group.slices);
     group.inputs.push_back(state.dy_in);
+    if (step_.leads(step_.config.maps[i].y, in_y(step_.d)) && !group.leader) group.leader = state.dy_in;
     if (call_.need_x) {
-      Input* w = pipeline.input(step_.w_place(i), state.w, state.w_slot, group.slices);
+      Input* w = call_.early ? pipeline.input(step_.w_place(i), call_.w[i], call_.early->parts(i), group.slices)
+                             : pipeline.input(step_.w_place(i), state.w, state.w_slot, group.slices);
       group.inputs.push_back(w);
-      if (!dx_) dx_ = pipeline.output(step_.x_place(), dx_block_, dx_slot_, group.slices);
+      if (!dx_) dx_ = output(step_.x_place(), dx_block_, dx_slot_, group.slices, dx_adding_, dx_rounded_ ? out_.dx : Matrix{});
       // Maps of one group add into one product, so that a panel of dX makes its round once; groups of their own share the whole block.
       if (group.products.empty() || group.products[0].out != dx_) group.products.insert(group.products.begin(), Product{dx_, {}});
       group.products[0].factors.push_back({state.dy_in, w, false, true});
-      if (dx_rounded_) group.products[0].tail = rounding(out_.dx, in_x(step_.d), group.slices);
+      if (dx_rounded_ && !dx_adding_) group.products[0].tail = rounding(out_.dx, in_x(step_.d), group.slices);
     }
     if (call_.need_w) {
       if (!group.shared) group.inputs.push_back(group.shared = pipeline.input(step_.x_place(), x_, x_slot_, group.slices));
-      Output* dw = pipeline.output(step_.w_place(i), state.dw_block, state.dw_slot, group.slices);
+      Output* dw = output(step_.w_place(i), state.dw_block, state.dw_slot, group.slices, state.dw_adding, state.dw_rounded ? state.dw : Matrix{});
       group.products.push_back({dw, {{group.shared, state.dy_in, true, false}}});
-      if (state.dw_rounded) group.products.back().tail = rounding(state.dw, in_w(step_.d), group.slices);
+      if (state.dw_rounded && !state.dw_adding) group.products.back().tail = rounding(state.dw, in_w(step_.d), group.slices);
     }
     if (call_.need_bias[i]) group.visits.push_back([this, &state, &group](int s, int t) { add_bias(state, group.slices, s, t); });
+  }
+
+  Output* output(const Pipeline::Placement& place, const Matrix& sums, Pipeline::Slot slot, const Slices& slices, bool adding,
+                 const Matrix& rounded) {
+    return adding ? step_.pipeline.adding(place, sums, slot, slices, rounded) : step_.pipeline.output(place, sums, slot, slices);
   }
 
   // The last product into a panel stores it in the result's own 16 bits; see StepCall::rounded_by_gemm.
@@ -243,6 +256,7 @@ class BackwardRun {
   Pipeline::Slot x_slot_, dx_slot_;
   Output* dx_ = nullptr;
   bool dx_rounded_ = false;  // the last product stores dx
+  bool dx_adding_ = false;   // its sums go through Pipeline::adding
   int64_t m_ = 0, k_ = 0;
 };
 

@@ -36,6 +36,7 @@ class ForwardRun {
   void begin() {
     const Step::Config& c = step_.config;
     step_.flag(kEpilogue, active());
+    step_.flag(kEarly, call_.early != nullptr);
     for (size_t i = 0; i < states_.size(); i++) step_.flag(kBias + static_cast<int>(i % kMapBits), i < call_.has_bias.size() && call_.has_bias[i]);
     step_.begin([&] {
       check_x(c.x, call_.x);
@@ -58,6 +59,7 @@ class ForwardRun {
 
   void declare() {
     const Step::Config& c = step_.config;
+    if (call_.early) call_.early->settle();
     x_ = in_x(step_.d) < 0 ? step_.pipeline.gathered(c.x, step_.x_cuts, call_.x) : call_.x;
     x_slot_ = step_.pipeline.declare(step_.x_place(), call_.x);
     for (size_t i = 0; i < states_.size(); i++) {
@@ -76,7 +78,7 @@ class ForwardRun {
         state.bias = state.bias.slice(1, step_.y_cuts[i][r], step_.y_cuts[i][r + 1]);
       }
       state.w = in_w(step_.d) < 0 ? step_.pipeline.gathered(map.w, map.w.offsets, call_.w[i], c.storage) : call_.w[i];
-      state.w_slot = step_.pipeline.declare(step_.w_place(i), call_.w[i]);
+      if (!call_.early) state.w_slot = step_.pipeline.declare(step_.w_place(i), call_.w[i]);
       state.y_slot = step_.pipeline.declare(step_.y_place(i), state.sum, Pipeline::Role::output);
     }
   }
@@ -86,8 +88,12 @@ class ForwardRun {
       ProjectionState& state = states_[i];
       const Projection& map = step_.config.maps[i];
       Group& group = step_.group(i);
-      if (group.inputs.empty()) group.inputs.push_back(step_.pipeline.input(step_.x_place(), x_, x_slot_, group.slices));
-      Input* w = step_.pipeline.input(step_.w_place(i), state.w, state.w_slot, group.slices);
+      if (group.inputs.empty()) {
+        group.inputs.push_back(step_.pipeline.input(step_.x_place(), x_, x_slot_, group.slices));
+        if (step_.leads(step_.config.x, in_x(step_.d))) group.leader = group.inputs[0];
+      }
+      Input* w = call_.early ? step_.pipeline.input(step_.w_place(i), call_.w[i], call_.early->parts(i), group.slices)
+                             : step_.pipeline.input(step_.w_place(i), state.w, state.w_slot, group.slices);
       group.inputs.push_back(w);
       Output* y = step_.pipeline.output(step_.y_place(i), state.block, state.y_slot, group.slices);
       group.products.push_back({y, {{group.inputs[0], w, false, false}}});

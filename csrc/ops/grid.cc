@@ -53,6 +53,11 @@ size_t Cut::share_bytes(int owner, int slice) const {
   return bytes;
 }
 
+bool Cut::is_one_message() const {
+  const bool dense = storage_ == Storage::column_major ? own_.t().flat() : own_.flat();
+  return dense && std::count(owners_.begin(), owners_.end(), axis_.rank()) == 1;
+}
+
 size_t Cut::largest_share() const {
   size_t bytes = 0;
   for (int s = 0; s < slices_.slices; s++)

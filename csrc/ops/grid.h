@@ -56,6 +56,8 @@ class Cut {
   Matrix piece_in(char* share, int slice, int interval) const;
   size_t share_bytes(int owner, int slice) const;
   size_t largest_share() const;
+  // Whether this rank's whole part lies in memory as one message of it would: it is one interval, dense in the storage order.
+  bool is_one_message() const;
 
  private:
   size_t piece_bytes(int slice, int interval) const;

@@ -34,6 +34,19 @@ class LocalInput : public Input {
   const Slices& slices_;
 };
 
+// Its panels count as though they moved: their order decides the bits of sums.
+class PartsInput : public Input {
+ public:
+  PartsInput(const Cut& cut, const std::vector<Matrix>& parts) : cut_(cut), parts_(parts) {}
+  bool stands() const override { return true; }
+  int distance(int interval) const override { return hops(cut_.axis(), cut_.owner(interval)); }
+  Matrix at(int slice, int interval) override { return cut_.piece_of(parts_[static_cast<size_t>(cut_.owner(interval))], slice, interval); }
+
+ private:
+  Cut cut_;
+  const std::vector<Matrix>& parts_;
+};
+
 class WindowInput : public Input {
  public:
   WindowInput(const Cut& cut, int panel)
@@ -67,10 +80,16 @@ class WindowInput : public Input {
 class RingInput : public Input {
  public:
   RingInput(const Cut& cut, int lane, const Stream& stream)
-      : cut_(cut), axis_(cut.axis()), ring_(cut.axis().ring()), stream_(stream), lane_(lane), ahead_(axis_.crosses_any() ? 2 : 1) {
+      : cut_(cut),
+        axis_(cut.axis()),
+        ring_(cut.axis().ring()),
+        stream_(stream),
+        lane_(lane),
+        ahead_(axis_.crosses_any() ? 2 : 1),
+        own_stands_(slices() == 1 && cut.is_one_message() && axis_.holds(cut.own().data)) {
     for (int s = 0; s < slices(); s++) {
       size_t bytes = 0;
-      for (int rank = 0; rank < axis_.size(); rank++) bytes += cut_.share_bytes(rank, s);
+      for (int rank = 0; rank < axis_.size(); rank++) bytes += bytes_in_buffer(rank, s);
       room_ = std::max(room_, bytes);
     }
     buffers_ = Scratch(stream, room_ * static_cast<size_t>(std::min(slices(), ahead_ + 1)));
@@ -81,16 +100,16 @@ class RingInput : public Input {
       if (s + ahead_ < slices()) order_.push_back({s + ahead_, 1});
     }
     received_.resize(static_cast<size_t>(slices()));
+    groups_.resize(static_cast<size_t>(slices() * axis_.size()));
   }
 
   int ahead() const override { return ahead_; }
   int distance(int interval) const override { return hops(axis_, cut_.owner(interval)); }
   void begin(int slice) override {
-    hold_for(slice - 1);  // what is queued later must not hold the kernels of this one back
     // The buffer is that of a slice consumed before; what was sent from it may still be on its way.
     ring_.drain(axis_.next(), lane_, sent_ - last_sent_[buffer_of(slice)]);
     for (int t = 0; t < cut_.slices().intervals(); t++)
-      if (cut_.owner(t) == axis_.rank()) cast(cut_.piece_of(cut_.own(), slice, t), at(slice, t), stream_);
+      if (cut_.owner(t) == axis_.rank() && !own_stands_) cast(cut_.piece_of(cut_.own(), slice, t), at(slice, t), stream_);
     begun_ = slice + 1;
     for (; next_expected_ < order_.size() && order_[next_expected_].slice < begun_; next_expected_++) {
       const Message& m = order_[next_expected_];
@@ -105,7 +124,7 @@ class RingInput : public Input {
   void acquire(int slice, int interval) override {
     const int wanted = distance(interval);
     while (received_[static_cast<size_t>(slice)] < wanted) receive();
-    hold_for(slice);
+    if (wanted > 0) ring_.settle(lane_, group_of(slice, wanted));
   }
   void end(int slice) override {
     while (received_[static_cast<size_t>(slice)] + 1 < axis_.size()) receive();
@@ -120,22 +139,20 @@ class RingInput : public Input {
   int slices() const { return cut_.slices().slices; }
   size_t buffer_of(int slice) const { return static_cast<size_t>(slice % (ahead_ + 1)); }
   char* share_at(int slice, int rank) const {
+    if (own_stands_ && rank == axis_.rank()) return static_cast<char*>(cut_.own().data);
     char* data = buffers_.data() + buffer_of(slice) * room_;
-    for (int r = 0; r < rank; r++) data += cut_.share_bytes(r, slice);
+    for (int r = 0; r < rank; r++) data += bytes_in_buffer(r, slice);
     return data;
   }
-  // Kernels queued from here on come after all that was received up to this slice.
-  void hold_for(int slice) {
-    if (arrived_ >= slice) return;
-    arrived_ = slice;
-    ring_.arrived(lane_);
-  }
+  size_t bytes_in_buffer(int rank, int slice) const { return own_stands_ && rank == axis_.rank() ? 0 : cut_.share_bytes(rank, slice); }
+  uint64_t& group_of(int slice, int hop) { return groups_[static_cast<size_t>(slice * axis_.size() + hop)]; }
   bool may_receive() const { return next_received_ < order_.size() && order_[next_received_].slice < begun_; }
   void receive() {
     const Message& m = order_[next_received_++];
     const int rank = axis_.next(-m.hop);
     ring_.recv(axis_.next(-1), share_at(m.slice, rank), cut_.share_bytes(rank, m.slice), lane_);
     received_[static_cast<size_t>(m.slice)] = m.hop;
+    group_of(m.slice, m.hop) = ring_.queued(lane_);
     send_all();
   }
   // What may be sent now, in its order.
@@ -154,20 +171,23 @@ class RingInput : public Input {
   Ring& ring_;
   const Stream& stream_;
   int lane_, ahead_;
+  bool own_stands_;  // this rank's share is sent and read where it stands
   size_t room_ = 0;
   Scratch buffers_;
   std::vector<Message> order_;
   size_t next_sent_ = 0, next_received_ = 0, next_expected_ = 0;
-  std::vector<int> received_;  // hops of each slice
+  std::vector<int> received_;     // hops of each slice
+  std::vector<uint64_t> groups_;  // in which each came, where messages are queued: kernels wait for what they read and no more
   std::vector<uint32_t> last_sent_;
   uint32_t sent_ = 0;
-  int begun_ = 0, arrived_ = -1;
+  int begun_ = 0;
 };
 
 }  // namespace
 
 std::unique_ptr<Input> whole_input(const Matrix& block) { return std::make_unique<WholeInput>(block); }
 std::unique_ptr<Input> local_input(const Matrix& block, int dim, const Slices& slices) { return std::make_unique<LocalInput>(block, dim, slices); }
+std::unique_ptr<Input> parts_input(const Cut& cut, const std::vector<Matrix>& parts) { return std::make_unique<PartsInput>(cut, parts); }
 std::unique_ptr<Input> window_input(const Cut& cut, int panel) { return std::make_unique<WindowInput>(cut, panel); }
 std::unique_ptr<Input> ring_input(const Cut& cut, int lane, const Stream& stream) { return std::make_unique<RingInput>(cut, lane, stream); }
 

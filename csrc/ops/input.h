@@ -1,6 +1,7 @@
 // An operand that a step reads, as the panels it consumes: at(slice, interval). Four kinds:
 //   whole   lacks the slice dim: one block, the same panel always
 //   local   has the slice dim and stands here uncut
+//   parts   cut over an axis, with every rank's part here
 //   window  cut over an axis: peers' blocks read in place
 //   ring    cut over an axis: each slice packed and forwarded hop by hop, later slices on their way while slice s is consumed: one, or two
 //           where the axis goes to other hosts
@@ -28,6 +29,8 @@ class Input {
 
 std::unique_ptr<Input> whole_input(const Matrix& block);
 std::unique_ptr<Input> local_input(const Matrix& block, int dim, const Slices& slices);
+// parts: by rank of the cut's axis.
+std::unique_ptr<Input> parts_input(const Cut& cut, const std::vector<Matrix>& parts);
 // cut.own(): this rank's part of the block; panel: its place among the axis' posted panels.
 std::unique_ptr<Input> window_input(const Cut& cut, int panel);
 std::unique_ptr<Input> ring_input(const Cut& cut, int lane, const Stream& stream);

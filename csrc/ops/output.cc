@@ -186,6 +186,56 @@ class QueuedRingOutput : public Rounds {
   Scratch product_;
 };
 
+// The sum arrives in a message's room, or where it shall stay: its last product is added there, or stored elsewhere in 16 bits.
+class AddingOutput : public Rounds {
+ public:
+  AddingOutput(const Cut& cut, int lane, const Stream& stream, const Matrix& rounded)
+      : Rounds(cut),
+        ring_(cut.axis().ring()),
+        stream_(stream),
+        lane_(lane),
+        rounded_(rounded),
+        stays_(rounded.empty() && cut.slices().slices == 1 && cut.is_one_message()),
+        relay_(cut.axis(), stream, cut.largest_share(), lane) {}
+
+  bool yields() const override { return true; }
+  void begin(int, int round) override {
+    round_ = round;
+    if (round > 0)
+      ring_.arrived(lane_);
+    else
+      sums_ = relay_.next();
+  }
+  Matrix at(int slice, int interval) override { return cut_.piece_in(sums_, slice, interval); }
+  Tail tail(int slice, int interval) const override {
+    Tail out;
+    if (!last() || rounded_.empty()) return out;
+    out.z = cut_.piece_of(rounded_, slice, interval);
+    out.keeps_sum = false;
+    return out;
+  }
+  // What is sent and what comes for the next round leave as one group.
+  void end(int slice, int round) override {
+    if (!last()) {
+      relay_.send(share_bytes(slice));
+      round_ = round + 1;
+      sums_ = last() && stays_ ? static_cast<char*>(cut_.own().data) : relay_.next();
+      return ring_.recv(axis_.next(-1), sums_, share_bytes(slice), lane_);
+    }
+    if (!stays_ && rounded_.empty()) keep(slice, stream_);
+    if (slice + 1 == cut_.slices().slices) relay_.drain();
+  }
+
+ private:
+  Ring& ring_;
+  const Stream& stream_;
+  int lane_;
+  Matrix rounded_;
+  bool stays_;
+  Relay relay_;
+  char* sums_ = nullptr;
+};
+
 }  // namespace
 
 std::unique_ptr<Output> whole_output(const Matrix& block) { return std::make_unique<WholeOutput>(block); }
@@ -195,6 +245,9 @@ std::unique_ptr<Output> ring_output(const Cut& cut, int lane, const Stream& stre
   if (cut.axis().ring().queues()) return std::make_unique<QueuedRingOutput>(cut, lane, stream);
   if (cut.axis().crosses_any()) return std::make_unique<FarRingOutput>(cut, lane, stream);
   return std::make_unique<RingOutput>(cut, lane, stream);
+}
+std::unique_ptr<Output> adding_output(const Cut& cut, int lane, const Stream& stream, const Matrix& rounded) {
+  return std::make_unique<AddingOutput>(cut, lane, stream, rounded);
 }
 
 }  // namespace gingham

@@ -55,6 +55,12 @@ Input* Pipeline::input(const Placement& place, const Matrix& local, Slot slot, c
   return inputs_.back().get();
 }
 
+Input* Pipeline::input(const Placement& place, const Matrix& local, const std::vector<Matrix>& parts, const Slices& slices) {
+  const Cut cut(local, place.dim, place.offsets, place.storage, *place.operand.axis, slices);
+  inputs_.push_back(parts_input(cut, parts));
+  return inputs_.back().get();
+}
+
 Output* Pipeline::output(const Placement& place, const Matrix& accumulator, Slot slot, const Slices& slices) {
   if (place.dim < 0) {
     outputs_.push_back(whole_output(accumulator));
@@ -67,12 +73,19 @@ Output* Pipeline::output(const Placement& place, const Matrix& accumulator, Slot
   return outputs_.back().get();
 }
 
+Output* Pipeline::adding(const Placement& place, const Matrix& accumulator, Slot slot, const Slices& slices, const Matrix& rounded) {
+  const Cut cut(accumulator, place.dim, place.offsets, place.storage, *place.operand.axis, slices);
+  outputs_.push_back(adding_output(cut, slot.lane, stream_, rounded));
+  return outputs_.back().get();
+}
+
 // The intervals in the order in which their panels come: those that stand here first. It follows from the grid alone, not from how panels
 // travel, so that sums over them have the same bits wherever the ranks are.
 std::vector<int> Pipeline::order_of(const Group& group) {
   std::vector<int> order(static_cast<size_t>(group.slices.intervals()));
   std::iota(order.begin(), order.end(), 0);
   const auto distance = [&group](int interval) {
+    if (group.leader) return group.leader->distance(interval);
     int most = 0;
     for (const Input* in : group.inputs) most = std::max(most, in->distance(interval));
     return most;
@@ -81,17 +94,44 @@ std::vector<int> Pipeline::order_of(const Group& group) {
   return order;
 }
 
+bool Pipeline::takes_turns(const Group& group) {
+  return std::any_of(group.products.begin(), group.products.end(), [](const Product& product) { return product.out->yields(); });
+}
+
+// The rounds of a slice: one product's after the other; or, where sums travel beside products, a round of each before the next of any, and after
+// the first round what has no other.
+std::vector<Pipeline::Round> Pipeline::rounds_of(const Group& group) {
+  std::vector<Round> out;
+  const bool turns = takes_turns(group);
+  int most = 0;
+  for (const Product& product : group.products) {
+    most = std::max(most, product.out->rounds());
+    for (int round = 0; round < product.out->rounds() && !turns; round++) out.push_back({&product, round});
+  }
+  for (int round = 0; round < most && turns; round++) {
+    for (const Product& product : group.products)
+      if (product.out->rounds() > std::max(round, 1)) out.push_back({&product, round});
+    for (const Product& product : group.products)
+      if (round == 0 && product.out->rounds() == 1) out.push_back({&product, round});
+  }
+  return out;
+}
+
 void Pipeline::run(const Group& group) {
   const std::vector<int> order = order_of(group);
-  if (std::all_of(group.inputs.begin(), group.inputs.end(), [](const Input* in) { return in->stands(); })) return run_standing(group, order);
+  const bool stands = std::all_of(group.inputs.begin(), group.inputs.end(), [](const Input* in) { return in->stands(); });
+  if (stands && !takes_turns(group)) return run_standing(group, order);
   const int slices = group.slices.slices;
-  for (Input* in : group.inputs)
+  const std::vector<Round> rounds = rounds_of(group);
+  // What decides the order stands here for its first interval: the others begin before it.
+  std::vector<Input*> inputs = group.inputs;
+  std::stable_partition(inputs.begin(), inputs.end(), [&group](const Input* in) { return in != group.leader; });
+  for (Input* in : inputs)
     for (int s = 0; s < std::min(in->ahead(), slices); s++) in->begin(s);
   for (int s = 0; s < slices; s++) {
-    for (Input* in : group.inputs)
+    for (Input* in : inputs)
       if (s + in->ahead() < slices) in->begin(s + in->ahead());
-    for (const Product& product : group.products)
-      for (int round = 0; round < product.out->rounds(); round++) work(group, product, order, s, round);
+    for (const Round& round : rounds) work(group, *round.product, order, s, round.number);
     for (const auto& visit : group.visits)
       for (int t = 0; t < group.slices.intervals(); t++) {
         for (Input* in : group.inputs) in->acquire(s, t);
@@ -129,7 +169,8 @@ void Pipeline::multiply(const Group& group, const Product& product, int slice, i
   const Matrix out = product.out->at(slice, interval);
   for (const Factor& f : product.factors) {
     const Matrix a = f.a->at(slice, interval), b = f.b->at(slice, interval);
-    const Tail tail = product.tail && &f == &product.factors.back() ? product.tail(slice, interval, last) : Tail{};
+    Tail tail;
+    if (&f == &product.factors.back()) tail = product.tail ? product.tail(slice, interval, last) : product.out->tail(slice, interval);
     const Matrix c = tail.keeps_sum || add ? out : Matrix{};
     if (tail.empty())
       gemm(f.a_transposed ? a.t() : a, f.b_transposed ? b.t() : b, out, add, stream_);

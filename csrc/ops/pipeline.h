@@ -33,6 +33,8 @@ struct Group {
   std::vector<Product> products;
   std::vector<std::function<void(int slice, int interval)>> visits;  // see every panel once: bias gradients
   Input* shared = nullptr;                                           // X, where several maps use it
+  // Whose panels' order decides, where it moves: W may be here early. Else the farthest input of each interval does.
+  Input* leader = nullptr;
 };
 
 class Pipeline {
@@ -56,7 +58,11 @@ class Pipeline {
   Slot declare(const Placement& place, const Matrix& m, Role role = Role::input);
   void post(int64_t rows);
   Input* input(const Placement& place, const Matrix& local, Slot slot, const Slices& slices);
+  // With every rank's part here: see parts_input.
+  Input* input(const Placement& place, const Matrix& local, const std::vector<Matrix>& parts, const Slices& slices);
   Output* output(const Placement& place, const Matrix& accumulator, Slot slot, const Slices& slices);
+  // Of a sum over an axis whose ring queues, beside which the group has other products: see adding_output.
+  Output* adding(const Placement& place, const Matrix& accumulator, Slot slot, const Slices& slices, const Matrix& rounded);
   void run(const Group& group);
   void close();  // finishes and retires every axis posted on, and gives back the workspace of inputs and outputs
 
@@ -70,6 +76,12 @@ class Pipeline {
 
  private:
   static std::vector<int> order_of(const Group& group);
+  struct Round {
+    const Product* product;
+    int number;
+  };
+  static bool takes_turns(const Group& group);
+  static std::vector<Round> rounds_of(const Group& group);
   void run_standing(const Group& group, const std::vector<int>& order);
   void work(const Group& group, const Product& product, const std::vector<int>& order, int slice, int round);
   void multiply(const Group& group, const Product& product, int slice, int interval, bool last);

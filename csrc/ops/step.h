@@ -28,6 +28,7 @@
 #include "base/stream.h"
 #include "control/program.h"
 #include "kernels/epilogue.h"
+#include "ops/early.h"
 #include "ops/grid.h"
 
 namespace gingham {
@@ -55,6 +56,7 @@ class Step {
   // Result tensors are made by the caller, in the shared heap, row-major.
   using Allocate = std::function<Matrix(int64_t rows, int64_t cols)>;
 
+  // early: with these weights, gathered.
   struct Forward {
     Matrix x;
     std::vector<Matrix> w, bias;  // w as [K, N]; bias [1, N] or empty, which a rank's block of a bias may be too
@@ -62,6 +64,7 @@ class Step {
     Epilogue epilogue = Epilogue::none;
     Allocate allocate;
     std::vector<char> has_bias = {};
+    EarlyWeights* early = nullptr;
   };
   struct Backward {
     Matrix x;  // empty data where dW is not asked for
@@ -70,6 +73,8 @@ class Step {
     std::vector<char> need_bias;
     bool reduce_depth = true, reduce_bias = true;
     Allocate allocate;
+    EarlyWeights* early = nullptr;
+    Allocate allocate_w = {};  // of dW, which may be its accumulator's type; empty: allocate
   };
   struct Gradients {
     Matrix dx;
@@ -81,6 +86,11 @@ class Step {
   // Returns Y of every map; with an epilogue other than none also Z (before it), after the Ys.
   std::vector<Matrix> forward(const Forward& call);
   Gradients backward(const Backward& call);
+  // Whether W can be gathered before a call: it is cut over an axis whose ranks share a host and whose ring queues, and has the slice dim.
+  bool gathers_early() const;
+  // Room for the weights of a later call, which gather() fills: a call of its own, that all ranks make. `allocate` makes peers' parts.
+  std::unique_ptr<EarlyWeights> early(const std::vector<Matrix>& w, const Allocate& allocate);
+  void gather(EarlyWeights& weights);
 
  private:
   Program& program_;

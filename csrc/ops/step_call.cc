@@ -54,12 +54,12 @@ Matrix StepCall::accumulator(const Matrix& out, Storage storage) {
   return size_of(out.dtype) == 2 ? pipeline.workspace(out.rows, out.cols, DType::f32, storage) : out;
 }
 
-bool StepCall::rounded_by_gemm(const Operand& operand, const Group& group, DType dtype) const {
-  return stream.device() == Device::cuda && size_of(dtype) == 2 && !operand.shared() && group.slices.intervals() > 0;
+bool StepCall::rounded_by_gemm(const Operand& operand, const Group& group, DType dtype, bool adding) const {
+  return stream.device() == Device::cuda && size_of(dtype) == 2 && (adding || !operand.shared()) && group.slices.intervals() > 0;
 }
 
-Matrix StepCall::sums_beside(const Matrix& out, Storage storage, bool rounded, int dim, const Group& group, size_t factors) {
-  const bool once = factors == 1 && (dim >= 0 || group.slices.slices * group.slices.intervals() == 1);
+Matrix StepCall::sums_beside(const Matrix& out, Storage storage, bool rounded, int dim, const Group& group, size_t factors, bool adding) {
+  const bool once = adding || (factors == 1 && (dim >= 0 || group.slices.slices * group.slices.intervals() == 1));
   if (!rounded || !once) return accumulator(out, storage);
   return dense(nullptr, out.rows, out.cols, DType::f32, storage);
 }

@@ -32,14 +32,22 @@ class StepCall {
   Pipeline::Placement x_place() const { return {config.x, x_cuts, in_x(d), Storage::row_major, !config.x.by_posted_rows()}; }
   Pipeline::Placement w_place(size_t i) const { return {config.maps[i].w, config.maps[i].w.offsets, in_w(d), config.storage, false}; }
   Pipeline::Placement y_place(size_t i) const { return {config.maps[i].y, y_cuts[i], in_y(d), Storage::row_major, config.maps[i].y.dim == 1}; }
+  // An activation whose panels may decide the order of a group's intervals: it is cut along the slice dim, on a ring that queues.
+  bool leads(const Operand& operand, int dim) const { return operand.cut() && dim >= 0 && operand.axis->ring().queues(); }
   Group& group(size_t map) { return groups[d == Dim::N ? map : 0]; }
   // Sums of 16-bit operands are kept in fp32 beside `out` and cast when done.
   Matrix accumulator(const Matrix& out, Storage storage);
   // Whether the last product into a 16-bit result rounds it as it stores, which spares the cast: on GPUs (the CPU's gemm ends with a pass of
-  // its own anyway), where nothing of the result is summed over ranks afterwards and the slice dim is not empty.
-  bool rounded_by_gemm(const Operand& operand, const Group& group, DType dtype) const;
-  // With it: where each of its elements has one product, no sum is kept either. dim: the slice dim in the result, -1 for nowhere.
-  Matrix sums_beside(const Matrix& out, Storage storage, bool rounded, int dim, const Group& group, size_t factors);
+  // its own anyway), where nothing of the result is summed over ranks afterwards, or `adding`: by products that add to what arrives (see
+  // adds_to_arrivals); and the slice dim is not empty.
+  bool rounded_by_gemm(const Operand& operand, const Group& group, DType dtype, bool adding = false) const;
+  // Whether a result's sums over the operand's axis go through Pipeline::adding. dim: the slice dim in the result, -1 for nowhere; beside: the group
+  // makes other products too.
+  bool adds_to_arrivals(const Operand& operand, int dim, bool beside) const {
+    return operand.cut() && dim >= 0 && beside && operand.axis->ring().queues();
+  }
+  // With rounded_by_gemm: where each of its elements has one product, or the sums stay in messages, no sum is kept either.
+  Matrix sums_beside(const Matrix& out, Storage storage, bool rounded, int dim, const Group& group, size_t factors, bool adding = false);
 
   const Step::Config& config;
   const Dim d;

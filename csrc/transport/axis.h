@@ -38,6 +38,12 @@ class Board {
   virtual void retire() = 0;  // returns when no peer reads my posts any more
 };
 
+// A place in what a rank has queued on its device.
+class Point {
+ public:
+  virtual ~Point() = default;
+};
+
 class Ring {
  public:
   virtual ~Ring() = default;
@@ -52,6 +58,9 @@ class Ring {
   virtual void arrived(int) {}  // (lane)
   virtual void group_start() {}
   virtual void group_end() {}
+  // Where the compute stream is now, and a group that comes after that point rather than after all kernels queued before the group.
+  virtual std::unique_ptr<Point> point() { return nullptr; }
+  virtual void group_start(const Point&) { group_start(); }
   // Of messages beside a call: the number of the group queued last in the lane, and kernels queued from here on come after its end.
   virtual uint64_t queued(int) const { return 0; }                  // (lane)
   virtual void settle(int, uint64_t) {}                             // (lane, number)

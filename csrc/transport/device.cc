@@ -1,5 +1,7 @@
 #include "transport/device.h"
 
+#include <map>
+
 #ifdef GINGHAM_CUDA
 #include "transport/copy.h"
 #include "transport/nccl.h"
@@ -53,13 +55,21 @@ class CudaGpu : public Gpu {
     stream_.enter();
     if (stream && !beside_) stream_.follow(static_cast<cudaStream_t>(*stream));
   }
-  void beside(std::optional<void*> stream) override {
+  uint64_t mark(std::optional<void*> stream) override {
+    begin(stream);
+    marks_.try_emplace(++marked_).first->second.record(native(stream_));
+    return marked_;
+  }
+  void beside(std::optional<void*> stream, uint64_t mark) override {
     CHECK(DeviceError, !beside_, "a call beside the caller's inside of another");
     begin(stream);
     if (!side_.get()) side_.make();
     callers_ = native(stream_);
-    forked_.record(callers_);
-    forked_.hold_back(side_.get());
+    const auto marked = marks_.find(mark);
+    CHECK(DeviceError, mark == 0 || marked != marks_.end(), "a call beside the caller's after a mark that is not one");
+    if (mark == 0) forked_.record(callers_);
+    (mark ? marked->second : forked_).hold_back(side_.get());
+    if (mark) marks_.erase(marked);
     stream_.follow(side_.get());
     beside_ = unjoined_ = true;
   }
@@ -71,6 +81,7 @@ class CudaGpu : public Gpu {
   void join(std::optional<void*> stream) override {
     back();
     begin(stream);
+    marks_.clear();
     if (!unjoined_) return;
     joined_.record(side_.get());
     joined_.hold_back(native(stream_));
@@ -132,6 +143,8 @@ class CudaGpu : public Gpu {
   bool memory_is_host_ = false;
   SideStream side_;
   Event forked_, joined_;
+  std::map<uint64_t, Event> marks_;
+  uint64_t marked_ = 0;
   cudaStream_t callers_ = nullptr;
   bool beside_ = false, unjoined_ = false;
 };

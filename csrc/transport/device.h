@@ -25,9 +25,10 @@ class Gpu {
   // A call begins on this thread: its work goes to the stream on which the caller computes; null is CUDA's default stream, which is
   // torch's as well. Without one it stays where it was.
   virtual void begin(std::optional<void*> stream) = 0;
-  // Calls from beside() to back() are queued on a stream of their own, after all that the caller has queued so far, and run beside what the caller
-  // queues next; what it queues after join() comes after them. Their operands must last until then.
-  virtual void beside(std::optional<void*> stream) = 0;
+  // Calls from beside() to back() are queued on a stream of their own, after all that the caller has queued so far, or up to a mark() of its, and
+  // run beside what the caller queues next; what it queues after join() comes after them. Their operands must last until then.
+  virtual uint64_t mark(std::optional<void*> stream) = 0;  // for one beside(); 0 is none
+  virtual void beside(std::optional<void*> stream, uint64_t mark = 0) = 0;
   virtual void back() = 0;
   virtual void join(std::optional<void*> stream) = 0;
   // A call was left by an error: what is queued from here on, and memory that is freed, comes after all that is under way, messages and calls beside.

@@ -1,11 +1,16 @@
 #include "transport/queued.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 namespace gingham {
 namespace {
 
 bool reached(const Event& event) { return cudaEventQuery(event.get()) != cudaErrorNotReady; }
+
+struct QueuedPoint : Point {
+  Event event;
+};
 
 }  // namespace
 
@@ -60,17 +65,35 @@ void Queued::recv(int peer, void* data, size_t bytes, int lane) {
   if (open_groups_ == 0) flush(line);
 }
 
+size_t Queued::chunk_bytes() const {
+  const char* told = getenv("GINGHAM_CHUNK_BYTES");
+  return told ? strtoull(told, nullptr, 10) : size_t{4} << 20;
+}
+
+std::unique_ptr<Point> Queued::point() {
+  auto out = std::make_unique<QueuedPoint>();
+  out->event.record(native(order_.compute));
+  return out;
+}
+
+void Queued::group_start(const Point& after) {
+  for (Line& line : lines_) flush(line);
+  open_groups_++;
+  after_ = &static_cast<const QueuedPoint&>(after).event;
+}
+
 void Queued::group_end() {
-  if (--open_groups_ == 0)
-    for (Line& line : lines_) flush(line);
+  if (--open_groups_ > 0) return;
+  for (Line& line : lines_) flush(line);
+  after_ = nullptr;
 }
 
 void Queued::flush(Line& line) {
   if (line.waiting.empty() || open_groups_ > 0) return;
   const unsigned long long capture = capture_of(native(order_.compute));
   if (capture) allow_capture();
-  order_.entry.record(native(order_.compute));
-  order_.entry.hold_back(line.stream);
+  if (!after_) order_.entry.record(native(order_.compute));
+  (after_ ? *after_ : order_.entry).hold_back(line.stream);
   if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream, capture);
   if (line.last_groups.empty()) line.last_groups.reserve(kRemembered);
   if (line.last_groups.size() < kRemembered) line.last_groups.emplace_back();
@@ -99,6 +122,7 @@ void Queued::flush(Line& line) {
 
 void Queued::forget() {
   open_groups_ = 0;
+  after_ = nullptr;
   for (Line& line : lines_) line.waiting.clear();
 }
 

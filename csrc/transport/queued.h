@@ -72,10 +72,12 @@ class Queued : public Axis, public Board, public Ring {
   void arrived(int lane) override;
   void drain(int peer, int lane, uint32_t left) override;
   void group_start() override { open_groups_++; }
+  std::unique_ptr<Point> point() override;
+  void group_start(const Point& after) override;  // not inside of another group
   void group_end() override;
   uint64_t queued(int lane) const override { return lines_[static_cast<size_t>(line_of(lane))].groups; }
   void settle(int lane, uint64_t number) override { await_group(lines_[static_cast<size_t>(line_of(lane))], number); }
-  size_t chunk_bytes() const override { return size_t{4} << 20; }  // a group costs microseconds to launch
+  size_t chunk_bytes() const override;  // a group costs microseconds to launch; GINGHAM_CHUNK_BYTES, for tests, sets another
 
   // For a watch, a thread of its own: seconds since the oldest group that has not ended could begin; 0 where there is none. What a group waits
   // for (kernels, groups of other axes) is not its own time, and captured groups are left out: a question about their events breaks the capture.
@@ -129,6 +131,7 @@ class Queued : public Axis, public Board, public Ring {
   std::array<LaneState, kLanes> lanes_;
   std::mutex mutex_;  // of what the watch sees of the lines
   int open_groups_ = 0;
+  const Event* after_ = nullptr;  // of the open group: see point()
 };
 
 }  // namespace gingham

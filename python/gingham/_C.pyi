@@ -25,7 +25,10 @@ class Job:
     def inject(self, faults: Sequence[tuple[str, int, str]]) -> None: ...
     def trim(self, spare: int = 0) -> None: ...
     def use_gpu(self, ordinal: int, tf32: bool = False) -> None: ...
-    def beside(self) -> int: ...  # calls from here to back() are queued beside the caller's stream, on this one, which must be torch's then
+    def mark(self) -> int: ...  # of what the caller has queued so far, for one beside()
+    def beside(
+        self, mark: int = 0
+    ) -> int: ...  # calls from here to back() are queued beside the caller's stream, on this one, which must be torch's then
     def back(self) -> None: ...
     def join(self) -> None: ...  # what the caller queues from here on comes after them
     has_gpu: bool
@@ -162,6 +165,8 @@ class Attention:
 class Operand:
     def __init__(self, axis: Axis | None, dim: int, offsets: Sequence[int], replicated: bool = False) -> None: ...
 
+class Early: ...
+
 class Step:
     def __init__(
         self,
@@ -178,8 +183,18 @@ class Step:
         out_in: bool = True,
     ) -> None: ...
     def forward(
-        self, x: Tensor, ws: Sequence[Tensor], biases: Sequence[Tensor | None], epilogue: str = "none", out_dtype: str = ""
+        self,
+        x: Tensor,
+        ws: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        epilogue: str = "none",
+        out_dtype: str = "",
+        early: Early | None = None,
     ) -> list[Tensor]: ...
+    @property
+    def gathers_early(self) -> bool: ...
+    def early(self, ws: Sequence[Tensor]) -> Early: ...
+    def gather(self, early: Early) -> None: ...
     def backward(
         self,
         x: Tensor | None,
@@ -190,6 +205,8 @@ class Step:
         need_b: Sequence[bool],
         reduce_depth: bool = True,
         reduce_bias: bool = True,
+        early: Early | None = None,
+        wide_w: bool = False,
     ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]: ...
 
 def device_report() -> dict[str, Any]: ...

@@ -35,6 +35,8 @@ LONG_TESTS = {
     "layers": sorted(str(path.relative_to(nvcc.ROOT)) for path in nvcc.ROOT.glob("tests/python/nn/test_*.py")),
     "the rest": [f"tests/python/test_{name}.py" for name in NAMED.split()],
 }
+# What is done with large messages only is done with all of them: weights gathered early, sums in pieces.
+SMALL = {"GINGHAM_EARLY_BYTES": "0", "GINGHAM_CHUNK_BYTES": "256"}
 TRAIN = "--ranks 8 --mode 2.5d --depth 2 --device cuda --steps 3 --layers 2 --width 64 --context 32 --sample 0 --plot= --compare-serial"
 
 
@@ -52,7 +54,7 @@ def run(command: list[str], environment: dict[str, str], limit: float = 600) -> 
 def python_tests(package: Path, names: list[str], marks: str, limit: float = 600, **environment: str) -> str:
     """These tests on the fake GPUs. Skipped is what on_gpu.left_out names, and nothing else."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-m", marks, *names]
-    told = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="500", **environment)
+    told = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="500", **SMALL, **environment)
     out = run(command, told, limit)
     print(out.splitlines()[-1])
     skips, reasons = [line for line in out.splitlines() if line.startswith("SKIPPED")], {on_gpu.WINDOWS, *on_gpu.LEFT_OUT.values()}
@@ -63,7 +65,7 @@ def python_tests(package: Path, names: list[str], marks: str, limit: float = 600
 
 def train(package: Path, **environment: str) -> None:
     """The main job on 8 fake GPUs in 2.5d: losses of torch.nn's within rounding, bytes equal to the formula."""
-    told = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="200", **environment)
+    told = fake_build.package_environment(package, FAKE_NCCL_ONE_AT_A_TIME="1", COLUMNS="200", **SMALL, **environment)
     out = run([sys.executable, "-m", "gingham", "train", *TRAIN.split()], told)
     largest = re.search(r"largest of all.*?([0-9.e-]+) relative", out)
     assert largest and float(largest[1]) < 1e-6 and re.search(r"received a rank and step +[\d.]+ [KM]B +equal to the formula", out), out

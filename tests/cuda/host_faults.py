@@ -45,8 +45,54 @@ APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
 DEVICE, BESIDE, LEFT = "transport/device.cc", "sums beside the caller", "what an error left is not sent"
+EARLY, SAME_BITS, MEANWHILE = "weights gathered early", "early weights change no bits", "early weights come while the caller computes"
+SETTLE = "    if (call_.early) call_.early->settle();\n"
+END_OF_ADDING = "  }\n\n private:\n  Ring& ring_;\n  const Stream& stream_;\n  int lane_;\n  Matrix rounded_;"
 
 FAULTS = [
+    host("Y is made of a W that is not here yet", "order", "ops/forward.cc", SETTLE, "", EARLY),
+    host("dX is made of a W that is not here yet", "order", "ops/backward.cc", SETTLE, "", EARLY),
+    host(
+        "an early gather waits for nothing",
+        "order",
+        QUEUED,
+        "  (after_ ? *after_ : order_.entry).hold_back(line.stream);\n",
+        "  if (!after_) order_.entry.hold_back(line.stream);\n",
+        EARLY,
+    ),
+    host(
+        "an early gather waits for all that is queued",
+        "order",
+        QUEUED,
+        "  after_ = &static_cast<const QueuedPoint&>(after).event;\n",
+        "  (void)after;\n",
+        MEANWHILE,
+    ),
+    host(
+        "early parts count as standing",
+        "order",
+        INPUT,
+        "  int distance(int interval) const override { return hops(cut_.axis(), cut_.owner(interval)); }\n",
+        "",
+        SAME_BITS,
+    ),
+    host(
+        "a product is added to a sum that is not here yet",
+        "ring",
+        OUTPUT,
+        "    if (round > 0)\n      ring_.arrived(lane_);\n",
+        "    if (round > 0)\n      (void)0;\n",
+        JITTER,
+    ),
+    host(
+        "messages of added sums are left early",
+        "ring",
+        OUTPUT,
+        "    if (slice + 1 == cut_.slices().slices) relay_.drain();\n" + END_OF_ADDING,
+        END_OF_ADDING,
+        JITTER,
+        "a step could be captured",
+    ),
     host("work beside does not wait for the caller's", "order", DEVICE, "    forked_.hold_back(side_.get());\n", "", BESIDE),
     host("the caller does not wait for work beside", "order", DEVICE, "    joined_.hold_back(native(stream_));\n", "", BESIDE),
     host("a call beside follows the caller", "order", DEVICE, "if (stream && !beside_)", "if (stream)", BESIDE),
@@ -137,7 +183,14 @@ FAULTS = [
         "",
         JITTER,
     ),
-    host("a slice is used before it is here", "ring", INPUT, "    ring_.arrived(lane_);\n", "", JITTER),
+    host(
+        "a slice is used before it is here",
+        "ring",
+        INPUT,
+        "    if (wanted > 0) ring_.settle(lane_, group_of(slice, wanted));\n",
+        "",
+        JITTER,
+    ),
     host("the last slice is not drained", "ring", INPUT, "    if (slice + 1 == slices()) ring_.drain(axis_.next(), lane_);\n", "", JITTER),
     host(
         "a share goes to the wrong place",

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from cuda import fake_build, nvcc
+from cuda import fake_build, nvcc, overlap
 from cuda.fake_runs import LONG_TESTS, PYTHON_TESTS, python_tests, run, survivors, train
 
 pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-FAKE = Path(__file__).parent / "fake"
-VIRTUAL, REFUSED, ONE_THREAD, BROKEN_OFF = (FAKE / name for name in ("hosts.py", "refused.py", "one_thread.py", "broken_off.py"))
+NAMES = ("hosts.py", "refused.py", "one_thread.py", "broken_off.py", "early.py")
+VIRTUAL, REFUSED, ONE_THREAD, BROKEN_OFF, EARLY = (Path(__file__).parent / "fake" / name for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,27 @@ def test_pipelines_in_every_schedule_on_fake_devices(package: Path) -> None:
 
 def test_a_gpt_trains_as_its_serial_twin(package: Path) -> None:
     train(package)
+
+
+def test_weights_gathered_early(package: Path) -> None:
+    """Bits and bytes are those without it, also where weights are written to between layers; a rank that differs is named."""
+    found = json.loads(run([sys.executable, str(EARLY)], fake_build.package_environment(package), limit=600).splitlines()[-1])
+    assert found["wrong"] == []
+    print(found["made"])
+    guessed = {name: count for name, count in found["made"].items() if not name.startswith(("written", "jumping"))}
+    assert all(count["begun"] == count["used"] >= 15 for count in guessed.values()), guessed
+    assert found["made"]["written 2.5d"]["begun"] > found["made"]["written 2.5d"]["used"]
+    assert all("rank 1 got" in said and "weights gathered ahead" in said for said in found["alone"]), found["alone"]
+    assert all(said.startswith("MeshError") and "rank 1 got" in said for said in found["within"]), found["within"]
+
+
+def test_what_a_stack_of_linears_queues_overlaps(package: Path) -> None:
+    """By the model of overlap.py, at the sizes of docs/cuda.md: what is lost where a message comes later, or a kernel waits for more."""
+    nccl, engines = (overlap.layer(package, 16384, 8192, lent) for lent in (overlap.BLOCKS, 0))
+    shares = {part: (nccl[part].share, engines[part].share) for part in nccl}
+    print(shares)
+    least = {"forward": (0.88, 0.93), "backward": (0.82, 0.89), "both": (0.84, 0.91)}
+    assert all(by_nccl >= least[part][0] and by_engines >= least[part][1] for part, (by_nccl, by_engines) in shares.items()), shares
 
 
 def test_virtual_hosts_of_fake_devices(package: Path) -> None:

@@ -78,6 +78,9 @@ class Sums:
     def stop(self) -> None:
         """The mesh ends."""
 
+    def expect(self, parameters: Sequence[Any]) -> None:
+        """The sum of these parameters' gradients is asked for next."""
+
     def _give(self, entry: Pending) -> None:
         self._let_go(entry)
 
@@ -173,29 +176,62 @@ class ThreadSums(Sums):
 
 
 class StreamSums(Sums):
-    """Those of a GPU, queued on a stream of their own as soon as the layer has queued what they are sums of. An entry keeps its tensor
-    until the caller's stream waits for them: its memory is the caller's stream's, which would use it again."""
+    """Those of a GPU, queued on a stream of their own. An entry keeps its tensor until the caller's stream waits for them: its memory is
+    the caller's stream's, which would use it again.
 
-    _known: Any = None
+    Messages leave a rank in one order. A sum that was queued as soon as its layer has made its part would hold back the messages of the
+    next layer, whose products wait for them; nobody waits for the sum. So it is queued behind the next layer's call, though not behind
+    its kernels: its stream follows a mark that was made before them. This changes the order of messages, which must be one on all ranks,
+    whereas a hook, which needs the sum at once, may stand on one rank only. Hence the ranks say once a pass whether any of the parameters
+    whose sums have been asked for before has a hook, and a parameter that is new is summed at once. A hook that one rank sets within the
+    pass is named as a disagreement."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        super().__init__(mesh)
+        self._stream_known: Any = None
+        self._task, self._in_turn = -1, False
+        self._asked: dict[int, Any] = {}  # parameters whose sums have been asked for, weakly
+        self._marked: list[tuple[Pending, int]] = []
+
+    def expect(self, parameters: Sequence[Any]) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            known = [parameter for each in self._asked.values() if (parameter := each()) is not None]
+            quiet = bool(known) and not _hooked and not any(map(_is_hooked, known))
+            self._task, self._in_turn = task, all(bit for (bit,) in self.mesh.world.sizes([int(quiet)]))
+        self._new = [each for each in parameters if (asked := self._asked.get(id(each))) is None or asked() is not each]
+        self._asked |= {id(parameter): weakref.ref(parameter) for parameter in self._new}
+
+    def _give(self, entry: Pending) -> None:
+        if not self._in_turn or self._new:
+            return self._let_go(entry)
+        before, self._marked = self._marked, [(entry, self.mesh.program.job.mark())]
+        self._queue(before)
+        return None
 
     def _let_go(self, *last: Pending) -> None:
+        before, self._marked = self._marked, []
+        self._queue([*before, *((entry, 0) for entry in last)])
+
+    def _queue(self, entries: Sequence[tuple[Pending, int]]) -> None:
         job = self.mesh.program.job
-        for entry in last:
+        for entry, mark in entries:
             self.mesh.say(entry.label)
-            part, beside = entry.total, job.beside()
+            part, beside = entry.total, job.beside(mark)
             try:
                 with nullcontext() if job.on_host else torch.cuda.stream(self._stream(beside)):
                     entry.total = entry.work(self.mesh.axis, part)
             finally:
                 job.back()
-            if entry.total is not part and not job.on_host:  # memory of the other stream's
+            if entry.total is not part and not job.on_host:  # each is memory of one stream's, and the other uses it
                 entry.total.record_stream(torch.cuda.current_stream())
+                part.record_stream(self._stream(beside))
 
     def _stream(self, number: int) -> Any:
         """Torch's of that number: workspace is torch's, whose memory is used again in the order of its current stream."""
-        if self._known is None or self._known.cuda_stream != number:
-            self._known = torch.cuda.ExternalStream(number, device=self.mesh.device)
-        return self._known
+        if self._stream_known is None or self._stream_known.cuda_stream != number:
+            self._stream_known = torch.cuda.ExternalStream(number, device=self.mesh.device)
+        return self._stream_known
 
     def _wait(self, entry: Pending) -> torch.Tensor:
         self.mesh.program.job.join()
@@ -203,6 +239,7 @@ class StreamSums(Sums):
 
     def _forget(self, task: int) -> None:
         if any(entry.task == task for entry in self.pending):
+            self._marked = [each for each in self._marked if each[0].task != task]  # of a pass that raised
             self.mesh.program.job.join()
         super()._forget(task)
 
@@ -230,21 +267,22 @@ def summed(mesh: Mesh, parameters: Sequence[Any], nodes: Sequence[Any], part: to
 def behind(mesh: Mesh, parameters: Sequence[Any], nodes: Sequence[Any], part: torch.Tensor, work: Work, label: str) -> torch.Tensor | None:
     """`summed`, by the thread or the stream."""
     sums = sums_of(mesh)
+    sums.expect(parameters)
     if not all(map(_may_come_later, parameters, nodes)):
         return sums.now(part, work, label)
     sums.later(parameters, part, work, label)
     return None
 
 
-def all_reduced(*names: Names) -> Work:
-    """The work of sums over axes, one set of names after the other."""
+def all_reduced(*names: Names, dtype: torch.dtype | None = None) -> Work:
+    """The work of sums over axes, one set of names after the other; dtype: of the result, None for the part's."""
 
     def work(axis_of: AxisOf, part: torch.Tensor) -> torch.Tensor:
         for each in names:
             axis = axis_of(each)
             if axis is not None:
                 axis.all_reduce_(part)
-        return part
+        return part if dtype is None else part.to(dtype)
 
     return work
 
@@ -270,11 +308,14 @@ def puts_off(mesh: Mesh) -> bool:
 
 
 def sums_later(mesh: Mesh, weights: Sequence[torch.Tensor]) -> bool:
-    """Whether the sums over depth of these weights' gradients are made behind the backward pass: those of 16-bit weights are made of wider
-    ones inside the step."""
-    if mesh.axis(mesh.axes.depth) is None or not (mesh.has_background or mesh.program.job.has_gpu):
+    """Whether the sums over depth of these weights' gradients are made behind the backward pass. Those of 16-bit weights are made of
+    wider ones: by a thread they would all be kept until the pass ends, so that the step makes them; a stream gives their memory back as
+    it goes."""
+    if mesh.axis(mesh.axes.depth) is None:
         return False
-    return all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
+    if mesh.program.job.has_gpu:
+        return len({weight.dtype for weight in weights}) == 1
+    return mesh.has_background and all(weight.dtype in (torch.float32, torch.float64) for weight in weights)
 
 
 # Backward hooks of modules that live graphs hold: what such a hook reads must be complete. torch makes one object a call
@@ -295,13 +336,17 @@ def _noting(make: Callable[..., None]) -> Callable[..., None]:
 BackwardHook.__init__ = _noting(BackwardHook.__init__)  # type: ignore[method-assign]
 
 
+def _is_hooked(parameter: torch.Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def _may_come_later(parameter: torch.Tensor, node: Any) -> bool:
     """Whether nothing may read the parameter's gradient before the end of this backward pass."""
     if _hooked or torch.is_grad_enabled() or getattr(node, "variable", None) is not parameter:
         return False
     if not hasattr(parameter, "made_on"):  # a tool's own in our place, such as FSDP2's, which it reads as soon as its layer is done
         return False
-    if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+    if _is_hooked(parameter):
         return False
     try:
         return torch._C._will_engine_execute_node(node)

@@ -33,6 +33,16 @@ def cast_for_autocast(x: torch.Tensor) -> torch.Tensor:
     return x if dtype in (None, x.dtype) or x.dtype == torch.float64 or not x.is_floating_point() else x.to(dtype)
 
 
+def casts_to(block: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether a parameter's block is cast in an autocast region of `dtype`; None: outside of one."""
+    return dtype is not None and block.dtype not in (dtype, torch.float64)
+
+
+def block_in(mesh: Any, block: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor | None:
+    """A parameter's block in the dtype of an autocast region; in the shared heap, where peers read it in place."""
+    return mesh.empty(block.shape, dtype).copy_(block) if block is not None and casts_to(block, dtype) else block
+
+
 def as_parameter(gradient: torch.Tensor | None, parameter: torch.Tensor | None) -> torch.Tensor | None:
     """In its parameter's dtype, which autocast may have left."""
     return gradient if gradient is None or parameter is None or gradient.dtype == parameter.dtype else gradient.to(parameter.dtype)

@@ -23,8 +23,8 @@ from ..mesh import Mesh, check_local
 from ..mesh.layout import Cuts, Layout, Names, offsets
 from ..mesh.live import Live
 from ..plan import formulas
-from . import background, gradients, later, second_order
-from .casts import as_parameter, autocast_dtype, cast_for_autocast, like, local_of
+from . import background, early, gradients, later, second_order
+from .casts import as_parameter, autocast_dtype, block_in, cast_for_autocast, casts_to, like, local_of
 from .gradients import deferring, sum_over_depth
 from .ranges import in_range, profiling
 from .relayout import relayout
@@ -207,10 +207,16 @@ class _Linear(Function):
     ) -> Any:
         count = len(plan.n)
         local = [local_of(parameter) for parameter in parameters]
-        blocks = local if dtype is None else [_cast(plan.mesh, block, dtype) for block in local]
+        ready = early.enter(plan, True, parameters[:count], dtype)
+        if dtype is None:
+            blocks = local
+        else:
+            blocks = [block_in(plan.mesh, each, dtype) for each in local[count if ready else 0 :]]
+            blocks = [*ready.blocks, *blocks] if ready else blocks
         weights: list[Any] = blocks[:count]
         plan.mesh.say(plan.label)
-        outputs = plan.step.forward(x, weights, blocks[count:], epilogue)
+        outputs = plan.step.forward(x, weights, blocks[count:], epilogue, early=ready.weights if ready else None)
+        early.leave(plan.mesh)
         ys, before = outputs[:count], outputs[count:]
         ctx.plan, ctx.parameters, ctx.count, ctx.call = plan, parameters, count, (epilogue, dtype)
         ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
@@ -253,12 +259,24 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     bias_later = background.puts_off(plan.mesh) and x.dtype.itemsize > 2  # sums that would wait for another host
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
+    ready = early.enter(plan, False, parameters[:count] if need_x else None, ctx.call[1])
     plan.mesh.say(plan.label)
     behind = not (put_off or keeps) and bool(wanted) and background.sums_later(plan.mesh, wanted)
+    wide = behind and wanted[0].dtype.itemsize == 2  # summed in float32 too
     nodes = nodes_of(ctx, parameters) if behind or bias_later else []
     dx, dws, dbs = plan.step.backward(
-        x, weights, dys, need_x, bool(wanted), need_b, not (behind or put_off or cast or keeps), not bias_later
+        x,
+        weights,
+        dys,
+        need_x,
+        bool(wanted),
+        need_b,
+        not (behind or put_off or cast or keeps),
+        not bias_later,
+        ready.weights if ready else None,
+        wide,
     )
+    early.leave(plan.mesh)
     for index, mine in enumerate(here):
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])
@@ -267,8 +285,10 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
         if need and bias_later:
             bias, node = parameters[count + index], nodes[count + index]
             dbs[index] = background.summed(plan.mesh, [bias], [node], dbs[index], over_rows, plan.label)
-    dws = [as_parameter(dw, weight) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
-    over_depth = background.all_reduced(plan.mesh.axes.depth)
+    parts = [
+        (dw if wide else as_parameter(dw, weight)) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)
+    ]
+    dws, over_depth = parts, background.all_reduced(plan.mesh.axes.depth, dtype=wanted[0].dtype if wide else None)
     for index, (weight, dw) in enumerate(zip(parameters, dws, strict=False)) if (behind or put_off or cast) and not keeps else ():
         if behind and dw is not None:
             dws[index] = background.behind(plan.mesh, [weight], [nodes[index]], dw, over_depth, plan.label)
@@ -288,7 +308,7 @@ def _linear_again(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
 
     def compose(x: torch.Tensor, *blocks: torch.Tensor | None) -> list[torch.Tensor]:
         if dtype is not None:
-            blocks = tuple(block.to(dtype) if block is not None and _casts(block, dtype) else block for block in blocks)
+            blocks = tuple(block.to(dtype) if block is not None and casts_to(block, dtype) else block for block in blocks)
         step = second_order.Unsummed(plan.step) if plan.mesh.axes.kept else plan.step
         ys = second_order.product(x, blocks[:count], step)  # type: ignore[arg-type]
         ys = tuple(y if b is None else y + _bias_here(plan, b, n) for y, b, n in zip(ys, blocks[count:], plan.n, strict=True))
@@ -330,7 +350,7 @@ def _linear_results(words: list[str], tensors: list[torch.Tensor]) -> list[graph
     rows = graph_ops.evenly(plan.mesh, x.shape[0], plan.x[1].rows, plan.y[1].rows)
     inner = x.shape[1:-1]
     found: list[graph_ops.Meta] = [([rows, *inner, n], x.dtype) for n in plan.n_local]
-    found += [(list(weight.shape), dtype) for weight in weights[: len(plan.n)] if _casts(weight, dtype)]
+    found += [(list(weight.shape), dtype) for weight in weights[: len(plan.n)] if casts_to(weight, dtype)]
     if epilogue == "none":
         return found
     # before the epilogue, flat where the number of rows changes
@@ -352,15 +372,6 @@ def _bias_gradient(plan: LinearPlan, dy: torch.Tensor, bias: torch.Tensor) -> to
     dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
     part = dy.sum(tuple(range(dy.dim() - 1)), dtype=dtype)
     return gradients.sum_or_defer(mesh, rows, bias, part, partial(background.all_reduced(rows), mesh.axis))
-
-
-def _cast(mesh: Mesh, block: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A parameter's block in the dtype of an autocast region; in the shared heap, where peers read it in place."""
-    return mesh.empty(block.shape, dtype).copy_(block) if block is not None and _casts(block, dtype) else block
-
-
-def _casts(block: torch.Tensor, dtype: torch.dtype | None) -> bool:
-    return dtype is not None and block.dtype not in (dtype, torch.float64)
 
 
 def _with_inner_dims(y: torch.Tensor, x: torch.Tensor, features: int) -> torch.Tensor:

@@ -91,6 +91,7 @@ class Mesh(GridShape, Live):
         self.told, self.findings = Told(), Findings()
         self.checks: Any = None  # while the first step is checked: see checks/
         self.sums: Any = None  # those behind a backward pass: autograd/background.py
+        self.ahead: Any = None  # weights that are gathered before their layers begin: autograd/early.py
         self.ended = self.zigzag = False  # zigzag: whether a sequence was cut in that order
         self.one_batch = False  # whether a tool that takes the ranks for one process gives all of them the same batch, with data too
         self._groups, self._background = groups, dict[str, native.Axis]()  # of the program of those sums, by key
@@ -279,6 +280,7 @@ class Mesh(GridShape, Live):
     def close(self) -> None:
         """For destroy: later calls of the others that wait for this rank raise PeerDied."""
         self.findings.end()
+        self.ahead = None
         self.program.close()
         if self._sums is not None:
             self._sums.close()

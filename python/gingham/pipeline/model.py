@@ -9,6 +9,7 @@ from zlib import crc32
 
 import torch
 
+from ..autograd.early import turn
 from ..autograd.gradients import make_sums, no_sync
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError
@@ -237,6 +238,7 @@ class Pipelined:
     def _begin(self, rows: int, part: int) -> None:
         """A micro-batch's forward or backward pass begins in a stage."""
         self.given.now = self.parts_given[part]
+        turn(self.mesh)
         self.mesh.told.begin(rows)  # also where this rank has none of its rows: passes are counted alike on all
 
     def _run(self, xs: Sequence[torch.Tensor], own: bool, lose: Any, train: bool, given: Any) -> list[torch.Tensor]:

@@ -70,6 +70,13 @@ class With {
   const char* name_;
 };
 
+// Work of that length on a stream; one length at a time.
+inline void sleep_on(cudaStream_t stream, int milliseconds) {
+  static int length = 0;
+  length = milliseconds;
+  CUDA_CHECK(fake_enqueue(stream, [](void* p) { std::this_thread::sleep_for(std::chrono::milliseconds(*static_cast<int*>(p))); }, &length));
+}
+
 // Longer than the watch of transport/nccl sleeps.
 inline void watched() { std::this_thread::sleep_for(std::chrono::milliseconds(120)); }
 
@@ -82,6 +89,11 @@ void memory_outlasts_messages();
 void a_scope_gives_the_device_back();
 void slots_of_copies_are_taken_in_turn();
 void some_shares_are_empty();
+
+// Of pipeline_early.cc.
+void weights_gathered_early();
+void early_weights_change_no_bits();
+void early_weights_come_while_the_caller_computes();
 
 // Of pipeline_beside.cc.
 void sums_beside_the_caller();

@@ -11,12 +11,6 @@ namespace {
 
 constexpr int kRanks = 4, kCount = 1003;
 
-void sleep_for(cudaStream_t stream, int milliseconds) {
-  static int length = 0;
-  length = milliseconds;
-  CUDA_CHECK(fake_enqueue(stream, [](void* p) { std::this_thread::sleep_for(std::chrono::milliseconds(*static_cast<int*>(p))); }, &length));
-}
-
 struct Rank {
   Job& job;
   Program& program;
@@ -56,7 +50,7 @@ Row both(Rank& rank) {
     fill(from, job.rank() + 1);
     fill(x, -1);
     fill(y, 100);
-    sleep_for(mine, 30);
+    sleep_on(mine, 30);
     cast(from.view(), x.view(), job.stream());
     rank.gpu().beside(std::nullopt);
     rank.gpu().begin(static_cast<void*>(mine));  // as every call does
@@ -83,7 +77,7 @@ Row overlapped(Rank& rank) {
   Event summed;
   const cudaStream_t mine = native(job.stream());
   rank.gpu().beside(std::nullopt);
-  sleep_for(mine, 1500);
+  sleep_on(mine, 1500);
   rank.sum(x.view());
   summed.record(native(job.stream()));
   rank.gpu().back();

@@ -105,6 +105,14 @@ void collectives() {
   every_collective(Carrier::nccl);
   every_collective(Carrier::copy);
 }
+// Messages that are cut into pieces.
+void collectives_in_pieces() {
+  const With small("GINGHAM_CHUNK_BYTES", "64");
+  every_collective(Carrier::nccl);
+  const With jitter("FAKE_CUDA_JITTER", "500");
+  every_collective(Carrier::copy);
+  every_collective(Carrier::nccl);
+}
 void attention() {
   every_ring(Carrier::nccl);
   every_ring(Carrier::copy);
@@ -284,6 +292,7 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"products over copies", products_over_copies},
                        {"sums of 16 bits", sums_of_16_bits},
                        {"collectives", collectives},
+                       {"collectives in pieces", collectives_in_pieces},
                        {"attention", attention},
                        {"attention over copies", attention_over_copies},
                        {"one communicator at a time", one_communicator_at_a_time},
@@ -296,6 +305,9 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"sums beside the caller", sums_beside_the_caller},
                        {"sums beside are captured", sums_beside_are_captured},
                        {"sums beside run while the caller does", sums_beside_run_while_the_caller_does},
+                       {"weights gathered early", weights_gathered_early},
+                       {"early weights change no bits", early_weights_change_no_bits},
+                       {"early weights come while the caller computes", early_weights_come_while_the_caller_computes},
                        {"a late hang is named", a_late_hang_is_named},
                        {"long kernels are no stall", long_kernels_are_no_stall},
                        {"a refused send closes its group", a_refused_send_closes_its_group},

@@ -1,0 +1,172 @@
+"""W of the next linear, gathered on GPUs beside the products of this one.
+
+A step whose W is cut over an axis begins with a gather of it, which no product of the step can hide. It depends on no activation,
+so that where a layer has followed another twice in a row, forward or backward, the gather of its W is queued behind the messages of
+that other's call, and runs beside its products. The bytes are the same, the order of sums is that of calls without it
+(Group::leader in csrc/ops/pipeline.h), and a rank holds one more W, gathered, while a pass runs.
+
+What was gathered is used if the parameter has not changed since, as `kept._key` sees it: its versions, its memory, writes by name.
+Otherwise it is left, and the step gathers W itself. Ranks that differ in this are told by name, since both say so in their calls.
+Followers are learnt in runs of calls in which no layer comes twice, so that neither the first layer of the next pass nor one that
+is recomputed is guessed; a guess that was wrong costs one W on the links, counted as received, and must be seen twice again. Not
+done inside of a graph capture, whose messages must not pass its borders, with weights kept whole over data, and for gathers below
+LEAST bytes, which cost the host a call: GINGHAM_EARLY_BYTES sets it, for instance so high that nothing is gathered early where
+memory is short.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from ..mesh import Mesh
+from .casts import block_in, local_of
+from .kept import _key
+
+# Bytes that a rank receives in a gather; smaller ones are not made early. 11 us at 380 GB/s.
+LEAST = int(os.environ.get("GINGHAM_EARLY_BYTES", 4 << 20))
+CONFIRMED = 2  # times that a layer has followed another
+
+
+@dataclass
+class Follower:
+    """The layer whose call came after another's, and its weights."""
+
+    plan: Any  # weakly
+    parameters: list[Any]  # weakly
+    dtype: torch.dtype | None  # of an autocast region
+    seen: int = 1
+
+
+@dataclass
+class Ready:
+    """Weights on their way. blocks: as they are multiplied by; weights: native.Early."""
+
+    plan: Any  # weakly
+    forward: bool
+    dtype: torch.dtype | None
+    keys: list[Any]
+    blocks: list[torch.Tensor]
+    weights: Any
+    guess: Follower
+
+
+class Ahead:
+    """Of a mesh: which layer follows which, and what is on its way."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self._followers: dict[tuple[int, bool], Follower] = {}  # by id of the plan before, and whether forward
+        self._last: tuple[int, bool] | None = None
+        self._run: set[int] = set()  # plans whose calls came since the direction changed
+        self._ready: Ready | None = None
+        self._prepared: Ready | None = None
+        self._left: list[Ready] = []  # found in a capture, which cannot wait for their messages
+
+    def take(self, plan: Any, forward: bool, parameters: Sequence[Any], dtype: torch.dtype | None) -> Ready | None:
+        """What is on its way for this call, which is noted."""
+        self._note(plan, forward, parameters, dtype)
+        ready, self._ready, self._prepared = self._ready, None, None
+        if ready is None:
+            return None
+        if self._capturing():
+            self._left.append(ready)
+            return None
+        self._left.clear()
+        if ready.plan() is not plan or ready.forward != forward:
+            ready.guess.seen = 0
+            return None
+        same = ready.dtype == dtype and len(ready.keys) == len(parameters) and ready.keys == [_key(each) for each in parameters]
+        return ready if same else None
+
+    def forget(self) -> None:
+        """What comes next follows nothing: a call that reads no W has been, or another part of the model begins."""
+        self._last = self._prepared = None
+        if self._ready is not None:
+            self._ready.guess.seen = 0
+            (self._left if self._capturing() else []).append(self._ready)
+            self._ready = None
+
+    def prepare(self, plan: Any, forward: bool) -> None:
+        """Makes room for the weights of the call that is expected after this one, before this one's kernels are queued."""
+        guess = self._followers.get((id(plan), forward))
+        if guess is None or guess.seen < CONFIRMED or self._capturing() or self.mesh.checks is not None:
+            return
+        other, parameters = guess.plan(), [each() for each in guess.parameters]
+        if other is None or id(other) in self._run or not all(isinstance(each, DTensor) for each in parameters):
+            return
+        if forward and torch._C._current_graph_task_id() != -1:  # recomputed within a backward pass: what follows is not known
+            return
+        blocks: list[Any] = [block_in(self.mesh, local_of(each), guess.dtype) for each in parameters]
+        axis = self.mesh.axis(self.mesh.axes.gathered)
+        if axis is None or not other.step.gathers_early or (axis.size - 1) * sum(block.nbytes for block in blocks) < LEAST:
+            return
+        self.mesh.say(other.label)
+        weights = other.step.early(blocks)
+        self._prepared = Ready(guess.plan, forward, guess.dtype, [_key(each) for each in parameters], blocks, weights, guess)
+
+    def start(self) -> None:
+        """Queues the gather that was prepared, behind the messages of the call that has been made since."""
+        ready, self._prepared = self._prepared, None
+        plan = None if ready is None else ready.plan()
+        if ready is None or plan is None:
+            return
+        self.mesh.say(plan.label)
+        plan.step.gather(ready.weights)
+        self._ready = ready
+
+    def _note(self, plan: Any, forward: bool, parameters: Sequence[Any], dtype: torch.dtype | None) -> None:
+        before, self._last = self._last, (id(plan), forward)
+        turned = before is None or before[1] != forward or id(plan) in self._run
+        if turned:
+            self._run.clear()
+        self._run.add(id(plan))
+        if turned or before is None:
+            return
+        known = self._followers.get(before)
+        if known is not None and known.plan() is plan and known.dtype == dtype and _same(known.parameters, parameters):
+            known.seen += 1
+        elif all(isinstance(each, DTensor) for each in parameters):
+            self._followers[before] = Follower(weakref.ref(plan), [weakref.ref(each) for each in parameters], dtype)
+
+    def _capturing(self) -> bool:
+        return not self.mesh.job.on_host and torch.cuda.is_current_stream_capturing()
+
+
+def _same(weak: Sequence[Any], parameters: Sequence[Any]) -> bool:
+    return len(weak) == len(parameters) and all(each() is other for each, other in zip(weak, parameters, strict=True))
+
+
+def enter(plan: Any, forward: bool, parameters: Sequence[Any] | None, dtype: torch.dtype | None) -> Ready | None:
+    """A linear's call begins: its weights, if they are on their way. parameters: None where the call reads no W; dtype: of its autocast
+    region."""
+    mesh = plan.mesh
+    if not mesh.job.has_gpu or mesh.axes.kept:
+        return None
+    if mesh.ahead is None:
+        mesh.ahead = Ahead(mesh)
+    ahead: Ahead = mesh.ahead
+    if parameters is None:
+        ahead.forget()
+        return None
+    ready = ahead.take(plan, forward, parameters, dtype)
+    ahead.prepare(plan, forward)
+    return ready
+
+
+def turn(mesh: Mesh) -> None:
+    """Another part of a model begins, such as a stage's pass for one of its micro-batches: what comes now follows nothing."""
+    if mesh.ahead is not None:
+        mesh.ahead.forget()
+
+
+def leave(mesh: Mesh) -> None:
+    """The call is made: what was prepared as it began sets out."""
+    if mesh.ahead is not None:
+        mesh.ahead.start()
