@@ -174,6 +174,7 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   const auto gather = [&] {
     size_t used = 0;
     fill_zero(late.view().t(), job.stream());
+    for (const auto& room : rooms) fill_zero(room->view(), job.stream());  // what the last round left would do
     if (o.delay) o.delay(job);
     cast(w.view(), late.view(), job.stream());
     early = step.early({late.view()}, [&](int64_t rows, int64_t cols) {

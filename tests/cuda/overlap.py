@@ -10,7 +10,8 @@ GPUs were never seen. It assumes:
   links            380 GB/s a direction of 450, shared by all messages of a rank under way; 8 us until a group's first byte
   products         R / (1 + H / K), R = 808 TFLOP/s, H = 265 with results in 16 bits: through 759 at K = 4096 and 642 at K = 1024,
                    both measured on one H100. H = 400 where C is fp32, stored or added to: 581 at K = 1024, the slow end of what was
-                   computed for it (docs/cuda.md)
+                   computed for it (docs/cuda_kernels.md). H = 650 where C is read and the result stored in 16 bits, as measured of
+                   that way out
   other kernels    what they read and write at 3.0 TB/s, and 2 us
   kernels at once  of two streams share the device evenly
   multiprocessors  messages by NCCL hold 16 of 132 while one is under way: products are that much slower (maxCTAs is not set: NCCL
@@ -32,7 +33,7 @@ from pathlib import Path
 from cuda import fake_build
 
 NVLINK, ALPHA, HBM, LAUNCH = 380e9, 8e-6, 3.0e12, 2e-6
-BEST, NARROW, WIDE = 808e12, 265.0, 400.0
+BEST, NARROW, WIDE, READING = 808e12, 265.0, 400.0, 650.0
 BLOCKS, MULTIPROCESSORS = 16, 132
 RANKS, Q, DEPTH = 8, 2, 2
 SCALE = 64  # by which sizes are divided on the fake devices
@@ -61,7 +62,8 @@ class Transfer:
 
 
 def product_seconds(m: int, n: int, k: int, adds: bool, stored: int) -> float:
-    flops = 2.0 * m * n * k / BEST * (1 + (WIDE if adds or stored > 2 else NARROW) / k)
+    half = READING if adds and stored == 2 else WIDE if adds or stored > 2 else NARROW
+    flops = 2.0 * m * n * k / BEST * (1 + half / k)
     return max(flops, (2 * (m * k + k * n) + m * n * (stored + 4 * adds)) / HBM)
 
 
