@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2) plain_kernel(Operands p, Store<T>
   constexpr int group = Plain<T>::group, edge = Plain<T>::edge;
   T* memory = reinterpret_cast<T*>(shared_memory());
   const int x = static_cast<int>(threadIdx.x) % kSide, y = static_cast<int>(threadIdx.x) / kSide;
-  const TileAt tile = tile_at(p.m, p.n, edge, edge);
+  const TileAt tile = tile_at(blockIdx.x, p.m, p.n, edge, edge);
   const int64_t k_begin = blockIdx.z * p.piece, k_end = k_begin + p.piece < p.k ? k_begin + p.piece : p.k;
   const int steps = static_cast<int>((k_end - k_begin + kDepth - 1) / kDepth);
   const T* a = static_cast<const T*>(p.a) + (p.a_along_k ? tile.row * p.lda + k_begin : k_begin * p.lda + tile.row);

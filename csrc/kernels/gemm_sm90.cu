@@ -1,11 +1,14 @@
-// A block computes a tile of C, 128 rows by 128 or 256 columns. One thread of the first warpgroup (the producer) has the tensor memory
-// accelerator bring panels of 64 k into a ring of stages; the two others multiply 64 rows each. Stage s has two barriers: full[s], one arrival and
-// the panels' bytes, and empty[s], one arrival of each of the 8 consumer warps. A stage is released when the products of the next one have been
-// issued.
-// The sums leave through the stages, when both consumers are done with them (gemm_sm90_store.cuh).
+// A block computes tiles of C, 128 rows by 128 or 256 columns, one after the other (gemm_sm90_chunks.cuh says which). One thread of the first
+// warpgroup (the producer) has the tensor memory accelerator bring panels of 64 k into a ring of stages; the two others multiply 64 rows each. Stage
+// s has two barriers: full[s], one arrival and the panels' bytes, and empty[s], one arrival of each of the 8 consumer warps. A stage is released when
+// the products of the next one have been issued, a tile's last one when its products are there.
+// The ring does not end with a tile: the producer goes on with the next tile's panels while the last one is stored, and each consumer goes through
+// the stages at its own pace, so that one multiplies while the other stores. The sums leave in boxes beside the stages (gemm_sm90_store.cuh).
 //   panel along k       one box: lines of 128 bytes (64 k), swizzled by 128 bytes
 //   panel across k      a box for each 64 rows of A or columns of B: 64 lines, one for each k, of 128 bytes
 // Registers: 168 a thread at launch; the producer gives up all but 40, the consumers take 232 (128 of them sums).
+#include <algorithm>
+
 #include "kernels/gemm_sm90.cuh"
 
 #ifndef GINGHAM_SHIM
@@ -17,12 +20,16 @@ namespace {
 
 constexpr int kHigh = 128, kDepth = 64, kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 
+__host__ __device__ inline int64_t tiles_of(const Operands& p, int wide) { return (p.m + kHigh - 1) / kHigh * ((p.n + wide - 1) / wide); }
+
 template <class T, int across>
 struct Ring {
   static constexpr int wide = across, a_bytes = kHigh * kLine, b_bytes = wide * kLine, stage = a_bytes + b_bytes;
-  static constexpr int stages = wide == 256 ? 4 : 6;
-  static constexpr int bytes = 1024 + stages * (stage + 16);
-  // At the end each warp has a slab of 16 rows of floats in them, the pitch 8 more than the tile is wide; or boxes, which take less.
+  static constexpr int stages = wide == 256 ? 4 : 6, room = kBoxes * kBoxBytes;
+  // Behind the stages the warps' boxes, then the barriers.
+  static constexpr int boxes = stages * stage, barriers = boxes + 4 * kConsumers * room, bytes = 1024 + barriers + stages * 16;
+  static_assert(bytes <= 227 * 1024);
+  // Slabs, 16 rows of floats a warp, the pitch 8 more than the tile is wide, lie in the stages.
   static_assert(4 * kConsumers * 16 * (wide + 8) * 4 <= stages * stage);
 };
 
@@ -39,6 +46,19 @@ __device__ inline void await(uint32_t barrier, uint32_t parity, int* stuck, int6
       return;
     }
 }
+
+// A place in the ring, which goes on from tile to tile.
+struct Turn {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  template <int stages>
+  __device__ void next() {
+    if (++stage < stages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
 
 template <bool along_k, int edge>
 __device__ inline void load_panel(uint32_t shared, const CUtensorMap* map, int line, int k, uint32_t barrier) {
@@ -59,14 +79,15 @@ __device__ inline uint64_t descriptor_of(uint32_t panel, int step) {
 
 // out: how the sums leave (gemm_sm90_store.cuh), by `boxes` or by `store`.
 template <class T, bool a_along_k, bool b_along_k, int wide, int out>
-__global__ void __launch_bounds__(kThreads, 1) sm90_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
-                                                           const __grid_constant__ Boxes boxes, Operands p, Store<T> store, int* stuck) {
+__global__ void __launch_bounds__(kThreads, 1)
+    sm90_kernel(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, const __grid_constant__ Boxes boxes, Operands p,
+                Store<T> store, Chunking chunking, int* stuck) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL  // elsewhere it does nothing, which the check sees
   using R = Ring<T, wide>;
   const uint32_t memory = (shared_address(shared_memory()) + 1023) & ~1023u;  // the swizzle's pattern repeats every 1024 bytes
-  const uint32_t full = memory + R::stages * R::stage, empty = full + 8 * R::stages;
+  const uint32_t full = memory + R::barriers, empty = full + 8 * R::stages;
   const int group = static_cast<int>(threadIdx.x) / 128, warp = static_cast<int>(threadIdx.x) / 32 % 4, lane = static_cast<int>(threadIdx.x) % 32;
-  const TileAt tile = tile_at(p.m, p.n, kHigh, wide);
+  const Chunk chunk = chunk_of(static_cast<int>(blockIdx.x), static_cast<int>(tiles_of(p, wide)), chunking);
   const int64_t k_begin = blockIdx.z * p.piece, k_end = k_begin + p.piece < p.k ? k_begin + p.piece : p.k;
   const int steps = static_cast<int>((k_end - k_begin + kDepth - 1) / kDepth);
   const int64_t deadline = stuck ? clock64() + kPatience : 0;
@@ -81,49 +102,63 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_kernel(const __grid_constant
   }
   block_barrier();
 
+  Turn turn;
   if (group == 0) {
     give_registers<40>();
     if (threadIdx.x != 0) return;
-    for (int step = 0; step < steps; step++) {
-      const int s = step % R::stages, k = static_cast<int>(k_begin) + step * kDepth;
-      await(empty + 8 * s, (step / R::stages & 1) ^ 1, stuck, deadline);
-      mbarrier_arrive_expect(full + 8 * s, R::stage);
-      load_panel<a_along_k, kHigh>(memory + s * R::stage, &map_a, static_cast<int>(tile.row), k, full + 8 * s);
-      load_panel<b_along_k, wide>(memory + s * R::stage + R::a_bytes, &map_b, static_cast<int>(tile.col), k, full + 8 * s);
+    for (int i = 0; i < chunk.count; i++) {
+      const TileAt tile = tile_at(static_cast<uint32_t>(chunk.first + i * chunk.step), p.m, p.n, kHigh, wide);
+      for (int step = 0; step < steps; step++) {
+        const int s = turn.stage, k = static_cast<int>(k_begin) + step * kDepth;
+        await(empty + 8 * s, turn.parity ^ 1, stuck, deadline);
+        mbarrier_arrive_expect(full + 8 * s, R::stage);
+        load_panel<a_along_k, kHigh>(memory + s * R::stage, &map_a, static_cast<int>(tile.row), k, full + 8 * s);
+        load_panel<b_along_k, wide>(memory + s * R::stage + R::a_bytes, &map_b, static_cast<int>(tile.col), k, full + 8 * s);
+        turn.next<R::stages>();
+      }
     }
     return;
   }
 
   take_registers<232>();
   const int consumer = group - 1;
-  float sum[wide / 2] = {};
-  for (int step = 0; step < steps; step++) {
-    const int s = step % R::stages;
-    const uint32_t a = memory + s * R::stage + consumer * 64 * kLine, b = memory + s * R::stage + R::a_bytes;
-    await(full + 8 * s, step / R::stages & 1, stuck, deadline);
-    wgmma_fence();
+  Room room{memory + R::boxes + (consumer * 4 + warp) * R::room};
+#pragma unroll 1
+  for (int i = 0; i < chunk.count; i++) {
+    float sum[wide / 2] = {};
+    int last = 0;
+    for (int step = 0; step < steps; step++) {
+      const int s = turn.stage;
+      const uint32_t a = memory + s * R::stage + consumer * 64 * kLine, b = memory + s * R::stage + R::a_bytes;
+      await(full + 8 * s, turn.parity, stuck, deadline);
+      wgmma_fence();
 #pragma unroll
-    for (int i = 0; i < kDepth / 16; i++) wgmma<!a_along_k, !b_along_k>(sum, descriptor_of<a_along_k>(a, i), descriptor_of<b_along_k>(b, i), T{});
-    wgmma_commit();
-    wgmma_wait<1>();
-    if (step > 0 && lane == 0) mbarrier_arrive(empty + 8 * ((step - 1) % R::stages));
+      for (int j = 0; j < kDepth / 16; j++) wgmma<!a_along_k, !b_along_k>(sum, descriptor_of<a_along_k>(a, j), descriptor_of<b_along_k>(b, j), T{});
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (step > 0 && lane == 0) mbarrier_arrive(empty + 8 * last);
+      last = s;
+      turn.next<R::stages>();
+    }
+    const TileAt tile = tile_at(static_cast<uint32_t>(chunk.first + i * chunk.step), p.m, p.n, kHigh, wide);
+    const int64_t row = tile.row + consumer * 64 + warp * 16;
+    uint32_t bias[wide / 64];  // on its way while the last products are made
+    if constexpr (out == kHalves) load_bias<wide>(bias, boxes.bias, static_cast<int>(tile.col), static_cast<int>(p.n), lane);
+    wgmma_wait<0>();
+    if (lane == 0) mbarrier_arrive(empty + 8 * last);
+    if constexpr (out == kHalves) {
+      store_halves<T, wide>(sum, bias, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
+    } else if constexpr (out == kSums) {
+      store_sums<wide>(sum, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
+    } else {
+      asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");  // both are done with the stages, which become slabs
+      char* stages = shared_memory() + (memory - shared_address(shared_memory()));
+      float* slab = reinterpret_cast<float*>(stages) + (consumer * 4 + warp) * 16 * (wide + 8);
+      store_slab<T, wide>(sum, store, row, tile.col, p.m, p.n, slab, lane);
+      break;
+    }
   }
-  uint32_t bias[wide / 64];  // on its way while the last products are made
-  if constexpr (out == kHalves) load_bias<wide>(bias, boxes.bias, static_cast<int>(tile.col), static_cast<int>(p.n), lane);
-  wgmma_wait<0>();
-  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");  // both are done with the stages, which become slabs or boxes
-  const int64_t row = tile.row + consumer * 64 + warp * 16;
-  if constexpr (out == kHalves) {
-    const uint32_t room = memory + (consumer * 4 + warp) * (wide / 64) * kBoxBytes;
-    store_boxes<T, wide>(sum, bias, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
-  } else if constexpr (out == kSums) {
-    const uint32_t room = memory + (consumer * 4 + warp) * (wide / 32) * kBoxBytes;
-    store_boxes_of_sums<wide>(sum, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
-  } else {
-    char* stages = shared_memory() + (memory - shared_address(shared_memory()));
-    float* slab = reinterpret_cast<float*>(stages) + (consumer * 4 + warp) * 16 * (wide + 8);
-    store_slab<T, wide>(sum, store, row, tile.col, p.m, p.n, slab, lane);
-  }
+  if (out != kSlabs && lane == 0) tma_stores_read<0>();  // a block's memory must last until then
 #endif
 }
 
@@ -196,39 +231,47 @@ Boxes boxes_of(EncodeTiled encode, const Operands& p, const Store<T>& store, DTy
 }
 
 template <class T, bool a_along_k, bool b_along_k, int wide>
-void run_wide(const Operands& p, const Store<T>& store, DType dtype, int* stuck, const Stream& stream) {
+void run_wide(const Operands& p, const Store<T>& store, DType dtype, Chunking chunking, int* stuck, const Stream& stream) {
   const EncodeTiled encode = encode_tiled();
   CHECK(DeviceError, encode, "the driver has no cuTensorMapEncodeTiled");
   const CUtensorMap a = map_of(encode, dtype, p.a, a_along_k, p.lda, p.m, p.k, kHigh);
   const CUtensorMap b = map_of(encode, dtype, p.b, b_along_k, p.ldb, p.n, p.k, wide);
-  const dim3 grid(blocks(ceil_div(p.m, kHigh) * ceil_div(p.n, wide)), 1, blocks(ceil_div(p.k, p.piece)));
-  const size_t bytes = Ring<T, wide>::bytes;
   const int out = way_out(p, store);
+  if (out == kSlabs) chunking.most = 1;  // slabs lie in the stages
+  const dim3 grid(blocks(blocks_of(static_cast<int>(blocks(tiles_of(p, wide))), chunking)), 1, blocks(ceil_div(p.k, p.piece)));
+  const size_t bytes = Ring<T, wide>::bytes;
   const Boxes boxes = boxes_of(encode, p, store, dtype, out);
-  const auto run = [&](auto kernel) { launch(stream, kernel, grid, kThreads, bytes, a, b, boxes, p, store, stuck); };
+  const auto run = [&](auto kernel) { launch(stream, kernel, grid, kThreads, bytes, a, b, boxes, p, store, chunking, stuck); };
   if (out == kHalves) return run(sm90_kernel<T, a_along_k, b_along_k, wide, kHalves>);
   if (out == kSums) return run(sm90_kernel<T, a_along_k, b_along_k, wide, kSums>);
   run(sm90_kernel<T, a_along_k, b_along_k, wide, kSlabs>);
 }
 
 template <class T, bool a_along_k, bool b_along_k>
-void run_order(const Operands& p, const Store<T>& store, DType dtype, int wide, int* stuck, const Stream& stream) {
-  if (wide == 256)
-    run_wide<T, a_along_k, b_along_k, 256>(p, store, dtype, stuck, stream);
+void run_order(const Operands& p, const Store<T>& store, DType dtype, Tiling tiling, int* stuck, const Stream& stream) {
+  if (tiling.wide == 256)
+    run_wide<T, a_along_k, b_along_k, 256>(p, store, dtype, tiling.chunking, stuck, stream);
   else
-    run_wide<T, a_along_k, b_along_k, 128>(p, store, dtype, stuck, stream);
+    run_wide<T, a_along_k, b_along_k, 128>(p, store, dtype, tiling.chunking, stuck, stream);
 }
 
 template <class T>
-void run(const Operands& p, const Store<T>& store, DType dtype, int wide, int* stuck, const Stream& stream) {
-  if (p.a_along_k && p.b_along_k) return run_order<T, true, true>(p, store, dtype, wide, stuck, stream);
-  if (p.a_along_k) return run_order<T, true, false>(p, store, dtype, wide, stuck, stream);
-  if (p.b_along_k) return run_order<T, false, true>(p, store, dtype, wide, stuck, stream);
-  run_order<T, false, false>(p, store, dtype, wide, stuck, stream);
+void run(const Operands& p, const Store<T>& store, DType dtype, Tiling tiling, int* stuck, const Stream& stream) {
+  if (p.a_along_k && p.b_along_k) return run_order<T, true, true>(p, store, dtype, tiling, stuck, stream);
+  if (p.a_along_k) return run_order<T, true, false>(p, store, dtype, tiling, stuck, stream);
+  if (p.b_along_k) return run_order<T, false, true>(p, store, dtype, tiling, stuck, stream);
+  run_order<T, false, false>(p, store, dtype, tiling, stuck, stream);
 }
 
+// More steps of K than that are long enough beside a tile's store; and a block should end soon, since messages wait for its multiprocessor.
+constexpr int64_t kStepsOfBlock = 64, kMostTiles = 4;
+
 // Wide tiles where they occupy at least half of the multiprocessors.
-int width_of(const Operands& p) { return ceil_div(p.m, kHigh) * ceil_div(p.n, 256) * ceil_div(p.k, p.piece) >= kMultiprocessors / 2 ? 256 : 128; }
+Tiling tiling_of(const Operands& p) {
+  const int wide = tiles_of(p, 256) * ceil_div(p.k, p.piece) >= kMultiprocessors / 2 ? 256 : 128;
+  const int64_t fit = kStepsOfBlock / ceil_div(std::min(p.k, p.piece), kDepth);
+  return {wide, {kMultiprocessors, static_cast<int>(std::clamp<int64_t>(fit, 1, kMostTiles))}};
+}
 
 }  // namespace
 
@@ -242,14 +285,14 @@ bool sm90_enabled(const Operands& p, const Stream& stream) {
   return ceil_div(p.m, kHigh) * ceil_div(p.n, 128) >= kMultiprocessors / 3 && p.k >= kDepth && sm90_takes(p) && sm90_checked(stream);
 }
 
-void run_sm90(const Operands& p, const Store<Bf16>& store, int wide, int* stuck, const Stream& stream) {
-  run(p, store, DType::bf16, wide, stuck, stream);
+void run_sm90(const Operands& p, const Store<Bf16>& store, Tiling tiling, int* stuck, const Stream& stream) {
+  run(p, store, DType::bf16, tiling, stuck, stream);
 }
-void run_sm90(const Operands& p, const Store<F16>& store, int wide, int* stuck, const Stream& stream) {
-  run(p, store, DType::f16, wide, stuck, stream);
+void run_sm90(const Operands& p, const Store<F16>& store, Tiling tiling, int* stuck, const Stream& stream) {
+  run(p, store, DType::f16, tiling, stuck, stream);
 }
-void gemm_sm90(const Operands& p, const Store<Bf16>& store, const Stream& stream) { run_sm90(p, store, width_of(p), nullptr, stream); }
-void gemm_sm90(const Operands& p, const Store<F16>& store, const Stream& stream) { run_sm90(p, store, width_of(p), nullptr, stream); }
+void gemm_sm90(const Operands& p, const Store<Bf16>& store, const Stream& stream) { run_sm90(p, store, tiling_of(p), nullptr, stream); }
+void gemm_sm90(const Operands& p, const Store<F16>& store, const Stream& stream) { run_sm90(p, store, tiling_of(p), nullptr, stream); }
 
 }  // namespace gingham::cuda
 

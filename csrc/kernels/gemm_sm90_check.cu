@@ -29,7 +29,7 @@ __global__ void compare_kernel(const V* a, const V* b, int count, int* differ) {
   if (i < count && !(a[i] == b[i])) *differ = 1;
 }
 
-constexpr int kRows = 200, kCols = 328, kDeep = 456;  // tiles cut on every side; more steps than stages
+constexpr int kRows = 200, kCols = 584, kDeep = 584;  // tiles cut on every side; more steps than stages, and no multiple
 constexpr int kBlock = 256;
 
 template <class T>
@@ -102,17 +102,18 @@ void compare(int* flags, const Stream& stream) {
   for (int order = 0; order < 4; order++)
     for (const int wide : {128, 256}) {
       const Operands p = operands_of(a, b, order & 1, order & 2);
+      const Tiling tiling{wide, {1, 4}};  // blocks of 4, 2, 2, 1 and 1 tiles, 128 columns wide, or of 2, 2, 1 and 1
       CHECK(DeviceError, sm90_takes(p), "the allocator's memory is not aligned to 16 bytes");
       fill(one, count, 3, stream);
       fill(two, count, 3, stream);
-      run_sm90(p, adding_to<T>(one), wide, flags + 1, stream);
+      run_sm90(p, adding_to<T>(one), tiling, flags + 1, stream);
       reference(p, adding_to<T>(two), stream);
       demand_equal(one, two, flags, stream);
-      run_sm90(p, adding_with<T>(one, reinterpret_cast<T*>(room_z.data())), wide, flags + 1, stream);
+      run_sm90(p, adding_with<T>(one, reinterpret_cast<T*>(room_z.data())), tiling, flags + 1, stream);
       reference(p, adding_to<T>(two), stream);
       demand_equal(one, two, flags, stream);
       T *first = reinterpret_cast<T*>(one), *second = reinterpret_cast<T*>(two);
-      run_sm90(p, rounding_to<T>(first, a), wide, flags + 1, stream);
+      run_sm90(p, rounding_to<T>(first, a), tiling, flags + 1, stream);
       reference(p, rounding_to<T>(second, a), stream);
       demand_equal(reinterpret_cast<const uint16_t*>(first), reinterpret_cast<const uint16_t*>(second), flags, stream);
     }

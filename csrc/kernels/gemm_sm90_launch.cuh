@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda.h>  // types alone; libcuda is not linked
 
+#include "kernels/gemm_sm90_chunks.cuh"
 #include "kernels/gemm_store.cuh"
 
 namespace gingham::cuda {
@@ -10,8 +11,14 @@ namespace gingham::cuda {
 using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
 EncodeTiled encode_tiled();
 
-// Tiles `wide` (128 or 256) columns wide. With `stuck` (device memory), waits end after a second or so, and *stuck becomes 1.
-void run_sm90(const Operands& operands, const Store<Bf16>& store, int wide, int* stuck, const Stream& stream);
-void run_sm90(const Operands& operands, const Store<F16>& store, int wide, int* stuck, const Stream& stream);
+// Tiles are 128 or 256 columns wide.
+struct Tiling {
+  int wide;
+  Chunking chunking;
+};
+
+// With `stuck` (device memory), waits end after a second or so, and *stuck becomes 1.
+void run_sm90(const Operands& operands, const Store<Bf16>& store, Tiling tiling, int* stuck, const Stream& stream);
+void run_sm90(const Operands& operands, const Store<F16>& store, Tiling tiling, int* stuck, const Stream& stream);
 
 }  // namespace gingham::cuda

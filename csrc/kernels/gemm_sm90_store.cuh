@@ -1,8 +1,10 @@
 // How the sums of a Hopper product leave their registers: in boxes by the tensor memory accelerator, or through slabs of shared memory in words of
-// 16 bytes. Both lie in the stages, which are free by then. A warp has 16 rows; wgmma.cuh says which sums a lane holds.
+// 16 bytes. A warp has 16 rows; wgmma.cuh says which sums a lane holds.
 //   halves   16-bit results, 64 columns a box: Z with bias, and Y = gelu(Z)
 //   sums     C, or C += in fp32, 32 columns a box; the addition is made where C lies, so that it is not fetched
 //   slabs    what else a tail asks for, and C whose lines the accelerator cannot take
+// Boxes are memory of each warp's own, so that a warp waits for nobody when it stores; slabs lie in the stages, when both consumers are done with
+// them: blocks that have slabs compute one tile.
 #pragma once
 #include "kernels/gemm_store.cuh"
 #include "kernels/wgmma.cuh"
@@ -12,6 +14,7 @@ namespace gingham::cuda {
 constexpr int kLine = 128;    // bytes, of shared memory as the accelerator moves it
 constexpr int kBoxRows = 16;  // of a box that is stored
 constexpr int kBoxBytes = kBoxRows * kLine;
+constexpr int kBoxes = 2;  // a warp
 
 // Template arguments, hence numbers.
 constexpr int kSlabs = 0, kHalves = 1, kSums = 2;
@@ -92,34 +95,6 @@ __device__ inline void fill_box(const float (&sum)[wide / 2], uint32_t bias, int
   }
 }
 
-// 16 rows of results through a warp's boxes. Those must have been read before they are filled again.
-template <class T, int wide, Epilogue kind>
-__device__ inline void store_boxes(const float (&sum)[wide / 2], const uint32_t (&bias)[wide / 64], const CUtensorMap* map, int row, int col, int n,
-                                   uint32_t room, int lane) {
-#pragma unroll
-  for (int box = 0; box < wide / 64; box++) {
-    if (col + box * 64 >= n) break;
-    fill_box<T, wide, kind>(sum, bias[box], box, room + box * kBoxBytes, lane);
-    fence_for_tma();
-    warp_barrier();
-    if (lane == 0) tma_store(map, room + box * kBoxBytes, col + box * 64, row);
-  }
-  if (lane == 0) tma_stores_commit();
-}
-
-// Z = sums + bias, Y = gelu of the same.
-template <class T, int wide>
-__device__ inline void store_boxes(const float (&sum)[wide / 2], const uint32_t (&bias)[wide / 64], const Boxes& boxes, int row, int col, int n,
-                                   uint32_t room, int lane) {
-  if (boxes.has_z) store_boxes<T, wide, Epilogue::none>(sum, bias, &boxes.z, row, col, n, room, lane);
-  if (boxes.has_y) {
-    if (lane == 0) tma_stores_read();
-    warp_barrier();
-    store_boxes<T, wide, Epilogue::gelu>(sum, bias, &boxes.y, row, col, n, room, lane);
-  }
-  if (lane == 0) tma_stores_read();  // a block's memory must last until then
-}
-
 // A box of a warp's sums to shared memory: lines of 32 columns, swizzled. Odd rows put the halves of a line down in the other order, so that the 16
 // lanes of a store lie in different banks.
 template <int wide>
@@ -137,26 +112,55 @@ __device__ inline void fill_box_of_sums(const float (&sum)[wide / 2], int box, u
     }
 }
 
-// C = sums, or C += sums, 16 rows through a warp's boxes.
-template <int wide>
-__device__ inline void store_boxes_of_sums(const float (&sum)[wide / 2], const Boxes& boxes, int row, int col, int n, uint32_t room, int lane) {
+// A warp's boxes, filled in turns.
+struct Room {
+  uint32_t at;
+  int turn = 0;
+
+  // The next one, when the accelerator has read what was in it.
+  __device__ uint32_t next(int lane) {
+    if (lane == 0) tma_stores_read<kBoxes - 1>();
+    warp_barrier();
+    const uint32_t box = at + turn * kBoxBytes;
+    turn = (turn + 1) % kBoxes;
+    return box;
+  }
+};
+
+// 16 rows of a tile from (row, col) on, `wide` columns in boxes of `columns`: fill(box, address) puts one down. With `add` it is added to what the
+// map's matrix holds.
+template <int wide, int columns, class Fill>
+__device__ inline void store_boxes(const CUtensorMap* map, bool add, int row, int col, int n, Room& room, int lane, const Fill& fill) {
 #pragma unroll
-  for (int box = 0; box < wide / 32; box++) {
-    if (col + box * 32 >= n) break;
-    fill_box_of_sums<wide>(sum, box, room + box * kBoxBytes, lane);
+  for (int box = 0; box < wide / columns; box++) {
+    if (col + box * columns >= n) break;
+    const uint32_t at = room.next(lane);
+    fill(box, at);
     fence_for_tma();
     warp_barrier();
-    if (lane == 0) {
-      if (boxes.add)
-        tma_add(&boxes.z, room + box * kBoxBytes, col + box * 32, row);
-      else
-        tma_store(&boxes.z, room + box * kBoxBytes, col + box * 32, row);
-    }
-  }
-  if (lane == 0) {
+    if (lane != 0) continue;
+    if (add)
+      tma_add(map, at, col + box * columns, row);
+    else
+      tma_store(map, at, col + box * columns, row);
     tma_stores_commit();
-    tma_stores_read();  // a block's memory must last until then
   }
+}
+
+// Z = sums + bias, Y = gelu of the same.
+template <class T, int wide>
+__device__ inline void store_halves(const float (&sum)[wide / 2], const uint32_t (&bias)[wide / 64], const Boxes& boxes, int row, int col, int n,
+                                    Room& room, int lane) {
+  const auto plain = [&](int box, uint32_t at) { fill_box<T, wide, Epilogue::none>(sum, bias[box], box, at, lane); };
+  const auto curved = [&](int box, uint32_t at) { fill_box<T, wide, Epilogue::gelu>(sum, bias[box], box, at, lane); };
+  if (boxes.has_z) store_boxes<wide, 64>(&boxes.z, false, row, col, n, room, lane, plain);
+  if (boxes.has_y) store_boxes<wide, 64>(&boxes.y, false, row, col, n, room, lane, curved);
+}
+
+// C = sums, or C += sums.
+template <int wide>
+__device__ inline void store_sums(const float (&sum)[wide / 2], const Boxes& boxes, int row, int col, int n, Room& room, int lane) {
+  store_boxes<wide, 32>(&boxes.z, boxes.add, row, col, n, room, lane, [&](int box, uint32_t at) { fill_box_of_sums<wide>(sum, box, at, lane); });
 }
 
 #endif

@@ -48,16 +48,16 @@ struct Store {
   }
 };
 
-// The tile a block computes. Blocks go down 8 tiles of rows before they step to the next tile of columns, so that those that run at one
-// time share their panels in L2.
+// Where a tile of C begins. Tiles go down 8 tiles of rows before they step to the next tile of columns, so that those that are computed at one time
+// share their panels in L2.
 struct TileAt {
   int64_t row, col;
 };
 
-__device__ inline TileAt tile_at(int64_t m, int64_t n, int high, int wide) {
-  const int64_t down = (m + high - 1) / high, across = (n + wide - 1) / wide, group = 8 * across;
-  const int64_t first = blockIdx.x / group * 8, in = blockIdx.x % group, height = down - first < 8 ? down - first : 8;
-  return {(first + in % height) * high, in / height * wide};
+__device__ inline TileAt tile_at(uint32_t tile, int64_t m, int64_t n, int high, int wide) {
+  const uint32_t down = static_cast<uint32_t>((m + high - 1) / high), across = static_cast<uint32_t>((n + wide - 1) / wide), group = 8 * across;
+  const uint32_t first = tile / group * 8, in = tile % group, height = down - first < 8 ? down - first : 8;
+  return {static_cast<int64_t>(first + in % height) * high, static_cast<int64_t>(in / height) * wide};
 }
 
 // What is left of an operand from here on, as far as a tile of `most` goes.

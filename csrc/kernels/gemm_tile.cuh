@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Shape::threads, Shape::blocks) tile_kernel(Ope
   char* memory = shared_memory();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int warp_row = warp / Shape::warps_n * Shape::warp_m, warp_col = warp % Shape::warps_n * Shape::warp_n;
-  const TileAt tile = tile_at(p.m, p.n, Shape::m, Shape::n);
+  const TileAt tile = tile_at(blockIdx.x, p.m, p.n, Shape::m, Shape::n);
   const int64_t k_begin = blockIdx.z * p.piece, k_end = k_begin + p.piece < p.k ? k_begin + p.piece : p.k;
   const int steps = static_cast<int>((k_end - k_begin + PA::depth - 1) / PA::depth);
   const T* a = static_cast<const T*>(p.a) + (a_along_k ? tile.row * p.lda + k_begin : k_begin * p.lda + tile.row);

@@ -52,7 +52,11 @@ __device__ inline void tma_add(const CUtensorMap* map, uint32_t shared, int x, i
                : "memory");
 }
 __device__ inline void tma_stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-__device__ inline void tma_stores_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// Waits until all of the thread's groups but the last `pending` have been read from shared memory.
+template <int pending>
+__device__ inline void tma_stores_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+}
 __device__ inline void fence_for_tma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Four 8x8 matrices of 16-bit elements, as ldmatrix_x4 reads them, to shared memory.

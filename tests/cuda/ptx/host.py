@@ -191,10 +191,19 @@ class Host:
         self.call("host_gemm", *(ctypes.byref(x) for x in (a.matrix, b.matrix, out, tail or Tail())), int(accumulate), int(tf32))
 
     def sm90(
-        self, a: View, b: View, c: View | None, accumulate: bool = False, tail: Tail | None = None, wide: int = 128, piece: int = 0
+        self,
+        a: View,
+        b: View,
+        c: View | None,
+        accumulate: bool = False,
+        tail: Tail | None = None,
+        wide: int = 128,
+        piece: int = 0,
+        chunks: tuple[int, int] = (1, 1),
     ) -> None:
+        """`chunks`: blocks a wave, and the most tiles a block."""
         matrices = [ctypes.byref(x) for x in (a.matrix, b.matrix, c.matrix if c else Matrix(), tail or Tail())]
-        self.call("host_sm90", *matrices, int(accumulate), ctypes.c_int64(piece or a.matrix.cols), wide)
+        self.call("host_sm90", *matrices, int(accumulate), ctypes.c_int64(piece or a.matrix.cols), wide, *chunks)
 
     def integers(self, values: Array) -> ctypes.c_void_p:
         """The address of a copy as int64."""
