@@ -10,7 +10,9 @@ LOSS, EMBED = "kernels/cross_entropy.cu", "kernels/embedding.cu"
 ROW, WHOLE, KEPT = "kernels/norm_row.cuh", "layer_norm_whole", "kernels/layer_norm_whole.cu"
 DROPOUT, INDICES = "kernels/dropout.cu", "kernels/indices.cu"
 PANEL, PACKED = "kernels/panel.cuh", "kernels/packed_row.cuh"
-SM90, SM90_STORE, WGMMA = "kernels/gemm_sm90.cu", "kernels/gemm_sm90_store.cuh", "kernels/wgmma.cuh"
+SM90, SM90_STORE, WGMMA, CHUNKS = (
+    f"kernels/{name}" for name in ("gemm_sm90.cu", "gemm_sm90_store.cuh", "wgmma.cuh", "gemm_sm90_chunks.cuh")
+)
 
 
 def gemm(name: str, file: str, old: str, new: str, *checks: str, rung: int = 4) -> Mutation:
@@ -34,6 +36,9 @@ def boxes(name: str, old: str, new: str, file: str = SM90_STORE) -> Mutation:
 
 
 MMA_B = '"r"(b0), "r"(b1));'
+STORED = (
+    "      store_halves<T, wide>(sum, bias, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);\n"
+)
 LOOP = "  for (int n = 0; n < N; n++) {"
 BEFORE_F16 = "\n}\n\n__device__ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, F16)"
 
@@ -81,18 +86,18 @@ FAULTS = [
     ),
     sm90("bytes not announced", "mbarrier_arrive_expect(full + 8 * s, R::stage);", "mbarrier_arrive(full + 8 * s);"),
     sm90("too few bytes announced", "mbarrier_arrive_expect(full + 8 * s, R::stage);", "mbarrier_arrive_expect(full + 8 * s, R::a_bytes);"),
-    sm90("wrong parity of an empty stage", "(step / R::stages & 1) ^ 1", "step / R::stages & 1"),
-    sm90("wrong parity of a full stage", "await(full + 8 * s, step / R::stages & 1,", "await(full + 8 * s, step & 1,"),
-    sm90("no wait for a full stage", "    await(full + 8 * s, step / R::stages & 1, stuck, deadline);\n", ""),
-    sm90("no wait for an empty stage", "      await(empty + 8 * s, (step / R::stages & 1) ^ 1, stuck, deadline);\n", ""),
+    sm90("wrong parity of an empty stage", "turn.parity ^ 1, stuck", "turn.parity, stuck"),
+    sm90("wrong parity of a full stage", "await(full + 8 * s, turn.parity,", "await(full + 8 * s, turn.parity ^ 1,"),
+    sm90("no wait for a full stage", "      await(full + 8 * s, turn.parity, stuck, deadline);\n", ""),
+    sm90("no wait for an empty stage", "        await(empty + 8 * s, turn.parity ^ 1, stuck, deadline);\n", ""),
     sm90("products waited for too late", "wgmma_wait<1>();", "wgmma_wait<2>();"),
-    sm90("no wait for the last products", "  wgmma_wait<0>();\n", ""),
+    sm90("no wait for the last products", "    wgmma_wait<0>();\n", ""),
     sm90("missing commit of products", "    wgmma_commit();\n", ""),
     sm90("missing wgmma.fence", "    wgmma_fence();\n", ""),
     sm90(
         "stage released while it is read",
-        "mbarrier_arrive(empty + 8 * ((step - 1) % R::stages))",
-        "mbarrier_arrive(empty + 8 * (step % R::stages))",
+        "if (step > 0 && lane == 0) mbarrier_arrive(empty + 8 * last);",
+        "if (step + 1 < steps && lane == 0) mbarrier_arrive(empty + 8 * s);",
     ),
     sm90("one warp does not release its stages", "if (step > 0 && lane == 0)", "if (step > 0 && lane == 0 && warp)"),
     sm90(
@@ -107,8 +112,9 @@ FAULTS = [
     sm90("box without its second half", "box < edge / 64; box++", "box < edge / 128; box++"),
     sm90(
         "slabs before all are done with the stages",
-        '  asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");',
-        "  (void)kConsumers;",
+        'asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");',
+        "(void)kConsumers;",
+        check="slabs",
     ),
     sm90("rows of the second consumer", "tile.row + consumer * 64 + warp * 16", "tile.row + warp * 16"),
     sm90(
@@ -123,10 +129,44 @@ FAULTS = [
         "if (shared_bytes > 1024 * 1024) ask_for_shared",
         "kernels/launch.cuh",
     ),
-    boxes(
-        "Y fills boxes that Z has not left",
-        "    if (lane == 0) tma_stores_read();\n    warp_barrier();\n    store_boxes",
-        "    store_boxes",
+    boxes("boxes filled before they have been read", "tma_stores_read<kBoxes - 1>();", "tma_stores_read<kBoxes>();"),
+    sm90("the same, of sums", "tma_stores_read<kBoxes - 1>();", "tma_stores_read<kBoxes>();", SM90_STORE),
+    boxes("boxes of a tile in one group", "    tma_stores_commit();\n", "    if (box + 1 == wide / columns) tma_stores_commit();\n"),
+    boxes("both boxes are one", "turn = (turn + 1) % kBoxes;", "turn = 0;"),
+    boxes("a block ends before its boxes have been read", "tma_stores_read<0>();  // a block", "(void)kBoxes;  // a block", SM90),
+    sm90("parity not carried over tiles by the consumers", "    int last = 0;\n", "    int last = 0;\n    turn = Turn();\n"),
+    sm90(
+        "parity not carried over tiles by the producer",
+        "chunk.count; i++) {\n      const",
+        "chunk.count; i++, turn = Turn()) {\n      const",
+    ),
+    sm90("a tile's last stage is not released", "    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n", ""),
+    sm90("one warpgroup does not release a tile's last stage", "    if (lane == 0) mbarrier", "    if (lane == 0 && consumer) mbarrier"),
+    sm90(
+        "a tile's last stage is released while it is read",
+        "    wgmma_wait<0>();\n    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n",
+        "    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n    wgmma_wait<0>();\n",
+        check="overlap",
+    ),
+    sm90("boxes lie in the stages", "boxes = stages * stage, barriers = boxes +", "boxes = 0, barriers = stages * stage +"),
+    sm90("warpgroups share their boxes", "memory + R::boxes + (consumer * 4 + warp) * R::room", "memory + R::boxes + warp * R::room"),
+    sm90("a tile that no block has", "first += waves * count * how.wave;", "first += waves * count * how.wave + waves;", CHUNKS),
+    sm90("a tile that two blocks have", "first += waves * count * how.wave;", "first += waves * how.wave;", CHUNKS),
+    sm90("tiles of a chunk side by side", "block % how.wave, count, how.wave}", "block % how.wave, count, 1}", CHUNKS),
+    sm90("blocks of slabs with several tiles", "if (out == kSlabs) chunking.most = 1;", "", check="slabs"),
+    sm90(
+        "warpgroups wait for each other before they store",
+        "    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n",
+        '    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n    asm volatile("bar.sync 2, 256;" ::: "memory");\n',
+        check="overlap",
+    ),
+    sm90(
+        "a tile's last stage is kept while it is stored",
+        "    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n    if constexpr (out == kHalves) {\n" + STORED,
+        "    if constexpr (out == kHalves) {\n"
+        + STORED
+        + "    }\n    if (lane == 0) mbarrier_arrive(empty + 8 * last);\n    if constexpr (out == kHalves) {\n",
+        check="overlap",
     ),
     boxes("boxes in another swizzle", "^ (r & 7)) << 4)", "^ (r & 3)) << 4)"),
     boxes("bias of the columns before", "(j + i / 2) * 4 + (lane & 3)", "j * 4 + (lane & 3)"),
@@ -134,14 +174,19 @@ FAULTS = [
     boxes("bias left out", "boxes.bias = tail.bias.data;", "boxes.bias = nullptr;", SM90),
     boxes("neighbours change places", "narrow_pair(first, second, T{})", "narrow_pair(second, first, T{})"),
     boxes("sums rounded to zero", "cvt.rn.bf16x2.f32 %0, %1, %2;", "cvt.rz.bf16x2.f32 %0, %1, %2;", WGMMA),
-    boxes("the last box of a tile is not stored", "if (col + box * 64 >= n) break;", "if (col + box * 64 + 64 >= n) break;"),
+    boxes("the last box of a tile is not stored", "if (col + box * columns >= n) break;", "if (col + box * columns + columns >= n) break;"),
     boxes("Y where Z belongs", "boxes.z = map_of(encode, dtype, tail.z.data", "boxes.z = map_of(encode, dtype, tail.y.data", SM90),
     boxes("Z's lines as long as Y's", "p.n, p.m, tail.z.row_stride, kBoxRows", "p.n, p.m, p.n, kBoxRows", SM90),
     sm90("sums are stored where they are added", "boxes.add = store.add;", "boxes.add = false;"),
     sm90("sums are added where they are stored", "boxes.add = store.add;", "boxes.add = true;"),
     sm90("halves of odd rows change places", "2 * (j ^ (odd ? 2 : 0))", "2 * j", SM90_STORE),
     sm90("rows 8 below are put over the first", "(r + 8 * below) * kLine", "r * kLine", SM90_STORE),
-    sm90("columns of the next box", "col + box * 32, row);\n      else", "col + box * 64, row);\n      else", SM90_STORE),
+    sm90(
+        "columns of the next box",
+        "tma_add(map, at, col + box * columns, row)",
+        "tma_add(map, at, col + 2 * box * columns, row)",
+        SM90_STORE,
+    ),
     sm90("stages not aligned to the swizzle", "+ 1023) & ~1023u;", "+ 127) & ~127u;"),
     other("transpose: dropped barrier", "cast", "cast", CAST, "  block_barrier();\n", ""),
     other("transpose: another pitch", "cast", "cast", CAST, "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import layers
+from . import layers, overlap
 from .attention import Case, attention
 from .host import Host
 from .machine import Fault
@@ -45,16 +45,28 @@ class Checks:
     def hosts(self) -> Iterator[Host]:
         for timing in ("early", "late"):
             for seed in (1, 2, 3):
-                yield Host(timing=timing, seed=seed, groups=3, csrc=self.csrc, unit=self.unit, capacity=16 << 20)
+                yield self.host(timing, seed)
 
-    def product(self, host: Host, shape: tuple[int, int, int], dtype: str, orders: str, wide: int = 0, add: bool = True) -> None:
+    def host(self, timing: str = "early", seed: int = 1) -> Host:
+        return Host(timing=timing, seed=seed, groups=3, csrc=self.csrc, unit=self.unit, capacity=16 << 20)
+
+    def product(
+        self,
+        host: Host,
+        shape: tuple[int, int, int],
+        dtype: str,
+        orders: str,
+        wide: int = 0,
+        add: bool = True,
+        chunks: tuple[int, int] = (1, 1),
+    ) -> None:
         m, n, k = shape
         kind = "f32" if dtype == "tf32" else dtype
         a, b = host.matrix(normal(m, k, 1), kind, orders[0] == "c"), host.matrix(normal(k, n, 2), kind, orders[1] == "c")
         c = host.matrix(normal(m, n, 3), "f64" if dtype == "f64" else "f32", pad=8)
         before = host.read(c) if add else 0
         if wide:
-            host.sm90(a, b, c, add, wide=wide)
+            host.sm90(a, b, c, add, wide=wide, chunks=chunks)
         else:
             host.gemm(a, b, c, add, tf32=dtype == "tf32")
         limit = {"tf32": 1e-3, "f64": 1e-13}.get(dtype, 2e-6)
@@ -87,11 +99,12 @@ class Checks:
             self.product(host, (40, 24, 40), "tf32", "cr")
 
     def sm90(self) -> None:
-        """Twice around the ring, and many tiles."""
+        """Twice around the ring, and blocks of up to 4 and 3 tiles."""
         for host in self.hosts():
             self.product(host, (128, 136, 840), "bf16", "rc", wide=128)
             self.product(host, (72, 136, 584), "bf16", "cr", wide=256)
-            self.product(host, (392, 264, 72), "bf16", "rc", wide=128)
+            self.product(host, (264, 264, 72), "bf16", "rc", wide=128, chunks=(1, 4))
+            self.product(host, (136, 584, 264), "bf16", "rc", wide=256, chunks=(2, 3), add=False)
             self.product(host, (72, 136, 72), "f16", "rr", wide=256)
             self.product(host, (72, 136, 72), "bf16", "rc", wide=128, add=False)
 
@@ -102,10 +115,28 @@ class Checks:
                 a, b = host.matrix(normal(150, 72, 1), dtype), host.matrix(normal(72, 296, 2), dtype)
                 bias = host.matrix(normal(1, 296, 3), dtype)
                 z, y = host.empty(150, 296, dtype, pad=8), host.empty(150, 296, dtype)
-                host.sm90(a, b, None, tail=host.tail("gelu", bias=bias, z=z, y=y), wide=wide)
+                host.sm90(a, b, None, tail=host.tail("gelu", bias=bias, z=z, y=y), wide=wide, chunks=(1, 2))
                 linear = host.read(a) @ host.read(b) + host.read(bias)
                 close("Z", host.read(z), linear, 2.0**-8)
                 close("Y", host.read(y), linear / 2 * (1 + np.vectorize(math.erf)(linear / 2**0.5)), 2.0**-8)
+
+    def slabs(self) -> None:
+        """Lines of C that begin anywhere, where blocks of several tiles are asked for."""
+        for host in self.hosts():
+            a, b, c = host.matrix(normal(136, 72, 1), "bf16"), host.matrix(normal(72, 264, 2), "bf16"), host.empty(136, 264, pad=1)
+            host.sm90(a, b, c, wide=128, chunks=(1, 3))
+            close("C by slabs", host.read(c), host.read(a) @ host.read(b), 2e-6)
+
+    def overlap(self) -> None:
+        """Blocks of two tiles: neither the producer nor a warpgroup waits for a store that is not its own."""
+        for halves in (False, True):
+            for found in (
+                overlap.waits_for_a_store(self.host(), 256, halves),
+                overlap.waits_for_the_other(self.host(), 256, halves, overlap.FIRST),
+                overlap.waits_for_the_other(self.host(), 256, halves, overlap.SECOND),
+            ):
+                if found:
+                    raise Wrong(found)
 
     def cast(self) -> None:
         for host in self.hosts():

@@ -110,6 +110,8 @@ class Host:
     capacity: int = 64 << 20
     launches: list[Launched] = field(default_factory=list)
     conflicts: dict[str, int] | None = None
+    order: tuple[int, ...] = ()
+    trace: list[tuple[str, int, int]] | None = None
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.capacity)
@@ -130,7 +132,8 @@ class Host:
             module, entry = self.entry(name.decode())
             values = [ctypes.string_at(args[i], param.size) for i, param in enumerate(entry.params)]
             grid, block = (sizes[0], sizes[1], sizes[2]), (sizes[3], sizes[4], sizes[5])
-            options = Launch(grid, block, values, shared, self.timing, self.seed, self.groups, conflicts=self.conflicts)
+            own: dict[str, Any] = {"conflicts": self.conflicts, "order": self.order, "trace": self.trace}
+            options = Launch(grid, block, values, shared, self.timing, self.seed, self.groups, **own)
             counts = Machine(module, entry, self.memory, options).run()
             self.launches.append(Launched(entry.name, grid, block, shared, counts))
             return 0

@@ -14,6 +14,7 @@ import numpy as np
 
 from .memory import FIRST_SHARED, Array, BlockMemory, Fault, Memory, pack
 from .parse import Address, Entry, Instr, Module, Operand, PtxError, Reg, Variable, Vec
+from .registers import Registers
 
 Sel = Any  # a slice of the threads, or an array of their places
 Step = Callable[[Sel], None]
@@ -26,9 +27,6 @@ STATE_NAMES = ["running", "waiting at a barrier", "waiting at an mbarrier", "wai
 
 BUILDERS: dict[str, Callable[["Machine", Instr], Step]] = {}
 LEAPS: dict[str, Callable[["Machine", Instr], Leap | None]] = {}  # None: this form of the opcode does not end a segment
-
-NUMPY = {"pred": "?", **{f"b{n}": f"u{n // 8}" for n in (8, 16, 32, 64)}, "f16": "u2", "f32": "u4", "f64": "u8"}
-NUMPY |= {f"{kind}{n}": f"u{n // 8}" for kind in "us" for n in (8, 16, 32, 64)}
 
 WATCHING = {"wgmma"}  # opcodes that watch registers
 
@@ -71,7 +69,8 @@ class Diverged(Exception):
 
 @dataclass
 class Launch:
-    """`timing`: when asynchronous work lands, "early" or "late"."""
+    """`timing`: when asynchronous work lands, "early" or "late". With `order` every warpgroup is a group of its own, of which the first in
+    this order that can run does, a segment at a time: what the last of them is not needed for happens before it moves."""
 
     grid: tuple[int, int, int]
     block: tuple[int, int, int]
@@ -82,6 +81,8 @@ class Launch:
     groups: int = 2
     budget: int = 3_000_000  # instructions, each for all threads that take part
     conflicts: dict[str, int] | None = None  # filled with shared memory's bank conflicts by instruction
+    order: tuple[int, ...] = ()
+    trace: list[tuple[str, int, int]] | None = None  # filled with what went to tensor cores and accelerator: what, block, warpgroup
 
 
 @dataclass
@@ -90,27 +91,6 @@ class Counts:
     read: int = 0  # bytes of global memory, by all threads
     written: int = 0
     opcodes: dict[str, int] = field(default_factory=dict)
-
-
-class Registers(dict[str, Array]):
-    """Made when they are first met; before they are written they hold a pattern that is NaN in every width."""
-
-    def __init__(self, kinds: dict[str, str], threads: int) -> None:
-        super().__init__()
-        self.kinds, self.threads = kinds, threads
-
-    def __missing__(self, name: str) -> Array:
-        values = np.empty(self.threads, NUMPY.get(self.kinds[name], "u4"))
-        self.fill(values)
-        self[name] = values
-        return values
-
-    def fill(self, values: Array) -> None:
-        values[:] = True if values.dtype.kind == "b" else np.array(0x7FF7DEAD7FF7DEAD & ((1 << 8 * values.itemsize) - 1), values.dtype)
-
-    def poison(self) -> None:
-        for values in self.values():
-            self.fill(values)
 
 
 class Machine:
@@ -177,8 +157,9 @@ class Machine:
         warps = (self.threads + 31) // 32
         team = 4 if any(instr.opcode == "wgmma" for instr in self.entry.instrs) else 1
         teams = [list(range(first, min(first + team, warps))) for first in range(0, warps, team)]
-        self.random.shuffle(teams)
-        groups = max(1, min(self.launch.groups, len(teams)))
+        if not self.launch.order:
+            self.random.shuffle(teams)
+        groups = len(self.launch.order) or max(1, min(self.launch.groups, len(teams)))
         dealt = [sorted(warp for one in teams[group::groups] for warp in one) for group in range(groups)]
         room = max(1, (48 << 20) // max(self.shared_size, 1024))
         self.wave = max(1, min(self.blocks, 4096 // (32 * warps), room))
@@ -308,6 +289,9 @@ class Machine:
     def loop(self) -> None:
         group = int(self.random.integers(len(self.group_bounds) - 1))
         while True:
+            if self.launch.order:
+                able = set(self.group_of[self.state == RUN].tolist())
+                group = next((each for each in self.launch.order if each in able), group)
             bounds = slice(self.group_bounds[group], self.group_bounds[group + 1])
             places = np.flatnonzero(self.state[bounds] == RUN)
             if places.size == 0:
@@ -335,6 +319,8 @@ class Machine:
         """These threads alone, until they wait, part or meet others at `limit`."""
         while 0 <= at < limit:
             at = self.segment(at, sel)
+            if self.launch.order:
+                break
         if at != AGAIN:
             self.pc[sel] = at
 
@@ -368,6 +354,10 @@ class Machine:
             stuck = self.state[warp] == CONVERGE
             if stuck.any() and (stuck == living).all() and np.unique(self.pc[warp][living]).size == 1:
                 self.state[self.thread_index[warp][stuck]] = RUN
+
+    def note(self, what: str, thread: int) -> None:
+        if self.launch.trace is not None:
+            self.launch.trace.append((what, int(self.block_id[thread]), int(self.warp_of[thread]) // 4))
 
     def blame(self, fault: Fault, at: int, sel: Sel) -> None:
         instr = self.entry.instrs[at]

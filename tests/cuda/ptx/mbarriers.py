@@ -83,7 +83,18 @@ def mbarriers_of(m: Machine) -> MBarriers:
 
 @leap("mbarrier")
 def wait(m: Machine, instr: Instr) -> Leap | None:
-    """try_wait.parity and test_wait.parity: true once the phase of this parity has ended, that is, the current one has the other."""
+    """try_wait.parity and test_wait.parity: true once the phase of this parity has ended, that is, the current one has the other.
+
+    An arrival ends a segment too, so that others may run before what follows it.
+    """
+    if instr.mods[0] == "arrive":
+        arrive = mbarrier(m, instr)
+
+        def go_on(sel: Sel) -> int:
+            arrive(sel)
+            return instr.index + 1
+
+        return go_on
     if instr.mods[0] not in ("try_wait", "test_wait"):
         return None
     if "parity" not in instr.mods:

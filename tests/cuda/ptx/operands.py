@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .machine import NUMPY, Machine, Sel
+from .machine import Machine, Sel
 from .memory import Array
 from .parse import WIDTH, Address, Imm, Instr, Operand, PtxError, Reg, Symbol, Vec
+from .registers import NUMPY
 
 Get = Callable[[Sel], Any]
 Put = Callable[[Sel, Any], None]

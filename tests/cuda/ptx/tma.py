@@ -173,6 +173,7 @@ def load_tensor(m: Machine, instr: Instr) -> Step:
                 own.move(tensor, block, to_, start, store=False)
                 bars.change(place, 0, -tensor.bytes)
 
+            m.note("load", thread)
             own.submit(block, land)
 
     return run
@@ -199,26 +200,33 @@ def store_tensor(m: Machine, instr: Instr) -> Step:
             ) -> None:
                 own.move(tensor, block, to, start, store=True, add=add)
 
+            m.note("store", thread)
             groups.issue(int(thread), land)
 
     return run
 
 
 class BulkGroups:
-    """Stores by thread and group (section 9.7.9.25.2); what no wait names lands when the threads have ended."""
+    """Stores by thread and group (section 9.7.9.25.2), each of which a wait must name before its thread ends."""
 
     def __init__(self, m: Machine) -> None:
         self.m = m
         self.group = np.zeros(m.total, np.int64)
         self.pending: list[tuple[int, int, Callable[[], None]]] = []
         m.reset_hooks.append(self.pending.clear)
-        m.exit_hooks.append(lambda sel: self.wait(sel, -1))
+        m.exit_hooks.append(self.leave)
 
     def issue(self, thread: int, land: Callable[[], None]) -> None:
         if self.m.launch.timing == "early":
             land()
         else:
             self.pending.append((thread, int(self.group[thread]), land))
+
+    def leave(self, sel: Sel) -> None:
+        """A block's memory is another's when it ends: a thread waits until its stores have been read."""
+        left = {thread for thread, _, _ in self.pending} & set(self.m.thread_index[sel].tolist())
+        if left:
+            raise Fault(f"thread {self.m.tid[min(left)]} ends before its stores have been read from shared memory")
 
     def wait(self, sel: Sel, last: int) -> None:
         waiting = set(self.m.thread_index[sel].tolist())

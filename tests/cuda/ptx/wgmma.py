@@ -110,6 +110,7 @@ class Warpgroups:
         missing = ~self.fenced[threads]
         if missing.any():
             raise Fault("registers of a product were written after the last wgmma.fence", int(np.argmax(missing)))
+        self.m.note("product", threads[0])
         product = Product(threads, self.group[threads].copy(), run)
         self.flying[threads] += 1
         if self.m.launch.timing == "late":
