@@ -83,15 +83,18 @@ struct AddPieces {
   }
 };
 
-template <class T>
-void run_pieces(Operands p, int64_t pieces, const Job& job, bool add, TileSize size, const Stream& stream) {
-  const int64_t cols = ceil_div(p.n, 4) * 4, stride = p.m * cols;
+// run(operands, store) computes them. Their matrices begin `multiple` rows apart, or a multiple of that.
+template <class T, class Run>
+void run_pieces(Operands p, int64_t pieces, int64_t multiple, const Job& job, bool add, const Stream& stream, const Run& run) {
+  p.piece = ceil_div(ceil_div(p.k, pieces), 64) * 64;
+  pieces = ceil_div(p.k, p.piece);
+  const int64_t cols = ceil_div(p.n, 4) * 4, stride = ceil_div(p.m, multiple) * multiple * cols;
   const Scratch room(stream, static_cast<size_t>(pieces * stride) * sizeof(Wide<T>));
   Job part{job.a, job.b, dense(room.data(), p.m, p.n, accumulator(job.a.dtype)), {}, {}};
   part.c.row_stride = cols;
   Store<T> store = store_of<T>(part, false);
   store.piece_stride = stride;
-  run(p, store, size, stream);
+  run(p, store);
   const AddPieces<T> op{reinterpret_cast<const Wide<T>*>(room.data()), pieces, stride, cols, store_of<T>(job, add)};
   sweep<16 / static_cast<int>(sizeof(T))>(op, p.m, p.n,
                                           {&part.c, &job.c, &job.bias, &job.tail.residual, &job.tail.slope_at, &job.tail.z, &job.tail.y}, stream);
@@ -104,15 +107,19 @@ template <class T>
 void choose(const Job& job, bool add, const Stream& stream) {
   Operands p = operands_of(job.a, job.b);
   if constexpr (sizeof(T) == 2)
-    if (sm90_enabled(p, stream)) return gemm_sm90(p, store_of<T>(job, add), stream);
+    if (const int64_t pieces = sm90_pieces(p, stream)) {
+      const auto product = [&](const Operands& operands, const Store<T>& store) { gemm_sm90(operands, store, stream); };
+      if (pieces == 1) return product(p, store_of<T>(job, add));
+      return run_pieces<T>(p, pieces, kSm90Rows, job, add, stream, product);
+    }
   const bool tensor = sizeof(T) == 2 || stream.math == Math::tf32;
   const TileSize size = ceil_div(p.m, 128) * ceil_div(p.n, sizeof(T) == 2 ? 256 : 128) >= kMultiprocessors / 2 ? TileSize::large : TileSize::small;
   const int64_t edge = tensor || sizeof(T) == 8 ? 64 : 128, tiles = ceil_div(p.m, edge) * ceil_div(p.n, edge);
   int64_t pieces = 1;
   if (2 * tiles <= kMultiprocessors) pieces = std::min({int64_t{kMultiprocessors} / tiles, p.k / kLeastPiece, kMostPieces});
-  if (pieces <= 1) return run(p, store_of<T>(job, add), size, stream);
-  p.piece = ceil_div(ceil_div(p.k, pieces), 64) * 64;
-  run_pieces<T>(p, ceil_div(p.k, p.piece), job, add, size, stream);
+  const auto product = [&](const Operands& operands, const Store<T>& store) { run(operands, store, size, stream); };
+  if (pieces <= 1) return product(p, store_of<T>(job, add));
+  run_pieces<T>(p, pieces, 1, job, add, stream, product);
 }
 
 }  // namespace

@@ -18,7 +18,7 @@
 namespace gingham::cuda {
 namespace {
 
-constexpr int kHigh = 128, kDepth = 64, kConsumers = 2, kThreads = 128 * (1 + kConsumers);
+constexpr int kHigh = kSm90Rows, kDepth = 64, kConsumers = 2, kThreads = 128 * (1 + kConsumers);
 
 __host__ __device__ inline int64_t tiles_of(const Operands& p, int wide) { return (p.m + kHigh - 1) / kHigh * ((p.n + wide - 1) / wide); }
 
@@ -149,7 +149,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if constexpr (out == kHalves) {
       store_halves<T, wide>(sum, bias, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
     } else if constexpr (out == kSums) {
-      store_sums<wide>(sum, boxes, static_cast<int>(row), static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
+      const int line = static_cast<int>(row) + static_cast<int>(blockIdx.z) * boxes.piece_rows;
+      store_sums<wide>(sum, boxes, line, static_cast<int>(tile.col), static_cast<int>(p.n), room, lane);
     } else {
       asm volatile("bar.sync 1, %0;" ::"n"(128 * kConsumers) : "memory");  // both are done with the stages, which become slabs
       char* stages = shared_memory() + (memory - shared_address(shared_memory()));
@@ -177,12 +178,18 @@ bool fits(const View<V>& view, const Operands& p) {
   return (view.col_stride == 1 || p.n == 1) && movable_by_box(view.data, p.n, p.m, view.row_stride, sizeof(V));
 }
 
+// Whether pieces of K are summed into matrices whole tiles apart: a box puts zeros behind the last row of one.
+template <class T>
+bool pieces_fit(const Operands& p, const Store<T>& store) {
+  return p.piece >= p.k || store.piece_stride % (kHigh * store.c.row_stride) == 0;
+}
+
 // Whether nothing but Z and Y = gelu(Z) is stored, in whole lines; or nothing but C.
 template <class T>
 int way_out(const Operands& p, const Store<T>& store) {
   const TailViews<T>& tail = store.tail;
   if (tail.residual.data || tail.slope_at.data) return kSlabs;
-  if (store.c.data) return store.keep && !tail.z.data && !tail.y.data && p.piece >= p.k && fits(store.c, p) ? kSums : kSlabs;
+  if (store.c.data) return store.keep && !tail.z.data && !tail.y.data && pieces_fit(p, store) && fits(store.c, p) ? kSums : kSlabs;
   const bool known =
       (!tail.y.data || tail.kind == Epilogue::gelu) && (!tail.bias.data || (tail.bias.row_stride == 0 && (tail.bias.col_stride == 1 || p.n == 1)));
   return (tail.z.data || tail.y.data) && known && (!tail.z.data || fits(tail.z, p)) && (!tail.y.data || fits(tail.y, p)) ? kHalves : kSlabs;
@@ -217,7 +224,9 @@ template <class T>
 Boxes boxes_of(EncodeTiled encode, const Operands& p, const Store<T>& store, DType dtype, int out) {
   Boxes boxes{};
   if (out == kSums) {
-    boxes.z = map_of(encode, DType::f32, store.c.data, p.n, p.m, store.c.row_stride, kBoxRows);
+    const int64_t pieces = ceil_div(p.k, p.piece), apart = pieces > 1 ? store.piece_stride / store.c.row_stride : 0;
+    boxes.z = map_of(encode, DType::f32, store.c.data, p.n, (pieces - 1) * apart + p.m, store.c.row_stride, kBoxRows);
+    boxes.piece_rows = static_cast<int>(apart);
     boxes.add = store.add;
   }
   if (out != kHalves) return boxes;
@@ -280,9 +289,15 @@ bool sm90_takes(const Operands& p) {
          (p.piece % kDepth == 0 || p.piece >= p.k);
 }
 
-// With fewer tiles than a third of the multiprocessors the kernels of gemm_tile.cuh do better: their tiles are smaller, and K may be cut.
-bool sm90_enabled(const Operands& p, const Stream& stream) {
-  return ceil_div(p.m, kHigh) * ceil_div(p.n, 128) >= kMultiprocessors / 3 && p.k >= kDepth && sm90_takes(p) && sm90_checked(stream);
+// Pieces pay from three on: their sums are written and read again, and two are no faster than tiles of half the width. With fewer blocks than a third
+// of the multiprocessors the kernels of gemm_tile.cuh do better, whose tiles are smaller.
+int64_t sm90_pieces(const Operands& p, const Stream& stream) {
+  constexpr int64_t least = 3, least_piece = 1024, most = 16;
+  if (p.k < kDepth || !sm90_takes(p)) return 0;
+  const int64_t tiles = tiles_of(p, 256), pieces = std::min({kMultiprocessors / tiles, p.k / least_piece, most});
+  const int64_t blocks = pieces >= least ? tiles * pieces : tiles_of(p, 128);
+  if (blocks < kMultiprocessors / 3 || !sm90_checked(stream)) return 0;
+  return pieces >= least ? pieces : 1;
 }
 
 void run_sm90(const Operands& p, const Store<Bf16>& store, Tiling tiling, int* stuck, const Stream& stream) {
@@ -301,7 +316,7 @@ void gemm_sm90(const Operands& p, const Store<F16>& store, const Stream& stream)
 namespace gingham::cuda {
 
 bool sm90_takes(const Operands&) { return false; }
-bool sm90_enabled(const Operands&, const Stream&) { return false; }
+int64_t sm90_pieces(const Operands&, const Stream&) { return 0; }
 void gemm_sm90(const Operands&, const Store<Bf16>&, const Stream&) { throw DeviceError("sm_90a products are not available in the host shim"); }
 void gemm_sm90(const Operands&, const Store<F16>&, const Stream&) { throw DeviceError("sm_90a products are not available in the host shim"); }
 

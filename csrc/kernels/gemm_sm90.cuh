@@ -1,6 +1,6 @@
 // gemm on Hopper (sm_90a) for 16-bit operands: the tensor memory accelerator brings tiles, warpgroups multiply them from shared memory. It is
 // off until sm90_checked has compared it with the kernels of gemm_tile.cuh on the device at hand. In gemm.cu, before the choice of tiles:
-//   if (sm90_enabled(operands, stream)) return gemm_sm90(operands, store, stream);
+//   if (sm90_pieces(operands, stream) > 0) ..
 #pragma once
 #include <string>
 
@@ -14,10 +14,12 @@ struct F16;
 template <class T>
 struct Store;
 
+constexpr int64_t kSm90Rows = 128;  // of a tile
+
 // Whether the accelerator can read the operands: base and pitch multiples of 16 bytes, sizes below 2^31.
 bool sm90_takes(const Operands& operands);
-// The same, tiles enough to keep the device busy, and checked.
-bool sm90_enabled(const Operands& operands, const Stream& stream);
+// Into how many pieces K is cut, to be summed apart where tiles are few and K is long; 0: not for this kernel, or it is off.
+int64_t sm90_pieces(const Operands& operands, const Stream& stream);
 void gemm_sm90(const Operands& operands, const Store<Bf16>& store, const Stream& stream);
 void gemm_sm90(const Operands& operands, const Store<F16>& store, const Stream& stream);
 

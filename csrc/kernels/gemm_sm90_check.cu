@@ -29,7 +29,8 @@ __global__ void compare_kernel(const V* a, const V* b, int count, int* differ) {
   if (i < count && !(a[i] == b[i])) *differ = 1;
 }
 
-constexpr int kRows = 200, kCols = 584, kDeep = 584;  // tiles cut on every side; more steps than stages, and no multiple
+constexpr int kRows = 200, kCols = 584, kDeep = 584;   // tiles cut on every side; more steps than stages, and no multiple
+constexpr int kPiece = 320, kPieceSize = 256 * kCols;  // of K, and of the sums of a piece: whole tiles of rows
 constexpr int kBlock = 256;
 
 template <class T>
@@ -63,7 +64,16 @@ Store<T> adding_to(float* c) {
   return store;
 }
 
-// The same, through slabs: with a result in 16 bits beside the sums.
+// Two pieces of K, one behind the other.
+template <class T>
+Store<T> pieces_in(float* c) {
+  Store<T> store = adding_to<T>(c);
+  store.add = false;
+  store.piece_stride = kPieceSize;
+  return store;
+}
+
+// Sums through slabs: with a result in 16 bits beside the sums.
 template <class T>
 Store<T> adding_with(float* c, T* z) {
   Store<T> store = adding_to<T>(c);
@@ -93,16 +103,16 @@ void demand_equal(const V* one, const V* two, int* flags, const Stream& stream) 
 template <class T>
 void compare(int* flags, const Stream& stream) {
   constexpr int count = kRows * kCols;
-  const Scratch room_a(stream, sizeof(T) * kRows * kDeep), room_b(stream, sizeof(T) * kDeep * kCols), room_c(stream, 2 * sizeof(float) * count),
+  const Scratch room_a(stream, sizeof(T) * kRows * kDeep), room_b(stream, sizeof(T) * kDeep * kCols), room_c(stream, 4 * sizeof(float) * kPieceSize),
       room_z(stream, sizeof(T) * count);
   T *a = reinterpret_cast<T*>(room_a.data()), *b = reinterpret_cast<T*>(room_b.data());
-  float *one = reinterpret_cast<float*>(room_c.data()), *two = one + count;
+  float *one = reinterpret_cast<float*>(room_c.data()), *two = one + 2 * kPieceSize;
   fill(a, kRows * kDeep, 1, stream);
   fill(b, kDeep * kCols, 2, stream);
   for (int order = 0; order < 4; order++)
     for (const int wide : {128, 256}) {
       const Operands p = operands_of(a, b, order & 1, order & 2);
-      const Tiling tiling{wide, {1, 4}};  // blocks of 4, 2, 2, 1 and 1 tiles, 128 columns wide, or of 2, 2, 1 and 1
+      const Tiling tiling{wide, {1, 4}};  // blocks of 4, 3, 2 and 1 tiles, 128 columns wide, or of 3, 2 and 1
       CHECK(DeviceError, sm90_takes(p), "the allocator's memory is not aligned to 16 bytes");
       fill(one, count, 3, stream);
       fill(two, count, 3, stream);
@@ -112,6 +122,11 @@ void compare(int* flags, const Stream& stream) {
       run_sm90(p, adding_with<T>(one, reinterpret_cast<T*>(room_z.data())), tiling, flags + 1, stream);
       reference(p, adding_to<T>(two), stream);
       demand_equal(one, two, flags, stream);
+      Operands cut = p;
+      cut.piece = kPiece;
+      run_sm90(cut, pieces_in<T>(one), tiling, flags + 1, stream);
+      reference(cut, pieces_in<T>(two), stream);
+      for (const int at : {0, kPieceSize}) demand_equal(one + at, two + at, flags, stream);
       T *first = reinterpret_cast<T*>(one), *second = reinterpret_cast<T*>(two);
       run_sm90(p, rounding_to<T>(first, a), tiling, flags + 1, stream);
       reference(p, rounding_to<T>(second, a), stream);

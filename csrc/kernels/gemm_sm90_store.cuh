@@ -24,7 +24,8 @@ struct Boxes {
   CUtensorMap z, y;            // z: of C as well
   const void* bias = nullptr;  // a row
   bool has_z = false, has_y = false;
-  bool add = false;  // to what C holds
+  bool add = false;    // to what C holds
+  int piece_rows = 0;  // from a piece of K's matrix to the next one's
 };
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

@@ -187,6 +187,8 @@ FAULTS = [
         "tma_add(map, at, col + 2 * box * columns, row)",
         SM90_STORE,
     ),
+    sm90("pieces of K on top of each other in boxes", "static_cast<int>(apart);", "0;", check="sm90_pieces"),
+    sm90("boxes put zeros over the next piece", "% (kHigh * store.c.row_stride) == 0", "% store.c.row_stride == 0", check="sm90_pieces"),
     sm90("stages not aligned to the swizzle", "+ 1023) & ~1023u;", "+ 127) & ~127u;"),
     other("transpose: dropped barrier", "cast", "cast", CAST, "  block_barrier();\n", ""),
     other("transpose: another pitch", "cast", "cast", CAST, "shared_load(tile + k * kPitch<To> + x)", "shared_load(tile + k * kTile + x)"),

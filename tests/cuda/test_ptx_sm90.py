@@ -137,11 +137,13 @@ def test_pieces_of_k_and_the_tail(report: Report) -> None:
     host = Host(timing="late", seed=5)
     m, n, k = 72, 136, 200
     a, b = host.matrix(normal(m, k, 1), "bf16"), host.matrix(normal(k, n, 2), "bf16")
-    pieces = host.empty(2 * m, n, "f32")
-    host.sm90(a, b, pieces, piece=128)
-    for i, (begin, end) in enumerate([(0, 128), (128, 200)]):
-        part = host.read(a)[:, begin:end] @ host.read(b)[begin:end]
-        report.check(f"sm_90a, piece {i} of k", host.read(pieces)[i * m : (i + 1) * m], part, LIMIT)
+    for apart, way in ((m, "slabs"), (128, "sums")):  # boxes where pieces lie whole tiles apart
+        pieces = host.empty(2 * apart, n, "f32")
+        host.sm90(a, b, pieces, piece=128)
+        assert way_out(host.launches[-1].name) == way
+        for i, (begin, end) in enumerate([(0, 128), (128, 200)]):
+            part = host.read(a)[:, begin:end] @ host.read(b)[begin:end]
+            report.check(f"sm_90a, piece {i} of k, {way}", host.read(pieces)[i * apart : i * apart + m], part, LIMIT)
     bias, z, y = host.matrix(normal(1, n, 3), "bf16"), host.empty(m, n, "bf16"), host.empty(m, n, "bf16")
     host.sm90(a, b, None, tail=host.tail("silu", bias=bias, z=z, y=y))
     linear = host.read(a) @ host.read(b) + host.read(bias)
@@ -242,6 +244,29 @@ def test_gemm_takes_it_once_the_check_has_passed(report: Report) -> None:
     report.check("gemm through the Hopper kernel", host.read(c), host.read(a) @ host.read(b), LIMIT)
     # not to the bit: the model's products are numpy's, whose order of sums is another for a turned operand on some processors
     report.check("the same, turned", host.read(turned), host.read(a) @ host.read(b), LIMIT)
+
+
+@pytest.mark.matrix
+def test_gemm_sums_pieces_of_a_long_k_apart(report: Report) -> None:
+    """15 tiles for 132 multiprocessors: 3 pieces of K, added in order, to C and for a tail; the same bits each time."""
+    host = Host(timing="early", seed=6)
+    m, n, k = 520, 760, 3200
+    a, b = host.matrix(normal(m, k, 1), "bf16"), host.matrix(normal(k, n, 2), "bf16")
+    sums = [host.matrix(normal(m, n, 3), "f32") for _ in range(2)]
+    before, z = host.read(sums[0]), host.empty(m, n, "bf16")
+    assert checked(host, 31, (9, 0))[0]
+    host.library.host_device(31, 9, 0, 0)
+    host.launches.clear()
+    for c in sums:
+        host.gemm(a, b, c, True)
+    host.gemm(a, b, None, tail=host.tail("none", z=z))
+    host.library.host_device(0, 8, 0, 0)
+    assert [("sm90_kernel" in launched.name, launched.grid[2]) for launched in host.launches] == [(True, 3), (False, 1)] * 3
+    assert [way_out(launched.name) for launched in host.launches[::2]] == ["sums"] * 3
+    product = host.read(a) @ host.read(b)
+    report.check("sm_90a, C += pieces of k", host.read(sums[0]), before + product, LIMIT)
+    report.check("sm_90a, the same again", host.read(sums[1]), host.read(sums[0]), 0)
+    report.check("sm_90a, Z of pieces of k", host.read(z), product, 2.0**-8)
 
 
 @pytest.mark.matrix

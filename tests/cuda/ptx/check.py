@@ -120,6 +120,16 @@ class Checks:
                 close("Z", host.read(z), linear, 2.0**-8)
                 close("Y", host.read(y), linear / 2 * (1 + np.vectorize(math.erf)(linear / 2**0.5)), 2.0**-8)
 
+    def sm90_pieces(self) -> None:
+        """Two pieces of K, their sums whole tiles of rows apart, or right behind each other."""
+        for host in self.hosts():
+            for apart in (256, 136):
+                a, b, c = host.matrix(normal(136, 200, 1), "bf16"), host.matrix(normal(200, 72, 2), "bf16"), host.empty(2 * apart, 72)
+                host.sm90(a, b, c, wide=128, piece=128)
+                for i, (begin, end) in enumerate([(0, 128), (128, 200)]):
+                    part = host.read(a)[:, begin:end] @ host.read(b)[begin:end]
+                    close(f"piece {i} of k", host.read(c)[i * apart : i * apart + 136], part, 2e-6)
+
     def slabs(self) -> None:
         """Lines of C that begin anywhere, where blocks of several tiles are asked for."""
         for host in self.hosts():
