@@ -29,8 +29,8 @@ __global__ void compare_kernel(const V* a, const V* b, int count, int* differ) {
   if (i < count && !(a[i] == b[i])) *differ = 1;
 }
 
-constexpr int kRows = 200, kCols = 584, kDeep = 584;   // tiles cut on every side; more steps than stages, and no multiple
-constexpr int kPiece = 320, kPieceSize = 256 * kCols;  // of K, and of the sums of a piece: whole tiles of rows
+constexpr int kRows = 136, kCols = 456, kDeep = 392;   // tiles cut on every side; more steps than stages, and no multiple
+constexpr int kPiece = 256, kPieceSize = 256 * kCols;  // of K, and of the sums of a piece: whole tiles of rows
 constexpr int kBlock = 256;
 
 template <class T>
@@ -112,7 +112,7 @@ void compare(int* flags, const Stream& stream) {
   for (int order = 0; order < 4; order++)
     for (const int wide : {128, 256}) {
       const Operands p = operands_of(a, b, order & 1, order & 2);
-      const Tiling tiling{wide, {1, 4}};  // blocks of 4, 3, 2 and 1 tiles, 128 columns wide, or of 3, 2 and 1
+      const Tiling tiling{wide, {1, 4}};  // blocks of 4, 2, 1 and 1 tiles, 128 columns wide, or of 2, 1 and 1
       CHECK(DeviceError, sm90_takes(p), "the allocator's memory is not aligned to 16 bytes");
       fill(one, count, 3, stream);
       fill(two, count, 3, stream);
