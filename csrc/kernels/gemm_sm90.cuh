@@ -1,6 +1,6 @@
 // gemm on Hopper (sm_90a) for 16-bit operands: the tensor memory accelerator brings tiles, warpgroups multiply them from shared memory. It is
-// off until sm90_checked has compared it with the kernels of gemm_tile.cuh on the device at hand. In gemm.cu, before the choice of tiles:
-//   if (sm90_pieces(operands, stream) > 0) ..
+// off until sm90_checked has compared it with the kernels of gemm_tile.cuh on the device at hand. gemm.cu asks sm90_pieces
+// before it chooses tiles.
 #pragma once
 #include <string>
 
