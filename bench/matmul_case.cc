@@ -157,6 +157,35 @@ double differing(Job& job, const Options& o, const Block& got, Span rows, Span i
   return static_cast<double>(got.differing(expected));
 }
 
+// Gathers W before a call, as the caller's stream has just written it, into memory that the last round has not left right.
+class Ahead {
+ public:
+  Ahead(Job& job, Step& step, const Options& o, Span w_rows, Span w_cols)
+      : job_(job), step_(step), o_(o), late_(job, w_rows, w_cols, o, 0, Storage::column_major) {}
+  EarlyWeights* gather(const Matrix& w) {
+    fill_zero(late_.view().t(), job_.stream());
+    for (const auto& room : rooms_) fill_zero(room->view(), job_.stream());
+    if (o_.delay) o_.delay(job_);
+    cast(w, late_.view(), job_.stream());
+    size_t used = 0;
+    early_ = step_.early({late_.view()}, [&](int64_t rows, int64_t cols) {
+      if (used == rooms_.size()) rooms_.push_back(std::make_unique<Room>(job_, rows, cols, o_.dtype));
+      return rooms_[used++]->view();
+    });
+    if (o_.between) o_.between(job_);
+    step_.gather(*early_);
+    return early_.get();
+  }
+
+ private:
+  Job& job_;
+  Step& step_;
+  const Options& o_;
+  const Block late_;
+  std::vector<std::unique_ptr<Room>> rooms_;  // of peers' parts
+  std::unique_ptr<EarlyWeights> early_;
+};
+
 Row run_rank(Job& job, Program& program, const Options& o) {
   enter(job, o);
   const Place p = place_of(o, job.rank());
@@ -168,31 +197,16 @@ Row run_rank(Job& job, Program& program, const Options& o) {
   Block y(job, p.m, p.y_n, o, 0), dx(job, p.m, p.x_k, o, 0), dw(job, w_rows, w_cols, o, 0, Storage::column_major);
 
   const bool forward = o.name == "matmul", need_x = o.name != "dw", need_w = o.name != "dx";
-  std::vector<std::unique_ptr<Room>> rooms;                            // of peers' parts of W, used again in every round
-  const Block late(job, w_rows, w_cols, o, 0, Storage::column_major);  // W, which the caller's stream writes in every round
-  std::unique_ptr<EarlyWeights> early;
-  const auto gather = [&] {
-    size_t used = 0;
-    fill_zero(late.view().t(), job.stream());
-    for (const auto& room : rooms) fill_zero(room->view(), job.stream());  // what the last round left would do
-    if (o.delay) o.delay(job);
-    cast(w.view(), late.view(), job.stream());
-    early = step.early({late.view()}, [&](int64_t rows, int64_t cols) {
-      if (used == rooms.size()) rooms.push_back(std::make_unique<Room>(job, rows, cols, o.dtype));
-      return rooms[used++]->view();
-    });
-    if (o.between) o.between(job);
-    step.gather(*early);
-  };
+  Ahead ahead(job, step, o, w_rows, w_cols);
   auto once = [&] {
-    if (o.early && step.gathers_early() && o.name != "dw") gather();
+    EarlyWeights* const early = o.early && step.gathers_early() && o.name != "dw" ? ahead.gather(w.view()) : nullptr;
     if (forward) {
-      step.forward({x.view(), {w.view()}, {Matrix{}}, o.m, Epilogue::none, [&](int64_t, int64_t) { return y.view(); }, {}, early.get()});
+      step.forward({x.view(), {w.view()}, {Matrix{}}, o.m, Epilogue::none, [&](int64_t, int64_t) { return y.view(); }, {}, early});
       return;
     }
     bool first = need_x;
     auto allocate = [&](int64_t, int64_t) { return std::exchange(first, false) ? dx.view() : dw.view().t(); };
-    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, true, allocate, early.get()});
+    step.backward({x.view(), {w.view()}, {dy.view()}, need_x, need_w, {0}, true, true, allocate, early});
   };
   const double seconds = median_of_rounds(
       o, [] {},

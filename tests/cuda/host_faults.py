@@ -13,8 +13,9 @@ import sys
 import time
 
 from cuda import fake_build, nvcc
-from cuda.mutation import Mutation, Outcome
+from cuda.mutation import Mutation, Outcome, host
 from cuda.mutations import table
+from cuda.schedule_faults import SCHEDULE
 
 FOLDER = nvcc.ROOT / "build" / "mutations" / "host"
 SECONDS = 40  # a correct run of one check takes 1 to 6
@@ -33,10 +34,6 @@ NCCL_PRODUCTS, JITTER, COPIES, CAPTURE, BYTES, CALLERS, SUMS = (
 )
 
 
-def host(name: str, kind: str, file: str, old: str, new: str, *checks: str) -> Mutation:
-    return Mutation(name, kind, file, old, new, 5, "", checks)
-
-
 CAPTURED, REFUSED = "a step is captured", "captures of copies are refused"
 PANELS, RINGS, RING_COPIES = "ops/panels.cc", "attention", "attention over copies"
 RECEIVED = "    for (const Matrix& m : {to.k, to.v}) ring_.recv(axis_.next(-1), m.data, m.bytes(), kPanelLane);\n"
@@ -45,54 +42,9 @@ APART = "    ring_.group_end();\n    ring_.group_start();\n"
 END_OF_QUEUED_RING = "  }\n\n private:\n  const Stream& stream_;\n  int lane_;\n  Relay relay_;\n  Scratch"
 
 DEVICE, BESIDE, LEFT = "transport/device.cc", "sums beside the caller", "what an error left is not sent"
-EARLY, SAME_BITS, MEANWHILE = "weights gathered early", "early weights change no bits", "early weights come while the caller computes"
-SETTLE = "    if (call_.early) call_.early->settle();\n"
-END_OF_ADDING = "  }\n\n private:\n  Ring& ring_;\n  const Stream& stream_;\n  int lane_;\n  Matrix rounded_;"
 
 FAULTS = [
-    host("Y is made of a W that is not here yet", "order", "ops/forward.cc", SETTLE, "", EARLY),
-    host("dX is made of a W that is not here yet", "order", "ops/backward.cc", SETTLE, "", EARLY),
-    host(
-        "an early gather waits for nothing",
-        "order",
-        QUEUED,
-        "  (after_ ? *after_ : order_.entry).hold_back(line.stream);\n",
-        "  if (!after_) order_.entry.hold_back(line.stream);\n",
-        EARLY,
-    ),
-    host(
-        "an early gather waits for all that is queued",
-        "order",
-        QUEUED,
-        "  after_ = &static_cast<const QueuedPoint&>(after).event;\n",
-        "  (void)after;\n",
-        MEANWHILE,
-    ),
-    host(
-        "early parts count as standing",
-        "order",
-        INPUT,
-        "  int distance(int interval) const override { return hops(cut_.axis(), cut_.owner(interval)); }\n",
-        "",
-        SAME_BITS,
-    ),
-    host(
-        "a product is added to a sum that is not here yet",
-        "ring",
-        OUTPUT,
-        "    if (round > 0)\n      ring_.arrived(lane_);\n",
-        "    if (round > 0)\n      (void)0;\n",
-        JITTER,
-    ),
-    host(
-        "messages of added sums are left early",
-        "ring",
-        OUTPUT,
-        "    if (slice + 1 == cut_.slices().slices) relay_.drain();\n" + END_OF_ADDING,
-        END_OF_ADDING,
-        JITTER,
-        "a step could be captured",
-    ),
+    *SCHEDULE,
     host("work beside does not wait for the caller's", "order", DEVICE, "    forked_.hold_back(side_.get());\n", "", BESIDE),
     host("the caller does not wait for work beside", "order", DEVICE, "    joined_.hold_back(native(stream_));\n", "", BESIDE),
     host("a call beside follows the caller", "order", DEVICE, "if (stream && !beside_)", "if (stream)", BESIDE),

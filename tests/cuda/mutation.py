@@ -21,3 +21,7 @@ class Outcome:
     caught: bool
     said: str
     seconds: float
+
+
+def host(name: str, kind: str, file: str, old: str, new: str, *checks: str) -> Mutation:
+    return Mutation(name, kind, file, old, new, 5, "", checks)

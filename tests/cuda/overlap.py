@@ -38,6 +38,7 @@ BLOCKS, MULTIPROCESSORS = 16, 132
 RANKS, Q, DEPTH = 8, 2, 2
 SCALE = 64  # by which sizes are divided on the fake devices
 DEPTHS = (2, 4)  # layers of the two stacks
+CARRIERS = {"NCCL": BLOCKS, "copy engines (not built)": 0}  # multiprocessors that they hold
 SHAPES = ((16384, 8192), (8192, 8192), (32768, 16384))
 DEEP = Path(__file__).parent / "fake" / "deep.py"
 
@@ -215,21 +216,23 @@ class Layer:
         return self.alone / self.seconds
 
 
-def layer(package: Path, tokens: int, width: int, lent: int) -> dict[str, Layer]:
-    """Of stacks of Linear(width, width): forward, backward and both."""
-    found = {}
+def layer(package: Path, tokens: int, width: int) -> dict[str, dict[str, Layer]]:
+    """Of stacks of Linear(width, width): by what carries messages, forward, backward and both."""
+    m, n = tokens // (Q * DEPTH), width // Q
+    y, dx, dw = (product_seconds(*sizes, False, 2) for sizes in ((m, n, width), (m, width, n), (width, n, m)))
+    parts = {
+        "forward": (("step 3", "backward 3"), [y]),
+        "backward": (("backward 3", "step 4"), [dx, dw]),
+        "both": (("step 3", "step 4"), [y, dx, dw]),
+    }
+    found: dict[str, dict[str, Layer]] = {}
     with tempfile.TemporaryDirectory() as room:
         shallow, deep = (record(package, Path(room) / str(layers), layers, tokens, width) for layers in DEPTHS)
-        m, n = tokens // (Q * DEPTH), width // Q
-        y, dx, dw = (product_seconds(*sizes, False, 2) for sizes in ((m, n, width), (m, width, n), (width, n, m)))
-        parts = {
-            "forward": (("step 3", "backward 3"), [y]),
-            "backward": (("backward 3", "step 4"), [dx, dw]),
-            "both": (("step 3", "step 4"), [y, dx, dw]),
-        }
-        for part, (marks, products) in parts.items():
-            one, other = (seconds(folder, SCALE, lent, marks) for folder in (shallow, deep))
-            found[part] = Layer((other - one) / (DEPTHS[1] - DEPTHS[0]), sum(products))
+        for carrier, lent in CARRIERS.items():
+            found[carrier] = {}
+            for part, (marks, products) in parts.items():
+                one, other = (seconds(folder, SCALE, lent, marks) for folder in (shallow, deep))
+                found[carrier][part] = Layer((other - one) / (DEPTHS[1] - DEPTHS[0]), sum(products))
     return found
 
 
@@ -238,10 +241,10 @@ def main() -> None:
     print("| tokens x in x out | messages by | pass | products alone | a layer | of the products alone |")
     print("|---|---|---|---|---|---|")
     for tokens, width in SHAPES:
-        for name, lent in (("NCCL", BLOCKS), ("copy engines (not built)", 0)):
-            for part, found in layer(package, tokens, width, lent).items():
+        for carrier, parts in layer(package, tokens, width).items():
+            for part, found in parts.items():
                 figures = f"{found.alone * 1e3:.2f} ms | {found.seconds * 1e3:.2f} ms | {found.share:.0%}"
-                print(f"| {tokens} x {width} x {width} | {name} | {part} | {figures} |")
+                print(f"| {tokens} x {width} x {width} | {carrier} | {part} | {figures} |")
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def test_weights_gathered_early(package: Path) -> None:
     assert found["wrong"] == []
     print(found["made"])
     guessed = {name: count for name, count in found["made"].items() if not name.startswith(("written", "jumping"))}
-    assert all(count["begun"] == count["used"] >= 15 for count in guessed.values()), guessed
+    assert all(count["begun"] == count["used"] >= 9 for count in guessed.values()), guessed
     assert found["made"]["written 2.5d"]["begun"] > found["made"]["written 2.5d"]["used"]
     assert all("rank 1 got" in said and "weights gathered ahead" in said for said in found["alone"]), found["alone"]
     assert all(said.startswith("MeshError") and "rank 1 got" in said for said in found["within"]), found["within"]
@@ -109,7 +109,7 @@ def test_weights_gathered_early(package: Path) -> None:
 
 def test_what_a_stack_of_linears_queues_overlaps(package: Path) -> None:
     """By the model of overlap.py, at the sizes of docs/cuda.md: what is lost where a message comes later, or a kernel waits for more."""
-    nccl, engines = (overlap.layer(package, 16384, 8192, lent) for lent in (overlap.BLOCKS, 0))
+    nccl, engines = overlap.layer(package, 16384, 8192).values()
     shares = {part: (nccl[part].share, engines[part].share) for part in nccl}
     print(shares)
     least = {"forward": (0.86, 0.91), "backward": (0.81, 0.89), "both": (0.82, 0.90)}

@@ -264,18 +264,8 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     behind = not (put_off or keeps) and bool(wanted) and background.sums_later(plan.mesh, wanted)
     wide = behind and wanted[0].dtype.itemsize == 2  # summed in float32 too
     nodes = nodes_of(ctx, parameters) if behind or bias_later else []
-    dx, dws, dbs = plan.step.backward(
-        x,
-        weights,
-        dys,
-        need_x,
-        bool(wanted),
-        need_b,
-        not (behind or put_off or cast or keeps),
-        not bias_later,
-        ready.weights if ready else None,
-        wide,
-    )
+    at_once, gathered = not (behind or put_off or cast or keeps), ready.weights if ready else None
+    dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, at_once, not bias_later, gathered, wide)
     early.leave(plan.mesh)
     for index, mine in enumerate(here):
         if mine:
