@@ -9,9 +9,9 @@ What was gathered is used if the parameter has not changed since, as `kept._key`
 Otherwise it is left, and the step gathers W itself. Ranks that differ in this are told by name, since both say so in their calls.
 Followers are learnt in runs of calls in which no layer comes twice, so that neither the first layer of the next pass nor one that
 is recomputed is guessed; a guess that was wrong costs one W on the links, counted as received, and must be seen twice again. Not
-done inside of a graph capture, whose messages must not pass its borders, with weights kept whole over data, and for gathers below
-LEAST bytes, which cost the host a call: GINGHAM_EARLY_BYTES sets it, for instance so high that nothing is gathered early where
-memory is short.
+done inside of a graph capture, whose messages must not pass its borders, with weights kept whole over data or made in inference
+mode, which count no versions, on a mesh of several hosts, and for gathers below LEAST bytes, which cost the host a call:
+GINGHAM_EARLY_BYTES sets it, for instance so high that nothing is gathered early where memory is short.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..mesh import Mesh
-from .casts import block_in, local_of
+from .casts import block_in, casts_to, local_of
 from .kept import _key
 
 # Bytes that a rank receives in a gather; smaller ones are not made early. 11 us at 380 GB/s.
@@ -60,8 +60,8 @@ class Ready:
 class Ahead:
     """Of a mesh: which layer follows which, and what is on its way."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, axis: Any) -> None:
+        self.mesh, self.axis = mesh, axis
         self._followers: dict[tuple[int, bool], Follower] = {}  # by id of the plan before, and whether forward
         self._last: tuple[int, bool] | None = None
         self._run: set[int] = set()  # plans whose calls came since the direction changed
@@ -103,10 +103,11 @@ class Ahead:
             return
         if forward and torch._C._current_graph_task_id() != -1:  # recomputed within a backward pass: what follows is not known
             return
-        blocks: list[Any] = [block_in(self.mesh, local_of(each), guess.dtype) for each in parameters]
-        axis = self.mesh.axis(self.mesh.axes.gathered)
-        if axis is None or not other.step.gathers_early or (axis.size - 1) * sum(block.nbytes for block in blocks) < LEAST:
+        local = [local_of(each) for each in parameters]
+        width = 2 if casts_to(local[0], guess.dtype) else local[0].itemsize  # regions are of 16 bits
+        if self._received(other) * width < LEAST or not other.step.gathers_early or any(each.is_inference() for each in local):
             return
+        blocks: list[Any] = [block_in(self.mesh, each, guess.dtype) for each in local]
         self.mesh.say(other.label)
         weights = other.step.early(blocks)
         self._prepared = Ready(guess.plan, forward, guess.dtype, [_key(each) for each in parameters], blocks, weights, guess)
@@ -135,6 +136,10 @@ class Ahead:
         elif all(isinstance(each, DTensor) for each in parameters):
             self._followers[before] = Follower(weakref.ref(plan), [weakref.ref(each) for each in parameters], dtype)
 
+    def _received(self, plan: Any) -> float:
+        """Elements that a rank receives in a gather of the plan's weights, on average: what ranks decide by, whose parts may be uneven."""
+        return plan.k * sum(plan.n) * (self.axis.size - 1) / self.mesh.parts(sum(plan.weight_cuts, ()))
+
     def _capturing(self) -> bool:
         return not self.mesh.job.on_host and torch.cuda.is_current_stream_capturing()
 
@@ -147,10 +152,10 @@ def enter(plan: Any, forward: bool, parameters: Sequence[Any] | None, dtype: tor
     """A linear's call begins: its weights, if they are on their way. parameters: None where the call reads no W; dtype: of its autocast
     region."""
     mesh = plan.mesh
-    if not mesh.job.has_gpu or mesh.axes.kept:
+    if not mesh.job.has_gpu or mesh.axes.kept or mesh.program.spans or (axis := mesh.axis(mesh.axes.gathered)) is None:
         return None
     if mesh.ahead is None:
-        mesh.ahead = Ahead(mesh)
+        mesh.ahead = Ahead(mesh, axis)
     ahead: Ahead = mesh.ahead
     if parameters is None:
         ahead.forget()
