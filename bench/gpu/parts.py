@@ -80,13 +80,16 @@ def pytest(*words: str, failures: int = 10, marks: str = "not matrix") -> list[s
 
 
 def same_gpu() -> dict[str, str]:
-    """Several ranks on one GPU: tests/cuda/samegpu stands in for NCCL, which refuses two ranks on one."""
+    """Several ranks on one GPU: tests/cuda/samegpu stands in for NCCL, which refuses two ranks on one. What is done with large messages only
+    is done with all: weights gathered early, sums in pieces."""
     return {
         "GINGHAM_DEVICE": "cuda",
         "GINGHAM_NCCL": SAME_GPU,
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "PYTHONFAULTHANDLER": "1",
         "OMP_NUM_THREADS": "1",
+        "GINGHAM_EARLY_BYTES": "0",
+        "GINGHAM_CHUNK_BYTES": "256",
     }
 
 
