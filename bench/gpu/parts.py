@@ -80,8 +80,8 @@ def pytest(*words: str, failures: int = 10, marks: str = "not matrix") -> list[s
 
 
 def same_gpu() -> dict[str, str]:
-    """Several ranks on one GPU: tests/cuda/samegpu stands in for NCCL, which refuses two ranks on one. What is done with large messages only
-    is done with all: weights gathered early, sums in pieces."""
+    """Several ranks on one GPU: tests/cuda/samegpu stands in for NCCL, which refuses two ranks on one. What is done with large messages
+    only is done with all: weights gathered early, sums in pieces."""
     return {
         "GINGHAM_DEVICE": "cuda",
         "GINGHAM_NCCL": SAME_GPU,
