@@ -149,10 +149,10 @@ def _same(weak: Sequence[Any], parameters: Sequence[Any]) -> bool:
 
 
 def enter(plan: Any, forward: bool, parameters: Sequence[Any] | None, dtype: torch.dtype | None) -> Ready | None:
-    """A linear's call begins: its weights, if they are on their way. parameters: None where the call reads no W; dtype: of its autocast
-    region."""
+    """A linear's call on GPUs begins: its weights, if they are on their way. parameters: None where the call reads no W; dtype: of its
+    autocast region. When the call has been made, `mesh.ahead.start()` follows, where there is one."""
     mesh = plan.mesh
-    if not mesh.job.has_gpu or mesh.axes.kept or mesh.program.spans or (axis := mesh.axis(mesh.axes.gathered)) is None:
+    if mesh.axes.kept or mesh.program.spans or (axis := mesh.axis(mesh.axes.gathered)) is None:
         return None
     if mesh.ahead is None:
         mesh.ahead = Ahead(mesh, axis)
@@ -169,9 +169,3 @@ def turn(mesh: Mesh) -> None:
     """Another part of a model begins, such as a stage's pass for one of its micro-batches: what comes now follows nothing."""
     if mesh.ahead is not None:
         mesh.ahead.forget()
-
-
-def leave(mesh: Mesh) -> None:
-    """The call is made: what was prepared as it began sets out."""
-    if mesh.ahead is not None:
-        mesh.ahead.start()

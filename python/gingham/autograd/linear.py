@@ -207,7 +207,7 @@ class _Linear(Function):
     ) -> Any:
         count = len(plan.n)
         local = [local_of(parameter) for parameter in parameters]
-        ready = early.enter(plan, True, parameters[:count], dtype)
+        ready = early.enter(plan, True, parameters[:count], dtype) if plan.mesh.job.has_gpu else None
         if dtype is None:
             blocks = local
         else:
@@ -216,7 +216,8 @@ class _Linear(Function):
         weights: list[Any] = blocks[:count]
         plan.mesh.say(plan.label)
         outputs = plan.step.forward(x, weights, blocks[count:], epilogue, early=ready.weights if ready else None)
-        early.leave(plan.mesh)
+        if plan.mesh.ahead is not None:
+            plan.mesh.ahead.start()
         ys, before = outputs[:count], outputs[count:]
         ctx.plan, ctx.parameters, ctx.count, ctx.call = plan, parameters, count, (epilogue, dtype)
         ctx.set_materialize_grads(False)  # a map whose y nobody used has no gradient, rather than zeros
@@ -259,14 +260,15 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
     bias_later = background.puts_off(plan.mesh) and x.dtype.itemsize > 2  # sums that would wait for another host
     # gradients of a cast are summed over depth after they are float32 again, not before
     cast = ctx.call[1] is not None and any(saved.dtype != weight.dtype for saved, weight in zip(weights, parameters, strict=False))
-    ready = early.enter(plan, False, parameters[:count] if need_x else None, ctx.call[1])
+    ready = early.enter(plan, False, parameters[:count] if need_x else None, ctx.call[1]) if plan.mesh.job.has_gpu else None
     plan.mesh.say(plan.label)
     behind = not (put_off or keeps) and bool(wanted) and background.sums_later(plan.mesh, wanted)
     wide = behind and wanted[0].dtype.itemsize == 2  # summed in float32 too
     nodes = nodes_of(ctx, parameters) if behind or bias_later else []
     at_once, gathered = not (behind or put_off or cast or keeps), ready.weights if ready else None
     dx, dws, dbs = plan.step.backward(x, weights, dys, need_x, bool(wanted), need_b, at_once, not bias_later, gathered, wide)
-    early.leave(plan.mesh)
+    if plan.mesh.ahead is not None:
+        plan.mesh.ahead.start()
     for index, mine in enumerate(here):
         if mine:
             dbs[index] = _bias_gradient(plan, dys[index], parameters[count + index])

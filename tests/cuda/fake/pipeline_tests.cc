@@ -108,9 +108,8 @@ void collectives() {
 // Messages that are cut into pieces.
 void collectives_in_pieces() {
   const With small("GINGHAM_CHUNK_BYTES", "64");
-  every_collective(Carrier::nccl);
-  const With jitter("FAKE_CUDA_JITTER", "500");
   every_collective(Carrier::copy);
+  const With jitter("FAKE_CUDA_JITTER", "500");
   every_collective(Carrier::nccl);
 }
 void attention() {
