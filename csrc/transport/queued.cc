@@ -67,7 +67,7 @@ void Queued::recv(int peer, void* data, size_t bytes, int lane) {
 
 size_t Queued::chunk_bytes() const {
   const char* told = getenv("GINGHAM_CHUNK_BYTES");
-  return told ? strtoull(told, nullptr, 10) : size_t{4} << 20;
+  return told ? std::max<size_t>(strtoull(told, nullptr, 10), 1) : size_t{4} << 20;
 }
 
 std::unique_ptr<Point> Queued::point() {
