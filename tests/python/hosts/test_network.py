@@ -83,7 +83,7 @@ def test_a_link_that_is_cut_is_named_by_both_hosts(two_hosts: tuple[str, str], e
 )
 def test_a_host_that_stands_still_for_a_while_is_not_dead(two_hosts: tuple[str, str], engine: str, stopped: int) -> None:
     """Its processes are stopped for longer than a link may be silent, its kernel lives: then the run goes on, and is right."""
-    ranks = started(two_hosts, 30.0, 1000, *[{"GINGHAM_ENGINE": engine}] * 2)
+    ranks = started(two_hosts, 30.0, 4000, *[{"GINGHAM_ENGINE": engine}] * 2)
     for process in ranks:
         assert process.stdout.readline() == "running\n", process.communicate(timeout=10)
     os.kill(ranks[stopped].pid, signal.SIGSTOP)
