@@ -1,4 +1,4 @@
-// An operand that a step reads, as the panels it consumes: at(slice, interval). Four kinds:
+// An operand that a step reads, as the panels it consumes: at(slice, interval). Five kinds:
 //   whole   lacks the slice dim: one block, the same panel always
 //   local   has the slice dim and stands here uncut
 //   parts   cut over an axis, with every rank's part here

@@ -191,6 +191,7 @@ class StreamSums(Sums):
         self._stream_known: Any = None
         self._task, self._in_turn = -1, False
         self._asked: dict[int, Any] = {}  # parameters whose sums have been asked for, weakly
+        self._new: list[Any] = []  # of those asked for now, the ones that have not been before
         self._marked: list[tuple[Pending, int]] = []
 
     def expect(self, parameters: Sequence[Any]) -> None:

@@ -5,7 +5,7 @@ so that where a layer has followed another twice in a row, forward or backward, 
 that other's call, and runs beside its products. The bytes are the same, the order of sums is that of calls without it
 (Group::leader in csrc/ops/pipeline.h), and a rank holds one more W, gathered, while a pass runs.
 
-What was gathered is used if the parameter has not changed since, as `kept._key` sees it: its versions, its memory, writes by name.
+What was gathered is used if the parameter has not changed since, as `kept.key_of` sees it: its versions, its memory, writes by name.
 Otherwise it is left, and the step gathers W itself. Ranks that differ in this are told by name, since both say so in their calls.
 Followers are learnt in runs of calls in which no layer comes twice, so that neither the first layer of the next pass nor one that
 is recomputed is guessed; a guess that was wrong costs one W on the links, counted as received, and must be seen twice again. Not
@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 from ..mesh import Mesh
 from .casts import block_in, casts_to, local_of
-from .kept import _key
+from .kept import key_of
 
 # Bytes that a rank receives in a gather; smaller ones are not made early. 11 us at 380 GB/s.
 LEAST = int(os.environ.get("GINGHAM_EARLY_BYTES", 4 << 20))
@@ -82,7 +82,7 @@ class Ahead:
         if ready.plan() is not plan or ready.forward != forward:
             ready.guess.seen = 0
             return None
-        same = ready.dtype == dtype and len(ready.keys) == len(parameters) and ready.keys == [_key(each) for each in parameters]
+        same = ready.dtype == dtype and len(ready.keys) == len(parameters) and ready.keys == [key_of(each) for each in parameters]
         return ready if same else None
 
     def forget(self) -> None:
@@ -90,7 +90,8 @@ class Ahead:
         self._last = self._prepared = None
         if self._ready is not None:
             self._ready.guess.seen = 0
-            (self._left if self._capturing() else []).append(self._ready)
+            if self._capturing():
+                self._left.append(self._ready)
             self._ready = None
 
     def prepare(self, plan: Any, forward: bool) -> None:
@@ -110,7 +111,7 @@ class Ahead:
         blocks: list[Any] = [block_in(self.mesh, each, guess.dtype) for each in local]
         self.mesh.say(other.label)
         weights = other.step.early(blocks)
-        self._prepared = Ready(guess.plan, forward, guess.dtype, [_key(each) for each in parameters], blocks, weights, guess)
+        self._prepared = Ready(guess.plan, forward, guess.dtype, [key_of(each) for each in parameters], blocks, weights, guess)
 
     def start(self) -> None:
         """Queues the gather that was prepared, behind the messages of the call that has been made since."""

@@ -57,7 +57,7 @@ def kept(parameter: Any, mesh: Mesh, cuts: Cuts, shape: Sequence[int]) -> Any:
         return _Kept.apply(parameter, mesh, dim, names, size)
     whole = _whole_of(parameter)
     used = None if whole.used is None else whole.used()
-    if used is None or whole.key != _key(parameter):
+    if used is None or whole.key != key_of(parameter):
         used = _Kept.apply(parameter, mesh, dim, names, size)
         used.kept = whole.tensor
         whole.used = weakref.ref(used)
@@ -83,7 +83,7 @@ def _whole_of(parameter: torch.Tensor) -> Whole:
     return found
 
 
-def _key(parameter: Any) -> Any:
+def key_of(parameter: Any) -> Any:
     """Of its values: what changes a parameter counts up one of these, or is a write to a DTensor of ours."""
     local = parameter._local_tensor
     return id(local), local._version, parameter._version, local.dtype, writes.last_write(parameter)
@@ -109,7 +109,7 @@ class _Kept(Function):
         if not isinstance(parameter, DTensor):
             return _gathered(parameter, mesh, dim, _lengths(mesh, names, size))
         whole = _whole_of(parameter)
-        key = _key(parameter)
+        key = key_of(parameter)
         if whole.tensor is None or whole.key != key:
             whole.tensor = None  # its memory may serve again
             with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext(), torch.no_grad():

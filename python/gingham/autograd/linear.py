@@ -208,11 +208,8 @@ class _Linear(Function):
         count = len(plan.n)
         local = [local_of(parameter) for parameter in parameters]
         ready = early.enter(plan, True, parameters[:count], dtype) if plan.mesh.job.has_gpu else None
-        if dtype is None:
-            blocks = local
-        else:
-            blocks = [block_in(plan.mesh, each, dtype) for each in local[count if ready else 0 :]]
-            blocks = [*ready.blocks, *blocks] if ready else blocks
+        made = ready.blocks if ready else []
+        blocks = local if dtype is None else [*made, *(block_in(plan.mesh, each, dtype) for each in local[len(made) :])]
         weights: list[Any] = blocks[:count]
         plan.mesh.say(plan.label)
         outputs = plan.step.forward(x, weights, blocks[count:], epilogue, early=ready.weights if ready else None)
@@ -277,10 +274,8 @@ def _gradients(ctx: Any, cotangents: tuple[torch.Tensor | None, ...]) -> Any:
         if need and bias_later:
             bias, node = parameters[count + index], nodes[count + index]
             dbs[index] = background.summed(plan.mesh, [bias], [node], dbs[index], over_rows, plan.label)
-    parts = [
-        (dw if wide else as_parameter(dw, weight)) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)
-    ]
-    dws, over_depth = parts, background.all_reduced(plan.mesh.axes.depth, dtype=wanted[0].dtype if wide else None)
+    dws = [(dw if wide else as_parameter(dw, weight)) if need else None for dw, weight, need in zip(dws, parameters, need_w, strict=False)]
+    over_depth = background.all_reduced(plan.mesh.axes.depth, dtype=wanted[0].dtype if wide else None)
     for index, (weight, dw) in enumerate(zip(parameters, dws, strict=False)) if (behind or put_off or cast) and not keeps else ():
         if behind and dw is not None:
             dws[index] = background.behind(plan.mesh, [weight], [nodes[index]], dw, over_depth, plan.label)
