@@ -34,13 +34,12 @@ class InPieces {
       exchange([&](int to) { return at(to, piece); }, [&](int from) { return terms_[static_cast<size_t>(piece)][static_cast<size_t>(from)].sum; });
       groups.push_back(ring_.queued(0));
     }
-    const Matrix* own = nullptr;
     for (int piece = 0; piece < pieces_; piece++) {
       const std::vector<Term>& terms = terms_[static_cast<size_t>(piece)];
       ring_.settle(0, groups[static_cast<size_t>(piece)]);
-      own = &terms[static_cast<size_t>(axis_.rank())].sum;
-      tree_sum(terms, *own, stream_);
-      exchange([&](int) { return *own; }, [&](int from) { return at(from, piece); });
+      const Matrix own = at(axis_.rank(), piece);
+      tree_sum(terms, own, stream_);
+      exchange([&](int) { return own; }, [&](int from) { return at(from, piece); });
     }
     ring_.settle(0, ring_.queued(0));
     outbox_.drain();
