@@ -20,7 +20,7 @@ endfunction()
 
 if(GINGHAM_FAKE_CUDA)
   find_path(CUDA_INCLUDE cuda_runtime_api.h PATHS /usr/local/cuda/include PATH_SUFFIXES targets/x86_64-linux/include REQUIRED)
-  add_library(fakecuda SHARED tests/cuda/fake/cudart.cc tests/cuda/fake/capture.cc tests/cuda/fake/host_memory.cc tests/cuda/fake/nccl.cc
+  add_library(fakecuda SHARED tests/cuda/fake/cudart.cc tests/cuda/fake/capture.cc tests/cuda/fake/host_memory.cc tests/cuda/fake/windows.cc tests/cuda/fake/nccl.cc
     tests/cuda/fake/trace.cc)
   target_include_directories(fakecuda PRIVATE csrc)
   target_include_directories(fakecuda SYSTEM PUBLIC "${CUDA_INCLUDE}")

@@ -221,6 +221,7 @@ void define_program(py::module_& m) {
       .def_property_readonly("size", [](BoundAxis& a) { return a.axis().size(); })
       .def_property_readonly("calls", [](BoundAxis& a) { return a.axis().calls(); })
       .def_property_readonly("crosses", [](BoundAxis& a) { return a.axis().crosses_any(); })
+      .def_property_readonly("carried_by", [](BoundAxis& a) { return a.axis().carried_by(); })
       .def("traffic", &traffic_of, py::arg("reset") = false)
       .def("all_gather", &BoundAxis::all_gather, py::arg("x"), py::arg("counted") = true, py::arg("rows") = -1)
       .def("all_gather_into", &BoundAxis::all_gather_into, py::arg("x"), py::arg("outs"), py::arg("counted") = true)

@@ -29,6 +29,14 @@ void keep_freed_memory(int ordinal) {
 
 }  // namespace
 
+cudaStream_t urgent_stream() {
+  int least = 0, greatest = 0;
+  CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  cudaStream_t stream = nullptr;
+  CUDA_CHECK(cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+  return stream;
+}
+
 CudaStream::CudaStream(int ordinal) : ordinal_(ordinal), memory_(std::make_shared<Pool>()) {
   enter();
   keep_freed_memory(ordinal);

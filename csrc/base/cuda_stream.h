@@ -39,6 +39,9 @@ inline unsigned long long capture_of(cudaStream_t stream) {
   return status == cudaStreamCaptureStatusActive ? id : 0;
 }
 
+// Of the highest priority, ordered with no other stream; the caller destroys it.
+cudaStream_t urgent_stream();
+
 class CudaStream : public Stream {
  public:
   // Starts on a stream of its own with CUDA's stream-ordered pool; the binding replaces both by torch's.

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string>
 
 #include "base/matrix.h"
 
@@ -97,9 +98,10 @@ class Axis {
 
   virtual Board& board() = 0;
   virtual Ring& ring() = 0;
-  virtual Window* window() = 0;                    // null: data travels along the ring
-  virtual bool holds(const void* data) const = 0;  // peers can have it from where it stands
-  virtual int host(int) const { return 0; }        // a number that the peers on one host have alike
+  virtual Window* window() = 0;                          // null: data travels along the ring
+  virtual bool holds(const void* data) const = 0;        // peers can have it from where it stands
+  virtual int host(int) const { return 0; }              // a number that the peers on one host have alike
+  virtual std::string carried_by() const { return ""; }  // what takes messages between GPUs, and why nothing better does
   bool crosses(int peer) const { return host(peer) != host(rank_); }
   bool crosses_any() const {
     for (int peer = 0; peer < size_; peer++)

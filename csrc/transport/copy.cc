@@ -34,9 +34,9 @@ void Copy::allow_capture() {
 void Copy::carry(int line, std::span<const Message> group) {
   const cudaStream_t stream = lines_[static_cast<size_t>(line)].stream;
   for (const Message& m : group)
-    if (m.way == Way::send) publish(m, stream);
+    if (m.way == Message::Way::send) publish(m, stream);
   for (const Message& m : group)
-    if (m.way == Way::recv) take(m, stream);
+    if (m.way == Message::Way::recv) take(m, stream);
 }
 
 void Copy::publish(const Message& m, cudaStream_t stream) {

@@ -31,11 +31,7 @@ class SideStream {
   ~SideStream() {
     if (stream_) cudaStreamDestroy(stream_);
   }
-  void make() {
-    int least = 0, greatest = 0;
-    CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&least, &greatest));
-    CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest));
-  }
+  void make() { stream_ = urgent_stream(); }
   cudaStream_t get() const { return stream_; }
 
  private:
@@ -133,7 +129,7 @@ class CudaGpu : public Gpu {
     stream_.enter();
     if (carrier_ == Carrier::copy || program.size() == 1) return std::make_unique<Copy>(std::move(shared), order_, program, memory, members);
     if (!program.attachment) program.attachment = std::make_shared<NcclWorld>(program, stream_);
-    return std::make_unique<Nccl>(std::move(shared), order_, program.control(), *std::static_pointer_cast<NcclWorld>(program.attachment), members);
+    return std::make_unique<Nccl>(std::move(shared), order_, program, memory, *std::static_pointer_cast<NcclWorld>(program.attachment), members);
   }
 
  private:

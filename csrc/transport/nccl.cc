@@ -95,10 +95,21 @@ bool NcclWorld::ends(Nccl& axis) {
   return true;
 }
 
+// Lets what copy engines wait for come, until the axis' groups have ended.
+bool NcclWorld::released(Nccl& axis) {
+  constexpr double kMost = 5;
+  for (const double start = now(); axis.push_ && now() - start < kMost; std::this_thread::sleep_for(std::chrono::microseconds(200))) {
+    if (axis.idle()) return true;
+    axis.push_->release();
+  }
+  return false;
+}
+
 void NcclWorld::remove(Nccl* axis) {
-  const bool ended = ends(*axis);
+  const bool ended = ends(*axis) || released(*axis);
   const std::lock_guard lock(mutex_);
   axes_.erase(std::find(axes_.begin(), axes_.end(), axis));
+  if (axis->push_) axis->push_->leave(ended);
   if (aborted_.load()) return;
   for (auto& each : axis->comms_)
     if (ncclComm_t comm = each.load()) ended ? nccl().CommDestroy(comm) : nccl().CommAbort(comm);
@@ -146,11 +157,14 @@ void NcclWorld::abort_all() {
     for (auto& each : axis->comms_)
       if (ncclComm_t comm = each.exchange(nullptr)) nccl().CommAbort(comm);
   if (world_) nccl().CommAbort(std::exchange(world_, nullptr));
+  for (Nccl* axis : axes_) released(*axis);
 }
 
-Nccl::Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members)
-    : Queued(std::move(shared), order), control_(control), world_(world) {
+Nccl::Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, NcclWorld& world, const std::vector<int>& members)
+    : Queued(std::move(shared), order), control_(program.control()), world_(world) {
   for (auto& comm : comms_) comm = world.split(*std::min_element(members.begin(), members.end()), rank_);
+  push_ = Push::make(compute(), program, memory, members, rank_, &why_not_);
+  if (push_) take_engines();
   world_.add(this);
 }
 
@@ -162,10 +176,11 @@ void Nccl::carry(int line, std::span<const Message> group) {
   const ncclComm_t comm = comms_[static_cast<size_t>(line)].load();
   CHECK(DeviceError, comm, "rank ", control_.rank(), ": the communicator was aborted after an error; call gingham.destroy and init again");
   const cudaStream_t stream = lines_[static_cast<size_t>(line)].stream;
+  if (push_) return push_->carry(line, group, engines());
   NcclGroup all;
   for (const Message& m : group) {
     if (m.bytes == 0) continue;
-    if (m.way == Way::send)
+    if (m.way == Message::Way::send)
       NCCL_CHECK(nccl().Send(m.data, m.bytes, ncclInt8, m.peer, comm, stream));
     else
       NCCL_CHECK(nccl().Recv(m.data, m.bytes, ncclInt8, m.peer, comm, stream));

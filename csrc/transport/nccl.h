@@ -1,7 +1,7 @@
 // GPUs of several processes over NCCL: one communicator for each line of an axis, split from its program's; a group is one
-// ncclGroupStart .. ncclGroupEnd of sends and receives. Empty messages are not sent: both ends know their size.
-// NCCL's operations never fail on the host when a peer dies, they hang on the device. The watch, a thread of each rank, looks every 50 ms
-// at the job's error word, the peers' pids, the communicators' asynchronous errors and the age of the oldest group; on trouble it sets
+// ncclGroupStart .. ncclGroupEnd of sends and receives, or goes by copy engines (push) where they are asked for. Empty messages are not sent: both
+// ends know their size. NCCL's operations never fail on the host when a peer dies, they hang on the device. The watch, a thread of each rank, looks
+// every 50 ms at the job's error word, the peers' pids, the communicators' asynchronous errors and the age of the oldest group; on trouble it sets
 // the job's error and aborts the communicators, so that streams go on and the next call raises PeerDied or PeerStalled. Communicators are
 // blocking: NCCL starts a thread for each group of one that is not. The watch lets a call of the rank's thread end before it aborts, and does so
 // under it only where the call itself hangs, as the first group to a dead peer may.
@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "transport/nccl_api.h"
+#include "transport/push.h"
 #include "transport/queued.h"
 
 namespace gingham {
@@ -32,6 +33,7 @@ class NcclWorld {
   void look();
   void abort_all();
   bool ends(Nccl& axis);
+  bool released(Nccl& axis);
 
   Program& program_;
   Control& control_;
@@ -48,9 +50,10 @@ class NcclWorld {
 class Nccl : public Queued {
  public:
   // members: the program's ranks in axis order.
-  Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Control& control, NcclWorld& world, const std::vector<int>& members);
+  Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, NcclWorld& world, const std::vector<int>& members);
   ~Nccl() override;
   ncclComm_t communicator() const { return comms_[0]; }  // for the microbenchmark's yardsticks
+  std::string carried_by() const override { return push_ ? "copy engines" : "NCCL (" + why_not_ + ")"; }
 
  protected:
   void carry(int line, std::span<const Message> group) override;
@@ -60,6 +63,8 @@ class Nccl : public Queued {
   Control& control_;
   NcclWorld& world_;
   std::array<std::atomic<ncclComm_t>, kLines> comms_{};
+  std::unique_ptr<Push> push_;  // instead of NCCL
+  std::string why_not_;         // there is none
 };
 
 }  // namespace gingham

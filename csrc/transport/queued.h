@@ -7,6 +7,8 @@
 // from previous}, which no rank can block. group_start() and group_end() put any number of messages into one group.
 // Groups of all lines run one after the other in the order in which the host queued them (GroupOrder). Ranks queue the same groups, so that
 // no two of them can wait for each other on different communicators, even where a device progresses only one at a time.
+// Messages that take no kernels (transport/push) go by two streams of their own, for all axes: one on which they leave, one on which they come.
+// What leaves waits for earlier groups only where they brought it, so that a group's messages may leave before those of the one before have come.
 // A call that an error leaves does not come to its arrived() and drain(), but its memory is free to be used again: GroupOrder::break_off() holds
 // the compute stream back in their place, and drops what was not queued yet. Where messages never end the watch aborts their communicators, and
 // the stream goes on.
@@ -37,7 +39,51 @@ struct Group {
 
 class Queued;
 
-// What the axes of one rank share: its compute stream, the group queued last, and the line to which one went last, whole or in part.
+// One message of a group; lane: of the ring.
+struct Message {
+  enum class Way { send, recv };
+  Way way;
+  int peer;
+  void* data;
+  size_t bytes;
+  int lane;
+  bool meets(const Message& other) const {
+    const char *mine = static_cast<const char*>(data), *theirs = static_cast<const char*>(other.data);
+    return mine < theirs + other.bytes && theirs < mine + bytes;
+  }
+};
+
+// The streams of messages that take no kernels: those on which they leave, in turns, so that one copy begins while another ends, and that on which
+// they come. A round is one piece of every message of a group, out and in. Waits for flags are not known to CUDA, which may put streams, and
+// branches of a graph, behind each other as it likes; so a rank's rounds are ordered in its sight as well: what comes in a round after what leaves
+// in it and after what came before, what leaves after what came kAhead rounds earlier. With kAhead slots a channel, no order of a rank's pieces
+// that keeps to that can block: what is waited for in a round is, at last, a piece that comes to another rank in an earlier one.
+class Engines {
+ public:
+  static constexpr uint64_t kAhead = 4, kOut = 2;
+  Engines();
+  ~Engines();
+  Engines(const Engines&) = delete;
+  void enter(unsigned long long in_capture);  // of a graph, that of the group which comes
+  cudaStream_t leaving();                     // the round's stream of what leaves, ..
+  cudaStream_t coming();                      // .. and then that of what comes
+  void end_round();
+  void join();  // what comes from here on comes after all that left
+  void hold_back_leaving(const Event& event) const;
+  const std::array<cudaStream_t, kOut>& out() const { return out_; }
+  cudaStream_t in() const { return in_; }
+
+ private:
+  cudaStream_t out_of_round() const { return out_[rounds_ % kOut]; }
+  std::array<cudaStream_t, kOut> out_{};
+  cudaStream_t in_;
+  Event left_;
+  std::array<Event, kAhead> came_;
+  uint64_t rounds_ = 0;  // of this capture
+  unsigned long long capture_ = 0;
+};
+
+// What the axes of one rank share: its compute stream, the group queued last and the stream to which it went, whole or in part.
 struct GroupOrder {
   explicit GroupOrder(CudaStream& compute) : compute(compute) {}
   // Kernels queued from here on come after all that the lines have been given so far, what still waits on the host is never sent.
@@ -46,7 +92,17 @@ struct GroupOrder {
   std::vector<Queued*> axes;
   Event entry, all;
   const Group* last = nullptr;
+  const Queued* last_axis = nullptr;
   cudaStream_t last_stream = nullptr;
+
+  std::unique_ptr<Engines> engines;  // where there are any
+  // Of the groups queued last, by way of the engines or not: where their messages came.
+  struct Trail {
+    const Group* group;
+    std::vector<Message> came;
+  };
+  static constexpr size_t kTrails = 64;
+  std::deque<Trail> trails;
 };
 
 class Queued : public Axis, public Board, public Ring {
@@ -86,17 +142,11 @@ class Queued : public Axis, public Board, public Ring {
   bool idle();    // whether all its groups have ended, captured ones aside
 
  protected:
-  enum class Way { send, recv };
-  struct Message {
-    Way way;
-    int peer;
-    void* data;
-    size_t bytes;
-    int lane;
-  };
   struct Line {
     cudaStream_t stream = nullptr;
+    cudaStream_t outbound = nullptr;  // where messages leave on a stream of their own
     std::vector<Message> waiting;
+    uint64_t fences = 0;             // waited for
     std::vector<Group> last_groups;  // number n, from 1, in place (n - 1) % kRemembered
     uint64_t groups = 0;
     uint64_t seen = 0;  // by the watch: those that have ended
@@ -113,6 +163,9 @@ class Queued : public Axis, public Board, public Ring {
   // Holds the compute stream back until `peer` has taken all but the last `left` messages sent to it in the lane.
   virtual void await_taken(int peer, int lane, uint32_t left);
   CudaStream& compute() { return order_.compute; }
+  Engines& engines() { return *order_.engines; }
+  // From here on all messages go by the engines.
+  void take_engines();
 
   std::unique_ptr<Axis> shared_;
   std::array<Line, kLines> lines_;
@@ -124,10 +177,16 @@ class Queued : public Axis, public Board, public Ring {
   };
   static Group& group(Line& line, uint64_t number) { return line.last_groups[(number - 1) % kRemembered]; }
   static double waiting(Line& line);
+  bool owns(const Group& group) const;
   void flush(Line& line);
+  void follow(Line& line, const Event& entry, unsigned long long capture);
+  void hold_back_leaving(const Group& group, unsigned long long capture) const;
+  void follow_trails(const std::vector<Message>& leaving, unsigned long long capture);
+  void leave_trail(const Group& group, const std::vector<Message>& messages, unsigned long long capture);
   void await_group(Line& line, uint64_t group);
 
   GroupOrder& order_;
+  bool by_engines_ = false;
   std::array<LaneState, kLanes> lanes_;
   std::mutex mutex_;  // of what the watch sees of the lines
   int open_groups_ = 0;

@@ -33,9 +33,19 @@ struct Channel {
   } slots[kSlots];
 };
 
+// What a rank shows to the others of an axis before messages go by copy engines (transport/push).
+struct Shown {
+  Word steps;
+  int32_t able[4];  // by step
+  uint64_t slot_bytes;
+  unsigned char window[64];  // its handle
+  char flags[48], why_not[200];
+};
+
 struct Notice {
   Word posted, finished, turns;
   Post post;
+  Shown shown;
 };
 
 // Where an axis' shared state stands in its program's room: a notice of each member of the program, and of each the channels to the ranks of

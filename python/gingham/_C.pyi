@@ -82,6 +82,7 @@ class Axis:
     size: int
     calls: int  # begun on it; in each this rank waits for all others of the axis
     crosses: bool  # whether its ranks are on several hosts
+    carried_by: str  # between GPUs: 'copy engines', or 'NCCL (why nothing else)'
     def __init__(
         self, program: Program, index: int, members: Sequence[int], source: str = "window", latency: float = 0.0, bandwidth: float = 0.0
     ) -> None: ...

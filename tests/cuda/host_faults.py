@@ -15,6 +15,7 @@ import time
 from cuda import fake_build, nvcc
 from cuda.mutation import Mutation, Outcome, host
 from cuda.mutations import table
+from cuda.push_faults import PUSH
 from cuda.schedule_faults import SCHEDULE
 
 FOLDER = nvcc.ROOT / "build" / "mutations" / "host"
@@ -45,7 +46,8 @@ DEVICE, BESIDE, LEFT = "transport/device.cc", "sums beside the caller", "what an
 
 FAULTS = [
     *SCHEDULE,
-    host("work beside does not wait for the caller's", "order", DEVICE, "    forked_.hold_back(side_.get());\n", "", BESIDE),
+    *PUSH,
+    host("work beside does not wait for the caller's", "order", DEVICE, "forked_).hold_back(side_.get());\n", "forked_);\n", BESIDE),
     host("the caller does not wait for work beside", "order", DEVICE, "    joined_.hold_back(native(stream_));\n", "", BESIDE),
     host("a call beside follows the caller", "order", DEVICE, "if (stream && !beside_)", "if (stream)", BESIDE),
     host(
@@ -88,7 +90,7 @@ FAULTS = [
         "    if (stream && *stream && !beside_) stream_.follow",
         CALLERS,
     ),
-    host("a group does not wait for the kernels before", "event", QUEUED, "  order_.entry.hold_back(line.stream);\n", "", JITTER),
+    host("a group does not wait for the kernels before", "event", QUEUED, "  entry.hold_back(line.stream);\n", "", JITTER),
     host(
         "kernels do not wait for what arrives",
         "event",
@@ -114,7 +116,7 @@ FAULTS = [
         "communicators in no order",
         "order",
         QUEUED,
-        "  if (order_.last && order_.last_stream != line.stream) order_.last->hold_back(line.stream, capture);\n",
+        "  if (after_another) order_.last->hold_back(line.stream, capture);\n",
         "",
         "one communicator at a time",
     ),
@@ -226,7 +228,7 @@ FAULTS = [
         "",
         "memory outlasts messages",
     ),
-    host("an error leaves messages unjoined", "event", QUEUED, "  all.hold_back(stream);\n", "", "memory outlasts messages", LEFT),
+    host("an error leaves messages unjoined", "event", QUEUED, "    all.hold_back(stream);\n", "", "memory outlasts messages", LEFT),
     host("an error leaves half a group unjoined", "event", QUEUED, "  order_.last_stream = line.stream;\n  carry", "  carry", LEFT),
     host("an error leaves messages to be sent", "group", QUEUED, "  for (Queued* axis : axes) axis->forget();\n", "", LEFT),
     host(
@@ -240,9 +242,9 @@ FAULTS = [
     host(
         "messages' streams wait for the default stream",
         "stream",
-        QUEUED,
-        "&line.stream, cudaStreamNonBlocking,",
-        "&line.stream, cudaStreamDefault,",
+        "base/cuda_stream.cc",
+        "&stream, cudaStreamNonBlocking,",
+        "&stream, cudaStreamDefault,",
         CALLERS,
     ),
     host(

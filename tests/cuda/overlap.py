@@ -16,6 +16,8 @@ GPUs were never seen. It assumes:
   kernels at once  of two streams share the device evenly
   multiprocessors  messages by NCCL hold 16 of 132 while one is under way: products are that much slower (maxCTAs is not set: NCCL
                    may take more); by copy engines none
+  copy engines     (GINGHAM_COPY_ENGINES=1) 2 us until a copy begins, then the links' rate into a peer's window, or what it reads and
+                   writes at 3.0 TB/s out of the own one; 0.5 us for each wait for a flag and each write of one
 
 A share is the time of one layer's products alone, each in one launch with results in 16 bits, over what a layer adds to a step:
 stacks of two depths are compared, so that the first and the last layer, which have nothing beside them, do not count. What torch
@@ -32,13 +34,14 @@ from pathlib import Path
 
 from cuda import fake_build
 
-NVLINK, ALPHA, HBM, LAUNCH = 380e9, 8e-6, 3.0e12, 2e-6
+NVLINK, ALPHA, HBM, LAUNCH, FLAG = 380e9, 8e-6, 3.0e12, 2e-6, 0.5e-6
 BEST, NARROW, WIDE, READING = 808e12, 265.0, 400.0, 650.0
 BLOCKS, MULTIPROCESSORS = 16, 132
 RANKS, Q, DEPTH = 8, 2, 2
 SCALE = 64  # by which sizes are divided on the fake devices
 DEPTHS = (2, 4)  # layers of the two stacks
-CARRIERS = {"NCCL": BLOCKS, "copy engines (not built)": 0}  # multiprocessors that they hold
+WINDOW = 64 << 20  # bytes an axis
+CARRIERS = {"NCCL": BLOCKS, "copy engines": 0}  # multiprocessors that they hold
 SHAPES = ((16384, 8192), (8192, 8192), (32768, 16384))
 DEEP = Path(__file__).parent / "fake" / "deep.py"
 
@@ -47,10 +50,12 @@ DEEP = Path(__file__).parent / "fake" / "deep.py"
 class Work:
     """A piece of a rank's stream. seconds: of a kernel alone on the device."""
 
-    kind: str  # kernel, product, record, wait, group
-    seconds: float = 0.0
+    kind: str  # kernel, product, copy, record, wait, group, push, set, take
+    seconds: float = 0.0  # of a kernel alone on the device, of a copy or what is done with a flag
     ticket: int = -1
     messages: list[tuple[str, int, int, float]] = field(default_factory=list)  # way, hall, peer, bytes
+    flag: str = ""
+    value: int = 0
 
 
 @dataclass
@@ -75,6 +80,14 @@ def kernel(words: list[str], scale: int) -> Work:
     return Work("kernel", int(words[1]) * scale**2 / HBM + LAUNCH)
 
 
+def by_engine(what: str, words: list[str], scale: int) -> Work:
+    if what == "P":
+        return Work("push", messages=[("s", -1, int(words[0]), int(words[1]) * scale**2)])
+    if what == "L":
+        return Work("copy", LAUNCH + 2 * int(words[0]) * scale**2 / HBM)
+    return Work("take" if what == "T" else "set", FLAG, flag=words[0], ticket=int(words[1]), value=int(words[2]))
+
+
 def read(path: Path, scale: int, marks: tuple[str, str]) -> dict[int, list[Work]]:
     """The streams of a rank between two marks."""
     streams: dict[int, list[Work]] = collections.defaultdict(list)
@@ -92,6 +105,8 @@ def read(path: Path, scale: int, marks: tuple[str, str]) -> dict[int, list[Work]
             stream.append(kernel(words, scale))
         elif what in "RW":
             stream.append(Work("record" if what == "R" else "wait", ticket=int(words[0])))
+        elif what in "PLTS":
+            stream.append(by_engine(what, words, scale))
         else:
             parts = [word.split(",") for word in words]
             stream.append(Work("group", messages=[(way, int(hall), int(peer), int(size) * scale**2) for way, hall, peer, size in parts]))
@@ -106,7 +121,8 @@ class Machine:
         self.known = [{work.ticket for works in streams.values() for work in works if work.kind == "record"} for streams in ranks]
         self.done: list[set[int]] = [set() for _ in ranks]
         self.lent, self.now = lent, 0.0
-        self.left: dict[tuple[int, int], float] = {}  # seconds of the kernels under way
+        self.left: dict[tuple[int, int], float] = {}  # seconds of the kernels and copies under way
+        self.flags: dict[str, int] = {}  # those whose value is not what they held at first
         self.transfers: dict[tuple[int, int, int, int], Transfer] = {}
         self.counts: collections.Counter[tuple[int, int, int, str]] = collections.Counter()
         self.groups: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
@@ -141,6 +157,15 @@ class Machine:
             if any(key in self.transfers for key in self.groups[place]):
                 return False
             del self.groups[place]
+        elif work.kind == "push":
+            if place not in self.groups:
+                self.groups[place] = [self._push(rank, *work.messages[0][2:])]
+                return True
+            if self.groups[place][0] in self.transfers:
+                return False
+            del self.groups[place]
+        elif work.kind == "take" and self.flags.get(work.flag, work.ticket) != work.value:
+            return False
         else:
             if place not in self.left:
                 self.left[place] = work.seconds
@@ -148,6 +173,8 @@ class Machine:
             if self.left[place] > 1e-12:
                 return False
             del self.left[place]
+            if work.kind == "set":
+                self.flags[work.flag] = work.value
         queue.popleft()
         return True
 
@@ -161,16 +188,22 @@ class Machine:
         transfer.since = self.now + ALPHA
         return key
 
+    def _push(self, rank: int, peer: int, size: float) -> tuple[int, int, int, int]:
+        self.counts[-1, rank, peer, "p"] += 1
+        key = (-1, rank, peer, self.counts[-1, rank, peer, "p"])
+        self.transfers[key] = Transfer(rank, peer, size, ends=2, since=self.now + LAUNCH)
+        return key
+
     def _advance(self) -> None:
         moving = [each for each in self.transfers.values() if each.ends == 2 and each.since <= self.now]
         out, into = collections.Counter(each.source for each in moving), collections.Counter(each.target for each in moving)
         talks = {rank for each in self.transfers.values() if each.ends == 2 for rank in (each.source, each.target)}
-        kernels = collections.Counter(rank for rank, _ in self.left)
+        kernels = collections.Counter(place[0] for place in self.left if self.queues[place][0].kind in ("kernel", "product"))
         speeds = [NVLINK / max(out[each.source], into[each.target]) for each in moving]
         rates = {}
         for place in self.left:
             slower = (MULTIPROCESSORS - self.lent) / MULTIPROCESSORS if place[0] in talks and self.queues[place][0].kind == "product" else 1
-            rates[place] = slower / kernels[place[0]]
+            rates[place] = slower / kernels[place[0]] if self.queues[place][0].kind in ("kernel", "product") else 1
         times = [each.left / speed for each, speed in zip(moving, speeds, strict=True)]
         times += [each.since - self.now for each in self.transfers.values() if each.ends == 2 and each.since > self.now]
         times += [self.left[place] / rate for place, rate in rates.items()]
@@ -194,12 +227,11 @@ def seconds(folder: Path, scale: int, lent: int, marks: tuple[str, str]) -> floa
     return Machine([read(path, scale, marks) for path in files], lent).run()
 
 
-def record(package: Path, folder: Path, layers: int, tokens: int, width: int) -> Path:
+def record(package: Path, folder: Path, layers: int, tokens: int, width: int, engines: bool = False) -> Path:
     """What the ranks queue. package: a build of fake_build with its binding."""
-    folder.mkdir()
-    told = fake_build.package_environment(
-        package, FAKE_TRACE=str(folder), GINGHAM_EARLY_BYTES="0", GINGHAM_CHUNK_BYTES=str((4 << 20) // SCALE**2)
-    )
+    folder.mkdir(parents=True)
+    sizes = {"GINGHAM_EARLY_BYTES": "0", "GINGHAM_CHUNK_BYTES": str((4 << 20) // SCALE**2), "GINGHAM_COPY_BYTES": str(WINDOW // SCALE**2)}
+    told = fake_build.package_environment(package, FAKE_TRACE=str(folder), GINGHAM_COPY_ENGINES=str(int(engines)), **sizes)
     fake_build.check(sys.executable, str(DEEP), *map(str, (layers, tokens // SCALE, width // SCALE)), environment=told)
     return folder
 
@@ -227,8 +259,8 @@ def layer(package: Path, tokens: int, width: int) -> dict[str, dict[str, Layer]]
     }
     found: dict[str, dict[str, Layer]] = {}
     with tempfile.TemporaryDirectory() as room:
-        shallow, deep = (record(package, Path(room) / str(layers), layers, tokens, width) for layers in DEPTHS)
         for carrier, lent in CARRIERS.items():
+            shallow, deep = (record(package, Path(room) / carrier / str(n), n, tokens, width, carrier != "NCCL") for n in DEPTHS)
             found[carrier] = {}
             for part, (marks, products) in parts.items():
                 one, other = (seconds(folder, SCALE, lent, marks) for folder in (shallow, deep))

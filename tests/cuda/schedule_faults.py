@@ -15,8 +15,8 @@ SCHEDULE = [
         "an early gather waits for nothing",
         "order",
         QUEUED,
-        "  (after_ ? *after_ : order_.entry).hold_back(line.stream);\n",
-        "  if (!after_) order_.entry.hold_back(line.stream);\n",
+        "  entry.hold_back(line.stream);\n",
+        "  if (!after_) entry.hold_back(line.stream);\n",
         EARLY,
     ),
     host(

@@ -16,8 +16,8 @@ pytestmark = [
     pytest.mark.skipif(nvcc.toolkit() is None, reason="no nvcc: the fake runtime needs the toolkit's headers"),
     pytest.mark.timeout(4000),
 ]
-NAMES = ("hosts.py", "refused.py", "one_thread.py", "broken_off.py", "early.py")
-VIRTUAL, REFUSED, ONE_THREAD, BROKEN_OFF, EARLY = (Path(__file__).parent / "fake" / name for name in NAMES)
+NAMES = ("hosts.py", "refused.py", "one_thread.py", "broken_off.py", "early.py", "engines.py")
+VIRTUAL, REFUSED, ONE_THREAD, BROKEN_OFF, EARLY, ENGINES = (Path(__file__).parent / "fake" / name for name in NAMES)
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,38 @@ def test_what_a_stack_of_linears_queues_overlaps(package: Path) -> None:
     print(shares)
     least = {"forward": (0.86, 0.91), "backward": (0.81, 0.89), "both": (0.82, 0.90)}
     assert all(by_nccl >= least[part][0] and by_engines >= least[part][1] for part, (by_nccl, by_engines) in shares.items()), shares
+
+
+@pytest.mark.parametrize("why", ["", "GINGHAM_COPY_ENGINES=yes, 1 asks for them", "cudaIpcOpenMemHandle of the memory of rank 0"])
+def test_copy_engines_are_had_or_missed_by_name(package: Path, why: str) -> None:
+    """On every rank the same, with a warning on one; the results are right either way."""
+    asked = {"GINGHAM_COPY_ENGINES": "yes" if "yes" in why else "1"} | ({"FAKE_CUDA_WINDOWS": "closed"} if "memory" in why else {})
+    seen = json.loads(run([sys.executable, str(ENGINES)], fake_build.package_environment(package, **asked)).splitlines()[-1])
+    assert all(each["off"] < 1e-12 for each in seen), seen
+    found = [by for each in seen for by in each["by"].values()]
+    assert len(found) == 12 and all(by == "copy engines" if not why else by.startswith("NCCL (rank ") for by in found), seen
+    assert not why or all(why in each["by"]["world"] for each in seen), seen
+    assert [len(each["told"]) for each in seen] == [int(bool(why)), 0, 0, 0] and (not why or why in seen[0]["told"][0]), seen
+
+
+ENGINED = {"GINGHAM_COPY_ENGINES": "1", "GINGHAM_COPY_BYTES": "4096"}  # slots of 256 bytes or 512
+
+
+def test_a_gpt_trains_by_copy_engines(package: Path) -> None:
+    train(package, **ENGINED)
+
+
+@pytest.mark.parametrize(
+    "fault", ["killed", pytest.param("raises", marks=pytest.mark.matrix), pytest.param("leaves", marks=pytest.mark.matrix)]
+)
+def test_faults_are_named_by_copy_engines(package: Path, fault: str) -> None:
+    assert all(rank == 2 for _, rank, _ in survivors(package, fault, "PeerDied", **ENGINED))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", PYTHON_TESTS | LONG_TESTS)
+def test_all_that_trains_by_copy_engines(package: Path, name: str) -> None:
+    python_tests(package, (PYTHON_TESTS | LONG_TESTS)[name], "not matrix", 3600, **ENGINED)
 
 
 def test_virtual_hosts_of_fake_devices(package: Path) -> None:

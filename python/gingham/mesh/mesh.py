@@ -18,6 +18,7 @@ from .. import native
 from ..errors import MeshError, ShapeError
 from ..function import untraceable
 from ..graph_ops import keep, traced
+from .carried import carried_by
 from .findings import Findings
 from .layout import Cuts, Interval, Names, block, coordinates_of, dims_of_axes, interval, members, slices
 from .live import Live
@@ -78,6 +79,7 @@ class Mesh(GridShape, Live):
                 self._keys[key] = made
             if key != "world":
                 self._axes[frozenset(names)] = made
+        self.carried_by = carried_by(self._keys, tell=self.index == 0) if job.has_gpu else {}
         self.timeout = timeout
         self.whole: Mesh | None = None  # of a stage of a pipeline: the mesh of all the job's ranks, whose first axis is "pipeline"
         self.schedule, self.chosen = dict[str, Any](), ""  # of its pipeline, as init was told; what "auto" took, and why

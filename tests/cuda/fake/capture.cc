@@ -3,6 +3,32 @@
 
 #include "stream.h"
 
+namespace fake {
+namespace {
+
+// The work of a graph in some order that keeps to its dependencies, as a device may choose it.
+std::deque<Node> in_one_line(std::vector<std::deque<Node>> branches) {
+  static std::minstd_rand engine(static_cast<unsigned>(atoi(getenv("FAKE_CUDA_GRAPHS")) * 31 + current_device + 1));
+  std::set<const Ticket*> to_punch;
+  for (const auto& branch : branches)
+    for (const Node& node : branch)
+      if (node.punches) to_punch.insert(node.punches);
+  std::deque<Node> out;
+  for (;;) {
+    std::vector<std::deque<Node>*> ready;
+    for (auto& branch : branches)
+      if (!branch.empty() && !to_punch.contains(branch.front().waits)) ready.push_back(&branch);
+    if (ready.empty()) return out;
+    std::deque<Node>& chosen = *ready[engine() % ready.size()];
+    to_punch.erase(chosen.front().punches);
+    out.push_back(std::move(chosen.front()));
+    chosen.pop_front();
+  }
+}
+
+}  // namespace
+}  // namespace fake
+
 using fake::stream_of;
 
 extern "C" {
@@ -27,7 +53,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   const bool joined = capture->origin->has_joined(capture->members), runs = joined && !capture->broken;
   capture->ended.store(true);
   fake::captures.erase(std::find(fake::captures.begin(), fake::captures.end(), capture));
-  for (fake::Stream* member : capture->members) member->leave(runs);
+  std::vector<std::deque<fake::Node>> branches;
+  for (fake::Stream* member : capture->members) branches.push_back(member->leave());
+  if (runs && getenv("FAKE_CUDA_GRAPHS"))
+    capture->origin->launch(fake::in_one_line(std::move(branches)));
+  else if (runs)
+    for (size_t i = 0; i < branches.size(); i++) capture->members[i]->launch(std::move(branches[i]));
   *graph = runs ? reinterpret_cast<cudaGraph_t>(capture->id) : nullptr;
   return runs ? cudaSuccess : joined ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnjoined;
 }

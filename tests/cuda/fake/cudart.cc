@@ -2,6 +2,8 @@
 // memory is host memory. Made for the host side of the real backend, against the toolkit's real headers. Environment:
 //   FAKE_CUDA_DEVICES  number of devices (8)            FAKE_CUDA_JITTER  up to so many microseconds of sleep before each piece of work
 //   FAKE_CUDA_SEED     of the jitter                    FAKE_CUDA_SLOW  device,microseconds that its threads take to record an event
+//   FAKE_CUDA_QUEUES   n: the streams of a device share n queues, each of which does its work in the order in which the host queued it
+//   FAKE_CUDA_GRAPHS   seed: a captured graph runs on one stream, in a random order that its dependencies allow
 // Each stream also keeps a vector clock: what of the other streams' work it has waited for, known when the work is queued and so the same
 // in every run. fake_unjoined() counts the streams with work that a stream has not waited for (what would break a graph capture and let
 // memory be used again too early), fake_host_waits() the calls that made the host wait, fake_legacy_uses() those of the default stream,
@@ -13,6 +15,7 @@
 #include <string.h>
 
 #include "stream.h"
+#include "windows.h"
 
 namespace fake {
 namespace {
@@ -210,7 +213,8 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  fake::enqueue(stream, [=] { memcpy(to, from, bytes); });
+  fake::trace_copy(stream_of(stream), to, from, bytes);
+  fake::enqueue(stream, [=, pending = std::make_shared<fake::PendingCopy>(to, from, bytes)] { memcpy(to, from, bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
@@ -248,19 +252,15 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* found, const void* p
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
-  if (p) free(static_cast<char*>(p) - 64);
+  if (p && !fake::release(p)) free(static_cast<char*>(p) - 64);
   return cudaSuccess;
-}
-cudaError_t cudaMalloc(void** out, size_t bytes) {
-  const cudaError_t refused = fake::refused_beside_capture();
-  return refused == cudaSuccess ? cudaMallocAsync(out, bytes, nullptr) : refused;
 }
 cudaError_t cudaFreeAsync(void* p, cudaStream_t stream) {
   fake::enqueue(stream, [p] {
     size_t bytes = 0;
     memcpy(&bytes, static_cast<char*>(p) - 64, sizeof(bytes));
-    if (fake::under_way(p, bytes)) {
-      fprintf(stderr, "fake CUDA: memory of a message under way is used again\n");
+    if (fake::under_way(p, bytes) || fake::PendingCopy::any(p, bytes)) {
+      fprintf(stderr, "fake CUDA: memory of a message or copy under way is used again\n");
       abort();
     }
     memset(p, 0xff, bytes);

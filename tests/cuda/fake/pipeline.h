@@ -3,9 +3,11 @@
 #include <stdlib.h>
 
 #include <chrono>
+#include <optional>
+#include <string>
 #include <thread>
 
-#include "base/cuda.h"
+#include "base/cuda_stream.h"
 #include "cases.h"
 
 extern "C" {
@@ -63,11 +65,15 @@ inline void set(const char* name, const char* value) {
 
 class With {
  public:
-  With(const char* name, const char* value) : name_(name) { set(name, value); }
-  ~With() { set(name_, nullptr); }
+  With(const char* name, const char* value) : name_(name) {
+    if (const char* before = getenv(name)) before_ = before;
+    set(name, value);
+  }
+  ~With() { set(name_, before_ ? before_->c_str() : nullptr); }
 
  private:
   const char* name_;
+  std::optional<std::string> before_;
 };
 
 // Work of that length on a stream; one length at a time.
@@ -80,6 +86,100 @@ inline void sleep_on(cudaStream_t stream, int milliseconds) {
 // Longer than the watch of transport/nccl sleeps.
 inline void watched() { std::this_thread::sleep_for(std::chrono::milliseconds(120)); }
 
+inline const char* const kCases[] = {"matmul", "dx", "dw", "backward"};
+inline const char* const kCollectives[] = {"all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
+
+inline void every_product(Carrier carrier, const std::vector<std::array<int, 3>>& grids, DType dtype = DType::f32) {
+  for (const auto& grid : grids)
+    for (const char* name : kCases)
+      for (int slices : {1, 3})
+        for (bool swapped : {false, true}) {
+          Options o = options(carrier, grid);
+          o.name = name;
+          o.dtype = dtype;
+          o.slices = slices;
+          o.swapped = swapped;
+          expect_right(o);
+        }
+}
+
+inline void every_collective(Carrier carrier) {
+  for (int ranks : {2, 4})
+    for (const char* name : kCollectives)
+      for (int64_t n : {1, 53, 5000}) {
+        Options o = options(carrier, {1, 1, 1});
+        o.name = name;
+        o.ranks = ranks;
+        o.n = n;
+        expect_right(o);
+      }
+}
+
+inline Options ring_of(Carrier carrier, int ranks, int64_t time, DType dtype = DType::f32) {
+  Options o = options(carrier, {1, 1, 1});
+  o.name = "attention";
+  o.ranks = ranks;
+  o.m = time;
+  o.k = 5;
+  o.n = 2;
+  o.dtype = dtype;
+  return o;
+}
+
+// Pieces that differ, some without a place.
+inline void every_ring(Carrier carrier) {
+  for (int ranks : {2, 3, 4})
+    for (int64_t time : {3, 37})
+      for (DType dtype : {DType::f32, DType::bf16}) expect_right(ring_of(carrier, ranks, time, dtype));
+}
+
+// 2d, 2.5d or 3d, 1d and an uneven grid.
+inline const std::vector<std::array<int, 3>> kGrids{{2, 2, 1}, {2, 2, 2}, {1, 4, 1}, {1, 2, 1}, {4, 1, 2}};
+
+// Eager rounds and captured ones in turn, as torch.cuda.graph does it after a warm-up; the last result is a captured round's.
+inline void expect_captured(Options o, cudaStreamCaptureMode mode) {
+  int round = 0;
+  bool captures = false;
+  o.rounds = 3;
+  o.before = [&](Job& job) {
+    captures = round++ % 2;
+    if (!captures) return;
+    if (round > 2) watched();  // the eager groups are seen to end before the capture, in it the first time
+    CUDA_CHECK(cudaStreamBeginCapture(native(job.stream()), mode));
+  };
+  o.after = [&](Job& job) {
+    if (!captures) return;
+    watched();  // an event of the capture that the watch asks for breaks it
+    cudaGraph_t graph = nullptr;
+    CUDA_CHECK(cudaStreamEndCapture(native(job.stream()), &graph));
+    CUDA_CHECK(cudaGraphDestroy(graph));
+  };
+  expect_right(o);
+}
+
+// What the case's ranks said when it failed; empty where it did not. Each rank is a process, which `looked` sees at its end.
+inline std::string failure_of(Options o, double timeout, const std::function<void()>& looked) {
+  o.start = [&](const RankBody& body) {
+    return run_ranks(
+        o.size(), As::processes,
+        [&](Job& job, Program& program) {
+          try {
+            return body(job, program);
+          } catch (const Error&) {
+            looked();
+            throw;
+          }
+        },
+        timeout);
+  };
+  try {
+    expect_right(o);
+  } catch (const Error& error) {
+    return error.what();
+  }
+  return {};
+}
+
 // Of pipeline_faults.cc.
 void a_late_hang_is_named();
 void long_kernels_are_no_stall();
@@ -89,6 +189,13 @@ void memory_outlasts_messages();
 void a_scope_gives_the_device_back();
 void slots_of_copies_are_taken_in_turn();
 void some_shares_are_empty();
+
+// Of pipeline_push.cc.
+void messages_by_copy_engines();
+void copy_engines_behind_each_other();
+void copy_engines_in_a_graph();
+void what_copy_engines_wait_for_is_let_go();
+void copy_engines_that_cannot();
 
 // Of pipeline_early.cc.
 void weights_gathered_early();

@@ -7,32 +7,6 @@
 #include "pipeline.h"
 
 namespace gingham {
-namespace {
-
-// What the case's ranks said when it failed; empty where it did not. Each rank is a process, which `looked` sees at its end.
-std::string failure_of(Options o, double timeout, const std::function<void()>& looked) {
-  o.start = [&](const RankBody& body) {
-    return run_ranks(
-        o.size(), As::processes,
-        [&](Job& job, Program& program) {
-          try {
-            return body(job, program);
-          } catch (const Error&) {
-            looked();
-            throw;
-          }
-        },
-        timeout);
-  };
-  try {
-    expect_right(o);
-  } catch (const Error& error) {
-    return error.what();
-  }
-  return {};
-}
-
-}  // namespace
 
 // A group that hangs while the host has queued all and waits for the device, the watch having seen earlier ones end.
 void a_late_hang_is_named() {

@@ -14,56 +14,6 @@
 namespace gingham {
 namespace {
 
-const char* kCases[] = {"matmul", "dx", "dw", "backward"};
-const char* kCollectives[] = {"all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
-
-void every_product(Carrier carrier, const std::vector<std::array<int, 3>>& grids, DType dtype = DType::f32) {
-  for (const auto& grid : grids)
-    for (const char* name : kCases)
-      for (int slices : {1, 3})
-        for (bool swapped : {false, true}) {
-          Options o = options(carrier, grid);
-          o.name = name;
-          o.dtype = dtype;
-          o.slices = slices;
-          o.swapped = swapped;
-          expect_right(o);
-        }
-}
-
-void every_collective(Carrier carrier) {
-  for (int ranks : {2, 4})
-    for (const char* name : kCollectives)
-      for (int64_t n : {1, 53, 5000}) {
-        Options o = options(carrier, {1, 1, 1});
-        o.name = name;
-        o.ranks = ranks;
-        o.n = n;
-        expect_right(o);
-      }
-}
-
-Options ring_of(Carrier carrier, int ranks, int64_t time, DType dtype = DType::f32) {
-  Options o = options(carrier, {1, 1, 1});
-  o.name = "attention";
-  o.ranks = ranks;
-  o.m = time;
-  o.k = 5;
-  o.n = 2;
-  o.dtype = dtype;
-  return o;
-}
-
-// Pieces that differ, some without a place.
-void every_ring(Carrier carrier) {
-  for (int ranks : {2, 3, 4})
-    for (int64_t time : {3, 37})
-      for (DType dtype : {DType::f32, DType::bf16}) expect_right(ring_of(carrier, ranks, time, dtype));
-}
-
-// 2d, 2.5d or 3d, 1d and an uneven grid.
-const std::vector<std::array<int, 3>> kGrids{{2, 2, 1}, {2, 2, 2}, {1, 4, 1}, {1, 2, 1}, {4, 1, 2}};
-
 // In 16 bits the last product rounds as it stores: what no rank adds to has no sum in fp32 beside it, and the same bits.
 void sums_of_16_bits() {
   for (const char* name : kCases)
@@ -168,27 +118,6 @@ void a_step_could_be_captured() {
     expect_capturable(o);
   }
   expect_capturable(ring_of(Carrier::nccl, 4, 37));
-}
-
-// Eager rounds and captured ones in turn, as torch.cuda.graph does it after a warm-up; the last result is a captured round's.
-void expect_captured(Options o, cudaStreamCaptureMode mode) {
-  int round = 0;
-  bool captures = false;
-  o.rounds = 3;
-  o.before = [&](Job& job) {
-    captures = round++ % 2;
-    if (!captures) return;
-    if (round > 2) watched();  // the eager groups are seen to end before the capture, in it the first time
-    CUDA_CHECK(cudaStreamBeginCapture(native(job.stream()), mode));
-  };
-  o.after = [&](Job& job) {
-    if (!captures) return;
-    watched();  // an event of the capture that the watch asks for breaks it
-    cudaGraph_t graph = nullptr;
-    CUDA_CHECK(cudaStreamEndCapture(native(job.stream()), &graph));
-    CUDA_CHECK(cudaGraphDestroy(graph));
-  };
-  expect_right(o);
 }
 
 void a_step_is_captured() {
@@ -307,6 +236,11 @@ const Test kTests[] = {{"products over nccl", products_over_nccl},
                        {"weights gathered early", weights_gathered_early},
                        {"early weights change no bits", early_weights_change_no_bits},
                        {"early weights come while the caller computes", early_weights_come_while_the_caller_computes},
+                       {"messages by copy engines", messages_by_copy_engines},
+                       {"copy engines behind each other", copy_engines_behind_each_other},
+                       {"copy engines in a graph", copy_engines_in_a_graph},
+                       {"what copy engines wait for is let go", what_copy_engines_wait_for_is_let_go},
+                       {"copy engines that cannot", copy_engines_that_cannot},
                        {"a late hang is named", a_late_hang_is_named},
                        {"long kernels are no stall", long_kernels_are_no_stall},
                        {"a refused send closes its group", a_refused_send_closes_its_group},

@@ -9,6 +9,7 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <utility>
 
 #include "capture.h"
 #include "fake.h"
@@ -54,6 +55,45 @@ class Ticket {
   std::shared_ptr<Capture> capture;         // that the stream was part of
 };
 
+// Where several streams of a device share one, work waits for all that the host queued before it.
+class HardwareQueue {
+ public:
+  uint64_t add() { return next_++; }
+  void await(uint64_t turn) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return turn_ == turn; });
+  }
+  void done() {
+    const std::lock_guard lock(mutex_);
+    turn_++;
+    changed_.notify_all();
+  }
+  // Of the process; null where each stream has its own.
+  static HardwareQueue* of(int device, int stream) {
+    static const int count = getenv("FAKE_CUDA_QUEUES") ? atoi(getenv("FAKE_CUDA_QUEUES")) : 0;
+    if (count == 0) return nullptr;
+    static std::mutex mutex;
+    static auto& queues = *new std::map<std::pair<int, int>, std::unique_ptr<HardwareQueue>>;
+    const std::lock_guard lock(mutex);
+    auto& found = queues[{device, stream % count}];
+    if (!found) found = std::make_unique<HardwareQueue>();
+    return found.get();
+  }
+
+ private:
+  std::atomic<uint64_t> next_{0};
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  uint64_t turn_ = 0;
+};
+
+// A piece of captured work, and the ticket that it punches or waits for.
+struct Node {
+  std::function<void()> work;
+  const Ticket* punches;
+  const Ticket* waits;
+};
+
 inline std::atomic<uint64_t> legacy_uses{0}, legacy_joins{0};
 inline thread_local int current_device = 0;
 
@@ -68,7 +108,7 @@ class Stream {
       const std::lock_guard lock(captures_mutex);
       held->broken.store(true);
       held->members.erase(std::find(held->members.begin(), held->members.end(), this));
-      leave(false);
+      leave();
     }
     {
       const std::lock_guard lock(all_mutex);
@@ -92,14 +132,14 @@ class Stream {
     ticket->clock = clock_;
     ticket->capture = capture_;
     trace(*this, 'R', std::to_string(ticket->number));
-    push([ticket] { ticket->punch(); });
+    push([ticket] { ticket->punch(); }, ticket.get());
     return ticket;
   }
   void wait_for(const std::shared_ptr<Ticket>& ticket) {
     const std::lock_guard lock(mutex_);
     for (const auto& [stream, work] : ticket->clock) clock_[stream] = std::max(clock_[stream], work);
     trace(*this, 'W', std::to_string(ticket->number));
-    push([ticket] { ticket->wait(); });
+    push([ticket] { ticket->wait(); }, nullptr, ticket.get());
   }
   std::map<const Stream*, uint64_t> clock() {
     const std::lock_guard lock(mutex_);
@@ -115,12 +155,15 @@ class Stream {
     const std::lock_guard lock(mutex_);
     capture_ = capture;
   }
-  void leave(bool runs) {
+  // Its part of a graph, which then is nobody's, and the graph itself, as a launch puts it on this stream.
+  std::deque<Node> leave() {
     const std::lock_guard lock(mutex_);
     capture_.reset();
-    if (runs)
-      for (auto& work : kept_) push(std::move(work));
-    kept_.clear();
+    return std::exchange(kept_, {});
+  }
+  void launch(std::deque<Node> nodes) {
+    const std::lock_guard lock(mutex_);
+    for (Node& node : nodes) push(std::move(node.work));
   }
   // Whether it has waited for all that the others have been given.
   bool has_joined(const std::vector<Stream*>& others) {
@@ -173,14 +216,25 @@ class Stream {
   }
   std::mutex mutex_;
   std::condition_variable changed_;
-  void push(std::function<void()> work) {
-    (capture_ ? kept_ : queue_).push_back(std::move(work));
+  void push(std::function<void()> work, const Ticket* punches = nullptr, const Ticket* waits = nullptr) {
+    if (HardwareQueue* shared = capture_ ? nullptr : HardwareQueue::of(device, number)) {
+      work = [shared, turn = shared->add(), inner = std::move(work)] {
+        shared->await(turn);
+        inner();
+        shared->done();
+      };
+    }
+    if (capture_)
+      kept_.push_back({std::move(work), punches, waits});
+    else
+      queue_.push_back(std::move(work));
     changed_.notify_all();
   }
   static inline std::mutex all_mutex;
   static inline std::set<Stream*> all;
   std::map<const Stream*, uint64_t> clock_;
-  std::deque<std::function<void()>> queue_, kept_;
+  std::deque<std::function<void()>> queue_;
+  std::deque<Node> kept_;
   std::shared_ptr<Capture> capture_;
   bool ended_ = false;
 

@@ -3,6 +3,8 @@
 //   K stream what numbers..              a kernel: gemm m n k adds-to-C bytes-of-a-number-of-C; else its name and the bytes it moves
 //   R stream ticket | W stream ticket    an event is recorded, waited for
 //   G stream way,hall,peer,bytes ..      a group of messages; way s or r, peer by its rank in the job
+//   P stream device bytes, L stream bytes            a copy into another device's window, one to or from this device's own
+//   T stream flag began value, S stream flag began value     waited for until it has the value, set to it; began: what it held at first
 //   M text                               a mark of the caller's (fake_mark)
 // Work that is captured in a graph is written once, where it was queued.
 #include <stdio.h>

@@ -1,0 +1,21 @@
+"""What carries messages between GPUs."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+
+from .. import native
+
+ENGINES = "copy engines"
+
+
+def carried_by(axes: Mapping[str, native.Axis], tell: bool) -> dict[str, str]:
+    """By communicator: "copy engines", or "NCCL" and why not those. tell: warns where GINGHAM_COPY_ENGINES asks for them and they are
+    not had."""
+    found = {key: axis.carried_by for key, axis in axes.items()}
+    left = [f"{key}: {by}" for key, by in found.items() if by != ENGINES and axes[key].size > 1]
+    if tell and left and os.environ.get("GINGHAM_COPY_ENGINES", "0") not in ("", "0"):
+        warnings.warn(f"GINGHAM_COPY_ENGINES is set, but messages do not go by copy engines over {'; '.join(left)}", stacklevel=3)
+    return found

@@ -1,0 +1,75 @@
+"""Faults of messages by copy engines: flags, slots, rounds, what leaves before its time. Part of host_faults."""
+
+from cuda.mutation import host
+
+PUSH_CC, QUEUED, NCCL = "transport/push.cc", "transport/queued.cc", "transport/nccl.cc"
+MESSAGES, BEHIND, GRAPH = "messages by copy engines", "copy engines behind each other", "copy engines in a graph"
+RELEASED, CANNOT = "what copy engines wait for is let go", "copy engines that cannot"
+
+PUSH = [
+    host("a flag is not cleared", "flag", PUSH_CC, "    run(stream, 2, both);\n", "    run(stream, 1, both);\n", MESSAGES),
+    host(
+        "a slot is full before it is filled",
+        "flag",
+        PUSH_CC,
+        "  memory.take(stream, on_device(sends ? flag.open : flag.full));\n",
+        "  memory.take(stream, on_device(sends ? flag.open : flag.full));\n  if (sends) memory.set(stream, on_device(flag.full));\n",
+        MESSAGES,
+    ),
+    host(
+        "a slot is filled before it is open",
+        "flag",
+        PUSH_CC,
+        "  memory.take(stream, on_device(sends ? flag.open : flag.full));\n",
+        "  if (!sends) memory.take(stream, on_device(flag.full));\n",
+        MESSAGES,
+    ),
+    host(
+        "slots do not take turns", "slot", PUSH_CC, "pieces_[2 * channel + sends]++ % kSlots", "pieces_[2 * channel + sends]++ % 1", GRAPH
+    ),
+    host(
+        "lines share their slots",
+        "slot",
+        PUSH_CC,
+        "window + (channel * kSlots + number)",
+        "window + (channel / 2 * kSlots + number)",
+        MESSAGES,
+    ),
+    host("what comes does not wait for what leaves", "order", QUEUED, "  left_.hold_back(in_);\n  return in_;\n", "  return in_;\n", GRAPH),
+    host("what leaves is far ahead", "order", QUEUED, "  if (rounds_ >= kAhead) came_[", "  if (rounds_ >= 9999) came_[", GRAPH),
+    host("a group ends before all has left", "order", QUEUED, "  if (by_engines_) engines().join();\n", "", MESSAGES, GRAPH),
+    host("what leaves does not wait for kernels", "order", QUEUED, "  engines().hold_back_leaving(entry);\n", "", MESSAGES, GRAPH),
+    host(
+        "what came is handed on too early",
+        "order",
+        QUEUED,
+        "    if (brought) hold_back_leaving(*trail.group, capture);\n",
+        "    (void)brought;\n",
+        MESSAGES,
+    ),
+    host(
+        "rounds of another capture are waited for",
+        "capture",
+        QUEUED,
+        "  if (capture_ != in_capture) rounds_ = 0;  // see Group\n",
+        "",
+        GRAPH,
+    ),
+    host("nobody lets go what is waited for", "abort", NCCL, "    axis.push_->release();\n", "", RELEASED),
+    host(
+        "the start-up check compares nothing",
+        "check",
+        PUSH_CC,
+        "return each == value(from, rank_); }))",
+        "return each != 0 || value(from, rank_); }))",
+        CANNOT,
+    ),
+    host(
+        "a rank that cannot goes alone",
+        "check",
+        PUSH_CC,
+        "    all &= theirs.able[step] == 1;\n",
+        "    all &= shown(rank_).able[step] == 1;\n",
+        CANNOT,
+    ),
+]
