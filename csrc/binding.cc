@@ -227,6 +227,7 @@ void define_program(py::module_& m) {
       .def("all_gather_into", &BoundAxis::all_gather_into, py::arg("x"), py::arg("outs"), py::arg("counted") = true)
       .def("sizes", &BoundAxis::sizes, py::arg("mine"))
       .def("all_reduce_", &BoundAxis::all_reduce, py::arg("x"), py::arg("counted") = true)
+      .def("all_reduce_rounded", &BoundAxis::all_reduce_rounded, py::arg("x"), py::arg("dtype"), py::arg("counted") = true)
       .def("reduce_scatter", &BoundAxis::reduce_scatter, py::arg("x"), py::arg("sizes"), py::arg("counted") = true)
       .def("broadcast_", &BoundAxis::broadcast, py::arg("x"), py::arg("root"), py::arg("counted") = true)
       .def("post", &BoundAxis::post, py::arg("sends"), py::arg("recvs"))

@@ -106,6 +106,21 @@ class BoundAxis {
     gingham::all_reduce(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), member_.job->stream());
   }
 
+  // The sum in a tensor of its own, rounded to a dtype of 16 bits; x is overwritten.
+  py::object all_reduce_rounded(const py::object& x, const std::string& dtype, bool counted) {
+    const OnCallersStream on_stream(member_);
+    const Tensor mine = tensor_of(x, "x", member_.job);
+    const Made out = make_tensor(member_.job, mine.shape, dtype);
+    {
+      const py::gil_scoped_release nogil;
+      const Uncounted scope(*axis_, counted);
+      begin("all_reduce", mine.dtype, mine.count());
+      gingham::all_reduce(*axis_, dense(mine.data, 1, mine.count(), mine.dtype), dense(out.data, 1, mine.count(), dtype_of(dtype)),
+                          member_.job->stream());
+    }
+    return out.object;
+  }
+
   py::object reduce_scatter(const py::object& x, const std::vector<int64_t>& sizes, bool counted) {
     const OnCallersStream on_stream(member_);
     const Tensor mine = tensor_of(x, "x", member_.job);

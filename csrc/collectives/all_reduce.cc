@@ -5,6 +5,7 @@
 #include "collectives/all_gather.h"
 #include "collectives/reduce_scatter.h"
 #include "collectives/resident.h"
+#include "kernels/cast.h"
 #include "kernels/tree_sum.h"
 
 namespace gingham {
@@ -16,12 +17,12 @@ constexpr int kMostPieces = 4;
 // summed, so that the links do not wait for the sums. The sums are reduce_scatter's.
 class InPieces {
  public:
-  InPieces(Axis& axis, const Shares& shares, int pieces, const Stream& stream)
-      : axis_(axis), ring_(axis.ring()), shares_(shares), pieces_(pieces), stream_(stream), outbox_(axis, stream) {
+  InPieces(Axis& axis, const Shares& shares, const Shares& sums, int pieces, const Stream& stream)
+      : axis_(axis), ring_(axis.ring()), shares_(shares), sums_(sums), pieces_(pieces), stream_(stream), outbox_(axis, stream) {
     for (int piece = 0; piece < pieces; piece++) {
       terms_.emplace_back();
       for (int place = 0; place < axis.size(); place++) {
-        const Matrix own = at(axis.rank(), piece);
+        const Matrix own = at(shares_, axis.rank(), piece);
         const bool mine = place == axis.rank();
         terms_.back().push_back({place, place + 1, mine ? own : outbox_.room_like(own), !mine});
       }
@@ -31,23 +32,24 @@ class InPieces {
   void run() {
     std::vector<uint64_t> groups;
     for (int piece = 0; piece < pieces_; piece++) {
-      exchange([&](int to) { return at(to, piece); }, [&](int from) { return terms_[static_cast<size_t>(piece)][static_cast<size_t>(from)].sum; });
+      exchange([&](int to) { return at(shares_, to, piece); },
+               [&](int from) { return terms_[static_cast<size_t>(piece)][static_cast<size_t>(from)].sum; });
       groups.push_back(ring_.queued(0));
     }
     for (int piece = 0; piece < pieces_; piece++) {
       const std::vector<Term>& terms = terms_[static_cast<size_t>(piece)];
       ring_.settle(0, groups[static_cast<size_t>(piece)]);
-      const Matrix own = at(axis_.rank(), piece);
+      const Matrix own = at(sums_, axis_.rank(), piece);
       tree_sum(terms, own, stream_);
-      exchange([&](int) { return own; }, [&](int from) { return at(from, piece); });
+      exchange([&](int) { return own; }, [&](int from) { return at(sums_, from, piece); });
     }
     ring_.settle(0, ring_.queued(0));
     outbox_.drain();
   }
 
  private:
-  Matrix at(int place, int piece) const {
-    const Matrix share = shares_[place];
+  Matrix at(const Shares& of, int place, int piece) const {
+    const Matrix share = of[place];
     const std::vector<int64_t> cuts = chunk(share.cols, pieces_);
     return share.slice(1, cuts[static_cast<size_t>(piece)], cuts[static_cast<size_t>(piece) + 1]);
   }
@@ -64,7 +66,7 @@ class InPieces {
 
   Axis& axis_;
   Ring& ring_;
-  const Shares& shares_;
+  const Shares &shares_, &sums_;
   int pieces_;
   const Stream& stream_;
   Outbox outbox_;
@@ -79,21 +81,30 @@ int pieces_of(Axis& axis, const Matrix& flat) {
 
 }  // namespace
 
-void all_reduce(Axis& axis, const Matrix& x, const Stream& stream) {
-  if (axis.size() == 1) return;
-  CHECK(ShapeError, x.empty() || x.rows == 1 || x.row_stride == x.cols, "all_reduce of a strided matrix");
+void all_reduce(Axis& axis, const Matrix& x, const Matrix& rounded, const Stream& stream) {
+  if (axis.size() == 1) {
+    if (x.data != rounded.data) cast(dense(x.data, 1, x.count(), x.dtype), dense(rounded.data, 1, x.count(), rounded.dtype), stream);
+    return;
+  }
+  for (const Matrix& each : {x, rounded})
+    CHECK(ShapeError, each.empty() || each.rows == 1 || each.row_stride == each.cols, "all_reduce of a strided matrix");
+  CHECK(ShapeError, x.count() == rounded.count(), "all_reduce of ", x.count(), " numbers into ", rounded.count());
   const Matrix flat = dense(x.data, 1, x.count(), x.dtype);
   const Shares shares{flat, 1, chunk(flat.cols, axis.size())};
+  const Shares sums{dense(rounded.data, 1, x.count(), rounded.dtype), 1, shares.cuts};
   const int pieces = pieces_of(axis, flat);
   if (pieces > 1) {
     Session session(axis, {}, flat.count());
     session.finish();
-    InPieces(axis, shares, pieces, stream).run();
+    InPieces(axis, shares, sums, pieces, stream).run();
     return session.end();
   }
-  const Matrix own = shares[axis.rank()];
+  const Matrix own = shares[axis.rank()], sum = sums[axis.rank()];
   reduce_scatter(axis, shares, own, stream);
-  all_gather(axis, own, shares.all(), stream);
+  if (own.data != sum.data) cast(own, sum, stream);
+  all_gather(axis, sum, sums.all(), stream);
 }
+
+void all_reduce(Axis& axis, const Matrix& x, const Stream& stream) { all_reduce(axis, x, x, stream); }
 
 }  // namespace gingham

@@ -7,5 +7,8 @@
 namespace gingham {
 
 void all_reduce(Axis& axis, const Matrix& x, const Stream& stream);
+// The same sum into `rounded`, of as many numbers, dense, in 16 bits where x is fp32: it is rounded before it is gathered, so that half of the way
+// takes half of the bytes. x is overwritten.
+void all_reduce(Axis& axis, const Matrix& x, const Matrix& rounded, const Stream& stream);
 
 }  // namespace gingham

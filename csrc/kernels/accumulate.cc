@@ -26,16 +26,20 @@ void accumulate(const Matrix& a, const Matrix& b, [[maybe_unused]] const Stream&
 
 void accumulate_into(const Matrix& a, const Matrix& b, const Matrix& out, [[maybe_unused]] const Stream& stream) {
   DISPATCH_DEVICE(stream, accumulate_into(a, b, out, stream));
-  CHECK(ShapeError, a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype && a.rows == out.rows && a.cols == out.cols && a.dtype == out.dtype,
-        "sum of [", a.rows, ",", a.cols, "] and [", b.rows, ",", b.cols, "] into [", out.rows, ",", out.cols, "]");
+  CHECK(ShapeError,
+        a.rows == b.rows && a.cols == b.cols && a.dtype == b.dtype && a.rows == out.rows && a.cols == out.cols && rounds_to(a.dtype, out.dtype),
+        "sum of [", a.rows, ",", a.cols, "] and [", b.rows, ",", b.cols, "] into [", out.rows, ",", out.cols, "] ", name_of(out.dtype));
   const bool turn = out.col_stride != 1 && out.row_stride == 1;
   const Matrix x = turn ? a.t() : a, y = turn ? b.t() : b, z = turn ? out.t() : out;
-  DISPATCH(z.dtype, T, {
+  DISPATCH(x.dtype, T, {
+    std::vector<T> room(static_cast<size_t>(z.dtype == x.dtype ? 0 : z.cols));
     for (int64_t i = 0; i < z.rows; i++) {
       const T* p = static_cast<const T*>(x.data) + i * x.row_stride;
       const T* q = static_cast<const T*>(y.data) + i * y.row_stride;
-      T* r = static_cast<T*>(z.data) + i * z.row_stride;
-      for (int64_t j = 0; j < z.cols; j++) r[j * z.col_stride] = p[j * x.col_stride] + q[j * y.col_stride];
+      T* r = room.empty() ? static_cast<T*>(z.data) + i * z.row_stride : room.data();
+      const int64_t stride = room.empty() ? z.col_stride : 1;
+      for (int64_t j = 0; j < z.cols; j++) r[j * stride] = p[j * x.col_stride] + q[j * y.col_stride];
+      if (!room.empty()) cast(dense(room.data(), 1, z.cols, x.dtype), z.slice(0, i, i + 1), stream);
     }
   });
 }

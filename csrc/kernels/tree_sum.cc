@@ -92,6 +92,21 @@ void sum_in_tiles(const Plan& plan, std::span<const Term> terms, const Matrix& o
   });
 }
 
+// Into 16 bits, a tile of fp32 at a time.
+void sum_rounded(const Plan& plan, std::span<const Term> terms, const Matrix& out, const Stream& stream) {
+  std::vector<float> room(static_cast<size_t>(std::min(kTile, out.cols)));
+  std::vector<Term> tile(terms.begin(), terms.end());
+  for (int64_t i = 0; i < out.rows; i++)
+    for (int64_t begin = 0; begin < out.cols; begin += kTile) {
+      const int64_t end = std::min(begin + kTile, out.cols);
+      const auto part = [&](const Matrix& m) { return m.slice(0, i, i + 1).slice(1, begin, end); };
+      for (size_t t = 0; t < terms.size(); t++) tile[t].sum = part(terms[t].sum);
+      const Matrix sum = dense(room.data(), 1, end - begin, DType::f32);
+      sum_in_tiles(plan, tile, sum);
+      cast(sum, part(out), stream);
+    }
+}
+
 void sum_in_pairs(const Plan& plan, std::span<const Term> terms, const Matrix& out, const Stream& stream) {
   std::vector<Matrix> slots(static_cast<size_t>(plan.slots()));
   const auto at = [&](const Operand& operand) -> const Matrix& {
@@ -112,7 +127,7 @@ void sum_in_pairs(const Plan& plan, std::span<const Term> terms, const Matrix& o
 
 void tree_sum(std::span<const Term> terms, const Matrix& out, const Stream& stream) {
   for (const Term& term : terms)
-    CHECK(ShapeError, term.sum.rows == out.rows && term.sum.cols == out.cols && term.sum.dtype == out.dtype, "sum of [", term.sum.rows, ",",
+    CHECK(ShapeError, term.sum.rows == out.rows && term.sum.cols == out.cols && rounds_to(term.sum.dtype, out.dtype), "sum of [", term.sum.rows, ",",
           term.sum.cols, "] into [", out.rows, ",", out.cols, "]");
   if (terms.size() == 1) {
     if (terms[0].sum.data != out.data) cast(terms[0].sum, out, stream);
@@ -121,8 +136,10 @@ void tree_sum(std::span<const Term> terms, const Matrix& out, const Stream& stre
   const Plan plan(terms);
   if (stream.device() == Device::cuda)
     sum_in_pairs(plan, terms, out, stream);
-  else
+  else if (out.dtype == terms[0].sum.dtype)
     sum_in_tiles(plan, terms, out);
+  else
+    sum_rounded(plan, terms, out, stream);
 }
 
 }  // namespace gingham

@@ -21,7 +21,8 @@ struct Term {
 inline int middle_of(int begin, int end) { return begin + static_cast<int>(std::bit_floor(static_cast<unsigned>(end - begin - 1))); }
 
 // terms: whole branches of the tree over [terms.front().begin, terms.back().end), in order, of one shape, in fp32 or fp64. out may be one of
-// them. On the CPU one pass over memory, which leaves the terms as they are; on a GPU a sum of two at a time, in the spare ones: all but one.
+// them, or in 16 bits where they are fp32: the sum, rounded once. On the CPU one pass over memory, which leaves the terms as they are; on a GPU a sum
+// of two at a time, in the spare ones: all but one.
 void tree_sum(std::span<const Term> terms, const Matrix& out, const Stream& stream);
 
 }  // namespace gingham

@@ -219,9 +219,11 @@ class BackwardRun {
       if (call_.need_w) {
         const Operand& w = c.maps[i].w;
         if (in_w(step_.d) < 0) step_.pipeline.settle(w, w.offsets, state.dw_block, state.dw_sum, c.storage);
-        const Matrix stored = c.storage == Storage::column_major ? state.dw_sum.t() : state.dw_sum;
-        if (c.depth && call_.reduce_depth) all_reduce(*c.depth, stored, step_.stream);
-        if (!state.dw_rounded && state.dw_sum.data != state.dw.data) cast(state.dw_sum, state.dw, step_.stream);
+        const auto stored = [&](const Matrix& m) { return c.storage == Storage::column_major ? m.t() : m; };
+        if (c.depth && call_.reduce_depth)
+          all_reduce(*c.depth, stored(state.dw_sum), stored(state.dw), step_.stream);
+        else if (!state.dw_rounded && state.dw_sum.data != state.dw.data)
+          cast(state.dw_sum, state.dw, step_.stream);
       }
       out_.dw.push_back(state.dw);
       out_.db.push_back({});

@@ -267,7 +267,9 @@ void Push::piece(Flow& flow, int line, cudaStream_t stream) {
   const int size = static_cast<int>(members_.size()), peer = flow.peer, ahead = ((sends ? rank_ - peer : peer - rank_) + size) % size;
   const size_t channel = static_cast<size_t>(ahead - 1) * kLines + static_cast<size_t>(line);
   const uint32_t number = pieces_[2 * channel + sends]++ % kSlots;
-  const size_t bytes = std::min(slot_bytes_, m.bytes - flow.moved);
+  // The first piece of several is a short one, so that the copies of the streams on which they leave do not begin and end together.
+  const bool first = flow.moved == 0 && m.bytes > slot_bytes_;
+  const size_t bytes = first ? slot_bytes_ / 2 : std::min(slot_bytes_, m.bytes - flow.moved);
   char* data = static_cast<char*>(m.data) + flow.moved;
   char* room = slot(sends ? windows_[static_cast<size_t>(peer)] : window_, ahead, line, number);
   const Flag& flag = sends ? this->flag(rank_, peer, line, number) : this->flag(peer, rank_, line, number);

@@ -7,6 +7,7 @@
 #include "kernels/cast.h"
 #include "kernels/dropout.h"
 #include "kernels/epilogue.h"
+#include "kernels/tree_sum.h"
 
 namespace gingham::tests {
 namespace {
@@ -66,6 +67,26 @@ void casts() {
       }
 }
 
+// The bits are those of the sum in fp32 that is then cast; also of three terms, where the last addition rounds.
+void rounded_sums(const Buffer& a, const Buffer& b, const Size& s, const Layout& layout, const Stream& stream, const std::string& where) {
+  std::mt19937 random(5);
+  for (const DType dtype : {DType::bf16, DType::f16}) {
+    const Buffer out(s.rows, s.cols, dtype, layout, random), got = out.copy(), want = out.copy(), sum = b.copy();
+    accumulate(a.view(), sum.view(), stream);
+    cast(sum.view(), want.view(), stream);
+    accumulate_into(a.view(), b.view(), got.view(), stream);
+    report("accumulate_into, rounded" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(got.values(), want.values()), 0);
+    expect(got.same_padding(out), "a rounded sum wrote beside its output");
+    const Buffer tree = out.copy(), first = a.copy();
+    accumulate(b.view(), sum.view(), stream);
+    cast(sum.view(), want.view(), stream);
+    const Term terms[] = {{0, 1, first.view(), true}, {1, 2, b.view(), false}, {2, 3, b.view(), false}};
+    tree_sum(terms, tree.view(), stream);
+    report("tree_sum, rounded" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(tree.values(), want.values()), 0);
+    expect(tree.same_padding(out), "a rounded sum of three wrote beside its output");
+  }
+}
+
 void sums() {
   std::mt19937 random(4);
   for (const DType dtype : {DType::f32, DType::f64})
@@ -87,6 +108,7 @@ void sums() {
             report("accumulate" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(sum.values(), want), rounding(dtype));
             report("accumulate_into" + where, name_of(dtype), shape_of({s.rows, s.cols}), error_of(into.values(), want), rounding(dtype));
             expect(sum.same_padding(b) && into.same_padding(out), "accumulate wrote beside its output");
+            if (dtype == DType::f32) rounded_sums(a, b, s, x, stream, where);
           }
         }
 }

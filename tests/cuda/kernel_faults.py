@@ -195,7 +195,7 @@ FAULTS = [
     other("cast: rounds to zero", "cast", "cast", DEVICE, "cvt.rn.bf16.f32 %0, %1;", "cvt.rz.bf16.f32 %0, %1;"),
     other("cast: end of a row left out", "cast", "cast", SWEEP, "rest < cols; rest++", "rest < cols - 1; rest++"),
     other("column sums: dropped barrier", "sums", "accumulate", SLABS, "  block_barrier();\n", "", "column_sums"),
-    other("ring step loses what arrives", "accumulate", "accumulate", ACCUMULATE, "x.at[k] + y.at[k];", "x.at[k];"),
+    other("ring step loses what arrives", "accumulate", "accumulate", ACCUMULATE, "narrow(x.at[k] + y.at[k],", "narrow(x.at[k],"),
     other("dropout: the next counter", "dropout", "dropout", DROPOUT, "counter = index / 4;", "counter = index / 4 + 1;"),
     other("dropout: a pack's second counter is its first", "dropout", "dropout", DROPOUT, "first + p * step + c)", "first + p * step)"),
     other("epilogue: residual multiplied", "epilogue", "epilogue", TAIL, "] += widen(more.at[k]);", "] *= widen(more.at[k]);"),

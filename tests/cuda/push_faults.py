@@ -44,7 +44,7 @@ PUSH = [
         "order",
         QUEUED,
         "    if (brought) hold_back_leaving(*trail.group, capture);\n",
-        "    (void)brought;\n",
+        "    (void)brought, (void)capture;\n",
         MESSAGES,
     ),
     host(

@@ -279,11 +279,13 @@ def all_reduced(*names: Names, dtype: torch.dtype | None = None) -> Work:
     """The work of sums over axes, one set of names after the other; dtype: of the result, None for the part's."""
 
     def work(axis_of: AxisOf, part: torch.Tensor) -> torch.Tensor:
-        for each in names:
-            axis = axis_of(each)
-            if axis is not None:
-                axis.all_reduce_(part)
-        return part if dtype is None else part.to(dtype)
+        axes = [axis for axis in map(axis_of, names) if axis is not None]
+        rounded = dtype is not None and dtype != part.dtype
+        for axis in axes[:-1] if rounded else axes:
+            axis.all_reduce_(part)
+        if not rounded:
+            return part
+        return axes[-1].all_reduce_rounded(part, str(dtype).removeprefix("torch.")) if axes else part.to(dtype)
 
     return work
 

@@ -159,6 +159,10 @@ class Checks:
         for host in self.hosts():
             a, b = host.matrix(normal(33, 65, 1), "f32"), host.matrix(normal(33, 65, 2), "f32", pad=1)
             expected = host.read(a) + host.read(b)
+            for dtype in ("bf16", "f16"):
+                out = host.empty(33, 65, dtype)
+                host.run("accumulate_into", a, b, out)
+                close("accumulate_into, rounded", host.read(out), host.read(host.matrix(expected, dtype)), 0)
             host.run("accumulate", a, b)
             close("accumulate", host.read(b), expected, 1e-7)
 

@@ -195,6 +195,9 @@ int host_cast(const Matrix* from, const Matrix* to) {
 int host_fill_zero(const Matrix* m) {
   return guarded(false, [&](const gingham::Stream& stream) { gingham::cuda::fill_zero(*m, stream); });
 }
+int host_accumulate_into(const Matrix* a, const Matrix* b, const Matrix* out) {
+  return guarded(false, [&](const gingham::Stream& stream) { gingham::cuda::accumulate_into(*a, *b, *out, stream); });
+}
 int host_accumulate(const Matrix* a, const Matrix* b) {
   return guarded(false, [&](const gingham::Stream& stream) { gingham::cuda::accumulate(*a, *b, stream); });
 }
