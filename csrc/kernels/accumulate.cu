@@ -65,7 +65,7 @@ void accumulate_into(const Matrix& a, const Matrix& b, const Matrix& out, const 
   with_real(out.dtype, "a sum", [&](auto tag) {
     using Out = typename decltype(tag)::type;
     using T = Wide<Out>;
-    constexpr int width = 16 / static_cast<int>(sizeof(T));
+    constexpr int width = 16 / static_cast<int>(sizeof(Out));
     Matrix x = a, y = b, z = out;
     arrange({&z, &x, &y});
     sweep<width>(Sum<T, Out>{View<T>(x), View<T>(y), View<Out>(z)}, z.rows, z.cols, {&x, &y, &z}, stream);

@@ -1,5 +1,6 @@
 // W of a later call of a step, on its way beside what is computed meanwhile: every rank's part, gathered over W's axis. This rank's own is read
-// where it stands, peers' come into memory of the caller's, which must last until settle() after a begin().
+// where it stands, peers' come into memory of the caller's, which must last until settle() after a begin(); over device copies between threads
+// (transport/copy) what was sent must, until the peers have settled too.
 #pragma once
 #include <memory>
 #include <vector>

@@ -104,3 +104,23 @@ def test_matmul_is_the_plain_step(ranks, name: str, source: str, slices: int, li
             assert sum(counts[axis]["bytes_received"] for counts in found) == 4 * cost.words[axis], (shape, products, axis, cost)
             assert {counts[axis]["messages"] for counts in found} == {cost.messages[axis]}, (shape, products, axis, found)
         assert set(cost.words) <= set(found[0])
+
+
+def depth_of_16_bits(rank: int) -> tuple[int, list[int]]:
+    """What dW of a bfloat16 linear receives over depth, and its bits."""
+    mesh = gingham.init(mode="2.5d", size=8, depth=2)
+    torch.manual_seed(0)
+    layer = gingham.nn.Linear(32, 48, bias=False, dtype=torch.bfloat16)
+    x = mesh.scatter(torch.randn(64, 32).bfloat16()).requires_grad_()
+    mesh.traffic(reset=True)
+    layer(x).backward(mesh.scatter(torch.randn(64, 48).bfloat16()))
+    assert layer.weight.grad is not None
+    bits = layer.weight.grad.to_local().contiguous().view(torch.int16).flatten().tolist()
+    return mesh.traffic(reset=True)["depth"]["bytes_received"], bits
+
+
+def test_a_sum_over_depth_is_gathered_in_16_bits(ranks) -> None:
+    """(d - 1) / d of a block of 16 x 24 in float32, then as much in bfloat16; the ranks of a depth line have the same bits."""
+    found = ranks(8)(depth_of_16_bits)
+    assert [received for received, _ in found] == [16 * 24 // 2 * (4 + 2)] * 8
+    assert all(found[rank][1] == found[rank + 4][1] for rank in range(4)) and len(found[0][1]) == 16 * 24

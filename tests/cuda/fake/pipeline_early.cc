@@ -1,6 +1,7 @@
 // Weights that are gathered before the call that reads them (ops/early.h): right, the bytes of a call without, the same bits, and beside what the
 // caller computes.
 #include <algorithm>
+#include <barrier>
 #include <mutex>
 
 #include "base/cuda_stream.h"
@@ -41,6 +42,12 @@ std::vector<std::vector<double>> bits_of(Options o) {
     for (int64_t i = 0; i < m.rows; i++)
       for (int64_t j = 0; j < m.cols; j++)
         out[static_cast<size_t>(rank)].push_back(static_cast<const float*>(m.data)[i * m.row_stride + j * m.col_stride]);
+  };
+  // What a rank sent early it may write to, or free, when its peers have taken it: of device copies its own settle() says nothing (ops/early.h).
+  std::barrier<> all_have(o.size());
+  o.after = [&](Job& job) {
+    job.gpu()->synchronize();
+    all_have.arrive_and_wait();
   };
   measure(o);
   return out;

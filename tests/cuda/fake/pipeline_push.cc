@@ -123,7 +123,8 @@ void copy_engines_that_cannot() {
        {Case{"FAKE_CUDA_WINDOWS", "none", "rank 1: cudaIpcGetMemHandle"}, Case{"FAKE_CUDA_WINDOWS", "closed", "rank 1: cudaIpcOpenMemHandle"},
         Case{"FAKE_CUDA_WINDOWS", "private", "rank 0: what rank 1 pushed in the start-up check came wrong"},
         Case{"FAKE_CUDA_OLD_DRIVER", "1", "rank 0: this driver has no cuStreamBatchMemOp"},
-        Case{"GINGHAM_COPY_BYTES", "64M", "rank 0: GINGHAM_COPY_BYTES=64M, expected a number of bytes"}, Case{"GINGHAM_COPY_ENGINES", "0", "rank 0: GINGHAM_COPY_ENGINES=0, 1 asks for them"}}) {
+        Case{"GINGHAM_COPY_BYTES", "64M", "rank 0: GINGHAM_COPY_BYTES=64M, expected a number of bytes"},
+        Case{"GINGHAM_COPY_ENGINES", "0", "rank 0: GINGHAM_COPY_ENGINES=0, 1 asks for them"}}) {
     const With cannot(each.name, each.value);
     run_ranks(2, As::processes, [&](Job& job, Program& program) -> Row {
       job.use_gpu(job.rank(), Carrier::nccl);
