@@ -62,7 +62,8 @@ class RingCase {
       : job_(job),
         program_(program),
         sizes_(o),
-        axis_(job.axis(program, 0, everyone(o.size()), false, o.latency, o.bandwidth)) {  // windows move less where a mask is causal
+        // windows move less where a mask is causal
+        axis_(as_asked(job.axis(program, 0, everyone(o.size()), false, o.latency, o.bandwidth), o)) {
     for (int r = 0; r < o.size(); r++) call_.lengths.push_back(o.m / o.size() + (r < o.m % o.size()));
     call_.place = axis_->rank();
     call_.zigzag = true;

@@ -23,6 +23,7 @@ struct Options {
   Device device = Device::cpu;
   Carrier carrier = Carrier::nccl;  // between GPUs; copy wants threads
   DType dtype = DType::f32;
+  bool insists = false;  // GINGHAM_COPY_ENGINES, where it is set, must be heeded
   bool tf32 = false;
   bool narrow = false;                                     // C of gemm in the operands' 16-bit type
   bool add = false;                                        // C of gemm is added to
@@ -53,7 +54,9 @@ struct Measured {
 };
 
 void enter(Job& job, const Options& options);  // the rank's device, before its axes
-void settle(Job& job);                         // waits for what the rank has queued
+// The same axis. Throws where its messages do not go by what was insisted on: figures would bear another's name.
+std::unique_ptr<Axis> as_asked(std::unique_ptr<Axis> axis, const Options& options);
+void settle(Job& job);  // waits for what the rank has queued
 
 // Warms up, calls `warm` once, then times options.rounds of once() with prepare() before each; the median in seconds.
 double median_of_rounds(const Options& options, const std::function<void()>& prepare, const std::function<void()>& once,

@@ -42,7 +42,7 @@ class Collective {
       : job_(job),
         program_(program),
         o_(o),
-        axis_(job.axis(program, 0, everyone(o.size()), o.source == Source::window, o.latency, o.bandwidth)),
+        axis_(as_asked(job.axis(program, 0, everyone(o.size()), o.source == Source::window, o.latency, o.bandwidth), o)),
         cuts_(chunk(o.n, o.size())),
         whole_(job, o.n, o.dtype),
         part_(job, end() - begin(), o.dtype) {

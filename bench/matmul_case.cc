@@ -95,9 +95,9 @@ struct Axes {
     for (int i = 0; i < pk; i++) ks.push_back((i * pn + in) * pm + im);
     for (int i = 0; i < pn; i++) ns.push_back((ik * pn + i) * pm + im);
     for (int i = 0; i < pm; i++) ms.push_back((ik * pn + in) * pm + i);
-    k = job.axis(program, 0, ks, o.source == Source::window, o.latency, o.bandwidth);
-    n = job.axis(program, 1, ns, o.source == Source::window, o.latency, o.bandwidth);
-    m = job.axis(program, 2, ms, o.source == Source::window, o.latency, o.bandwidth);
+    k = as_asked(job.axis(program, 0, ks, o.source == Source::window, o.latency, o.bandwidth), o);
+    n = as_asked(job.axis(program, 1, ns, o.source == Source::window, o.latency, o.bandwidth), o);
+    m = as_asked(job.axis(program, 2, ms, o.source == Source::window, o.latency, o.bandwidth), o);
   }
   Traffic take() {
     Traffic sum;

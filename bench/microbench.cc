@@ -270,6 +270,7 @@ int main_of(int argc, char** argv) {
       return 0;
     }
   Command command = parse(argc, argv);
+  command.options.insists = true;
   const std::vector<std::string> all{"matmul", "dx", "dw", "backward", "all_gather", "reduce_scatter", "all_reduce", "broadcast", "reduce"};
   std::vector<std::string> names{command.options.name};
   if (names[0] == "all") names = all;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <thread>
 
@@ -106,6 +107,13 @@ void enter(Job& job, const Options& options) {
   if (options.device != Device::cuda) return;
   job.use_gpu(job.rank(), options.carrier);
   if (options.entered) options.entered(job);
+}
+
+std::unique_ptr<Axis> as_asked(std::unique_ptr<Axis> axis, const Options& options) {
+  const char* asked = getenv("GINGHAM_COPY_ENGINES");
+  if (options.insists && options.carrier == Carrier::nccl && options.device == Device::cuda && asked && *asked && axis->size() > 1)
+    CHECK(DeviceError, axis->carried_by() == "copy engines", "GINGHAM_COPY_ENGINES is set, but messages go by ", axis->carried_by());
+  return axis;
 }
 
 void settle(Job& job) {

@@ -93,6 +93,11 @@ def same_gpu() -> dict[str, str]:
     }
 
 
+def by_engines() -> dict[str, str]:
+    """The same, messages by copy engines: slots of a few hundred bytes, so that they go in pieces."""
+    return same_gpu() | {"GINGHAM_COPY_ENGINES": "1", "GINGHAM_COPY_BYTES": "4096"}
+
+
 def same_gpu_messages(name: str) -> list[str]:
     return [sys.executable, str(ROOT / "tests" / "cuda" / "samegpu" / "messages.py"), SAME_GPU, name]
 
@@ -123,6 +128,8 @@ def truth_parts() -> list[Part]:
     parts.append(Part("product added to C", bench(*words), 25))
     parts.append(Part("times", python("times.py"), 120))
     parts += [Part(f"stand-in for NCCL: {name}", same_gpu_messages(name), 60) for name in ("exchange", "mismatch", "abort", "again")]
+    engines = [sys.executable, str(ROOT / "tests" / "cuda" / "fake" / "engines.py"), "must"]
+    parts.append(Part("ranks on one GPU: copy engines", engines, 40, by_engines()))
     parts.append(Part("ranks on one GPU: gradients of a GPT", pytest("tests/python/test_gpt.py", failures=1), 120, same_gpu()))
     train = "train --ranks 8 --mode 2.5d --depth 2 --device cuda --steps 5 --layers 2 --width 64 --context 32 --sample 0 --plot="
     parts.append(
@@ -160,6 +167,8 @@ def long_parts() -> list[Part]:
     counters = ",".join(["gpu__time_duration.sum", *shares])
     words = ["--clock-control", "none", "--metrics", counters, "--launch-count", "60", "--csv"]
     parts.append(Part("ncu", ["ncu", *words, *python("times.py", "kernels")], 200))
+    gpt = pytest("tests/python/test_gpt.py", failures=1)
+    parts.append(Part("ranks on one GPU: gradients of a GPT by copy engines", gpt, 150, by_engines()))
     # of these no run on a GPU has come to the end of a limit of 150 s: a test of ranks that share one takes 5 to 20 s
     for file in ("test_functional", "test_traffic", *(f"nn/test_{name}" for name in ("layers", "linear", "loss", "embedding"))):
         parts.append(Part(f"ranks on one GPU: {file}", pytest(f"tests/python/{file}.py"), 150, same_gpu()))
@@ -170,20 +179,24 @@ def long_parts() -> list[Part]:
 
 
 def several_gpus(count: int) -> list[Part]:
-    """What one GPU cannot show: NCCL between GPUs, rings beside NCCL's own collectives, the linear pair on 2, 4 and 8."""
+    """What one GPU cannot show: NCCL and copy engines between GPUs, rings beside NCCL's own collectives, the linear pair on 2, 4 and 8."""
     over = ["--device", "cuda", "--transport", "nccl"]
     parts = []
-    for grid in ((1, 2, 1), (2, 1, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (4, 2, 1)):
-        if grid[0] * grid[1] * grid[2] <= count:
-            words = ["all", "--check", "--grid", ",".join(map(str, grid)), "--shape", "515,387,261", "--rounds", "3", "--slices", "2"]
-            parts.append(Part(f"step {grid} over NCCL", [BENCH, *words, *over], 60))
-    words = ["attention", "--check", "--ranks", str(count), "--shape", "515,64,4", "--dtype", "bfloat16", "--rounds", "3"]
-    parts.append(Part("attention over NCCL", [BENCH, *words, *over], 60))
+    for carrier, asked in (("NCCL", {}), ("copy engines", {"GINGHAM_COPY_ENGINES": "1"})):
+        for grid in ((1, 2, 1), (2, 1, 1), (1, 4, 1), (2, 2, 1), (2, 2, 2), (4, 2, 1)):
+            if grid[0] * grid[1] * grid[2] <= count:
+                words = ["all", "--check", "--grid", ",".join(map(str, grid)), "--shape", "515,387,261", "--rounds", "3", "--slices", "2"]
+                parts.append(Part(f"step {grid} over {carrier}", [BENCH, *words, *over], 60, asked))
+        words = ["attention", "--check", "--ranks", str(count), "--shape", "515,64,4", "--dtype", "bfloat16", "--rounds", "3"]
+        parts.append(Part(f"attention over {carrier}", [BENCH, *words, *over], 60, asked))
+    ways = {"gingham": ("gingham", {}), "copy engines": ("gingham", {"GINGHAM_COPY_ENGINES": "1"}), "nccl": ("nccl", {})}
     for name in ("all_gather", "reduce_scatter", "all_reduce"):
-        for library in ("gingham", "nccl"):
+        for way, (library, asked) in ways.items():
             words = [name, "--ranks", str(count), "--sizes", f"{count << 20},{count << 24}", "--library", library, "--rounds", "20"]
-            parts.append(Part(f"{name}, {library}", [BENCH, *words, *over], 60))
-    parts.append(Part("the linear pair beside torch", [sys.executable, str(ROOT / "bench" / "gpu_pair.py")], 120))
+            parts.append(Part(f"{name}, {way}", [BENCH, *words, *over], 60, asked))
+    pair = [sys.executable, str(ROOT / "bench" / "gpu_pair.py")]
+    parts.append(Part("the linear pair by copy engines beside torch", pair, 120, {"GINGHAM_COPY_ENGINES": "1"}))
+    parts.append(Part("the linear pair beside torch", pair, 120))
     return parts
 
 
