@@ -129,7 +129,7 @@ def truth_parts() -> list[Part]:
     parts.append(Part("times", python("times.py"), 120))
     parts += [Part(f"stand-in for NCCL: {name}", same_gpu_messages(name), 60) for name in ("exchange", "mismatch", "abort", "again")]
     engines = [sys.executable, str(ROOT / "tests" / "cuda" / "fake" / "engines.py"), "must"]
-    parts.append(Part("ranks on one GPU: copy engines", engines, 40, by_engines()))
+    parts.append(Part("ranks on one GPU: copy engines", engines, 25, by_engines()))
     parts.append(Part("ranks on one GPU: gradients of a GPT", pytest("tests/python/test_gpt.py", failures=1), 120, same_gpu()))
     train = "train --ranks 8 --mode 2.5d --depth 2 --device cuda --steps 5 --layers 2 --width 64 --context 32 --sample 0 --plot="
     parts.append(
