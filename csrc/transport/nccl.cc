@@ -95,21 +95,26 @@ bool NcclWorld::ends(Nccl& axis) {
   return true;
 }
 
-// Lets what copy engines wait for come, until the axis' groups have ended.
-bool NcclWorld::released(Nccl& axis) {
+// Lets what copy engines wait for come, on all axes, since one's groups may stand behind another's, until all have ended. With mutex_ held.
+void NcclWorld::let_go() {
   constexpr double kMost = 5;
-  for (const double start = now(); axis.push_ && now() - start < kMost; std::this_thread::sleep_for(std::chrono::microseconds(200))) {
-    if (axis.idle()) return true;
-    axis.push_->release();
+  for (const double start = now(); now() - start < kMost; std::this_thread::sleep_for(std::chrono::microseconds(200))) {
+    bool left = false;
+    for (Nccl* axis : axes_) {
+      if (!axis->push_ || axis->idle()) continue;
+      axis->push_->release();
+      left = true;
+    }
+    if (!left) return;
   }
-  return false;
 }
 
 void NcclWorld::remove(Nccl* axis) {
-  const bool ended = ends(*axis) || released(*axis);
+  const bool ended = ends(*axis);
   const std::lock_guard lock(mutex_);
+  if (!ended) let_go();
   axes_.erase(std::find(axes_.begin(), axes_.end(), axis));
-  if (axis->push_) axis->push_->leave(ended);
+  if (axis->push_) axis->push_->leave(axis->idle());
   if (aborted_.load()) return;
   for (auto& each : axis->comms_)
     if (ncclComm_t comm = each.load()) ended ? nccl().CommDestroy(comm) : nccl().CommAbort(comm);
@@ -157,7 +162,7 @@ void NcclWorld::abort_all() {
     for (auto& each : axis->comms_)
       if (ncclComm_t comm = each.exchange(nullptr)) nccl().CommAbort(comm);
   if (world_) nccl().CommAbort(std::exchange(world_, nullptr));
-  for (Nccl* axis : axes_) released(*axis);
+  let_go();
 }
 
 Nccl::Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, NcclWorld& world, const std::vector<int>& members)

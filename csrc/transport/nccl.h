@@ -33,7 +33,7 @@ class NcclWorld {
   void look();
   void abort_all();
   bool ends(Nccl& axis);
-  bool released(Nccl& axis);
+  void let_go();
 
   Program& program_;
   Control& control_;

@@ -295,6 +295,9 @@ void Push::leave(bool ended) {
     (void)flags_.release();
     return;
   }
+  int before = 0;
+  cudaGetDevice(&before);
+  cudaSetDevice(compute_.ordinal());
   if (flags_on_device_) cudaHostUnregister(flags_->base());
   flags_on_device_ = nullptr;
   flags_.reset();
@@ -310,6 +313,7 @@ void Push::leave(bool ended) {
   for (const double start = now(); !closed() && now() - start < kLeaveSeconds;) nap(0.0005);
   if (window_ && closed()) cudaFree(window_);
   window_ = nullptr;
+  cudaSetDevice(before);
 }
 
 }  // namespace gingham

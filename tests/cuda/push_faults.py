@@ -55,7 +55,7 @@ PUSH = [
         "",
         GRAPH,
     ),
-    host("nobody lets go what is waited for", "abort", NCCL, "    axis.push_->release();\n", "", RELEASED),
+    host("nobody lets go what is waited for", "abort", NCCL, "      axis->push_->release();\n", "", RELEASED),
     host(
         "the start-up check compares nothing",
         "check",
