@@ -21,7 +21,7 @@ bool Step::gathers_early() const {
   for (const Projection& map : config_.maps) {
     const Operand& w = map.w;
     if (in_w(config_.slice_dim) < 0 || !w.cut() || w.offsets.empty() || w.axis != &axis_of(config_)) return false;
-    if (!w.axis->ring().queues() || w.axis->crosses_any()) return false;
+    if (!w.axis->ring().queues() || w.axis->crosses_any() || w.axis->replays()) return false;
   }
   return true;
 }

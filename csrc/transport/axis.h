@@ -102,6 +102,8 @@ class Axis {
   virtual bool holds(const void* data) const = 0;        // peers can have it from where it stands
   virtual int host(int) const { return 0; }              // a number that the peers on one host have alike
   virtual std::string carried_by() const { return ""; }  // what takes messages between GPUs, and why nothing better does
+  // Whether a graph was captured whose replay and a call beside it must not overlap: they would use the same slots.
+  virtual bool replays() const { return false; }
   bool crosses(int peer) const { return host(peer) != host(rank_); }
   bool crosses_any() const {
     for (int peer = 0; peer < size_; peer++)

@@ -41,6 +41,7 @@ NcclWorld::NcclWorld(Program& program, CudaStream& compute)
 NcclWorld::~NcclWorld() {
   stop_.store(true);
   if (thread_.joinable()) thread_.join();
+  if (letting_go_.joinable()) letting_go_.join();
   if (world_ && !aborted_.load()) nccl().CommDestroy(world_);
 }
 
@@ -79,6 +80,8 @@ ncclComm_t NcclWorld::split(int color, int key) {
 void NcclWorld::add(Nccl* axis) {
   const std::lock_guard lock(mutex_);
   axes_.push_back(axis);
+  const std::lock_guard others(pushes_mutex_);
+  if (axis->push_) pushes_.push_back(axis->push_.get());
 }
 
 // An axis ends with its groups. What can no longer end, as a rank has died, left or hangs, is aborted: NCCL would wait for it for ever. Ranks
@@ -95,29 +98,40 @@ bool NcclWorld::ends(Nccl& axis) {
   return true;
 }
 
-// Lets what copy engines wait for come, on all axes, since one's groups may stand behind another's, until all have ended. With mutex_ held.
+// From the moment at which this job is over, and for good: what copy engines wait for comes, whatever is queued later. Replays of a graph are seen by
+// nobody, and communicators that are aborted may wait for the device, so that this is a thread of its own.
 void NcclWorld::let_go() {
-  constexpr double kMost = 5;
-  for (const double start = now(); now() - start < kMost; std::this_thread::sleep_for(std::chrono::microseconds(200))) {
-    bool left = false;
-    for (Nccl* axis : axes_) {
-      if (!axis->push_ || axis->idle()) continue;
-      axis->push_->release();
-      left = true;
+  const std::lock_guard lock(pushes_mutex_);
+  if (letting_go_.joinable() || pushes_.empty()) return;
+  letting_go_ = std::thread([this] {
+    for (; !stop_.load(); std::this_thread::sleep_for(std::chrono::microseconds(200))) {
+      const std::lock_guard lock(pushes_mutex_);
+      for (Push* push : pushes_) push->release();
     }
-    if (!left) return;
-  }
+  });
 }
 
 void NcclWorld::remove(Nccl* axis) {
   const bool ended = ends(*axis);
-  const std::lock_guard lock(mutex_);
-  if (!ended) let_go();
-  axes_.erase(std::find(axes_.begin(), axes_.end(), axis));
-  if (axis->push_) axis->push_->leave(axis->idle());
-  if (aborted_.load()) return;
-  for (auto& each : axis->comms_)
-    if (ncclComm_t comm = each.load()) ended ? nccl().CommDestroy(comm) : nccl().CommAbort(comm);
+  if (!ended && axis->push_) {
+    control_.fail(Control::Kind::stalled, program_.behind(), concat("messages of rank ", control_.rank(), " were on their way when its mesh ended"));
+    let_go();
+    constexpr double kMost = 5;
+    for (const double start = now(); !axis->idle() && now() - start < kMost;) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    axes_.erase(std::find(axes_.begin(), axes_.end(), axis));
+    if (!aborted_.load())
+      for (auto& each : axis->comms_)
+        if (ncclComm_t comm = each.load()) ended ? nccl().CommDestroy(comm) : nccl().CommAbort(comm);
+  }
+  if (!axis->push_) return;
+  {
+    const std::lock_guard lock(pushes_mutex_);
+    std::erase(pushes_, axis->push_.get());
+  }
+  axis->push_->leave(axis->idle() && !axis->captured());
 }
 
 void NcclWorld::watch() {
@@ -158,11 +172,11 @@ void NcclWorld::abort_all() {
   for (const double start = now(); !calls && now() - start < kMostInACall; calls.try_lock())
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   aborted_.store(true);
+  let_go();
   for (Nccl* axis : axes_)
     for (auto& each : axis->comms_)
       if (ncclComm_t comm = each.exchange(nullptr)) nccl().CommAbort(comm);
   if (world_) nccl().CommAbort(std::exchange(world_, nullptr));
-  let_go();
 }
 
 Nccl::Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, NcclWorld& world, const std::vector<int>& members)

@@ -43,6 +43,9 @@ class NcclWorld {
   std::mutex mutex_;  // of axes_
   std::mutex calls_;  // held by who is inside of a call that takes a communicator, in which nobody may abort it
   std::vector<Nccl*> axes_;
+  std::mutex pushes_mutex_;  // of these two
+  std::vector<Push*> pushes_;
+  std::thread letting_go_;
   std::atomic<bool> stop_{false}, aborted_{false};
   std::thread thread_;
 };
@@ -53,6 +56,7 @@ class Nccl : public Queued {
   Nccl(std::unique_ptr<Axis> shared, GroupOrder& order, Program& program, AxisMemory memory, NcclWorld& world, const std::vector<int>& members);
   ~Nccl() override;
   ncclComm_t communicator() const { return comms_[0]; }  // for the microbenchmark's yardsticks
+  bool replays() const override { return push_ && captured(); }
   std::string carried_by() const override { return push_ ? "copy engines" : "NCCL (" + why_not_ + ")"; }
 
  protected:

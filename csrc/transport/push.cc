@@ -20,13 +20,13 @@ class StreamMemory {
     static const StreamMemory found;
     return found;
   }
-  // Waits until a flag is set and clears it.
-  void take(cudaStream_t stream, CUdeviceptr flag) const {
+  // Waits until a flag is set and clears it. flush: what other devices wrote before it was set is seen, where the device has to be told.
+  void take(cudaStream_t stream, CUdeviceptr flag, unsigned flush) const {
     CUstreamBatchMemOpParams both[2] = {};
     both[0].waitValue.operation = CU_STREAM_MEM_OP_WAIT_VALUE_32;
     both[0].waitValue.address = flag;
     both[0].waitValue.value = 1;
-    both[0].waitValue.flags = CU_STREAM_WAIT_VALUE_EQ;
+    both[0].waitValue.flags = CU_STREAM_WAIT_VALUE_EQ | flush;
     both[1] = write(flag, 0);
     run(stream, 2, both);
   }
@@ -113,7 +113,7 @@ bool Push::agree(int step, const std::function<void()>& act) {
   try {
     act();
     mine.able[step] = 1;
-  } catch (const DeviceError& error) {
+  } catch (const Error& error) {
     show(mine.why_not, sizeof(mine.why_not), error.what());
     cudaGetLastError();  // else the next check of a launch would report it
   }
@@ -135,7 +135,12 @@ void Push::offer() {
   slot_bytes_ = std::max(window_bytes() / (channels(members_.size()) * kSlots) / kUnit * kUnit, kUnit);
   StreamMemory::get();
   compute_.enter();
+  int flushes = 0;
+  CUDA_CHECK(cudaDeviceGetAttribute(&flushes, cudaDevAttrCanFlushRemoteWrites, compute_.ordinal()));
+  flush_ = flushes ? CU_STREAM_WAIT_VALUE_FLUSH : 0;
   CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&window_), slot_bytes_ * kSlots * channels(members_.size())));
+  CUDA_CHECK(cudaMemsetAsync(window_, 0, slot_bytes_ * kSlots * channels(members_.size()), native(compute_)));
+  CUDA_CHECK(cudaStreamSynchronize(native(compute_)));
   cudaIpcMemHandle_t handle{};
   CUDA_CHECK(cudaIpcGetMemHandle(&handle, window_));
   Shown& mine = shown(rank_);
@@ -168,6 +173,7 @@ void Push::accept() {
   }
   if (!flags_) flags_ = std::make_unique<Segment>(std::string(shown(0).flags));
   CUDA_CHECK(cudaHostRegister(flags_->base(), flags_->bytes(), cudaHostRegisterPortable | cudaHostRegisterMapped));
+  registered_ = true;
   void* found = nullptr;
   CUDA_CHECK(cudaHostGetDevicePointer(&found, flags_->base(), 0));
   flags_on_device_ = static_cast<char*>(found);
@@ -181,10 +187,28 @@ void Push::check() {
   const std::unique_ptr<void, cudaError_t (*)(void*)> held(room, cudaFree);
   Engines engines;
   std::string wrong;  // the others go on with their rounds, too
-  for (int line = 0; line < kLines; line++)
-    for (int round = 0; round < kSlots; round++)
-      if (const std::string found = compare(line, round, static_cast<char*>(room), peers * kTrial, engines); wrong.empty()) wrong = found;
+  try {
+    for (int line = 0; line < kLines; line++)
+      for (int round = 0; round < kSlots; round++)
+        if (const std::string found = compare(line, round, static_cast<char*>(room), peers * kTrial, engines); wrong.empty()) wrong = found;
+  } catch (const DeviceError&) {
+    end(engines, 0);
+    throw;
+  }
   CHECK(DeviceError, wrong.empty(), wrong);
+}
+
+// Waits for what is queued; what has not ended after `patience` seconds is let go.
+bool Push::end(Engines& engines, double patience) {
+  Event over;
+  engines.join();
+  over.record(engines.in());
+  bool late = false;
+  for (const double start = now(); cudaEventQuery(over.get()) == cudaErrorNotReady; nap(0.0002)) {
+    late |= now() - start > patience;
+    if (late) release();
+  }
+  return !late;
 }
 
 std::string Push::compare(int line, int round, char* room, size_t bytes, Engines& engines) {
@@ -201,19 +225,14 @@ std::string Push::compare(int line, int round, char* room, size_t bytes, Engines
   }
   CUDA_CHECK(cudaMemcpyAsync(room, sent.data(), bytes, cudaMemcpyHostToDevice, engines.in()));
   CUDA_CHECK(cudaMemsetAsync(room + bytes, 0, bytes, engines.in()));
-  Event filled, over;
+  Event filled;
   filled.record(engines.in());
   engines.hold_back_leaving(filled);
   carry(line, group, engines);
-  engines.join();
+  const double most = std::min(kTrialSeconds, program_.timeout() / 2);
+  CHECK(DeviceError, end(engines, most), "messages of the start-up check did not come within ", most, " s");
   CUDA_CHECK(cudaMemcpyAsync(got.data(), room + bytes, bytes, cudaMemcpyDeviceToHost, engines.in()));
-  over.record(engines.in());
-  bool late = false;
-  for (const double start = now(); cudaEventQuery(over.get()) == cudaErrorNotReady; nap(0.0002)) {
-    late |= now() - start > kTrialSeconds;
-    if (late) release();
-  }
-  CHECK(DeviceError, !late, "messages of the start-up check did not come within ", kTrialSeconds, " s");
+  CUDA_CHECK(cudaStreamSynchronize(engines.in()));
   for (int hop = 1; hop < size; hop++) {
     const int from = (rank_ + size - hop) % size;
     const auto begin = got.begin() + static_cast<std::ptrdiff_t>(static_cast<size_t>(hop - 1) * kTrial);
@@ -248,6 +267,8 @@ void Push::carry(int line, std::span<const Message> group, Engines& engines) {
     if (at == flows.end()) at = flows.insert(flows.end(), Flow{m.way, m.peer, {}});
     at->messages.push_back(&m);
   }
+  counted_ = engines.capture() ? &captured_ : &pieces_;
+  if (engines.capture() != std::exchange(capture_, engines.capture())) captured_.assign(pieces_.size(), 0);
   const auto left = [](const std::vector<Flow>& flows) { return !std::all_of(flows.begin(), flows.end(), [](const Flow& f) { return f.over(); }); };
   while (left(out) || left(in)) {
     const cudaStream_t leaving = engines.leaving();
@@ -266,14 +287,14 @@ void Push::piece(Flow& flow, int line, cudaStream_t stream) {
   const bool sends = flow.way == Message::Way::send;
   const int size = static_cast<int>(members_.size()), peer = flow.peer, ahead = ((sends ? rank_ - peer : peer - rank_) + size) % size;
   const size_t channel = static_cast<size_t>(ahead - 1) * kLines + static_cast<size_t>(line);
-  const uint32_t number = pieces_[2 * channel + sends]++ % kSlots;
+  const uint32_t number = (*counted_)[2 * channel + sends]++ % kSlots;
   // The first piece of several is a short one, so that the copies of the streams on which they leave do not begin and end together.
   const bool first = flow.moved == 0 && m.bytes > slot_bytes_;
   const size_t bytes = first ? slot_bytes_ / 2 : std::min(slot_bytes_, m.bytes - flow.moved);
   char* data = static_cast<char*>(m.data) + flow.moved;
   char* room = slot(sends ? windows_[static_cast<size_t>(peer)] : window_, ahead, line, number);
   const Flag& flag = sends ? this->flag(rank_, peer, line, number) : this->flag(peer, rank_, line, number);
-  memory.take(stream, on_device(sends ? flag.open : flag.full));
+  memory.take(stream, on_device(sends ? flag.open : flag.full), flush_);
   CUDA_CHECK(cudaMemcpyAsync(sends ? room : data, sends ? data : room, bytes, cudaMemcpyDefault, stream));
   memory.set(stream, on_device(sends ? flag.full : flag.open));
   flow.moved += bytes;
@@ -298,8 +319,7 @@ void Push::leave(bool ended) {
   int before = 0;
   cudaGetDevice(&before);
   cudaSetDevice(compute_.ordinal());
-  if (flags_on_device_) cudaHostUnregister(flags_->base());
-  flags_on_device_ = nullptr;
+  if (std::exchange(registered_, false)) cudaHostUnregister(flags_->base());
   flags_.reset();
   for (char*& each : windows_)
     if (each) cudaIpcCloseMemHandle(std::exchange(each, nullptr));
@@ -314,6 +334,7 @@ void Push::leave(bool ended) {
   if (window_ && closed()) cudaFree(window_);
   window_ = nullptr;
   cudaSetDevice(before);
+  cudaGetLastError();
 }
 
 }  // namespace gingham

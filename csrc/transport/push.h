@@ -44,6 +44,7 @@ class Push {
   void offer();
   void accept();
   void check();
+  bool end(Engines& engines, double patience);
   std::string compare(int line, int round, char* room, size_t bytes, Engines& engines);
   Flag& flag(int from, int to, int line, uint32_t slot) const;
   unsigned long long on_device(const std::atomic<uint32_t>& word) const;
@@ -60,7 +61,12 @@ class Push {
   std::vector<char*> windows_;  // the peers', as they are mapped here
   std::unique_ptr<Segment> flags_;
   char* flags_on_device_ = nullptr;
-  std::vector<uint32_t> pieces_;  // by channel, out and in: queued so far
+  // By channel, out and in: pieces queued so far, outside of captures, and in the present one, which may end early on some ranks.
+  std::vector<uint32_t> pieces_, captured_;
+  std::vector<uint32_t>* counted_ = nullptr;
+  unsigned long long capture_ = 0;
+  unsigned flush_ = 0;
+  bool registered_ = false;
 };
 
 }  // namespace gingham

@@ -143,7 +143,10 @@ void Queued::group_end() {
 void Queued::flush(Line& line) {
   if (line.waiting.empty() || open_groups_ > 0) return;
   const unsigned long long capture = capture_of(native(order_.compute));
-  if (capture) allow_capture();
+  if (capture) {
+    allow_capture();
+    captured_ = true;
+  }
   if (!after_) order_.entry.record(native(order_.compute));
   follow(line, after_ ? *after_ : order_.entry, capture);
   if (line.last_groups.empty()) line.last_groups.reserve(kRemembered);
@@ -216,6 +219,7 @@ void Queued::forget() {
 }
 
 bool Queued::idle() {
+  const std::lock_guard lock(mutex_);
   return std::all_of(lines_.begin(), lines_.end(), [](Line& line) {
     if (line.groups == 0) return true;
     const Group& newest = group(line, line.groups);

@@ -16,6 +16,7 @@
 // Keys, rows and shapes of a call are compared through shared memory on the host, as on the CPU (shm).
 #pragma once
 #include <array>
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -65,8 +66,9 @@ class Engines {
   ~Engines();
   Engines(const Engines&) = delete;
   void enter(unsigned long long in_capture);  // of a graph, that of the group which comes
-  cudaStream_t leaving();                     // the round's stream of what leaves, ..
-  cudaStream_t coming();                      // .. and then that of what comes
+  unsigned long long capture() const { return capture_; }
+  cudaStream_t leaving();  // the round's stream of what leaves, ..
+  cudaStream_t coming();   // .. and then that of what comes
   void end_round();
   void join();  // what comes from here on comes after all that left
   void hold_back_leaving(const Event& event) const;
@@ -138,8 +140,9 @@ class Queued : public Axis, public Board, public Ring {
   // For a watch, a thread of its own: seconds since the oldest group that has not ended could begin; 0 where there is none. What a group waits
   // for (kernels, groups of other axes) is not its own time, and captured groups are left out: a question about their events breaks the capture.
   double waiting();
-  void forget();  // the messages that wait on the host
-  bool idle();    // whether all its groups have ended, captured ones aside
+  void forget();                               // the messages that wait on the host
+  bool captured() const { return captured_; }  // whether any of its groups was: a replay of those may be under way unseen
+  bool idle();                                 // whether all its groups have ended, captured ones aside
 
  protected:
   struct Line {
@@ -187,6 +190,7 @@ class Queued : public Axis, public Board, public Ring {
 
   GroupOrder& order_;
   bool by_engines_ = false;
+  std::atomic<bool> captured_{false};
   std::array<LaneState, kLanes> lanes_;
   std::mutex mutex_;  // of what the watch sees of the lines
   int open_groups_ = 0;

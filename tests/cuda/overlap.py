@@ -17,7 +17,7 @@ GPUs were never seen. It assumes:
   multiprocessors  messages by NCCL hold 16 of 132 while one is under way: products are that much slower (maxCTAs is not set: NCCL
                    may take more); by copy engines none
   copy engines     (GINGHAM_COPY_ENGINES=1) 2 us until a copy begins, then the links' rate into a peer's window, or what it reads and
-                   writes at 3.0 TB/s out of the own one; 0.5 us for each wait for a flag and each write of one
+                   writes at 3.0 TB/s out of the own one, by an engine as well; 0.5 us for each wait for a flag and each write of one
 
 A share is the time of one layer's products alone, each in one launch with results in 16 bits, over what a layer adds to a step:
 stacks of two depths are compared, so that the first and the last layer, which have nothing beside them, do not count. What torch

@@ -5,6 +5,7 @@ from cuda.mutation import host
 PUSH_CC, QUEUED, NCCL = "transport/push.cc", "transport/queued.cc", "transport/nccl.cc"
 MESSAGES, BEHIND, GRAPH = "messages by copy engines", "copy engines behind each other", "copy engines in a graph"
 RELEASED, CANNOT = "what copy engines wait for is let go", "copy engines that cannot"
+TAKE = "  memory.take(stream, on_device(sends ? flag.open : flag.full), flush_);\n"
 
 PUSH = [
     host("a flag is not cleared", "flag", PUSH_CC, "    run(stream, 2, both);\n", "    run(stream, 1, both);\n", MESSAGES),
@@ -12,20 +13,25 @@ PUSH = [
         "a slot is full before it is filled",
         "flag",
         PUSH_CC,
-        "  memory.take(stream, on_device(sends ? flag.open : flag.full));\n",
-        "  memory.take(stream, on_device(sends ? flag.open : flag.full));\n  if (sends) memory.set(stream, on_device(flag.full));\n",
+        TAKE,
+        TAKE + "  if (sends) memory.set(stream, on_device(flag.full));\n",
         MESSAGES,
     ),
     host(
         "a slot is filled before it is open",
         "flag",
         PUSH_CC,
-        "  memory.take(stream, on_device(sends ? flag.open : flag.full));\n",
-        "  if (!sends) memory.take(stream, on_device(flag.full));\n",
+        TAKE,
+        "  if (!sends) memory.take(stream, on_device(flag.full), flush_);\n",
         MESSAGES,
     ),
     host(
-        "slots do not take turns", "slot", PUSH_CC, "pieces_[2 * channel + sends]++ % kSlots", "pieces_[2 * channel + sends]++ % 1", GRAPH
+        "slots do not take turns",
+        "slot",
+        PUSH_CC,
+        "(*counted_)[2 * channel + sends]++ % kSlots",
+        "(*counted_)[2 * channel + sends]++ % 1",
+        GRAPH,
     ),
     host(
         "lines share their slots",
@@ -55,7 +61,15 @@ PUSH = [
         "",
         GRAPH,
     ),
-    host("nobody lets go what is waited for", "abort", NCCL, "      axis->push_->release();\n", "", RELEASED),
+    host("nobody lets go what is waited for", "abort", NCCL, "push->release();\n    }\n", "(void)push;\n    }\n", RELEASED),
+    host(
+        "a replay is taken for an end",
+        "abort",
+        NCCL,
+        "    for (; !stop_.load(); ",
+        "    for (; !stop_.load() && !axes_[0]->idle(); ",
+        "a replay is let go",
+    ),
     host(
         "the start-up check compares nothing",
         "check",

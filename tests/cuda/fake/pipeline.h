@@ -195,6 +195,7 @@ void messages_by_copy_engines();
 void copy_engines_behind_each_other();
 void copy_engines_in_a_graph();
 void what_copy_engines_wait_for_is_let_go();
+void a_replay_is_let_go();
 void copy_engines_that_cannot();
 
 // Of pipeline_early.cc.

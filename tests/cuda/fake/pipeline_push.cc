@@ -1,5 +1,7 @@
 // Messages by copy engines: windows that ranks open for each other, flags, rounds.
+#include <signal.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 
@@ -116,6 +118,27 @@ void what_copy_engines_wait_for_is_let_go() {
     EXPECT(*left == o.size(), *left, " ranks were told");
     munmap(left, 4096);
   }
+}
+
+// A rank dies when its peer has launched a captured step, which no watch can see.
+void a_replay_is_let_go() {
+  const Engined engined;
+  auto* told = static_cast<std::atomic<int>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
+  Options o = options(Carrier::nccl, {1, 2, 1});
+  o.slices = 8;
+  int round = 0;
+  o.before = [&](Job& job) {
+    if (round++ == 1) CUDA_CHECK(cudaStreamBeginCapture(native(job.stream()), cudaStreamCaptureModeThreadLocal));
+  };
+  o.after = [&](Job& job) {
+    if (round != 2) return;
+    if (job.rank() == 1) kill(getpid(), SIGKILL);
+    cudaGraph_t graph = nullptr;
+    CUDA_CHECK(cudaStreamEndCapture(native(job.stream()), &graph));
+  };
+  const std::string said = failure_of(o, 20, [&] { ++*told; });
+  EXPECT(*told == 1 && said.find("rank 1") != std::string::npos, *told, " ranks were told: ", said);
+  munmap(told, 4096);
 }
 
 // What one rank cannot all leave, for NCCL, and all say whose it is.
