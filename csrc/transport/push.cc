@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <numeric>
 
 namespace gingham {
 namespace {
@@ -138,8 +137,9 @@ void Push::offer() {
   int flushes = 0;
   CUDA_CHECK(cudaDeviceGetAttribute(&flushes, cudaDevAttrCanFlushRemoteWrites, compute_.ordinal()));
   flush_ = flushes ? CU_STREAM_WAIT_VALUE_FLUSH : 0;
-  CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&window_), slot_bytes_ * kSlots * channels(members_.size())));
-  CUDA_CHECK(cudaMemsetAsync(window_, 0, slot_bytes_ * kSlots * channels(members_.size()), native(compute_)));
+  const size_t bytes = slot_bytes_ * kSlots * channels(members_.size());
+  CUDA_CHECK(cudaMalloc(reinterpret_cast<void**>(&window_), bytes));
+  CUDA_CHECK(cudaMemsetAsync(window_, 0, bytes, native(compute_)));
   CUDA_CHECK(cudaStreamSynchronize(native(compute_)));
   cudaIpcMemHandle_t handle{};
   CUDA_CHECK(cudaIpcGetMemHandle(&handle, window_));

@@ -1,4 +1,4 @@
-// Messages between GPUs of one host that take no multiprocessor: copy engines push them into windows of device memory which the ranks of an axis
+// Messages between GPUs of one host that take none of NCCL's kernels: copy engines push them into windows of device memory which the ranks of an axis
 // open for each other (CUDA IPC), and streams wait for flags in host memory that all of them map. GINGHAM_COPY_ENGINES=1 asks for it; an axis on
 // which any rank cannot, or whose first messages do not come right, stays with NCCL, and says why.
 //   window   of each rank: a channel from every other rank and line, of kSlots slots

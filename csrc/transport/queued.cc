@@ -81,10 +81,13 @@ void Queued::take_engines() {
 Queued::~Queued() {
   std::erase(order_.axes, this);
   // It ends here; its calls have joined it to the compute stream.
-  if (order_.last_axis == this) order_.last = nullptr, order_.last_axis = nullptr, order_.last_stream = nullptr;
+  if (order_.last && owns(*order_.last)) order_.last = nullptr;
   std::erase_if(order_.trails, [this](const GroupOrder::Trail& trail) { return owns(*trail.group); });
-  for (Line& line : lines_)
-    if (line.stream && !by_engines_) cudaStreamDestroy(line.stream);
+  for (Line& line : lines_) {
+    if (by_engines_) continue;
+    if (order_.last_stream == line.stream) order_.last_stream = nullptr;  // a group that was left in part is nobody's last
+    cudaStreamDestroy(line.stream);
+  }
 }
 
 bool Queued::owns(const Group& group) const {
@@ -163,7 +166,6 @@ void Queued::flush(Line& line) {
     line.groups++;
   }
   order_.last = &group;
-  order_.last_axis = this;
   if (order_.engines) leave_trail(group, line.waiting, capture);
   for (const Message& m : line.waiting) {
     LaneState& lane = lanes_[static_cast<size_t>(m.lane)];

@@ -7,10 +7,10 @@
 // from previous}, which no rank can block. group_start() and group_end() put any number of messages into one group.
 // Groups of all lines run one after the other in the order in which the host queued them (GroupOrder). Ranks queue the same groups, so that
 // no two of them can wait for each other on different communicators, even where a device progresses only one at a time.
-// Messages that take no kernels (transport/push) go by two streams of their own, for all axes: one on which they leave, one on which they come.
-// What leaves waits for earlier groups only where they brought it, so that a group's messages may leave before those of the one before have come.
-// A call that an error leaves does not come to its arrived() and drain(), but its memory is free to be used again: GroupOrder::break_off() holds
-// the compute stream back in their place, and drops what was not queued yet. Where messages never end the watch aborts their communicators, and
+// Messages that take no kernels (transport/push) go by streams of their own, for all axes: those on which they leave, in turns, and one on which they
+// come. What leaves waits for earlier groups only where they brought it, so that a group's messages may leave before those of the one before have
+// come. A call that an error leaves does not come to its arrived() and drain(), but its memory is free to be used again: GroupOrder::break_off()
+// holds the compute stream back in their place, and drops what was not queued yet. Where messages never end the watch aborts their communicators, and
 // the stream goes on.
 // In a graph capture no stream may wait for what was queued outside of it, nor the other way round (GroupEnd::capture).
 // Keys, rows and shapes of a call are compared through shared memory on the host, as on the CPU (shm).
@@ -94,7 +94,6 @@ struct GroupOrder {
   std::vector<Queued*> axes;
   Event entry, all;
   const Group* last = nullptr;
-  const Queued* last_axis = nullptr;
   cudaStream_t last_stream = nullptr;
 
   std::unique_ptr<Engines> engines;  // where there are any
@@ -147,9 +146,7 @@ class Queued : public Axis, public Board, public Ring {
  protected:
   struct Line {
     cudaStream_t stream = nullptr;
-    cudaStream_t outbound = nullptr;  // where messages leave on a stream of their own
     std::vector<Message> waiting;
-    uint64_t fences = 0;             // waited for
     std::vector<Group> last_groups;  // number n, from 1, in place (n - 1) % kRemembered
     uint64_t groups = 0;
     uint64_t seen = 0;  // by the watch: those that have ended
