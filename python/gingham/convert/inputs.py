@@ -106,8 +106,7 @@ class Border:
         args, kwargs = plain(args), plain(kwargs)  # the first step's checks end here: a model's code has its probe
         forward = name == "forward"
         if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
-            late.adopt(model, self.mesh, self.body)
-            self.modules = late.fingerprint(model)
+            self.modules = late.adopt(model, self.mesh, self.body)
         self.crossed = True
         self.open.clear()
         args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
@@ -389,6 +388,6 @@ def attach(stand: Any, border: Border, base: Any) -> None:
         inner = Border(base, border.mesh, "full", border.body, border.batch, None, heads=border.heads)
         inner.inside = border.inside
         enclose(base, inner)
-        inner.modules = late.fingerprint(base)
+        inner.modules = late.note(base)
     enclose(stand, border)
-    border.modules = late.fingerprint(stand)
+    border.modules = late.note(stand)

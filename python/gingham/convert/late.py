@@ -1,5 +1,6 @@
-"""What is put into a model after parallelize: adapters of peft beside converted linears are converted at the next call, anything else
-with parameters of its own is named, since it would see a part of a batch and nobody would sum its gradients.
+"""What is put into a model after parallelize: adapters of peft beside converted linears are converted at the next call, any other module
+with parameters of its own and any other parameter is named, since it would see a part of a batch and nobody would sum its gradients.
+A parameter under a name that its module had when it was converted is cut where it is read, and may come at any time.
 """
 
 from __future__ import annotations
@@ -17,15 +18,39 @@ from .layers import convert_late
 from .wrappers import adapter_roles
 
 SIDES = ("lora_A", "lora_B")
+KNOWN = "_gingham_names"  # the attribute of a module that holds the names of the parameters that it had when it was converted
 
 
 def fingerprint(model: torch.nn.Module) -> int:
-    """Of the modules of a model, which changes when one is put in or taken out."""
-    return hash(tuple(map(id, model.modules())))
+    """Of the modules of a model and the names of their parameters, which changes when one is put in or taken out."""
+    found: list[int | str] = []
+    seen: set[int] = set()
+    left: list[torch.nn.Module | None] = [model]
+    while left:
+        module = left.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            found.append(id(module))
+            if module._parameters:
+                found += _names(module)
+            left += module._modules.values()
+    return hash(tuple(found))
 
 
-def adopt(model: torch.nn.Module, mesh: Any, body: str) -> None:
-    """Converts adapters that were put beside converted linears. Raises NotImplementedError for other modules that came later."""
+def _names(module: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in module._parameters.items() if parameter is not None]
+
+
+def note(model: torch.nn.Module) -> int:
+    """Takes what a model now holds for what it was converted with, and returns its fingerprint."""
+    for module in model.modules():
+        vars(module)[KNOWN] = frozenset(_names(module))
+    return fingerprint(model)
+
+
+def adopt(model: torch.nn.Module, mesh: Any, body: str) -> int:
+    """Converts adapters that were put beside converted linears, and returns the model's fingerprint. Raises NotImplementedError for other
+    modules that came later, and for parameters."""
     for path, module in list(model.named_modules()):
         base = module._modules.get("base_layer")
         if isinstance(base, nn.Linear | FusedLinears) and any(side in module._modules for side in SIDES):
@@ -33,11 +58,13 @@ def adopt(model: torch.nn.Module, mesh: Any, body: str) -> None:
             accept_full(module)
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, DTensor):
+            if parameter is not None and not isinstance(parameter, DTensor) and name not in vars(module).get(KNOWN, ()):
                 raise NotImplementedError(
-                    f"{path}.{name} of {type(module).__name__} was put into the model after parallelize and would see a part of each batch,"
-                    f" on rank {mesh.rank} of {mesh.size}; put it in before"
+                    f"{f'{path}.{name}'.lstrip('.')} of {type(module).__name__} was put into the model after parallelize and would see a"
+                    f" part of each batch, on rank {mesh.rank} of {mesh.size}, and nobody would sum its gradient; put it in before (a"
+                    " parameter that was there may be replaced by one of its name and shape)"
                 )
+    return note(model)
 
 
 def _adapters(path: str, module: Any, base: Any, mesh: Any) -> None:
