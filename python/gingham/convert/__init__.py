@@ -13,7 +13,7 @@ from ..checkpoint import pretrained
 from ..mesh import Mesh, current
 from . import adapters, attention, identity, inputs, layers, meta, sequence
 from .agree import agree, agreed_seed
-from .entry import enclose, register_forward_method
+from .entry import Above, enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
 from .layers import Conversion
 from .losses import is_transformers
@@ -53,7 +53,8 @@ def parallelize(
     whole batch. On a mesh with data, inputs and outputs are those of this data rank's own batch, the same on its ranks: labels= gives the
     mean over the job's valid tokens; a loss that the caller takes of outputs, a mean over samples, counts with the part that these are
     of the job's. generate() there: synced_gpus=True, so that no data rank ends before the others. Tensors whose first dim is that of the
-    first are cut like it; whole=("positions",) names those that are none of a batch. io "local": inputs and outputs are this rank's
+    first are cut like it, those in dicts, lists, tuples, mappings and dataclasses too; whole=("positions", "batch.positions") names those
+    that are none of a batch. io "local": inputs and outputs are this rank's
     blocks (ids and masks as mesh.scatter cuts them, features in outer, logits in inner).
     Ranks that hold other values than rank 0 get rank 0's, with a warning. Optimizers that hold the parameters hold the new ones;
     those of a weight that becomes several raise at their step. A model on the `meta` device gets its blocks only, drawn by Philox from
@@ -126,7 +127,7 @@ def _attach(
     inputs.attach(stand, border, core(base) if base is not None and not apart else None)
     if apart:
         holder = path_of(inner, base).partition(".")[0]
-        enclose(inner, inputs.Above(border, holder))
+        enclose(inner, Above(border, holder))
     border.watch(made.cutting, made.joining)
     for each in {id(each): each for each in (model, inner)}.values():
         each.gingham_plan = made.lines  # type: ignore[assignment]

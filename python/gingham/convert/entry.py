@@ -14,10 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..function import refuse_transforms
 from .bytecode import chains
+from .nested import has_tensors
 
 HERE = "_gingham_border"  # the attribute that holds a model's border
 
@@ -37,6 +37,25 @@ def enclose(model: torch.nn.Module, border: Any) -> None:
         object.__setattr__(model, "_own_forward", model.__dict__.pop("forward"))
     object.__setattr__(model, HERE, border)
     _wrap(model, {"forward": "cross", **ways_in(model)})
+
+
+class Above:
+    """What stands on the methods of a model whose border is around its base: they see whole tensors, and must cross that border."""
+
+    def __init__(self, border: Any, child: str) -> None:
+        """child: the model's child that is or holds the base."""
+        self.border, self.inside, self.child = border, border.inside, child
+
+    def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.border.crossed = False
+        output = function(model, *args, **kwargs)
+        runs = name == "forward" or any(chain[:1] == (self.child,) for chain in chains(function) or ())
+        if runs and not self.border.crossed:
+            raise NotImplementedError(
+                f"{type(model).__name__}.{name} runs layers of its base without calling the base, so that every rank has run the whole"
+                " batch and gradients would be counted several times; call the base, or use io='local'"
+            )
+        return output
 
 
 def register_forward_method(model: torch.nn.Module, method_name: str) -> None:
@@ -76,7 +95,7 @@ def _bordered(original: Callable[..., Any], name: str, way: str) -> Callable[...
         if name == "forward" and "_own_forward" in self.__dict__:
             own = self._own_forward
             function = lambda _, *args, **kwargs: own(*args, **kwargs)  # noqa: E731
-        if border is None or border.inside.depth or name != "forward" and not _has_tensors(args, kwargs):
+        if border is None or border.inside.depth or name != "forward" and not has_tensors(args, kwargs):
             return function(self, *args, **kwargs)
         if way == "refuse":
             raise NotImplementedError(
@@ -103,10 +122,6 @@ def _deeply_copied(self: Any, memo: dict[int, Any]) -> Any:
     new = memo[id(self)] = object.__new__(type(self))
     vars(new).update(copy.deepcopy(vars(self), memo))
     return new
-
-
-def _has_tensors(args: Any, kwargs: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs)))
 
 
 def ways_in(model: torch.nn.Module) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Full tensors in, full tensors out: what stands around a converted model so that the code that calls it stays as it was.
 
-Before the call every batched argument is cut to this rank's rows (hidden states to its features too); after it outputs are
-gathered by the name of their field. labels= are taken out of the call: the loss is that of the whole batch.
+Before the call every batched argument, and what arguments hold (nested.py), is cut to this rank's rows (hidden states to its features
+too); after it outputs are gathered by the name of their field. labels= are taken out of the call: the loss is that of the whole batch.
 """
 
 from __future__ import annotations
@@ -13,31 +13,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from .. import nn
 from ..checks import plain
 from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import Names, chunks
-from . import late, probe, sequence
+from . import late, nested, probe, sequence
 from .agree import check_alike
-from .bytecode import chains
 from .caches import is_cache, keep_rows
 from .entry import Inside, enclose
 from .generators import own_numbers
 from .loose import shared_gradient
-from .losses import Labelled, gather, is_transformers, known_or_refused, loss_of, share_of_mean
+from .losses import INNER, LABELS, OUTER, ROWS, Labelled, gather, is_transformers, known_or_refused, loss_of, share_of_mean, widths_of
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
 STREAMS = {"src", "tgt", "memory", "inputs_embeds", "input", "encoder_hidden_states"}
 # the argument whose first dim says how many samples there are: others may have 1 row, for all of them
 SAMPLES = ("input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values")
-# fields of an output in the layout inner, those that have rows only, and those in outer
-INNER = {"logits", "prediction_logits", "seq_relationship_logits"}
-ROWS = {"start_logits", "end_logits"}
-OUTER = {"last_hidden_state", "pooler_output", "hidden_states"}
 
 
 def streams(module: torch.nn.Module) -> tuple[str, ...]:
@@ -75,6 +69,8 @@ class Border:
         self.rows: list[torch.Tensor] = []  # of the call, the tensors that were cut
         self.open: list[tuple[str, Any, int]] = []
         self.first: Any = None
+        self.given: list[str] = []
+        self.passed = nested.Passed()
         self.heads = heads
         self.stack = body == "outer" and not self.hugging
         self.widths = widths_of(model) if self.hugging else {"": width}
@@ -94,7 +90,7 @@ class Border:
             raise TypeError(f"whole={whole!r}: expected a sequence of names, ({whole!r},)")
         parameters = inspect.signature(model.forward).parameters
         open_ended = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        unknown = [name for name in whole if name not in parameters and not open_ended]
+        unknown = [name for name in whole if name.partition(".")[0] not in parameters and not open_ended]
         if unknown:
             raise ValueError(
                 f"whole={tuple(whole)}: {type(model).__name__}.forward has no argument {unknown[0]!r}, only {list(parameters)}"
@@ -103,7 +99,9 @@ class Border:
 
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
-        args, kwargs = plain(args), plain(kwargs)  # the first step's checks end here: a model's code has its probe
+        args, kwargs = nested.mapped(
+            lambda _, x: plain(x), (args, kwargs)
+        )  # the first step's checks end here: a model's code has its probe
         forward = name == "forward"
         if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
             self.modules = late.adopt(model, self.mesh, self.body)
@@ -128,7 +126,7 @@ class Border:
 
     def _probe(self, function: Any, kind: tuple[str, bool, bool], model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
         """At the first call of a method (in training or not, with gradients or without): what it gives beside other samples."""
-        if any(is_cache(value) for value in (*args, *kwargs.values())):
+        if any(is_cache(value) for _, value in nested.leaves((args, kwargs))):
             return None  # which would be filled twice
         self.probed.add(kind)
         if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
@@ -144,7 +142,7 @@ class Border:
         new = object.__new__(Border)
         vars(new).update(vars(self))
         new.inside, new.told, new.first, new.labels, new.open = copy.deepcopy(self.inside, memo), set(), None, {}, []
-        new.rows = []
+        new.rows, new.passed = [], nested.Passed()
         new.probed, new.modules = set(self.probed), 0
         memo[id(self)] = new
         return new
@@ -161,15 +159,17 @@ class Border:
             if self.tuples:
                 kwargs["return_dict"] = True
         given = {**named, **kwargs}
-        self.first = next((x for name, x in self._in_order(given) if self._batched(name, x)), None)
-        self.size = next((x.shape[self._dim(name, x)] for name, x in self._in_order(given) if x is self.first and x is not None), None)
+        held = {name: nested.leaves(value, name) for name, value in {**given, **self.labels}.items()}
+        self.given = list(given)
+        self.first, self.size = self._first_of(given, held)
         self.missing = self._missing(self.size or 0)
         if self.full:
             self._check_dims(model, given)
-            self._check_alike({**given, **self.labels})
+            self._check_open(model, held)
+            self._check_alike(held)
             if self.mesh.outer.time:
                 kwargs, named = sequence.prepared(self.mesh, model, given, self.names, self.own, self.missing), {}
-            for value in filter(is_cache, given.values()):  # one that the caller made is filled in place, whatever is returned
+            for value in (x for each in held.values() for _, x in each if is_cache(x)):  # the caller's is filled in place, whatever returns
                 keep_rows(value, self.mesh)
             named = {name: self._cut(name, x) for name, x in named.items()}
             kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
@@ -178,6 +178,26 @@ class Border:
     def _in_order(self, given: dict[str, Any]) -> list[tuple[str, Any]]:
         """The arguments, those that say how many samples there are first."""
         return sorted(given.items(), key=lambda pair: pair[0] not in SAMPLES) if self.hugging else list(given.items())
+
+    def _first_of(self, given: dict[str, Any], held: dict[str, list[tuple[str, Any]]]) -> tuple[Any, int | None]:
+        """The tensor that says how many samples there are, and their number: the first argument that is one. Where none is, the first
+        inside of one; of the keys of a dict those of one dim (positions, weights) only where there is no other."""
+        order = self._in_order(given)
+        found = [(name, x) for name, x in order if self._batched(name, x)]
+        if not found:
+            found = [(name, x) for name, _ in order for path, x in held[name] if self._batched(path, x)]
+            found.sort(key=lambda pair: pair[1].dim() == 1)
+        return (found[0][1], found[0][1].shape[self._dim(*found[0])]) if found else (None, None)
+
+    def _check_open(self, model: torch.nn.Module, held: dict[str, list[tuple[str, Any]]]) -> None:
+        """Raises NotImplementedError for an object with tensors that no border can cut."""
+        for path, x in (leaf for each in held.values() for leaf in each) if self._cuts_rows() else ():
+            words = "" if self._is_whole(path) else nested.closed(x, self.passed)
+            if words:
+                raise NotImplementedError(
+                    f"{type(model).__name__}: rank {self.mesh.rank} got {path}, {words}; where they are of no batch, say"
+                    f" parallelize(..., whole=({path!r},))"
+                )
 
     def _check_dims(self, model: torch.nn.Module, given: dict[str, Any]) -> None:
         """Raises ShapeError for one sample without a dim of samples, whose time or features would be taken for them."""
@@ -189,13 +209,13 @@ class Border:
                     " one of them of samples: x.unsqueeze(...)"
                 )
 
-    def _check_alike(self, given: dict[str, Any]) -> None:
+    def _check_alike(self, held: dict[str, list[tuple[str, Any]]]) -> None:
         """Raises MeshError, on every rank, where one was given other tensors than the rest: a loader that shuffles by itself, a
         sampled token. A control message of 8 bytes."""
         if self.mesh.size == 1:
             return
-        leaves = [x.detach() for name in sorted(given) for x in pytree.tree_leaves(given[name]) if self._batched(name, x)]
-        names = ", ".join(sorted(given))
+        leaves = [x.detach() for name in sorted(held) for path, x in held[name] if self._batched(path, x)]
+        names = ", ".join(sorted(held))
         if not torch.compiler.is_compiling():
             check_alike(leaves, self.mesh.handle, names, self.own)  # also where this rank was given none: the others wait for its word
         elif leaves:
@@ -216,22 +236,30 @@ class Border:
         outer = self.mesh.outer
         return tuple(name for name in outer.rows if name not in outer.time and not (self.own and name == "data"))
 
-    def _batched(self, name: str, x: Any) -> bool:
-        return isinstance(x, torch.Tensor) and x.dim() > 0 and name not in self.whole
+    def _cuts_rows(self) -> bool:
+        return self.mesh.parts(self._rows()) > 1
+
+    def _is_whole(self, path: str) -> bool:
+        return path in self.whole or "." in path and any(path.startswith(f"{name}.") for name in self.whole)
+
+    def _batched(self, path: str, x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.dim() > 0 and not self._is_whole(path)
 
     def _dim(self, name: str, x: torch.Tensor) -> int:
         return self.batch if self.stack and name in STREAMS and x.dim() > 2 else 0
 
     def _cut(self, name: str, value: Any) -> Any:
-        def cut(x: Any) -> Any:
-            if self.missing and self.stack and name in WHOLE and isinstance(x, torch.Tensor) and x.dim() == 3:  # a mask a head
+        def cut(path: str, x: Any) -> Any:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if self.missing and self.stack and name in WHOLE and x.dim() == 3:  # a mask a head
                 return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
-            dim = self._dim(name, x) if isinstance(x, torch.Tensor) else 0
+            dim = self._dim(name, x)
             if self.mesh.outer.time and name in sequence.IMAGES:
                 return x
-            if not self._batched(name, x) or x.shape[dim] != self.size or sequence.is_prepared(self.mesh, name):
-                return self._uncut(name, x)
-            self._tell(name, x)
+            if not self._batched(path, x) or x.shape[dim] != self.size or sequence.is_prepared(self.mesh, name):
+                return self._uncut(path, x)
+            self._tell(path, x)
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
@@ -240,15 +268,15 @@ class Border:
             y = plain(self.mesh.scatter(x, "x" if features else "rows", dim, self.own))
             return self._noted(y.transpose(0, 1).contiguous() if dim == 1 else y)
 
-        return pytree.tree_map(cut, value)
+        return nested.mapped(cut, value, name)
 
     def _noted(self, x: torch.Tensor) -> torch.Tensor:
         self.rows.append(x)
         return x
 
-    def _uncut(self, name: str, x: Any) -> Any:
+    def _uncut(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """A tensor that every rank uses whole on its own rows: its gradient is the sum over them."""
-        if not isinstance(x, torch.Tensor) or not x.requires_grad or not torch.is_grad_enabled():
+        if not x.requires_grad or not torch.is_grad_enabled():
             return x
         if self.body == "outer":
             raise NotImplementedError(
@@ -280,7 +308,7 @@ class Border:
             return output.to_tuple() if self.tuples else output
         if not self.full:
             return output
-        if self.hugging and self.body == "outer" and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(output)):
+        if self.hugging and self.body == "outer" and nested.tensors(output):
             raise NotImplementedError(f"{what}: nothing says how what it returns is cut; call the model, or use io='local'")
         return self._gather(what, output, "x" if self.body == "outer" else "rows", self.widths.get(""))
 
@@ -311,10 +339,19 @@ class Border:
     def _gather(self, what: str, value: Any, operand: str, width: int | None) -> Any:
         samples = 0 if self.size is None else self.size + self.missing
 
-        def whole(y: Any) -> Any:
-            opened = isinstance(y, torch.Tensor) and operand == "rows" and self._open(what, y)
-            if not isinstance(y, torch.Tensor) or not self.mesh.outer.rows and operand == "rows" and not opened:
+        def whole(path: str, y: Any) -> Any:
+            if not isinstance(y, torch.Tensor):
+                self.passed.add(y)
                 return y
+            opened = operand == "rows" and self._open(what, y)
+            if not self.mesh.outer.rows and operand == "rows" and not opened:
+                return y
+            if self.size is None and self._cuts_rows():
+                raise NotImplementedError(
+                    f"{nested.joined(what, path)}: rank {self.mesh.rank} found no tensor of samples to cut in its arguments"
+                    f" ({', '.join(self.given) or 'none'}), and got an output of shape {tuple(y.shape)}, which every rank would give"
+                    " once; expected the batch in tensors: arguments, or in dicts, lists, tuples and dataclasses"
+                )
             features = self.open[-1][1].out_features if opened else width
             full = gather(self.mesh, y, "inner" if opened else operand, features, self.own) if y.dim() else y
             if not y.dim() or samples and len(full) % samples:
@@ -326,7 +363,7 @@ class Border:
             full = share_of_mean(full, self.mesh, self.size or 0) if self.own and samples else full
             return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
 
-        return pytree.tree_map(whole, value)
+        return nested.mapped(whole, value)
 
     def _fields(self, model: Any, output: Any, loss: torch.Tensor | None) -> Any:
         for name, value in list(output.items()):
@@ -335,7 +372,7 @@ class Border:
             elif self.full and not (name == "loss" and loss is not None):
                 known = self.body == "rows" or name in INNER | ROWS | OUTER
                 inner = name in INNER and self._cut_logits()
-                if not known and any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves(value)):
+                if not known and nested.tensors(value):
                     raise NotImplementedError(f"{type(model).__name__}: nothing says how its output {name!r} is cut; use io='local'")
                 operand = "inner" if inner else "rows" if name in ROWS or self.body == "rows" else "x"
                 output[name] = self._gather(f"{type(model).__name__}'s {name}", value, operand, self.widths.get(name))
@@ -343,39 +380,8 @@ class Border:
         return output if loss is None else type(output)(**{**output, "loss": loss})
 
 
-class Above:
-    """What stands on the methods of a model whose border is around its base: they see whole tensors, and must cross that border."""
-
-    def __init__(self, border: Border, child: str) -> None:
-        """child: the model's child that is or holds the base."""
-        self.border, self.inside, self.child = border, border.inside, child
-
-    def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self.border.crossed = False
-        output = function(model, *args, **kwargs)
-        runs = name == "forward" or any(chain[:1] == (self.child,) for chain in chains(function) or ())
-        if runs and not self.border.crossed:
-            raise NotImplementedError(
-                f"{type(model).__name__}.{name} runs layers of its base without calling the base, so that every rank has run the whole"
-                " batch and gradients would be counted several times; call the base, or use io='local'"
-            )
-        return output
-
-
 def _first(*values: Any) -> Any:
     return next(value for value in values if value is not None)
-
-
-LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
-
-
-def widths_of(model: Any) -> dict[str, int]:
-    """The global features of a transformers model's outputs by field, where its configuration or its head says them."""
-    config, head = model.config.get_text_config(), model.get_output_embeddings()
-    words = getattr(head, "out_features", None)
-    found = {name: getattr(config, "hidden_size", None) for name in OUTER}
-    found |= {"logits": words or getattr(model.config, "num_labels", None), "prediction_logits": words, "seq_relationship_logits": 2}
-    return {name: width for name, width in found.items() if width is not None}
 
 
 def attach(stand: Any, border: Border, base: Any) -> None:

@@ -20,10 +20,25 @@ from ..function import Function
 from ..graph_ops import KNOWN, Traced, find, traced
 from ..mesh import Mesh
 
+# fields of an output in the layout inner, those that have rows only, and those in outer
+INNER = {"logits", "prediction_logits", "seq_relationship_logits"}
+ROWS = {"start_logits", "end_logits"}
+OUTER = {"last_hidden_state", "pooler_output", "hidden_states"}
+LABELS = ("labels", "next_sentence_label", "start_positions", "end_positions")
+
 
 def is_transformers(model: Any) -> bool:
     """Whether this is a model of transformers, whose outputs have named fields."""
     return hasattr(model, "config") and hasattr(model, "base_model_prefix")
+
+
+def widths_of(model: Any) -> dict[str, int]:
+    """The global features of a transformers model's outputs by field, where its configuration or its head says them."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    words = getattr(head, "out_features", None)
+    found = {name: getattr(config, "hidden_size", None) for name in OUTER}
+    found |= {"logits": words or getattr(model.config, "num_labels", None), "prediction_logits": words, "seq_relationship_logits": 2}
+    return {name: width for name, width in found.items() if width is not None}
 
 
 def gather(mesh: Mesh, y: torch.Tensor, operand: str, width: int | None, own: bool = False) -> torch.Tensor:

@@ -17,10 +17,10 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from torch.utils import _pytree as pytree
 
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
+from .nested import leaves, mapped
 from .wrappers import is_foreign
 
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding
@@ -46,10 +46,10 @@ def run(
     before = {id(x) for x in cut if rows and len(x) == rows}
 
     def alike(more: int) -> Any:
-        def change(x: Any) -> Any:
+        def change(_: str, x: Any) -> Any:
             return x[-1:].expand(rows + more, *x.shape[1:]).clone() if id(x) in before else x
 
-        return function(model, *pytree.tree_map(change, args), **pytree.tree_map(change, kwargs))
+        return function(model, *mapped(change, args), **mapped(change, kwargs))
 
     with torch.no_grad(), _restored(model):
         found = alike(0)
@@ -155,7 +155,7 @@ def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
 
 def _differs(output: Any, probed: Any, rows: int, others: int) -> bool:
     """Of an output for `rows` samples and one for `others`, the last."""
-    pairs = list(zip(pytree.tree_leaves(output), pytree.tree_leaves(probed), strict=False))
+    pairs = [(y, other) for (_, y), (_, other) in zip(leaves(output), leaves(probed), strict=False)]
     for y, other in pairs:
         if not isinstance(y, torch.Tensor) or not isinstance(other, torch.Tensor) or not y.dim() or y.dim() != other.dim():
             continue
