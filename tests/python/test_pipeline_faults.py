@@ -105,6 +105,7 @@ def test_stages_that_got_other_batches_are_told(ranks) -> None:
     for rank in (1, 3):
         assert isinstance(answers[rank], RankError) and "ranks [1, 3], the stages of one batch, got different ones" in str(answers[rank])
     for rank in (0, 2):
+        assert not isinstance(answers[rank], RankError), str(answers[rank])
         assert answers[rank][0] == "PeerDied" and "got different ones" in answers[rank][2]
 
 

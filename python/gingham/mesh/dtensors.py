@@ -22,8 +22,9 @@ from torch.distributed.tensor.experimental import register_sharding
 from torch.nn.utils.parametrizations import _Orthogonal, _WeightNorm
 
 from ..errors import MeshError
-from .mesh import cuts_of, mesh_of
+from .mesh import mesh_of
 from .operations import mixed, told
+from .writes import cut_as
 
 ARITHMETIC = ("add", "sub", "mul", "truediv", "pow", "matmul")
 READING = ("item", "__float__", "__int__", "__bool__")
@@ -62,7 +63,7 @@ def _with_plain(operator: Callable[..., Any]) -> Callable[..., Any]:
             return operator(self.full_tensor(), other)
         by_element = "matmul" not in operator.__name__ and all(type(place) in (Shard, Replicate) for place in self.placements)
         if by_element and other.shape == self.shape:
-            return operator(self, mesh.parameter(other.detach(), cuts_of(mesh, self.placements, self.dim())).detach())
+            return operator(self, cut_as(mesh, self, other.detach()))
         raise mixed(mesh, operator.__name__.strip("_"), self, other)
 
     return apply

@@ -25,6 +25,7 @@ from . import alike
 from .layout import chunks, words
 from .mesh import Mesh, cuts_of, mesh_of
 from .named import parameter_of
+from .partials import operations, settled
 from .writes import fill, owner_of, whole
 
 Operation = Any  # torch._ops.OpOverload
@@ -38,7 +39,8 @@ ONE_SHAPE |= {getattr(aten, name + end) for name in REDUCED for end in ("", "_ba
 MASKED = {aten.index, aten.index_put, aten.index_put_}  # weight[mask], and its gradient
 # torch's rules are wrong: means and their gradients by the size of a block, rows drawn by the same numbers, other columns' neighbours
 WRONG_RULES = {*(ONE_SHAPE - {aten.copy_, aten.allclose, aten.dist}), aten.multinomial, aten.convolution, aten.convolution_backward}
-EXTREMES = {aten.max, aten.min, aten.amax, aten.amin, aten.aminmax, aten.argmax, aten.argmin}  # of which a rank without elements has none
+# of which a rank without elements has none: norms are extremes too, of infinite order
+EXTREMES = {aten.max, aten.min, aten.amax, aten.amin, aten.aminmax, aten.argmax, aten.argmin, aten.norm, aten.linalg_vector_norm, aten.dist}
 COMPARING = {aten.equal, aten.allclose, aten.isclose, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}  # no gradient goes through them
 FAMILIES = ("_foreach", "_fused", "_amp", "_cudnn", "_mkldnn", "_nested", "_sparse", "mkldnn", "sparse", "cudnn", "miopen", "quantized")
 
@@ -49,6 +51,9 @@ def install() -> None:
     alone = [getattr(packet, name) for packet in EXTREMES for name in packet.overloads() if "out" not in name]
     for op in (*_mixing(), *alone, aten.multinomial.default):
         handlers[op] = partial(_guard, handlers.get(op, _as_torch_does))
+    for op in operations():
+        handlers.setdefault(op, _as_torch_does)
+    handlers[aten._foreach_norm.Scalar] = _norms
     alike.install(handlers, _as_torch_does)
     fails = getattr(dispatcher, "_propagate_op_sharding_dispatch_slow_path", None)
     if fails is not None:
@@ -104,6 +109,7 @@ def _name(op: Operation) -> str:
 
 def _as_torch_does(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Without its handler; another thread that comes meanwhile goes by torch's rules too."""
+    args, kwargs = settled(op, args, kwargs)
     handlers = DTensor._op_dispatcher._custom_op_handlers  # type: ignore[attr-defined]
     mine = handlers.pop(op, None)
     try:
@@ -118,12 +124,14 @@ def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[st
     mesh = mesh_of(ours[0]) if ours and not torch.compiler.is_compiling() else None
     if mesh is None:
         return go_on(op, args, kwargs)
+    args, kwargs = settled(op, args, kwargs)
+    ours, plain = _kinds(args, kwargs)
     right = op.overloadpacket not in WRONG_RULES and not (op.overloadpacket in EXTREMES and _is_sparse(mesh, ours[0]))
     if right and not plain:
         return go_on(op, args, kwargs)
     like = max(ours, key=lambda each: (each.numel(), each.requires_grad))
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in plain) and op.overloadpacket not in COMPARING
-    if plain and (wants_gradient or not _are_of_one_shape(op, like, ours, plain)):
+    if plain and (wants_gradient or not (_are_of_one_shape(op, like, ours, plain) or _are_of_a_formula(plain))):
         raise mixed(mesh, _name(op), like, plain[0])
     if any(each is one for each in plain for one in _changed(op, args, kwargs)):
         return op(*pytree.tree_map_only(DTensor, whole, args), **pytree.tree_map_only(DTensor, whole, kwargs))
@@ -131,6 +139,15 @@ def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[st
         return _on_the_whole(mesh, op, args, kwargs)
     args, kwargs = pytree.tree_map_only(torch.Tensor, partial(_on_mesh, like), (args, kwargs))
     return go_on(op, args, kwargs)
+
+
+def _norms(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Of a list, in which some lie on ranks that have nothing of others."""
+    found = [mesh_of(each) if isinstance(each, DTensor) else None for each in args[0]]
+    if not any(mesh is not None and _is_sparse(mesh, each) for mesh, each in zip(found, args[0], strict=True)):
+        return _as_torch_does(op, args, kwargs)
+    order = args[1] if len(args) > 1 else kwargs.get("ord", 2)
+    return [torch.linalg.vector_norm(each, order, dtype=kwargs.get("dtype")) for each in args[0]]
 
 
 def _is_sparse(mesh: Mesh, tensor: DTensor) -> bool:
@@ -145,6 +162,17 @@ def _are_of_one_shape(op: Operation, like: DTensor, ours: list[DTensor], plain: 
         return all(each.shape == like.shape and each.dtype == torch.bool for each in plain)
     alike = torch.Tag.pointwise in op.tags or op.overloadpacket in ONE_SHAPE
     return alike and all(each.shape == like.shape or each.numel() == 1 for each in (*ours, *plain))
+
+
+def _are_of_a_formula(plain: list[torch.Tensor]) -> bool:
+    """Whether these are the zeros or ones that torch's own formula of a gradient puts beside it (of split, prod): of the full shapes."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    return all(each.numel() == 0 or (not each.requires_grad and _is_constant(each)) for each in plain)
+
+
+def _is_constant(x: torch.Tensor) -> bool:
+    return bool((x == x.flatten()[0]).all()) and x.flatten()[0].item() in (0, 1)
 
 
 def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[DTensor], list[torch.Tensor]]:

@@ -112,6 +112,9 @@ def fill(mesh: Mesh, parameter: Any, full: torch.Tensor) -> None:
 
 def cut_as(mesh: Mesh, parameter: DTensor, full: torch.Tensor) -> DTensor:
     """A full tensor cut as a DTensor is, in its own dtype."""
+    if not full.is_floating_point():  # a mask, which is no parameter
+        held = DTensor.from_local(full.detach(), parameter.device_mesh, [Replicate()] * len(parameter.placements), run_check=False)
+        return held.redistribute(placements=parameter.placements)
     cut: Any = mesh.parameter(full.detach(), cuts_of(mesh, parameter.placements, parameter.dim())).detach()
     return cut
 
