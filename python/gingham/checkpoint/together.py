@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import MeshError, PeerDied, PeerStalled
 from ..launch import faults
 from ..mesh import Mesh, mesh_among, mesh_of
+from ..mesh.carried import on_host
 
 BEAT = 1.0  # seconds between signs of life while a rank works; far below the timeout after which a peer counts as stalled
 
@@ -60,7 +61,7 @@ class Ranks:
         if self.wide is not None:
             return self._told_widely(value)
         mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.mesh.device)
-        return [pickle.loads(part.cpu().numpy().tobytes()) for part in self._gather(mine)]
+        return [pickle.loads(on_host(self.mesh, part).numpy().tobytes()) for part in self._gather(mine)]
 
     def _told_widely(self, value: Any) -> list[Any]:
         """`tell`, dim by dim of the DeviceMesh, the last first."""

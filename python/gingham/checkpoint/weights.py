@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
 
+from ..mesh.carried import on_host
 from . import folders, hub, stages
 from .blocks import Summed
 from .metadata import uncovered
@@ -236,7 +237,8 @@ def _to_rank_0(ranks: Ranks, line: Line, whole: Whole, table: list[list[tuple[Of
     full = torch.empty(line.shape, dtype=line.dtype, device="cpu")
     blocks |= {place: whole.tensor(place) for place in whole.chunks}
     for (_, place, lengths), received in zip(coming, arrived, strict=True):
-        blocks[place] = received.cpu().view(line.dtype).view(lengths)
+        assert ranks.mesh is not None
+        blocks[place] = on_host(ranks.mesh, received).view(line.dtype).view(lengths)
     for place, held in blocks.items():
         _narrowed(full, place, held.shape).copy_(held)
     return full

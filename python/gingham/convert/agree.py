@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from ..errors import MeshError
 from ..graph_ops import define, find
 from ..mesh import Mesh
+from ..mesh.carried import on_host
 from ..mesh.checksums import checksum
 from ..mesh.layout import coordinates_of, list_of, odd_ranks
 
@@ -74,7 +75,7 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
     data = words.encode()
     longest = max(size for (size,) in mesh.world.sizes([len(data)]))
     padded = torch.frombuffer(bytearray(data.ljust(longest, b"\n")), dtype=torch.uint8).to(mesh.device)
-    texts = [bytes(each.cpu().numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, counted=False)]
+    texts = [bytes(on_host(mesh, each).numpy()).decode().rstrip("\n").split("\n") for each in mesh.world.all_gather(padded, counted=False)]
     theirs, ours = texts[mesh.ranks.index(odd[0])], texts[posted.index(usual)]
     index = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), min(len(theirs), len(ours)))
     got, expected = (lines[index] if index < len(lines) else "no more parameters" for lines in (theirs, ours))
@@ -86,7 +87,8 @@ def _name_structure(kind: str, mesh: Mesh, words: str, posted: list[int]) -> Non
 
 @torch.no_grad()
 def _take_first(mesh: Mesh, tensors: list[tuple[str, torch.Tensor]], sums: list[int]) -> None:
-    every = torch.stack(list(mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64, device=mesh.device), counted=False)))
+    gathered = mesh.world.all_gather(torch.tensor(sums, dtype=torch.int64, device=mesh.device), counted=False)
+    every = on_host(mesh, torch.stack(list(gathered)))
     differs = (every != every[0]).any(0).tolist()
     odd = [mesh.ranks[place] for place in (every != every[0]).any(1).nonzero().flatten().tolist()]
     names = [name for (name, _), differ in zip(tensors, differs, strict=True) if differ]

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError
 from ..mesh import Mesh, current, cuts_of, mesh_among
+from ..mesh.carried import on_host
 from ..mesh.checksums import digest_of
 from ..mesh.layout import block, coordinates_of, odd_ranks
 
@@ -220,7 +221,7 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     if odd:
         raise MeshError(f"check_replicas: rank {mesh.rank}: ranks {odd} hold other names, {len(names)} here: models or optimizers differ")
     mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64, device=mesh.device)
-    parts = [part.tolist() for part in mesh.world.all_gather(mine, counted=False)]
+    parts = [on_host(mesh, part).tolist() for part in mesh.world.all_gather(mine, counted=False)]
     wrong = []
     for index, (name, value) in enumerate(entries):
         for holders in _holders(mesh, value):

@@ -1,12 +1,18 @@
-"""What carries messages between GPUs."""
+"""What carries messages between GPUs, and what they brought, on the host."""
 
 from __future__ import annotations
 
 import os
 import warnings
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
 
 from .. import native
+
+if TYPE_CHECKING:
+    from .mesh import Mesh
 
 ENGINES = "copy engines"
 
@@ -18,4 +24,13 @@ def carried_by(axes: Mapping[str, native.Axis], tell: bool) -> dict[str, str]:
     left = [f"{key}: {by}" for key, by in found.items() if by != ENGINES and axes[key].size > 1]
     if tell and left and os.environ.get("GINGHAM_COPY_ENGINES", "0") not in ("", "0"):
         warnings.warn(f"GINGHAM_COPY_ENGINES is set, but messages do not go by copy engines over {'; '.join(left)}", stacklevel=3)
+    return found
+
+
+def on_host(mesh: Mesh, x: torch.Tensor) -> torch.Tensor:
+    """x, which messages brought, for the host to go by. Raises the job's error where that broke them off: on GPUs streams then go on, and
+    what is in x is anything."""
+    found = x.cpu()
+    if mesh.device.type != "cpu":
+        mesh.program.hear()
     return found

@@ -14,6 +14,7 @@ from ..autograd.gradients import make_sums, no_sync
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError
 from ..mesh import Mesh, current
+from ..mesh.carried import on_host
 from ..mesh.checksums import checksum
 from ..nn import cross_entropy
 from ..plan.pipeline import rank_of
@@ -218,11 +219,11 @@ class Pipelined:
             assert full is not None
             return full
         words = ([full.dim(), *full.shape] if full is not None else []) + [0] * 9
-        sizes = self.mesh.over_stages(torch.tensor(words[:9], device=self.mesh.device), "the outputs of a pipeline")[self.last].tolist()
-        kind = torch.tensor([0 if full is None else _DTYPES.index(full.dtype)], device=self.mesh.device)
-        kinds = self.mesh.over_stages(kind, "the outputs of a pipeline")
+        words = words[:9] + [0 if full is None else _DTYPES.index(full.dtype)]
+        told = self.mesh.over_stages(torch.tensor(words, device=self.mesh.device), "the outputs of a pipeline")[self.last]
+        *sizes, kind = on_host(self.mesh, told).tolist()
         if full is None:
-            full = torch.empty(sizes[1 : 1 + sizes[0]], dtype=_DTYPES[int(kinds[self.last])], device=self.mesh.device)
+            full = torch.empty(sizes[1 : 1 + sizes[0]], dtype=_DTYPES[kind], device=self.mesh.device)
         self.mesh.whole.say("the outputs of a pipeline")
         self.mesh.whole.joint(("pipeline",)).broadcast_(full, self.last, counted=False)
         return full
@@ -281,8 +282,9 @@ class Pipelined:
                 found = checksum(each, crc32(f"{tuple(each.shape)} {each.dtype}".encode(), found))
         dtypes = crc32(repr(sorted({str(each.dtype) for each in self.model.parameters()})).encode())
         told = self.mesh.over_stages(torch.tensor([found, dtypes], device=self.mesh.device), "the batch of a pipeline's step")
-        self.dtypes = tuple(int(each[1]) for each in told)
-        if len({int(each[0]) for each in told}) > 1:
+        sums, dtypes_of_all = on_host(self.mesh, torch.stack(told)).T.tolist()
+        self.dtypes = tuple(dtypes_of_all)
+        if len(set(sums)) > 1:
             raise MeshError(
                 f"gingham.pipeline: ranks {line_of(self.mesh)}, the stages of one batch, got different ones; give"
                 " every stage the same x and labels: seed loaders alike, or use mesh.sampler"
