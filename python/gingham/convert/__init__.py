@@ -11,7 +11,7 @@ import torch
 from .. import nn
 from ..checkpoint import pretrained
 from ..mesh import Mesh, current
-from . import adapters, attention, identity, inputs, layers, meta, sequence
+from . import adapters, attention, calls, identity, inputs, layers, loose, meta, sequence
 from .agree import agree, agreed_seed
 from .entry import Above, enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
@@ -124,7 +124,12 @@ def _attach(
     base: Any = base_of(inner)
     stand = core(base) if apart else inner
     border = inputs.Border(stand, made.mesh, io, body, *rest, made.rules.cut_heads)
+    calls.install()
     inputs.attach(stand, border, core(base) if base is not None and not apart else None)
+    if io == "full":
+        loose.give_outside(model, border.inside)
+    elif not border.hugging:
+        calls.counting(stand, made.mesh, body)
     if apart:
         holder = path_of(inner, base).partition(".")[0]
         enclose(inner, Above(border, holder))

@@ -24,13 +24,6 @@ HERE = "_gingham_border"  # the attribute that holds a model's border
 _subclasses: dict[tuple[type, tuple[tuple[str, str], ...]], type] = {}
 
 
-class Inside:
-    """How many bordered calls of one model are under way; its base and the model share one."""
-
-    def __init__(self) -> None:
-        self.depth = 0
-
-
 def enclose(model: torch.nn.Module, border: Any) -> None:
     """Puts the border on forward and on the public methods of the model's own classes that run its layers."""
     if "forward" in vars(model):  # patched: the instance's goes before its class's
@@ -48,7 +41,8 @@ class Above:
 
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.border.crossed = False
-        output = function(model, *args, **kwargs)
+        with self.inside.around_base(self.border.mesh):
+            output = function(model, *args, **kwargs)
         runs = name == "forward" or any(chain[:1] == (self.child,) for chain in chains(function) or ())
         if runs and not self.border.crossed:
             raise NotImplementedError(
@@ -95,7 +89,7 @@ def _bordered(original: Callable[..., Any], name: str, way: str) -> Callable[...
         if name == "forward" and "_own_forward" in self.__dict__:
             own = self._own_forward
             function = lambda _, *args, **kwargs: own(*args, **kwargs)  # noqa: E731
-        if border is None or border.inside.depth or name != "forward" and not has_tensors(args, kwargs):
+        if border is None or border.inside.is_passed() or name != "forward" and not has_tensors(args, kwargs):
             return function(self, *args, **kwargs)
         if way == "refuse":
             raise NotImplementedError(

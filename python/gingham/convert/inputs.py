@@ -22,7 +22,8 @@ from ..mesh.layout import Names, chunks
 from . import late, nested, probe, sequence
 from .agree import check_alike
 from .caches import is_cache, keep_rows
-from .entry import Inside, enclose
+from .calls import Inside, summed_over, under_way
+from .entry import enclose
 from .generators import own_numbers
 from .loose import shared_gradient
 from .losses import INNER, LABELS, OUTER, ROWS, Labelled, gather, is_transformers, known_or_refused, loss_of, share_of_mean, widths_of
@@ -113,7 +114,7 @@ class Border:
         probed = torch.compiler.is_compiling() or kind in self.probed
         self.inside.depth += 1
         try:
-            with own_numbers(model, self.mesh, self.body == "outer"):
+            with own_numbers(model, self.mesh, self.body == "outer"), under_way(self.mesh, summed_over(self.mesh, self.body), self.inside):
                 other = None if probed else self._probe(function, kind, model, args, kwargs)
                 state = None if other is None else probe.State(model)
                 output = function(model, *args, **kwargs)
@@ -168,6 +169,7 @@ class Border:
             self._check_dims(model, given)
             self._check_open(model, held)
             self._check_alike(held)
+            self.inside.samples = self.size
             if self.mesh.outer.time:
                 kwargs, named = sequence.prepared(self.mesh, model, given, self.names, self.own, self.missing), {}
             for value in (x for each in held.values() for _, x in each if is_cache(x)):  # the caller's is filled in place, whatever returns

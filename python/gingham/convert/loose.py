@@ -2,7 +2,8 @@
 
 The parameter is a DTensor, cut or copied; the module's code must see this rank's block as a plain tensor, and the block's
 gradient must be summed over the ranks that hold other rows. So the module's class is replaced by a subclass of it in which
-the name is a property; the state dict still holds the DTensor under its own name.
+the name is a property; the state dict still holds the DTensor under its own name. Outside of the model's calls, where every
+rank has whole tensors, the property gives that DTensor too, to optimizers, hooks and a loss.
 """
 
 from __future__ import annotations
@@ -46,6 +47,15 @@ def hold(
     return parameter
 
 
+def give_outside(model: torch.nn.Module, inside: Any) -> None:
+    """Whatever reads one of these parameters outside of the model's calls, which `inside` tells, gets the parameter itself."""
+    for module in model.modules():
+        for name in module.__dict__.get("_loose", ()):
+            module.__dict__["_inside"] = inside
+            if module._parameters.get(name) is not None:
+                module._parameters[name].read_by_name = inside  # type: ignore[union-attr]
+
+
 def cuts_of(mesh: Mesh, parameter: Any) -> Cuts:
     """Which axes cut each dim of a DTensor on the mesh."""
     cuts: list[Names] = [()] * parameter.dim()
@@ -80,6 +90,9 @@ def _readable(cls: type, name: str) -> None:
         parameter: Any = self._parameters.get(name)
         loose = self.__dict__.get("_loose", {})
         if name not in loose or parameter is None:
+            return parameter
+        inside = self.__dict__.get("_inside")
+        if inside is not None and not inside.is_here():
             return parameter
         mesh, summed, cuts, shape = loose[name]
         if not isinstance(parameter, DTensor):  # torch.func.functional_call put it there

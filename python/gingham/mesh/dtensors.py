@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import _Orthogonal, _WeightNorm
 
 from ..errors import MeshError
 from .mesh import mesh_of
-from .operations import mixed, told
+from .operations import mixed, stands_whole, told
 from .writes import cut_as
 
 ARITHMETIC = ("add", "sub", "mul", "truediv", "pow", "matmul")
@@ -59,11 +59,13 @@ def _with_plain(operator: Callable[..., Any]) -> Callable[..., Any]:
         mesh = mesh_of(self) if plain and not torch.compiler.is_compiling() else None
         if mesh is None:
             return operator(self, other)
-        if other.requires_grad:
+        if other.requires_grad or torch.is_grad_enabled() and self.requires_grad and stands_whole(self):
             return operator(self.full_tensor(), other)
         by_element = "matmul" not in operator.__name__ and all(type(place) in (Shard, Replicate) for place in self.placements)
         if by_element and other.shape == self.shape:
             return operator(self, cut_as(mesh, self, other.detach()))
+        if stands_whole(self):
+            return operator(self.full_tensor(), other)
         raise mixed(mesh, operator.__name__.strip("_"), self, other)
 
     return apply

@@ -20,7 +20,7 @@ def parameter_of(tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
     or "Linear.weight" where no module holds the layer. None where there is none."""
     modules = _modules()
     held = {id(p): (module, name) for module in modules for name, p in module._parameters.items() if p is not None}
-    for leaf in _leaves(tensor):
+    for leaf in leaves(tensor):
         if id(leaf) in held:
             layer, name = held[id(leaf)]
             return f"{_path(layer, modules) or type(layer).__name__}.{name}", leaf
@@ -47,7 +47,7 @@ def _path(layer: torch.nn.Module, modules: list[torch.nn.Module]) -> str:
     return ".".join(reversed(names))
 
 
-def _leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
+def leaves(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Of which it may be made: itself, what it is a view of, and the leaves of its graph, nearest first."""
     found = [each for each in (tensor, tensor._base) if each is not None]
     left: list[Any] = [tensor.grad_fn]

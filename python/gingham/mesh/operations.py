@@ -24,7 +24,7 @@ from ..errors import MeshError
 from . import alike
 from .layout import chunks, words
 from .mesh import Mesh, cuts_of, mesh_of
-from .named import parameter_of
+from .named import leaves, parameter_of
 from .partials import operations, settled
 from .writes import fill, owner_of, whole
 
@@ -71,7 +71,26 @@ def told(mesh: Mesh, tensor: DTensor) -> tuple[str, str]:
         how = f"placed {tuple(parameter.placements)}"
     made = "" if parameter is tensor else f"a DTensor {tuple(tensor.shape)} made of "
     what = f"{made}{f'the parameter {path}' if path else 'a DTensor'} {tuple(parameter.shape)} {how}"
-    return what, f"call the layer, layer(x), or for a function of all of it take {path or 'layer.weight'}.full_tensor(), on every rank"
+    return what, (
+        f"call the layer, layer(x), or for a function of all of it take {path or 'layer.weight'}.full_tensor(), on every rank, whose"
+        " gradient is right beside whole tensors, and beside blocks in the forward of a model of gingham.parallelize"
+    )
+
+
+def read_by_name(tensor: DTensor) -> list[Any]:
+    """Of a DTensor with a gradient, for each parameter that it is or is made of what the conversion left on it whose own code reads it by
+    name (convert/loose.py): it stands for a whole tensor then. None for other parameters."""
+    found = [each for each in leaves(tensor) if isinstance(each, DTensor) and each.is_leaf] if tensor.requires_grad else []
+    return [getattr(each, "read_by_name", None) for each in found]
+
+
+def stands_whole(tensor: DTensor) -> bool:
+    """Whether a DTensor beside a plain tensor may be taken for all of it: of parameters that a model's own code reads by name, or where no
+    gradient is asked for and every rank has it whole."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        marks = read_by_name(tensor)
+        return bool(marks) and None not in marks
+    return all(place.is_replicate() for place in tensor.placements) and torch._C._current_graph_task_id() == -1
 
 
 def mixed(mesh: Mesh, name: str, tensor: DTensor, plain: torch.Tensor) -> Exception:
@@ -132,6 +151,8 @@ def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[st
     like = max(ours, key=lambda each: (each.numel(), each.requires_grad))
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in plain) and op.overloadpacket not in COMPARING
     if plain and (wants_gradient or not (_are_of_one_shape(op, like, ours, plain) or _are_of_a_formula(plain))):
+        if _are_whole(op, ours) and not _changed(op, args, kwargs):
+            return op(*pytree.tree_map_only(DTensor, whole, args), **pytree.tree_map_only(DTensor, whole, kwargs))
         raise mixed(mesh, _name(op), like, plain[0])
     if any(each is one for each in plain for one in _changed(op, args, kwargs)):
         return op(*pytree.tree_map_only(DTensor, whole, args), **pytree.tree_map_only(DTensor, whole, kwargs))
@@ -154,6 +175,12 @@ def _is_sparse(mesh: Mesh, tensor: DTensor) -> bool:
     """Whether a rank has no element of it."""
     cuts = cuts_of(mesh, tensor.placements, tensor.dim())
     return any(0 in chunks(size, [mesh.sizes[name] for name in names]) for size, names in zip(tensor.shape, cuts, strict=True))
+
+
+def _are_whole(op: Operation, ours: list[DTensor]) -> bool:
+    """Whether every rank has all of them, and no gradient is asked for."""
+    without = not torch.is_grad_enabled() or op.overloadpacket in COMPARING
+    return without and torch._C._current_graph_task_id() == -1 and all(place.is_replicate() for each in ours for place in each.placements)
 
 
 def _are_of_one_shape(op: Operation, like: DTensor, ours: list[DTensor], plain: list[torch.Tensor]) -> bool:

@@ -153,6 +153,8 @@ class Pipelined:
         self.size, self.place = mesh.pipeline.size, mesh.pipeline.rank
         self.schedule, total = schedule, self.size * count
         self.family = family_of(model) if hasattr(model, BORDER) else None
+        if self.family is not None:
+            getattr(model, BORDER).inside.everywhere = True  # stages call its modules without the border
         self.given = Given(mesh)
         stages = cut(model, parts_of(model, self.given), total)
         place_of = [rank_of(stage, self.size, schedule) for stage in range(total)]
