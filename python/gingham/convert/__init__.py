@@ -127,6 +127,7 @@ def _attach(
     calls.install()
     inputs.attach(stand, border, core(base) if base is not None and not apart else None)
     if io == "full":
+        calls.note(border.inside, made.mesh)
         loose.give_outside(model, border.inside)
     elif not border.hugging:
         calls.counting(stand, made.mesh, body)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -49,6 +50,8 @@ class Inside:
     """How many bordered calls of one model are under way; its base and the model share one. above: those of a head around its base;
     samples: of the last call; everywhere: whether all code counts as inside, for a pipeline."""
 
+    handle = ""  # of its mesh
+
     def __init__(self) -> None:
         self.everywhere = False
         self.depth = self.above = 0
@@ -67,9 +70,9 @@ class Inside:
     def is_here(self) -> bool:
         """Whether code that asks runs in a call. A function that other code than torch's checkpoint runs again in a backward pass is
         taken for a part of one."""
-        if torch.compiler.is_compiling():
+        if self.everywhere or self.depth or self.above or torch.compiler.is_compiling():  # depth: also where a graph has a break
             return bool(self.everywhere or self.depth or self.above)
-        return self.everywhere or _here.call is not None or _runs_again() and not _here.again
+        return _here.call is not None or _runs_again() and not _here.again
 
     def is_passed(self) -> bool:
         """Whether the border is behind the code that asks: in a call, also in what a checkpoint in it runs again."""
@@ -79,6 +82,7 @@ class Inside:
 
 
 _here = _Here()
+_known: WeakSet[Inside] = WeakSet()
 
 
 def _runs_again() -> bool:
@@ -97,6 +101,12 @@ def under_way(mesh: Mesh, names: Names | None, inside: Inside | None) -> Iterato
         yield
     finally:
         _here.call, _here.again = before
+
+
+def note(inside: Inside, mesh: Mesh) -> None:
+    """Keeps a border's `inside`, by which a part of a call that torch.compile left out is known."""
+    inside.handle = mesh.handle
+    _known.add(inside)
 
 
 def summed_over(mesh: Mesh, body: str) -> Names | None:
@@ -153,9 +163,21 @@ def _full_tensor(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def full_tensor(self: DTensor, **kwargs: Any) -> Any:
         full = method(self, **kwargs)
-        if kwargs or torch.compiler.is_compiling() or not full.requires_grad or not torch.is_grad_enabled():
+        if kwargs or not full.requires_grad or not torch.is_grad_enabled():
             return full
         call, mesh = _here.call, mesh_of(self)
+        if (
+            torch.compiler.is_compiling()
+            or call is None
+            and any(each.depth for each in _known if mesh is not None and each.handle == mesh.handle)
+        ):
+            if mesh is None or not mesh.outer.rows:
+                return full
+            raise MeshError(
+                f"full_tensor: rank {mesh.rank} got a DTensor {tuple(self.shape)} with a gradient in code of torch.compile, where"
+                " nothing says whether it is used on this rank's rows or on whole tensors; leave torch.compile out there, or .detach() it"
+                " first"
+            )
         if call is None:
             return _of_own_batch(self, full)
         if mesh is not call.mesh:

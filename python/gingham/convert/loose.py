@@ -92,9 +92,11 @@ def _readable(cls: type, name: str) -> None:
         if name not in loose or parameter is None:
             return parameter
         inside = self.__dict__.get("_inside")
-        if inside is not None and not inside.is_here():
-            return parameter
         mesh, summed, cuts, shape = loose[name]
+        if inside is not None and not inside.is_here():
+            # a graph has no operation of a DTensor and a plain tensor, nor a mean of the data ranks' gradients
+            plain = torch.compiler.is_compiling() and isinstance(parameter, DTensor) and not any(cuts) and mesh.data.size == 1
+            return block_of(parameter) if plain else parameter
         if not isinstance(parameter, DTensor):  # torch.func.functional_call put it there
             if parameter.shape != shape:
                 got = f"{type(self).__name__}: rank {mesh.rank} got a plain tensor {tuple(parameter.shape)} for {name}"

@@ -189,3 +189,33 @@ def local(rank: int) -> float:
 
 def test_local_tensors_meet_blocks_everywhere(ranks) -> None:
     assert max(ranks(4)(local)) <= 1e-9
+
+
+def compiled(rank: int) -> dict[str, Any]:
+    """A step in one graph, and a weight that a helper function reads, where a graph tells nothing of rows."""
+    import gingham
+
+    mesh = gingham.init(mode="2d", size=4)
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8), Scaled())
+    model = gingham.parallelize(copy.deepcopy(original), mesh)
+    x = torch.randn(8, 6)
+
+    def step(each: Any) -> torch.Tensor:
+        return (each(x) * each[2].scale.exp()).square().sum() + each[2].scale.square().sum()
+
+    torch.compile(lambda: step(model), backend="aot_eager", fullgraph=True)().backward()
+    step(original).backward()
+    found: dict[str, Any] = {"gradient": relative(whole(model[2].scale.grad), original[2].scale.grad)}
+    weight = model[0].weight
+    try:
+        found["helper"] = f"nothing was raised: {torch.compile(lambda: (model(x) @ weight.full_tensor()).sum(), backend='aot_eager')()}"
+    except Exception as error:
+        found["helper"] = str(error)
+    return found
+
+
+def test_outside_of_a_call_in_a_compiled_step(ranks) -> None:
+    for found in ranks(4)(compiled):
+        assert found["gradient"] <= 2e-6, found
+        assert "in code of torch.compile" in found["helper"], found["helper"]
