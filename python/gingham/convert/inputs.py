@@ -65,7 +65,7 @@ class Border:
         self.names = self._names_of(model.forward)
         self.whole = WHOLE | self._checked(model, whole)
         self.told: set[str] = set()
-        self.crossed, self.modules = False, 0
+        self.crossed, self.modules, self.missing = False, 0, 0
         self.probed: set[tuple[str, bool, bool]] = set()
         self.rows: list[torch.Tensor] = []  # of the call, the tensors that were cut
         self.open: list[tuple[str, Any, int]] = []
@@ -76,7 +76,6 @@ class Border:
         self.stack = body == "outer" and not self.hugging
         self.widths = widths_of(model) if self.hugging else {"": width}
         self.size: int | None = None
-        self.missing = 0
         self.labels: dict[str, Any] = {}
         self.tuples = False
 
@@ -100,9 +99,8 @@ class Border:
 
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
-        args, kwargs = nested.mapped(
-            lambda _, x: plain(x), (args, kwargs)
-        )  # the first step's checks end here: a model's code has its probe
+        # the first step's checks end here: a model's code has its probe
+        args, kwargs = nested.mapped(lambda _, x: plain(x), (args, kwargs))
         forward = name == "forward"
         if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
             self.modules = late.adopt(model, self.mesh, self.body)
