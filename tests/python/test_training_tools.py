@@ -248,3 +248,76 @@ def clipped(rank: int, dtype: torch.dtype) -> tuple[float, float]:
 def test_clipping_of_mixed_parameters(ranks, dtype: torch.dtype) -> None:
     limit = 1e-6 if dtype == torch.float32 else 2**-8
     assert all(norm <= 1e-6 and gradients <= limit for norm, gradients in ranks(8)(clipped, dtype))
+
+
+def clipped_by_torch(rank: int, options: dict[str, Any], norm_type: float) -> tuple[list[float], str]:
+    """Errors of torch's own clip_grad_norm_, of its norm, of gradients, and of the norm that ours finds then; what it says of parts."""
+    mesh = gingham.init(**options)
+    models: list[Any] = []
+    for kit in (nn, torch.nn):
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(kit.Linear(7, 11), torch.nn.GELU(), kit.LayerNorm(11), kit.Linear(11, 5)).double())
+    full = torch.randn(9, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    mesh.gather(models[0](mesh.scatter(full))).square().sum().backward()
+    models[1](full).square().sum().backward()
+    ours, serial = (torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type) for model in models)
+    pairs = [(mine.grad.full_tensor(), theirs.grad) for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True)]
+    after = gingham.clip_grad_norm_(models[0].parameters(), 1.0, norm_type)
+    errors = [
+        relative(whole(ours), serial),
+        max(relative(*pair) for pair in pairs),
+        abs(after.item() - 0.1) if after.dtype == serial.dtype else 1.0,
+    ]
+    models[0].zero_grad()
+    with gingham.no_sync(models[0]):
+        mesh.gather(models[0](mesh.scatter(full))).square().sum().backward()
+    try:
+        torch.nn.utils.clip_grad_norm_(models[0].parameters(), 0.1)
+    except gingham.MeshError as error:
+        return errors, str(error)
+    return errors, ""
+
+
+@pytest.mark.parametrize("norm_type", [2.0, torch.inf])
+@pytest.mark.parametrize("options", [{"mode": "2.5d", "size": 8, "depth": 2}, {"mode": "3d", "size": 8}], ids=str)
+def test_torchs_own_clipping(ranks, options: dict[str, Any], norm_type: float) -> None:
+    for rank, (errors, said) in enumerate(ranks(8)(clipped_by_torch, options, norm_type)):
+        assert max(errors) < 1e-5, errors
+        assert said.startswith(f"torch.nn.utils.clip_grad_norm_: rank {rank} got gradients whose sums over ranks no_sync left out"), said
+
+
+def test_torchs_own_clipping_is_refused_in_a_pipeline(ranks) -> None:
+    def said(rank: int) -> str:
+        mesh = gingham.init(parallel=dict(pipeline=2))
+        model = gingham.pipeline(torch.nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8)), mesh, 2)
+        ids = torch.zeros(4, 3, dtype=torch.int64)
+        model.step(ids, ids)
+        with pytest.raises(gingham.MeshError) as caught:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return str(caught.value)
+
+    for rank, words in enumerate(ranks(2)(said)):
+        assert f"rank {rank} got the gradients of one stage of a pipeline; expected gingham.clip_grad_norm_" in words
+
+
+def test_weight_norm_where_a_rank_has_no_rows(ranks) -> None:
+    """torch's kernel ends a process that has nothing to divide by."""
+
+    def error(rank: int) -> float:
+        mesh = gingham.init("1d", size=4)
+        models, losses = [], []
+        for kit in (nn, torch.nn):
+            torch.manual_seed(0)
+            models.append(torch.nn.utils.parametrizations.weight_norm(kit.Linear(6, 9)))  # 3, 3, 3 and 0 rows
+        full = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+        for model, take, give in ((models[0], mesh.scatter, mesh.gather), (models[1], torch.clone, torch.clone)):
+            optimizer = torch.optim.SGD(model.parameters(), 0.1)
+            for _ in range(3):
+                optimizer.zero_grad()
+                loss = give(model(take(full))).square().sum()
+                loss.backward()
+                optimizer.step()
+            losses.append(loss.item())
+        return abs(losses[0] / losses[1] - 1)
+
+    assert max(ranks(4)(error)) < 1e-5

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .partials import block_of_whole
 from .writes import owner_of
 
 Operation = Any  # torch._ops.OpOverload
@@ -109,12 +110,17 @@ def _each(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], 
         for each, first in zip(tensors, firsts, strict=False) if many else [(tensors, firsts[0])]:
             if isinstance(each, torch.Tensor) and each.dim() and not (many and type(each) is DTensor and _lies_as(each._spec, first._spec)):
                 return go_on(op, args, kwargs)
-    blocks = [list(map(_block, tensors)) if isinstance(tensors, list | tuple) else tensors for tensors in args]
+    blocks = [list(map(_block, tensors)) if isinstance(tensors, list | tuple) else _number(tensors) for tensors in args]
     found = op(*blocks, **kwargs)
     if in_place:
         return firsts if op._schema.returns else None
     pairs = list(zip(found, firsts, strict=True))
     return [_wrapped(*pair) for pair in pairs] if all(_is_a_block(*pair) for pair in pairs) else go_on(op, args, kwargs)
+
+
+def _number(value: Any) -> Any:
+    """One for all of a list, such as the factor of a clipped norm."""
+    return block_of_whole(value) if type(value) is DTensor else value
 
 
 def _block(tensor: Any) -> Any:

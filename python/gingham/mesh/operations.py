@@ -39,8 +39,9 @@ ONE_SHAPE |= {getattr(aten, name + end) for name in REDUCED for end in ("", "_ba
 MASKED = {aten.index, aten.index_put, aten.index_put_}  # weight[mask], and its gradient
 # torch's rules are wrong: means and their gradients by the size of a block, rows drawn by the same numbers, other columns' neighbours
 WRONG_RULES = {*(ONE_SHAPE - {aten.copy_, aten.allclose, aten.dist}), aten.multinomial, aten.convolution, aten.convolution_backward}
-# of which a rank without elements has none: norms are extremes too, of infinite order
+# of which a rank without elements has none: norms are extremes too, of infinite order. Of nothing weight_norm's kernel ends the process
 EXTREMES = {aten.max, aten.min, aten.amax, aten.amin, aten.aminmax, aten.argmax, aten.argmin, aten.norm, aten.linalg_vector_norm, aten.dist}
+EXTREMES |= {aten._weight_norm_interface, aten._weight_norm_interface_backward}
 COMPARING = {aten.equal, aten.allclose, aten.isclose, aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge}  # no gradient goes through them
 FAMILIES = ("_foreach", "_fused", "_amp", "_cudnn", "_mkldnn", "_nested", "_sparse", "mkldnn", "sparse", "cudnn", "miopen", "quantized")
 

@@ -70,6 +70,11 @@ def _with_dims(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args, kwargs
 
 
+def block_of_whole(x: DTensor) -> torch.Tensor:
+    """Of a number that ranks have whole, or parts of: all of it."""
+    return (_whole(x) if _is_part(x) else x)._local_tensor
+
+
 def _is_part(x: DTensor) -> bool:
     return any(place.is_partial() for place in x._spec.placements)
 

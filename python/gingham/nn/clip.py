@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Any
 from zlib import crc32
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from ..autograd.casts import local_of
 from ..autograd.gradients import owing
 from ..errors import MeshError
-from ..mesh import current, mesh_among, mesh_of
+from ..mesh import Mesh, current, mesh_among, mesh_of
 
 
 @torch.no_grad()
@@ -23,8 +24,8 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> torch.Tensor:
-    """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, the
-    same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
+    """Scales gradients in place so that their joint norm is at most max_norm; returns the norm before, [] float32, of
+    float64 gradients float64, the same on every rank and equal to the serial one within rounding (replicas count once, sums in float64).
 
     One gather of 8 bytes a rank over the world, not counted as traffic, and one over the stages of a pipeline, whose joint norm it
     is; of parameters that torch's FSDP2 has wrapped, torch's own clip_grad_norm_. norm_type: a power > 0 or torch.inf.
@@ -35,17 +36,13 @@ def clip_grad_norm_(
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     if any(isinstance(each, DTensor) and mesh_of(each) is None for each in parameters):  # FSDP2's, whose norms torch knows to join
         found: Any = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-        return (found.full_tensor() if isinstance(found, DTensor) else found).float()
+        return _as_gradients((found.full_tensor() if isinstance(found, DTensor) else found), parameters)
     mesh = current(mesh_among("clip_grad_norm_", parameters))
     max_norm, norm_type = float(max_norm), float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"clip_grad_norm_: rank {mesh.rank} got norm_type={norm_type}, expected a power > 0 or torch.inf")
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    if owing(parameters):
-        raise MeshError(
-            f"clip_grad_norm_: rank {mesh.rank} got gradients whose sums over ranks no_sync left out; expected one backward pass after"
-            " the no_sync block, which makes them"
-        )
+    _refuse_parts(mesh, "clip_grad_norm_", parameters)
     infinite = norm_type == torch.inf
     mine = torch.zeros(1, dtype=torch.float64, device=mesh.device)
     for parameter in parameters:
@@ -70,7 +67,44 @@ def clip_grad_norm_(
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         local_of(grad).mul_(scale.to(grad.dtype))
-    return norm.float()
+    return _as_gradients(norm, grads)
+
+
+def _as_gradients(norm: torch.Tensor, tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return norm.to(torch.float64 if any(each.dtype == torch.float64 for each in tensors) else torch.float32)
+
+
+def _refuse_parts(mesh: Mesh, name: str, parameters: list[torch.Tensor]) -> None:
+    if owing(parameters):
+        raise MeshError(
+            f"{name}: rank {mesh.rank} got gradients whose sums over ranks no_sync left out; expected one backward pass after"
+            " the no_sync block, which makes them"
+        )
+
+
+def _of_the_job(clip: Callable[..., None]) -> Callable[..., None]:
+    """torch's own way to scale gradients by their norm, which DTensors join over a mesh, and nobody over the stages of a pipeline."""
+
+    @wraps(clip)
+    def scale(parameters: Any, *args: Any, **kwargs: Any) -> None:
+        tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        mesh = next(filter(None, (mesh_of(each) for each in tensors if isinstance(each, DTensor))), None)
+        if mesh is not None:
+            if mesh.whole is not None:
+                raise MeshError(
+                    f"torch.nn.utils.clip_grad_norm_: rank {mesh.rank} got the gradients of one stage of a pipeline; expected"
+                    " gingham.clip_grad_norm_, whose norm is that of all stages"
+                )
+            _refuse_parts(mesh, "torch.nn.utils.clip_grad_norm_", tensors)
+        clip(tensors, *args, **kwargs)
+
+    return scale
+
+
+def _install() -> None:
+    module: Any = torch.nn.utils.clip_grad
+    if hasattr(module, "_clip_grads_with_norm_"):
+        module._clip_grads_with_norm_ = torch.nn.utils.clip_grads_with_norm_ = _of_the_job(module._clip_grads_with_norm_)
 
 
 def _counts_here(grad: torch.Tensor, coordinates: dict[str, int]) -> bool:
@@ -79,3 +113,6 @@ def _counts_here(grad: torch.Tensor, coordinates: dict[str, int]) -> bool:
         return not any(coordinates.values())
     placed = zip(coordinates.values(), grad.placements, strict=True)
     return all(place == 0 for place, placement in placed if isinstance(placement, Replicate))
+
+
+_install()
