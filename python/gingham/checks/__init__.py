@@ -289,6 +289,9 @@ def layer_forward(forward: Callable[..., Any], profiled: Callable[..., Any] | No
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
+        within = vars(self).get("_only_within")  # of a model with io="full" (convert/calls.py)
+        if within is not None:
+            within(self)
         run = profiled if profiled is not None and torch.autograd._profiler_enabled() else forward
         checks = None if self.mesh is None else self.mesh.checks
         for x in (*args, *kwargs.values()) if kwargs else args:

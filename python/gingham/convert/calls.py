@@ -29,6 +29,7 @@ from ..mesh import Mesh
 from ..mesh.layout import Names
 from ..mesh.mesh import mesh_of
 from ..mesh.operations import read_by_name, told
+from ..nn.layer import Layer
 
 
 class Call(NamedTuple):
@@ -79,6 +80,34 @@ class Inside:
         if self.depth or torch.compiler.is_compiling():
             return bool(self.depth)
         return _here.again and _here.call is not None and any(each is self for each in _here.call.models)
+
+
+class Within:
+    """Held by layers of a converted model with io="full", which are called in the model's calls: called alone each rank gives one the
+    whole batch, and gradients would be summed over ranks that have the same rows."""
+
+    def __init__(self, inside: Inside, mesh: Mesh) -> None:
+        self.inside, self.mesh = inside, mesh
+
+    def __call__(self, layer: Any) -> None:
+        if not torch.is_grad_enabled() or self.inside.is_here():
+            return
+        raise layer.named(
+            MeshError(
+                f"rank {self.mesh.rank} got a call from outside of the converted model, where every rank has the whole batch, so that"
+                " gradients would be counted once for each rank that cuts rows; expected a call of the model, or of a method of its class"
+                " that runs this layer, or torch.no_grad(); with parallelize(.., io='local') tensors are this rank's rows everywhere"
+            )
+        )
+
+    @staticmethod
+    def hold(model: torch.nn.Module, border: Any) -> None:
+        """Where whole tensors are more than a rank's rows."""
+        if not border.full or all(border.mesh.sizes[name] == 1 for name in border.mesh.outer.rows):
+            return
+        for module in model.modules():
+            if isinstance(module, Layer) and module is not model:
+                vars(module)["_only_within"] = Within(border.inside, border.mesh)
 
 
 _here = _Here()

@@ -22,7 +22,7 @@ from ..mesh.layout import Names, chunks
 from . import late, nested, probe, sequence
 from .agree import check_alike
 from .caches import is_cache, keep_rows
-from .calls import Inside, summed_over, under_way
+from .calls import Inside, Within, summed_over, under_way
 from .entry import enclose
 from .generators import own_numbers
 from .loose import shared_gradient
@@ -72,8 +72,7 @@ class Border:
         self.first: Any = None
         self.given: list[str] = []
         self.passed = nested.Passed()
-        self.heads = heads
-        self.stack = body == "outer" and not self.hugging
+        self.heads, self.stack = heads, body == "outer" and not self.hugging
         self.widths = widths_of(model) if self.hugging else {"": width}
         self.size: int | None = None
         self.labels: dict[str, Any] = {}
@@ -397,4 +396,5 @@ def attach(stand: Any, border: Border, base: Any) -> None:
         enclose(base, inner)
         inner.modules = late.note(base)
     enclose(stand, border)
+    Within.hold(stand, border)
     border.modules = late.note(stand)

@@ -219,3 +219,43 @@ def test_outside_of_a_call_in_a_compiled_step(ranks) -> None:
     for found in ranks(4)(compiled):
         assert found["gradient"] <= 2e-6, found
         assert "in code of torch.compile" in found["helper"], found["helper"]
+
+
+class Split(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(6, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.logits(self.body(x))
+
+    def logits(self, h: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(h))
+
+
+def called_alone(rank: int, options: dict[str, Any]) -> tuple[str, float, float]:
+    """What a layer of a converted model says that is called by itself; the error of its output without gradients, and that of the
+    gradient by a method of the model."""
+    import gingham
+
+    mesh = gingham.init(**options)
+    serial = Split().double()
+    model = gingham.parallelize(copy.deepcopy(serial), mesh)
+    h = torch.randn(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    said = ""
+    try:
+        model.head(h)
+    except gingham.MeshError as error:
+        said = str(error)
+    with torch.no_grad():
+        error = float((model.head(h) - serial.head(h)).abs().max())
+    for each in (model, serial):
+        each.logits(h).square().sum().backward()
+    return said, error, float((model.head.weight.grad.full_tensor() - serial.head.weight.grad).abs().max())
+
+
+@pytest.mark.parametrize("options", [{"mode": "2d", "size": 4}, {"mode": "3d", "size": 8}, {"mode": "1d", "size": 4}], ids=str)
+def test_a_layer_called_alone_is_refused_where_its_gradient_would_be_counted_often(ranks: Any, options: dict[str, Any]) -> None:
+    for rank, (said, output, gradient) in enumerate(ranks(options["size"])(called_alone, options)):
+        assert output < 1e-12 and gradient < 1e-12
+        assert said.startswith(f"head (Linear(8, 3)): rank {rank} got a call from outside") or options["mode"] == "1d" and not said, said
