@@ -123,6 +123,8 @@ def test_a_sum_of_parts_stays_one(ranks: Any) -> None:
         first, second = nn.Linear(7, 11).weight, nn.Linear(7, 11).weight
         with pytest.warns(UserWarning, match="reads this rank's part only"):
             first.norm().item()
+        with pytest.warns(UserWarning, match="reads this rank's part only"):
+            assert f"{first.norm():.2f}" != f"{first.norm().full_tensor():.2f}" == f"{first.norm() + 0.0:.2f}"  # type: ignore[attr-defined]
         total: Any = (first.square().sum() + second.square().sum()) / 2
         return [type(place).__name__ for place in total.placements]
 

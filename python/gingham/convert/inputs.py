@@ -341,8 +341,7 @@ class Border:
 
         def whole(path: str, y: Any) -> Any:
             if not isinstance(y, torch.Tensor):
-                self.passed.add(y)
-                return y
+                return nested.given_out(y, self.passed, nested.joined(what, path) if self._cuts_rows() else "")
             opened = operand == "rows" and self._open(what, y)
             if not self.mesh.outer.rows and operand == "rows" and not opened:
                 return y

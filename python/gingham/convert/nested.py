@@ -180,6 +180,18 @@ class Passed:
         return found is not None and found() is value
 
 
+def given_out(value: Any, passed: Passed, what: str) -> Any:
+    """A leaf of an output that is no tensor: a state that is given back later, or what it is not. what: its name where it has this rank's
+    rows. Raises NotImplementedError for what its users read, in which nothing can be gathered."""
+    if what and isinstance(value, torch.distributions.Distribution | PackedSequence):
+        raise NotImplementedError(
+            f"{what}: got a {type(value).__name__} of this rank's rows, expected tensors, or dicts, lists, tuples or dataclasses, which"
+            " are gathered: return its tensors and make it of them outside of the model"
+        )
+    passed.add(value)
+    return value
+
+
 def closed(value: Any, passed: Passed) -> str:
     """What is in a leaf that no border can cut, in words; else the empty text, and it is let through from then on."""
     if isinstance(value, (torch.Tensor, *SKIPPED)) or torch.compiler.is_compiling() or value in passed or is_cache(value):

@@ -40,6 +40,7 @@ def install() -> None:
         setattr(DTensor, name, _with_warning(name, getattr(torch.Tensor, name)))
     for name in ("numpy", "tolist"):
         setattr(DTensor, name, _refused(name, getattr(torch.Tensor, name)))
+    setattr(DTensor, "__format__", _formatted)  # noqa: B010
     for op in (torch.ops.aten._is_any_true.default, torch.ops.aten._is_all_true.default):
         register_sharding(op)(_of_blocks)
     _WeightNorm.right_inverse = _summed(_WeightNorm.right_inverse)  # type: ignore[method-assign]
@@ -117,6 +118,11 @@ def _with_warning(name: str, read: Callable[..., Any]) -> Callable[..., Any]:
         return read(self, *args)
 
     return reading
+
+
+def _formatted(self: DTensor, how: str) -> str:
+    """f"{loss:.3f}" of a number, as of torch's own tensors; a part of one warns as item() does."""
+    return format(self.item() if how and self.dim() == 0 and mesh_of(self) is not None else str(self), how)
 
 
 def _refused(name: str, read: Callable[..., Any]) -> Callable[..., Any]:

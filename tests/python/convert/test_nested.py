@@ -364,3 +364,22 @@ def local(rank: int) -> bool:
 
 def test_io_local_hands_on_what_it_is_given(ranks) -> None:
     assert all(ranks(4)(local))
+
+
+class Policy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return {"policy": torch.distributions.Normal(self.mean(x), 1.0)}
+
+
+def test_a_distribution_of_some_rows_is_refused(ranks) -> None:
+    def said(rank: int) -> str:
+        model = gingham.parallelize(Policy(), gingham.init(**GRIDS["2d"]))
+        with pytest.raises(NotImplementedError) as caught:
+            model(torch.ones(8, 6))
+        return str(caught.value)
+
+    assert all(words.startswith("Policy.policy: got a Normal of this rank's rows, expected tensors") for words in ranks(4)(said))
