@@ -24,7 +24,7 @@ PYTHON_TESTS = {
 }
 NAMED = """agreement data ending faults gradients hybrid_options indices memory_at_rest operations optimizers parallel_config
 planner_hybrids ranges second_order train training_tools versions writes acceptance bad_input checked checked_trials fork mesh meshes spawn
-transforms limits"""
+transforms limits partials"""
 # Minutes together. Not in them: cli (no microbenchmark is built over the fakes), checksums, compare, layout, planner, planner_models and
 # defects_of_peers (they ask for no device), hosts/ and integrations/.
 LONG_TESTS = {
