@@ -102,11 +102,12 @@ def test_an_exception_in_one_stage_is_told_to_all(ranks) -> None:
 
 def test_stages_that_got_other_batches_are_told(ranks) -> None:
     answers = ranks(4)(faulty, dict(pipeline=2, tensor=dict(size=2, mode="1d")), "other batch", 3, 20.0, outcomes=True)
-    for rank in (1, 3):
-        assert isinstance(answers[rank], RankError) and "ranks [1, 3], the stages of one batch, got different ones" in str(answers[rank])
-    for rank in (0, 2):
-        assert not isinstance(answers[rank], RankError), str(answers[rank])
-        assert answers[rank][0] == "PeerDied" and "got different ones" in answers[rank][2]
+    odd = [answers[rank] for rank in (1, 3)]
+    raised = [str(answer) for answer in odd if isinstance(answer, RankError)]  # on GPUs the later of the two hears of the first
+    assert raised and all("ranks [1, 3], the stages of one batch, got different ones" in said for said in raised), odd
+    for answer in [answers[0], answers[2], *(each for each in odd if not isinstance(each, RankError))]:
+        assert not isinstance(answer, RankError), str(answer)
+        assert answer[0] == "PeerDied" and "got different ones" in answer[2]
 
 
 def test_ranks_that_cut_a_model_otherwise_are_told(ranks) -> None:

@@ -31,6 +31,6 @@ def on_host(mesh: Mesh, x: torch.Tensor) -> torch.Tensor:
     """x, which messages brought, for the host to go by. Raises the job's error where that broke them off: on GPUs streams then go on, and
     what is in x is anything."""
     found = x.cpu()
-    if mesh.device.type != "cpu":
+    if mesh.job.has_gpu:
         mesh.program.hear()
     return found
