@@ -104,7 +104,8 @@ def test_stages_that_got_other_batches_are_told(ranks) -> None:
     answers = ranks(4)(faulty, dict(pipeline=2, tensor=dict(size=2, mode="1d")), "other batch", 3, 20.0, outcomes=True)
     odd = [answers[rank] for rank in (1, 3)]
     raised = [str(answer) for answer in odd if isinstance(answer, RankError)]  # on GPUs the later of the two hears of the first
-    assert raised and all("ranks [1, 3], the stages of one batch, got different ones" in said for said in raised), odd
+    assert len(raised) == 2 or raised and os.environ.get("GINGHAM_DEVICE") == "cuda", odd
+    assert all("ranks [1, 3], the stages of one batch, got different ones" in said for said in raised), odd
     for answer in [answers[0], answers[2], *(each for each in odd if not isinstance(each, RankError))]:
         assert not isinstance(answer, RankError), str(answer)
         assert answer[0] == "PeerDied" and "got different ones" in answer[2]

@@ -105,9 +105,10 @@ class Within:
         """Where whole tensors are more than a rank's rows."""
         if not border.full or all(border.mesh.sizes[name] == 1 for name in border.mesh.outer.rows):
             return
+        within = Within(border.inside, border.mesh)
         for module in model.modules():
             if isinstance(module, Layer) and module is not model:
-                vars(module)["_only_within"] = Within(border.inside, border.mesh)
+                vars(module)["_only_within"] = within
 
 
 _here = _Here()

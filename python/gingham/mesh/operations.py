@@ -140,12 +140,11 @@ def _as_torch_does(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args, kwargs = settled(op, args, kwargs)
     ours, plain = _kinds(args, kwargs)
     mesh = mesh_of(ours[0]) if ours and not torch.compiler.is_compiling() else None
     if mesh is None:
         return go_on(op, args, kwargs)
-    args, kwargs = settled(op, args, kwargs)
-    ours, plain = _kinds(args, kwargs)
     right = op.overloadpacket not in WRONG_RULES and not (op.overloadpacket in EXTREMES and _is_sparse(mesh, ours[0]))
     if right and not plain:
         return go_on(op, args, kwargs)

@@ -14,6 +14,7 @@ from ..autograd.casts import local_of
 from ..autograd.gradients import owing
 from ..errors import MeshError
 from ..mesh import Mesh, current, mesh_among, mesh_of
+from ..mesh.carried import on_host
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def clip_grad_norm_(
     stage = parts.amax(0, keepdim=True) if infinite else parts.sum(0, keepdim=True)
     parts = torch.cat(mesh.over_stages(stage, f"clip_grad_norm_({max_norm=}, {norm_type=}, {error_if_nonfinite=})"))
     norm = parts.max() if infinite else parts.sum().pow(1 / norm_type)
-    if error_if_nonfinite and not torch.isfinite(norm):
+    if error_if_nonfinite and not torch.isfinite(on_host(mesh, norm)):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients is non-finite ({float(norm)} on rank {mesh.rank}), so it cannot be clipped."
             " To disable this error and scale the gradients by the non-finite norm anyway, set error_if_nonfinite=False"
