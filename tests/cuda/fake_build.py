@@ -37,15 +37,20 @@ def build(kernels: str, sanitizer: str = "", binding: bool = False, source: Path
     tools = nvcc.toolkit()
     assert tools is not None
     defines = [f"-D{name}={value}" for name, value in (options | {"CUDA_INCLUDE": tools.include}).items()]
-    check(tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja", *defines)
-    check(tool("cmake"), "--build", str(folder), "--target", "pipeline_tests", "samegpu", *(["_C"] if binding else []))
-    if binding:
-        ours = ROOT / "python" / "gingham"
-        for path in [*ours.glob("*.py"), *(path.parent for path in ours.glob("*/__init__.py"))]:
-            link = package / path.name
-            link.unlink(missing_ok=True)
-            link.symlink_to(path)
+    with nvcc.alone("-".join(folder.resolve().parts[1:])):
+        check(tool("cmake"), "-S", str(source), "-B", str(folder), "-G", "Ninja", *defines)
+        check(tool("cmake"), "--build", str(folder), "--target", "pipeline_tests", "samegpu", *(["_C"] if binding else []))
+        if binding:
+            link_python(package)
     return folder
+
+
+def link_python(package: Path) -> None:
+    ours = ROOT / "python" / "gingham"
+    for path in [*ours.glob("*.py"), *(path.parent for path in ours.glob("*/__init__.py"))]:
+        link = package / path.name
+        link.unlink(missing_ok=True)
+        link.symlink_to(path)
 
 
 def check(*command: str, environment: dict[str, str] | None = None) -> None:

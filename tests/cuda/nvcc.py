@@ -5,12 +5,14 @@ Results are kept below build/nvcc by the hash of everything that went into them,
 
 import concurrent.futures
 import contextlib
+import fcntl
 import functools
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +53,16 @@ def toolkit() -> Toolkit | None:
     return Toolkit(Path(found), folder / "include", libs[0] if libs else folder / "lib64", version[1])
 
 
+@contextlib.contextmanager
+def alone(name: str) -> Iterator[None]:
+    """What is built under this name is built by one process at a time, and by one thread of it."""
+    folder = ROOT / "build" / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / name, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def kernels() -> list[Path]:
     return sorted((CSRC / "kernels").glob("*.cu"))
 
@@ -80,16 +92,17 @@ def _compile(source: Path, arch: str, kind: str, extra: tuple[str, ...]) -> tupl
     key = hashlib.sha256(repr((_fingerprint(source), arch, kind, extra, tools.version, FLAGS[2:])).encode()).hexdigest()[:24]
     CACHE.mkdir(parents=True, exist_ok=True)
     out, log = CACHE / f"{source.stem}.{arch}.{key}.{kind}", CACHE / f"{source.stem}.{arch}.{key}.{kind}.log"
-    if out.exists() and log.exists():
+    with alone(out.name):
+        if out.exists() and log.exists():
+            return out, log.read_text()
+        scratch = out.with_suffix(f".{os.getpid()}")
+        command = [str(tools.nvcc), *FLAGS, f"-arch={arch}", f"-{kind}", *extra, "-o", str(scratch), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        log.write_text(done.stdout + done.stderr)
+        scratch.replace(out)
         return out, log.read_text()
-    scratch = out.with_suffix(f".{os.getpid()}")
-    command = [str(tools.nvcc), *FLAGS, f"-arch={arch}", f"-{kind}", *extra, "-o", str(scratch), str(source)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    log.write_text(done.stdout + done.stderr)
-    scratch.replace(out)
-    return out, log.read_text()
 
 
 def compile_kernels(architectures: tuple[str, ...] = ARCHITECTURES) -> None:

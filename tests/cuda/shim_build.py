@@ -74,9 +74,10 @@ def build(sanitizer: str) -> Path:
         raise nvcc.CompileError("the shim needs the toolkit's headers")
     folder = ROOT / "build" / "shim" / sanitizer
     folder.mkdir(parents=True, exist_ok=True)
-    write_ninja(folder, sanitizer, tools.include)
     jobs = os.environ.get("GINGHAM_JOBS", "2")
-    done = subprocess.run([ninja(), "--quiet", "-C", str(folder), "-j", jobs], capture_output=True, text=True)
+    with nvcc.alone(f"shim-{sanitizer}"):
+        write_ninja(folder, sanitizer, tools.include)
+        done = subprocess.run([ninja(), "--quiet", "-C", str(folder), "-j", jobs], capture_output=True, text=True)
     if done.returncode != 0:
         raise nvcc.CompileError(done.stdout[-8000:] + done.stderr[-2000:])
     return folder / "kernel_tests"

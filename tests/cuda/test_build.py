@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -42,3 +44,21 @@ def test_with_nvcc(tmp_path: Path, with_cuda: str) -> None:
     done = configure(tmp_path, with_cuda, hidden=False)
     said = "CUDA backend for" if with_cuda == "AUTO" else "building the CPU backend only"
     assert done.returncode == 0 and said in done.stdout, done.stdout + done.stderr
+
+
+def test_a_build_is_made_by_one_at_a_time() -> None:
+    """The one that comes second finds what the first has built."""
+    built: list[int] = []
+
+    def build(number: int) -> None:
+        with nvcc.alone("a test of the lock"):
+            if not built:
+                time.sleep(0.2)
+                built.append(number)
+
+    threads = [threading.Thread(target=build, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from cuda.nvcc import CompileError, toolkit
+from cuda.nvcc import CompileError, alone, toolkit
 
 ROOT = Path(__file__).resolve().parents[3]
 CSRC, KEPT = ROOT / "csrc", ROOT / "build" / "ptx"
@@ -65,11 +65,12 @@ def kept(name: str, key: str, make: Callable[[Path], list[Path]], *suffixes: str
     """Files of this name and key, made once: written beside and renamed, so that a run that is cut short leaves none."""
     KEPT.mkdir(parents=True, exist_ok=True)
     paths = [KEPT / f"{name}-{key}{suffix}" for suffix in suffixes]
-    if not all(path.exists() for path in paths):
-        scratch = Path(tempfile.mkdtemp(prefix=f"{name}-{key}.", dir=KEPT))
-        for path, new in zip(paths, make(scratch), strict=True):
-            new.replace(path)
-        shutil.rmtree(scratch)
+    with alone(f"{name}-{key}"):
+        if not all(path.exists() for path in paths):
+            scratch = Path(tempfile.mkdtemp(prefix=f"{name}-{key}.", dir=KEPT))
+            for path, new in zip(paths, make(scratch), strict=True):
+                new.replace(path)
+            shutil.rmtree(scratch)
     return paths
 
 
