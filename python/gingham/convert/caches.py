@@ -14,7 +14,7 @@ REORDERING = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices"
 def is_cache(value: Any) -> bool:
     """Whether a value is a cache of keys and values, known by what it can do: transformers has called the argument and the field
     both past_key_values and cache."""
-    return not isinstance(value, torch.Tensor) and any(callable(getattr(value, name, None)) for name in REORDERING)
+    return not isinstance(value, torch.Tensor | int | float | str) and any(callable(getattr(value, name, None)) for name in REORDERING)
 
 
 def keep_rows(cache: Any, mesh: Mesh) -> None:

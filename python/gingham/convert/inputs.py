@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from ..checks import plain
 from ..errors import ShapeError
 from ..mesh import Mesh
 from ..mesh.layout import Names, chunks
-from . import late, nested, probe, sequence
+from . import entries, late, nested, probe, sequence
 from .agree import check_alike
 from .caches import is_cache, keep_rows
 from .calls import Inside, Within, summed_over, under_way
@@ -67,7 +66,7 @@ class Border:
         self.told: set[str] = set()
         self.crossed, self.modules, self.missing = False, 0, 0
         self.probed: set[tuple[str, bool, bool]] = set()
-        self.rows: list[torch.Tensor] = []  # of the call, the tensors that were cut
+        self.rows: list[Any] = []  # of the call, the tensors, lists and arrays that were cut
         self.open: list[tuple[str, Any, int]] = []
         self.first: Any = None
         self.given: list[str] = []
@@ -126,8 +125,10 @@ class Border:
         """At the first call of a method (in training or not, with gradients or without): what it gives beside other samples."""
         if any(is_cache(value) for _, value in nested.leaves((args, kwargs))):
             return None  # which would be filled twice
+        if not self.full or not self.size:
+            return None
         self.probed.add(kind)
-        if not self.full or not self.size or not probe.is_needed(model, self.mesh, self.body == "outer"):
+        if not probe.is_needed(model, self.mesh, self.body == "outer"):
             return None
         size, cuts = self.size + self.missing, self._rows()
         rows, most = self.mesh.interval(size, cuts)[1], max(chunks(size, [self.mesh.sizes[name] for name in cuts]))
@@ -251,7 +252,7 @@ class Border:
     def _cut(self, name: str, value: Any) -> Any:
         def cut(path: str, x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
-                return x
+                return entries.cut(self, path, x)
             if self.missing and self.stack and name in WHOLE and x.dim() == 3:  # a mask a head
                 return torch.cat([x, x[: len(x) // (self.size or 1)].repeat(self.missing, 1, 1)])
             dim = self._dim(name, x)
@@ -268,7 +269,7 @@ class Border:
             y = plain(self.mesh.scatter(x, "x" if features else "rows", dim, self.own))
             return self._noted(y.transpose(0, 1).contiguous() if dim == 1 else y)
 
-        return nested.mapped(cut, value, name)
+        return nested.mapped(cut, value, name, closed=lambda each: entries.as_long(each, self.size or 0))
 
     def _noted(self, x: torch.Tensor) -> torch.Tensor:
         self.rows.append(x)
@@ -287,15 +288,9 @@ class Border:
 
     def _tell(self, name: str, x: torch.Tensor) -> None:
         """Warns once of an argument that is cut for no other reason than its length."""
-        first = self.first is x
-        if name in self.told or first or not self._rows() or not (x.dim() == 1 or name.startswith("*")):
-            return
-        self.told.add(name)
-        warnings.warn(
-            f"argument {name!r} of shape {tuple(x.shape)} is cut like the batch, since it is as long ({self.size}); where it is one for"
-            f" all samples, say parallelize(..., whole=({name!r},))",
-            stacklevel=2,
-        )
+        if self.first is not x and self._rows() and (x.dim() == 1 or name.startswith("*")):
+            words = f"argument {name!r} of shape {tuple(x.shape)} is cut like the batch, since it is as long ({self.size})"
+            entries.tell(self, name, words)
 
     def after(self, model: Any, kwargs: Any, output: Any, what: str) -> Any:
         labels, self.labels, self.rows = self.labels, {}, []

@@ -87,7 +87,11 @@ def _readable(cls: type, name: str) -> None:
         return
 
     def read(self: torch.nn.Module) -> Any:
-        parameter: Any = self._parameters.get(name)
+        if name not in self._parameters:  # it was taken out
+            if name in self.__dict__:
+                return self.__dict__[name]
+            raise AttributeError(name)  # upon which Python asks Module.__getattr__
+        parameter: Any = self._parameters[name]
         loose = self.__dict__.get("_loose", {})
         if name not in loose or parameter is None:
             return parameter
@@ -108,10 +112,15 @@ def _readable(cls: type, name: str) -> None:
             return traced("block", [mesh.handle, ",".join(summed)], [block_of(parameter)])[0]
         return _Block.apply(parameter, mesh, summed)
 
-    def write(self: torch.nn.Module, value: Any) -> None:
-        torch.nn.Module.__setattr__(self, name, value)
+    def write(self: torch.nn.Module, value: Any) -> None:  # of what Module.__setattr__ has no other place for
+        self.__dict__[name] = value
 
-    setattr(cls, name, property(read, write))
+    def delete(self: torch.nn.Module) -> None:
+        if name not in self.__dict__:
+            raise AttributeError(name)
+        del self.__dict__[name]
+
+    setattr(cls, name, property(read, write, delete))
 
 
 def shared_gradient(x: torch.Tensor, mesh: Mesh, summed: Names) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 import weakref
 from collections import OrderedDict, UserDict, UserList
 from collections.abc import Callable, Iterator, Mapping
@@ -108,13 +109,20 @@ def _of_builtin(value: Any) -> Opened:
     return inside + held, make
 
 
-def mapped(function: Callable[[str, Any], Any], value: Any, path: str = "", above: tuple[Any, ...] = ()) -> Any:
-    """value with function(path, leaf) in the place of each leaf. One of a class of its own that holds nothing new is itself."""
-    found = opened(value, above)
+def mapped(
+    function: Callable[[str, Any], Any],
+    value: Any,
+    path: str = "",
+    above: tuple[Any, ...] = (),
+    closed: Callable[[Any], bool] = lambda value: False,
+) -> Any:
+    """value with function(path, leaf) in the place of each leaf. One of a class of its own that holds nothing new is itself.
+    closed: which containers are leaves."""
+    found = None if closed(value) else opened(value, above)
     if found is None:
         return function(path, value)
     parts, make = found
-    made = [mapped(function, part, joined(path, name), (*above, value)) for name, part in parts]
+    made = [mapped(function, part, joined(path, name), (*above, value), closed) for name, part in parts]
     if type(value) not in PLAIN and all(new is part for new, (_, part) in zip(made, parts, strict=True)):
         return value
     return make(made)
@@ -136,14 +144,14 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for _, leaf in leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def hidden(value: Any) -> tuple[str, torch.Tensor] | None:
-    """The first tensor with rows in an object that cannot be opened, and where in it, however deep."""
+def hidden(value: Any, least: int = 1) -> tuple[str, torch.Tensor] | None:
+    """The first tensor of `least` dims or more in an object that cannot be opened, and where in it, however deep."""
     seen: set[int] = set()
     left: list[tuple[str, Any]] = [("", value)]
     kept = []  # so that no id is given twice
     while left:
         path, each = left.pop()
-        if isinstance(each, torch.Tensor) and each.dim() and not isinstance(each, torch.nn.Parameter):
+        if isinstance(each, torch.Tensor) and each.dim() >= least and not isinstance(each, torch.nn.Parameter):
             return path, each
         if id(each) in seen or isinstance(each, (*SKIPPED, torch.Tensor)) or path and is_cache(each):
             continue
@@ -166,6 +174,7 @@ class Passed:
 
     def __init__(self) -> None:
         self.found: dict[int, Any] = {}
+        self.told: set[type] = set()
 
     def add(self, value: Any) -> None:
         key = id(value)
@@ -182,21 +191,34 @@ class Passed:
 
 def given_out(value: Any, passed: Passed, what: str) -> Any:
     """A leaf of an output that is no tensor: a state that is given back later, or what it is not. what: its name where it has this rank's
-    rows. Raises NotImplementedError for what its users read, in which nothing can be gathered."""
+    rows. Raises NotImplementedError for what its users read, in which nothing can be gathered, and warns of what they may read."""
     if what and isinstance(value, torch.distributions.Distribution | PackedSequence):
         raise NotImplementedError(
             f"{what}: got a {type(value).__name__} of this rank's rows, expected tensors, or dicts, lists, tuples or dataclasses, which"
             " are gathered: return its tensors and make it of them outside of the model"
         )
+    if what and _is_ours(value, passed) and type(value) not in passed.told and (found := hidden(value, 0)) is not None:
+        passed.told.add(type(value))
+        warnings.warn(
+            f"{what}: the model returns a {type(value).__name__}, which parallelize does not open: the tensor of shape"
+            f" {tuple(found[1].shape)} in {found[0]} is of this rank's rows. Right for a state that is only given back to the model; what"
+            " is read of an output, or makes a loss, has to be in tensors, or dicts, lists, tuples or dataclasses, which are gathered",
+            stacklevel=2,
+        )
     passed.add(value)
     return value
 
 
+def _is_ours(value: Any, passed: Passed) -> bool:
+    """Whether it is looked into: not what has no tensors, has gone in or out before, or is a state that models of transformers make."""
+    if isinstance(value, SKIPPED) or torch.compiler.is_compiling() or value in passed or is_cache(value):
+        return False
+    return not type(value).__module__.startswith("transformers.")
+
+
 def closed(value: Any, passed: Passed) -> str:
     """What is in a leaf that no border can cut, in words; else the empty text, and it is let through from then on."""
-    if isinstance(value, (torch.Tensor, *SKIPPED)) or torch.compiler.is_compiling() or value in passed or is_cache(value):
-        return ""
-    if type(value).__module__.startswith("transformers."):  # states that its models have made
+    if isinstance(value, torch.Tensor) or not _is_ours(value, passed):
         return ""
     found = hidden(value)
     if found is None:

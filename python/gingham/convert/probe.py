@@ -20,6 +20,7 @@ import torch
 
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
+from .entries import last
 from .nested import leaves, mapped
 from .wrappers import is_foreign
 
@@ -38,18 +39,17 @@ def _is_heard(model: torch.nn.Module) -> bool:
     return any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
 
 
-def run(
-    function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[torch.Tensor]
-) -> Any:
+def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[Any]) -> Any:
     """What the function gives for this rank's `rows` rows, all like the last one; most: of the rows of all ranks, which call it as often;
-    cut: the tensors that have these rows. Where the number of rows or a sample's place counts, it is of the shape of none."""
+    cut: the tensors, lists and arrays that have these rows. Where the number of rows or a sample's place counts, it is of the shape of
+    none."""
     before = {id(x) for x in cut if rows and len(x) == rows}
 
     def alike(more: int) -> Any:
-        def change(_: str, x: Any) -> Any:
-            return x[-1:].expand(rows + more, *x.shape[1:]).clone() if id(x) in before else x
-
-        return function(model, *mapped(change, args), **mapped(change, kwargs))
+        changed = mapped(
+            lambda _, x: last(x, rows + more) if id(x) in before else x, (args, kwargs), closed=lambda value: id(value) in before
+        )
+        return function(model, *changed[0], **changed[1])
 
     with torch.no_grad(), _restored(model):
         found = alike(0)

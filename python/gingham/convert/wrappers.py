@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from .entry import HERE
+
 AROUND = ("base_layer", "original_module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 LIBRARIES = ("torch.", "transformers.", "peft.", "gingham.")
 
@@ -81,6 +83,7 @@ class _Child(torch.nn.Module):
 def _hands_on(module: torch.nn.Module, name: str, training: bool) -> bool:
     stub, child = object.__new__(type(module)), _Child()
     vars(stub).update(vars(module), _modules={name: child}, training=training)
+    vars(stub).pop(HERE, None)  # what a border sees for the first time is no batch
     args, kwargs = [], {}
     for parameter in inspect.signature(type(module).forward).parameters.values():
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:

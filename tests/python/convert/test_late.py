@@ -42,6 +42,18 @@ def replaced_buffer(model: Any) -> None:
     model.shift = nn.Parameter(torch.zeros(8))
 
 
+def replaced(model: Any, value: torch.Tensor) -> None:
+    """Also by way of what is no parameter, under a name that the model's code reads."""
+    del model.scale
+    with pytest.raises(AttributeError, match="scale"):
+        model.scale  # noqa: B018
+    model.scale = 1.0
+    assert model.scale == 1.0
+    del model.scale
+    assert not hasattr(model, "scale")
+    model.scale = value
+
+
 REFUSED: dict[str, Callable[[Any], Any]] = {
     "g of Gated": put,
     "gate of Gated": lambda model: model.register_parameter("gate", nn.Parameter(SCALAR.clone())),
@@ -53,6 +65,9 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
 }
 TAKEN: dict[str, Callable[[Any], Any]] = {
     "scale": lambda model: setattr(model, "scale", nn.Parameter(torch.full((8,), 0.5))),
+    "scale, deleted": lambda model: replaced(model, nn.Parameter(torch.full((8,), 0.5))),
+    "scale, no parameter": lambda model: replaced(model, torch.full((8,), 0.5)),
+    "scale, a buffer": lambda model: (delattr(model, "scale"), model.register_buffer("scale", torch.full((8,), 0.5))),
     "a weight": lambda model: setattr(model.a, "weight", nn.Parameter(torch.full((8, 6), 0.1))),
     "an entry": lambda model: model.several.__setitem__(0, nn.Parameter(torch.full((8,), 0.5))),
     "weight_norm": lambda model: nn.utils.parametrizations.weight_norm(model.a),

@@ -76,6 +76,32 @@ class InTrainingOnly(Two):
         return self.b(h - h.mean(0) if self.training else h)
 
 
+class One(nn.Module):
+    """A model with one child, as a wrapper has that only hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(W, W), nn.ReLU(), nn.Linear(W, W))
+
+
+class Centred(One):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x - x.mean(0))
+
+
+class Divided(One):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) / len(x)
+
+
+class Handing(One):
+    """Changes what it was given before it hands it on."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.softmax(0)
+        return self.net(x)
+
+
 class Mask(Two):
     """As long as this rank's rows, and not one of them."""
 
@@ -95,6 +121,7 @@ class Keeps(Two):
 
 
 WRONG = {Size: "number of samples", SizeBesideDropout: "number of samples", Place: "number of samples", Counted: "number of samples"}
+WRONG |= {Centred: "mixes samples", Divided: "number of samples", Handing: "mixes samples"}
 WRONG |= {Running: "buffers (mean)", Replaced: "buffers (mean)", Left: "kept is a number", InTrainingOnly: "mixes samples"}
 
 
