@@ -87,6 +87,7 @@ class BoundStep {
     Step::Forward call;
     call.x = tx.matrix();
     call.lead = tx.shape[0];
+    for (size_t dim = 1; dim + 1 < tx.shape.size(); dim++) call.inner *= tx.shape[dim];
     call.early = early ? early->weights.get() : nullptr;
     for (size_t i = 0; i < maps_; i++) {
       call.w.push_back(weight(ws[i]));

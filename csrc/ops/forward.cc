@@ -45,12 +45,13 @@ class ForwardRun {
     });
     step_.x_cuts = c.x.by_posted_rows() ? step_.learn(*c.x.axis, call_.x.rows) : c.x.offsets;
     m_ = block_size(c.x, step_.x_cuts, call_.x, 0);
+    if (c.x.by_posted_rows()) check_rows(step_.x_cuts, call_.inner);
     std::vector<int64_t> n;
     for (size_t i = 0; i < c.maps.size(); i++) {
       step_.y_cuts.push_back(c.maps[i].y.offsets);
       if (c.maps[i].y.by_posted_rows()) {
         const int64_t lead = std::max<int64_t>(call_.lead, 1);
-        for (int64_t cut : chunk(lead, c.maps[i].y.axis->size())) step_.y_cuts[i].push_back(cut * (m_ / lead));
+        step_.y_cuts[i] = chunk_rows(lead, m_ / lead, c.maps[i].y.axis->size());
       }
       n.push_back(block_size(c.maps[i].w, c.maps[i].w.offsets, call_.w[i], 1));
     }

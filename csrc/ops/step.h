@@ -65,6 +65,7 @@ class Step {
     Allocate allocate;
     std::vector<char> has_bias = {};
     EarlyWeights* early = nullptr;
+    int64_t inner = 1;  // product of x's dims between the first and the last
   };
   struct Backward {
     Matrix x;  // empty data where dW is not asked for

@@ -16,6 +16,25 @@ int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, in
   return offsets[r + 1] - offsets[r];
 }
 
+std::vector<int64_t> chunk_rows(int64_t lead, int64_t inner, int parts) {
+  std::vector<int64_t> points = chunk(lead, parts);
+  for (int64_t& point : points) point *= inner;
+  return points;
+}
+
+void check_rows(const std::vector<int64_t>& offsets, int64_t inner) {
+  const int parts = static_cast<int>(offsets.size()) - 1;
+  const std::vector<int64_t> expected = chunk_rows(inner > 0 ? offsets.back() / inner : 0, inner, parts);
+  if (inner == 0 || offsets == expected) return;
+  std::string got, wanted;
+  for (size_t r = 0; r + 1 < offsets.size(); r++) {
+    const char* comma = r ? ", " : "";
+    got += concat(comma, (offsets[r + 1] - offsets[r]) / inner);
+    wanted += concat(comma, (expected[r + 1] - expected[r]) / inner);
+  }
+  throw ShapeError(concat("the ranks have ", got, " rows, expected ", wanted, ", as torch.chunk and mesh.scatter cut them: results lie so"));
+}
+
 StepCall::StepCall(Program& program, const Stream& used, const Step::Config& step, const char* product, DType dtype, int64_t rows)
     : config(step), d(step.slice_dim), stream(used), pipeline(used), program_(program) {
   call_.set_name(concat(step.name, ".", product));

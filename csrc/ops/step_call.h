@@ -18,6 +18,11 @@ inline int in_y(Dim d) { return d == Dim::M ? 0 : d == Dim::N ? 1 : -1; }
 int64_t block_size(const Operand& operand, const std::vector<int64_t>& offsets, const Matrix& local, int dim);
 int64_t own_size(const Operand& operand, const std::vector<int64_t>& offsets, int dim, int64_t block);
 
+// Where torch.chunk cuts `lead` x `inner` rows, by the first of them. The rows of an input must lie so, since those of results do: elsewhere a rank
+// would get back other ranks' rows. Every rank of the axis sees the same points, and raises.
+std::vector<int64_t> chunk_rows(int64_t lead, int64_t inner, int parts);
+void check_rows(const std::vector<int64_t>& offsets, int64_t inner);
+
 class StepCall {
  public:
   StepCall(Program& program, const Stream& stream, const Step::Config& config, const char* product, DType dtype, int64_t rows);

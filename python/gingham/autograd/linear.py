@@ -188,6 +188,11 @@ def _linear(
     if x.dim() == 0:
         raise ShapeError(f"linear {plan.k} -> {plan.n}: got a tensor without dims, expected [..., {plan.k_local}]")
     if x.dim() == 1:
+        if set(plan.x[1].rows) != set(plan.y[1].rows):
+            raise ShapeError(
+                f"linear {plan.k} -> {plan.n}: rank {plan.mesh.rank} got x of shape {tuple(x.shape)}, without a dim of rows, which this"
+                " mesh cuts before the layer and gathers in it; expected [rows, features]: x.unsqueeze(0)"
+            )
         return [y.squeeze(0) for y in _linear(x.unsqueeze(0), weights, biases, plan, epilogue)]
     dtype = autocast_dtype(x)
     x = relayout(x if dtype is None else cast_for_autocast(x), plan.mesh, *plan.x, plan.k).contiguous()

@@ -287,6 +287,9 @@ def layer_forward(forward: Callable[..., Any], profiled: Callable[..., Any] | No
 
     @wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        region = self._region
+        if region is not None and region.within is None:
+            return region.alone(call, self, *args, **kwargs)
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
         within = vars(self).get("_only_within")  # of a model with io="full" (convert/calls.py)

@@ -17,7 +17,7 @@ from .entry import Above, enclose, register_forward_method
 from .heads import base_of, keep_whole, known_loss
 from .layers import Conversion
 from .losses import is_transformers
-from .regions import STACKS, batch_dim, enter, region_of, roles_of_children, width_of
+from .regions import STACKS, batch_dim, enter, hold, region_of, roles_of_children, width_of
 from .rules import REQUIRED, SHARED, Rules, matches, rules_of
 from .table import show
 from .wrappers import adapter_roles, check_known, core, dropouts_of_adapter, path_of, seen_paths
@@ -87,8 +87,8 @@ def _parallelize(model: torch.nn.Module, mesh: Mesh, io: str, plan: Mapping[str,
     if rules.cut_heads and rules.body == "rows":
         made.lines.append(layers.whole_features(base_of(inner) or inner))
     old, ties = dict(model.named_parameters()), tied_names(model)
-    top = region_of(model) if rules.body == "rows" else ""
-    batch, body = batch_dim(model) if top else 0, "outer" if top else rules.body
+    top = region_of(inner) if rules.body == "rows" else ""  # around it may stand what only hands on
+    batch, body = batch_dim(inner) if top else 0, "outer" if top else rules.body
     _embeddings(made, model, rules.body)
     if apart:
         _convert_base(made, inner)
@@ -103,7 +103,7 @@ def _parallelize(model: torch.nn.Module, mesh: Mesh, io: str, plan: Mapping[str,
     for path in sorted((set(rules.unused()) & asked) - set(type(inner)._tp_plan or () if apart else ())):
         warnings.warn(f"parallelize: the rule {path!r} of the plan fits no linear of {type(inner).__name__}", stacklevel=3)
     sequence.attach(model, mesh)
-    _attach(made, model, io, body, (batch, width_of(model) if top else None, loss, whole), apart)
+    _attach(made, model, io, body, (batch, width_of(inner) if top else None, loss, whole), apart)
     for each in {id(each): each for each in (model, core(model))}.values():
         pretrained.attach(each)
     made.model = model
@@ -182,6 +182,9 @@ def _checked(model: torch.nn.Module, io: str) -> Any:
         raise ValueError(f"io={io!r}: expected 'full' or 'local'")
     if hasattr(model, "gingham_plan") or hasattr(inner, "gingham_plan"):
         raise ValueError(f"parallelize: this {type(model).__name__} has been converted already")
+    unknown = next((name for name, parameter in model.named_parameters() if torch.nn.parameter.is_lazy(parameter)), None)
+    if unknown is not None:
+        raise ValueError(f"parallelize: {unknown} has no shape yet: call the model once, on one batch, before it is converted")
     return inner
 
 
@@ -220,9 +223,9 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
         return module
     layers.check_plain(path, module)
     made.paths[path] = (path, module)
+    region = None
     if body == "rows" and region_of(module):
-        enter(made, path, module)
-        body = "outer"
+        region, body = enter(made, path, module), "outer"
     leaf = _leaf(made, path, module, body, parent)
     if leaf is not None:
         return leaf
@@ -247,6 +250,8 @@ def _converted(made: Conversion, path: str, module: Any, body: str, parent: torc
     if cut:
         attention.copy_heads(module, made.mesh)
     _own_parameters(made, path, module, body)
+    if region is not None:
+        hold(module, region)
     return module
 
 

@@ -51,6 +51,7 @@ class Conversion:
     joining: list[torch.nn.Module] = field(default_factory=list)
     copied: set[int] = field(default_factory=set)  # old parameters that every rank has whole, by id
     notes: list[str] = field(default_factory=list)
+    region: Any = None  # of regions.py, one for all: a layer may stand in two
 
     def ends(self, role: str, body: str) -> str:
         return {

@@ -1,11 +1,11 @@
 """Does a model's code mix samples? On a part of the batch a mean or a softmax over it, or x @ x.T, would be of this rank's part.
 
 The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more,
-without gradients, on this rank's rows all made equal to the last one: what comes out for the last sample must be the same. It
-must be the same too where one such row more comes before it, in eval mode, so that code that goes by the number of samples or by
-a sample's place is seen. Generators, buffers, attributes and dropout's numbers are put back, so that the call itself sees what it
-would have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient that it left in
-attributes are refused. One row, and code that mixes samples after such calls only, are not seen.
+without gradients, on this rank's rows all made equal to the last one: what comes out for the last sample must be the same. In
+eval mode it must be the same too where one such row more comes before it, and what comes out for the others, so that code that
+goes by the number of samples or by a sample's place is seen. Generators, buffers, attributes and dropout's numbers are put back,
+so that the call itself sees what it would have seen. After it, buffers that it changed must be the same on all ranks, and numbers
+with a gradient that it left in attributes are refused. One row, and code that mixes samples after such calls only, are not seen.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs:
 
     with torch.no_grad(), _restored(model):
         found = alike(0)
-    if most < 2:
+    kept = any(x.dim() and len(x) == rows for _, _, x in _attributes(model))  # of samples that came before, which are not alike
+    if most < 2 or kept:
         return found, None
     with torch.no_grad(), _in_eval(model):
         state = torch.get_rng_state()
@@ -136,7 +137,7 @@ def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
     """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples, or other ones."""
     alike, more = probed
-    placed = more is not None and _differs(more[0], more[1], rows, rows + 1)
+    placed = more is not None and (_differs(more[0], more[1], rows, rows + 1) or _differs_by_place(more[0], rows))
     flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed)])
     odd, other = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in (0, 1))
     if other and not odd:
@@ -163,10 +164,24 @@ def _differs(output: Any, probed: Any, rows: int, others: int) -> bool:
             continue
         if y.shape[1:] != other.shape[1:]:
             continue
-        last, also = (each.detach().double()[-(len(y) // rows) :] for each in (y, other))
-        both = torch.isfinite(last) & torch.isfinite(also)
-        if not torch.equal(torch.isfinite(last), torch.isfinite(also)):
-            return True
-        if float((last - also)[both].norm()) > TOLERANCE * max(float(last[both].norm()), 1e-6):
+        if _apart(*(each[-(len(y) // rows) :] for each in (y, other))):
             return True
     return False
+
+
+def _differs_by_place(output: Any, rows: int) -> bool:
+    """Whether samples that are alike have come out in several ways."""
+    for _, y in leaves(output):
+        if isinstance(y, torch.Tensor) and y.dim() and rows > 1 and len(y) % rows == 0 and y.is_floating_point():
+            samples = y.reshape(rows, -1)
+            if _apart(samples, samples[-1:].expand_as(samples)):
+                return True
+    return False
+
+
+def _apart(x: torch.Tensor, y: torch.Tensor) -> bool:
+    x, y = (each.detach().double() for each in (x, y))
+    both = torch.isfinite(x) & torch.isfinite(y)
+    if not torch.equal(torch.isfinite(x), torch.isfinite(y)):
+        return True
+    return float((x - y)[both].norm()) > TOLERANCE * max(float(x[both].norm()), 1e-6)

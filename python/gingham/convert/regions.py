@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from .. import nn
 from ..autograd.relayout import relayout
+from ..mesh import Mesh
 from . import attention, inputs, layers
 from .layers import ELEMENTWISE, Conversion
 from .rules import TORCH
@@ -64,29 +66,84 @@ def roles_of_children(module: torch.nn.Module) -> dict[str, str]:
     return roles
 
 
-def enter(made: Conversion, path: str, module: torch.nn.Module) -> None:
-    """A region inside a model of whole features: its input loses the features of other ranks, its output regains them."""
-    mesh = made.mesh
-    if not path or mesh.outer == mesh.layout("rows"):
-        return
-    if isinstance(module, STACKS) and batch_dim(module) != 0:
-        raise NotImplementedError(f"{path}: {type(module).__name__} with batch_first=False inside another model; make it batch_first")
+class Region:
+    """The regions inside a model of whole features. within: what of one runs, which has taken the features of other ranks from its input
+    and gives them back; None outside of a call, where each layer does so for itself (`for layer in self.net: x = layer(x)`)."""
 
-    def moved(x: Any, source: str, target: str) -> Any:
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() < 2:
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh = mesh
+        self.within: torch.nn.Module | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Region:
+        return self  # as hooks, which hold it
+
+    def moved(self, x: Any, source: str, target: str, width: int) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point() or x.dim() == 0:
             return x
-        width = x.shape[-1] if source == "rows" else width_of(module)
-        return relayout(x, mesh, mesh.layout(source), mesh.layout(target), width)
+        return relayout(x, self.mesh, self.mesh.layout(source), self.mesh.layout(target), width)
+
+    def alone(self, call: Callable[..., Any], layer: Any, x: Any, *rest: Any, **options: Any) -> Any:
+        """A layer that is called by other code than the region's."""
+        source, _, target = layer.layout.partition("->")
+        given, made = (layer.in_features, layer.out_features) if target else (x.shape[-1], x.shape[-1])
+        self.within = layer
+        try:
+            y = call(layer, self.moved(x, "rows", source, given), *rest, **options)
+        finally:
+            self.within = None
+        return self.moved(y, target or source, "rows", made)
+
+
+def enter(made: Conversion, path: str, module: torch.nn.Module) -> Region | None:
+    """A region inside a model of whole features: its input loses the features of other ranks, its output regains them, and the batch comes
+    first within. So do the layers of a stack where they are called alone. None where the whole model is one, or nothing of this is so."""
+    mesh, batch = made.mesh, batch_dim(module) if isinstance(module, STACKS) else 0
+    if not path or mesh.outer == mesh.layout("rows") and not batch:
+        return None
+    region: Region = made.region or Region(mesh)
+    made.region = region
+    for each in module.modules():
+        if each is module or isinstance(each, STACKS):
+            _enter(each, region, batch)
+    return region
+
+
+def _enter(module: torch.nn.Module, region: Region, batch: int) -> None:
+    """batch: the dim of the batch in what a stack is given and gives; inside it is the first."""
+
+    def turned(x: Any) -> Any:
+        return x.transpose(0, 1).contiguous() if batch and isinstance(x, torch.Tensor) and x.dim() == 3 else x
 
     def before(each: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        taken = {"src", "tgt", "memory", "input"}
+        if region.within is not None:
+            return None
+        region.within = each
+        streams, taken = len(inputs.streams(each)), {"src", "tgt", "memory", "input"}
+
+        def inside(x: Any) -> Any:
+            return region.moved(turned(x), "rows", "outer", x.shape[-1]) if isinstance(x, torch.Tensor) and x.dim() else x
+
         return (
-            tuple(moved(x, "rows", "outer") if index < len(inputs.streams(module)) else x for index, x in enumerate(args)),
-            {name: moved(x, "rows", "outer") if name in taken else x for name, x in kwargs.items()},
+            tuple(inside(x) if index < streams else x for index, x in enumerate(args)),
+            {name: inside(x) if name in taken else x for name, x in kwargs.items()},
         )
 
+    def after(each: Any, args: Any, y: Any) -> Any:
+        running: Any = region.within
+        if running is not each:
+            return None
+        region.within = None
+        return turned(region.moved(y, "outer", "rows", width_of(each)))
+
     module.register_forward_pre_hook(before, with_kwargs=True)
-    module.register_forward_hook(lambda each, args, y: moved(y, "outer", "rows"))
+    module.register_forward_hook(after, always_call=True)  # also where an error ends the call
+
+
+def hold(module: torch.nn.Module, region: Region) -> None:
+    """Tells the layers of a region, once they are made, that they are in one."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Dropout):
+            layer._region = region
 
 
 def width_of(module: torch.nn.Module) -> int:

@@ -50,6 +50,8 @@ class Dropout(torch.nn.Dropout):
     numbers of rows. Raises LayoutError where the order is left out and not known.
     """
 
+    _region: Any = None  # as Layer._region
+
     def __init__(
         self,
         p: float = 0.5,

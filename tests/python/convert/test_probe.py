@@ -94,12 +94,29 @@ class Divided(One):
         return self.net(x) / len(x)
 
 
+class Halves(One):
+    """Whose last sample is in the second half, whatever their number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.net(x).chunk(2)
+        return torch.cat([first, second * 2])
+
+
 class Handing(One):
     """Changes what it was given before it hands it on."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.softmax(0)
         return self.net(x)
+
+
+class KeptRows(Two):
+    """What it keeps has the rows of the call before, of training too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        self.kept = h.detach() if self.kept is None or len(self.kept) != len(h) else 0.5 * self.kept + h.detach()
+        return self.b(h + self.kept)
 
 
 class Mask(Two):
@@ -121,7 +138,7 @@ class Keeps(Two):
 
 
 WRONG = {Size: "number of samples", SizeBesideDropout: "number of samples", Place: "number of samples", Counted: "number of samples"}
-WRONG |= {Centred: "mixes samples", Divided: "number of samples", Handing: "mixes samples"}
+WRONG |= {Centred: "mixes samples", Divided: "number of samples", Halves: "a sample's place", Handing: "mixes samples"}
 WRONG |= {Running: "buffers (mean)", Replaced: "buffers (mean)", Left: "kept is a number", InTrainingOnly: "mixes samples"}
 
 
@@ -154,7 +171,7 @@ def test_a8_a12_code_that_goes_by_this_ranks_samples_is_refused(ranks, name: str
 def compared(rank: int, options: dict[str, Any]) -> dict[str, float]:
     """Models that keep something between calls, and an argument as long as a rank's rows: as in one process, call by call."""
     mesh, found = gingham.init(**options), {}
-    for kind in (Mask, Keeps):
+    for kind in (Mask, Keeps, KeptRows):
         torch.manual_seed(0)
         original = kind()
         model = gingham.parallelize(copy.deepcopy(original), mesh)
@@ -163,6 +180,8 @@ def compared(rank: int, options: dict[str, Any]) -> dict[str, float]:
             x = torch.randn(ROWS, W, generator=generator)
             more = [torch.ones(4, 4).triu(1) * -1e9] if kind is Mask else []
             found[kind.__name__] = max(found.get(kind.__name__, 0.0), relative(model(x, *more), original(x, *more)))
+        if kind is KeptRows:
+            found["in eval"] = relative(model.eval()(x), original.eval()(x))
     return found
 
 
