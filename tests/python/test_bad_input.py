@@ -329,3 +329,25 @@ def test_d_layers_name_the_likely_mistake(ranks) -> None:
         "list": "SelfAttention's x: got a list",
     }.items():
         assert words in said[name], said[name]
+
+
+def rows_of_others(rank: int) -> list[tuple[str, bool]]:
+    """Rows that lie on other ranks than torch.chunk's, which results would."""
+    gingham.init(mode="1d", size=4, sequence=True)
+    layer, found = gingham.nn.Linear(6, 8), []
+    for counts in ([3, 2, 0, 3], [3, 3, 2, 2], [0, 0, 0, 1], [3, 3, 3, 1]):
+        for inner in ((), (2,)):
+            x = torch.ones(counts[rank], *inner, 6)
+            try:
+                found.append(("", layer(x).shape[:-1] == x.shape[:-1]))
+            except gingham.ShapeError as error:
+                found.append((str(error), False))
+    return found
+
+
+def test_d_rows_that_results_would_not_have(ranks) -> None:
+    for found in ranks(4)(rows_of_others):
+        assert (
+            "3, 2, 0, 3 rows, expected 2, 2, 2, 2" in found[0][0] and "3, 3, 2, 2" in found[2][0] and "expected 1, 0, 0, 0" in found[4][0]
+        )
+        assert len(found) == 8 and all("the ranks have" in said for said, _ in found[:6]) and all(same for _, same in found[6:]), found

@@ -137,7 +137,7 @@ def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor
 def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
     """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples, or other ones."""
     alike, more = probed
-    placed = more is not None and (_differs(more[0], more[1], rows, rows + 1) or _differs_by_place(more[0], rows))
+    placed = more is not None and (_differs(more[0], more[1], rows, rows + 1) or _differs_by_place(more[0], more[1], rows))
     flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed)])
     odd, other = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in (0, 1))
     if other and not odd:
@@ -156,27 +156,24 @@ def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
 
 def _differs(output: Any, probed: Any, rows: int, others: int) -> bool:
     """Of an output for `rows` samples and one for `others`, the last."""
-    pairs = [(y, other) for (_, y), (_, other) in zip(leaves(output), leaves(probed), strict=False)]
-    for y, other in pairs:
+    return any(_apart(*(each[-(len(y) // rows) :] for each in (y, other))) for y, other in _of_samples(output, probed, rows, others))
+
+
+def _differs_by_place(output: Any, probed: Any, rows: int) -> bool:
+    """Whether samples that are alike have come out in several ways."""
+    found = (y.reshape(rows, -1) for y, _ in _of_samples(output, probed, rows, rows + 1))
+    return any(_apart(samples, samples[-1:].expand_as(samples)) for samples in found)
+
+
+def _of_samples(output: Any, probed: Any, rows: int, others: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The tensors of two outputs that have as many rows for each sample, by their shapes."""
+    for (_, y), (_, other) in zip(leaves(output), leaves(probed), strict=False):
         if not isinstance(y, torch.Tensor) or not isinstance(other, torch.Tensor) or not y.dim() or y.dim() != other.dim():
             continue
         if rows < 2 or len(y) % rows or not y.is_floating_point() or len(y) // rows * others != len(other):
             continue
-        if y.shape[1:] != other.shape[1:]:
-            continue
-        if _apart(*(each[-(len(y) // rows) :] for each in (y, other))):
-            return True
-    return False
-
-
-def _differs_by_place(output: Any, rows: int) -> bool:
-    """Whether samples that are alike have come out in several ways."""
-    for _, y in leaves(output):
-        if isinstance(y, torch.Tensor) and y.dim() and rows > 1 and len(y) % rows == 0 and y.is_floating_point():
-            samples = y.reshape(rows, -1)
-            if _apart(samples, samples[-1:].expand_as(samples)):
-                return True
-    return False
+        if y.shape[1:] == other.shape[1:]:
+            yield y, other
 
 
 def _apart(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -80,6 +80,15 @@ class TimeFirst(nn.Module):
         return self.head(self.encoder(x.transpose(0, 1), mask=mask).mean(0))
 
 
+class Translated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.head = nn.Transformer(8, 4, 1, 1, 16, 0.0), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.both(x.transpose(0, 1), 0.5 * x[:, 1:].transpose(0, 1)).transpose(0, 1))
+
+
 class Layers(nn.Module):
     """What stands between the layers of a stack."""
 
@@ -107,6 +116,7 @@ KINDS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "samples": (Samples, (4, 6)),  # not where rows are cut before a layer and gathered in it
     "checkpointed": (Checkpointed, (5, 6)),
     "time first": (TimeFirst, (5, 7, 8)),
+    "two stacks, time first": (Translated, (5, 7, 8)),
     "layers of a stack": (Layers, (5, 7, 8)),
     "layers, time first": (lambda: Layers(False), (5, 7, 8)),
 }

@@ -117,7 +117,6 @@ def plans(rank: int) -> dict[str, Any]:
         "batch norm": nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4)),
         "attention alone": nn.ModuleList([nn.MultiheadAttention(8, 4)]),
         "max_norm": nn.ModuleList([nn.Embedding(4, 4, max_norm=1.0)]),
-        "batch second": nn.ModuleList([nn.TransformerEncoderLayer(8, 4)]),
     }.items():
         try:
             found[name] = gingham.parallelize(wrong, mesh)
@@ -149,7 +148,6 @@ def test_the_plan_names_every_layer_and_every_refusal_the_reason(ranks) -> None:
         "batch norm": "1: BatchNorm1d would see a part of the batch",
         "attention alone": "MultiheadAttention outside",
         "max_norm": "max_norm",
-        "batch second": "batch_first",
         "heads": "3 heads on 2 ranks",
     }.items():
         assert words in found[name], (name, found[name])
