@@ -128,7 +128,7 @@ class Border:
         if not self.full or not self.size:
             return None
         self.probed.add(kind)
-        if not probe.is_needed(model, self.mesh, self.body == "outer"):
+        if not probe.is_needed(model, self.mesh, self.body == "outer") or probe.is_heard(model, self.mesh):
             return None
         size, cuts = self.size + self.missing, self._rows()
         rows, most = self.mesh.interval(size, cuts)[1], max(chunks(size, [self.mesh.sizes[name] for name in cuts]))

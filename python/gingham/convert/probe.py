@@ -1,16 +1,18 @@
 """Does a model's code mix samples? On a part of the batch a mean or a softmax over it, or x @ x.T, would be of this rank's part.
 
-The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more,
-without gradients, on this rank's rows all made equal to the last one: what comes out for the last sample must be the same. In
-eval mode it must be the same too where one such row more comes before it, and what comes out for the others, so that code that
-goes by the number of samples or by a sample's place is seen. Generators, buffers, attributes and dropout's numbers are put back,
-so that the call itself sees what it would have seen. After it, buffers that it changed must be the same on all ranks, and numbers
-with a gradient that it left in attributes are refused. One row, and code that mixes samples after such calls only, are not seen.
+The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more on
+this rank's rows, all made equal to the last one: what comes out for the last sample must be the same. In eval mode it must be the
+same too where one such row more comes before it, and what comes out for the others, so that code that goes by the number of
+samples or by a sample's place is seen. Generators, buffers, attributes and dropout's numbers are put back, so that the call
+itself sees what it would have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient
+that it left in attributes are refused. One row, and code that mixes samples after such calls only, are not seen; where hooks
+listen nothing is, which is told.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -28,15 +30,25 @@ TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding
 
 
 def is_needed(model: torch.nn.Module, mesh: Mesh, known: bool) -> bool:
-    """Whether nothing vouches for some code in the model, on a mesh that cuts rows, and nothing listens to its calls.
-    known: whether the code of transformers in it was compared."""
+    """Whether nothing vouches for some code in the model, on a mesh that cuts rows. known: whether the code of transformers in it was
+    compared."""
     strange = any(is_foreign(each) or not known and type(each).__module__.startswith("transformers.") for each in model.modules())
-    return bool(mesh.outer.rows) and strange and not _is_heard(model)
+    return bool(mesh.outer.rows) and strange
 
 
-def _is_heard(model: torch.nn.Module) -> bool:
+def is_heard(model: torch.nn.Module, mesh: Mesh) -> bool:
+    """Whether a caller's hooks listen to the model's calls on any rank, which would hear of calls that nobody made: told on every rank.
+    A control message of 8 bytes."""
     hooks = (hook for each in model.modules() for kind in (each._forward_hooks, each._forward_pre_hooks) for hook in kind.values())
-    return any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
+    own = any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
+    hearing = [rank for rank, (heard,) in enumerate(mesh.world.sizes([int(own)])) if heard]
+    if hearing:
+        warnings.warn(
+            f"{type(model).__name__}: forward hooks listen on rank {hearing[0]}, so that its first call is not compared with one beside"
+            " other samples: code that mixes samples, as a mean over the batch, is not seen. Register them after the first call",
+            stacklevel=2,
+        )
+    return bool(hearing)
 
 
 def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[Any]) -> Any:
@@ -49,14 +61,14 @@ def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs:
         changed = mapped(
             lambda _, x: last(x, rows + more) if id(x) in before else x, (args, kwargs), closed=lambda value: id(value) in before
         )
-        return function(model, *changed[0], **changed[1])
+        return mapped(lambda _, y: y.detach() if isinstance(y, torch.Tensor) else y, function(model, *changed[0], **changed[1]))
 
-    with torch.no_grad(), _restored(model):
+    with _restored(model):
         found = alike(0)
     kept = any(x.dim() and len(x) == rows for _, _, x in _attributes(model))  # of samples that came before, which are not alike
     if most < 2 or kept:
         return found, None
-    with torch.no_grad(), _in_eval(model):
+    with _in_eval(model):
         state = torch.get_rng_state()
         with _restored(model):
             one = alike(0)

@@ -110,6 +110,21 @@ class Handing(One):
         return self.net(x)
 
 
+class Slopes(Two):
+    """Forces of an energy: gradients of its own in forward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.b(self.a(x).tanh()).sum(), x, create_graph=torch.is_grad_enabled())[0]
+
+
+class Forces(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.b(self.a(x).tanh()).sum(), x, create_graph=True)[0]
+
+
 class KeptRows(Two):
     """What it keeps has the rows of the call before, of training too."""
 
@@ -171,7 +186,7 @@ def test_a8_a12_code_that_goes_by_this_ranks_samples_is_refused(ranks, name: str
 def compared(rank: int, options: dict[str, Any]) -> dict[str, float]:
     """Models that keep something between calls, and an argument as long as a rank's rows: as in one process, call by call."""
     mesh, found = gingham.init(**options), {}
-    for kind in (Mask, Keeps, KeptRows):
+    for kind in (Mask, Keeps, KeptRows, Slopes, Forces):
         torch.manual_seed(0)
         original = kind()
         model = gingham.parallelize(copy.deepcopy(original), mesh)
@@ -188,6 +203,32 @@ def compared(rank: int, options: dict[str, Any]) -> dict[str, float]:
 def test_what_a_right_model_keeps_is_as_it_would_be(ranks) -> None:
     for found in ranks(4)(compared, GRIDS["2d"]):
         assert all(error < 1e-5 for error in found.values()), found
+
+
+def heard(rank: int) -> tuple[list[str], list[str], float]:
+    """Hooks of one rank only, as of a logger."""
+    mesh, told = gingham.init(**GRIDS["2d"]), []
+    for kind in (Two, Centred):
+        torch.manual_seed(0)
+        original, x = kind(), torch.randn(ROWS, W)
+        model, seen = gingham.parallelize(copy.deepcopy(original), mesh), []
+        if rank == 1:
+            model.register_forward_hook(lambda module, args, y, seen=seen: seen.append(len(y)))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            outputs = [model(x), model(x)]
+        told.append([str(each.message) for each in caught if "hooks listen" in str(each.message)])
+        assert seen == ([ROWS] * 2 if rank == 1 else [])
+        if kind is Two:
+            error = max(relative(output, original(x)) for output in outputs)
+    return told[0], told[1], error
+
+
+def test_hooks_hear_no_other_calls_and_it_is_told(ranks) -> None:
+    for right, mixing, error in ranks(4)(heard):
+        for kind, told in (("Two", right), ("Centred", mixing)):
+            assert len(told) == 1 and told[0].startswith(f"{kind}: forward hooks listen on rank 1"), told
+        assert error <= 2e-6
 
 
 def labelled(rank: int) -> tuple[str, float]:

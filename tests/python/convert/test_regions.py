@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint_sequential
 
 import gingham
-from families import errors, plain
+from families import Around, errors, plain
 from grids import GRIDS, ranks_of, relative
 
 SEQUENCE = dict(mode="1d", size=4, sequence=True)
@@ -23,17 +23,6 @@ def chain() -> nn.Sequential:
 def encoder(batch_first: bool) -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(8, 4, 16, dropout=0.0, batch_first=batch_first)
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-
-class Around(nn.Module):
-    """Hands on."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
 
 
 class Chain(nn.Module):

@@ -17,18 +17,7 @@ TARGETS = {
 }
 
 
-class Around(nn.Module):
-    """Does nothing."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner(*args, **kwargs)
-
-
-class Mixing(Around):
+class Mixing(families.Around):
     """Looks like it, but mixes features."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,10 +87,10 @@ def wrapped(rank: int) -> dict[str, Any]:
         return model
 
     for name, make in {
-        "around a linear": lambda: around("transformer.h.{}.attn.c_attn", Around),
-        "around a block": lambda: around("transformer.h.{}", Around),
+        "around a linear": lambda: around("transformer.h.{}.attn.c_attn", families.Around),
+        "around a block": lambda: around("transformer.h.{}", families.Around),
         "compiled block": lambda: around("transformer.h.{}.mlp", lambda each: torch.compile(each, backend="eager")),
-        "around the model": lambda: Around(families.build("gpt2")),
+        "around the model": lambda: families.Around(families.build("gpt2")),
         "compiled": lambda: torch.compile(families.build("gpt2"), backend="eager"),
     }.items():
         output = gingham.parallelize(make(), mesh)(**inputs)
