@@ -1,5 +1,6 @@
 """The fixture `report`: a module's table of errors against float64, printed at its end. What takes a compiler is built ahead."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from cuda import ahead, nvcc
 from cuda.ptx.report import Report, print_report
 
-BUILDS = pytest.StashKey["ahead.subprocess.Popen[bytes]"]()
+BUILDS = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def here(item: pytest.Item) -> bool:

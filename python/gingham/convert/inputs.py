@@ -269,7 +269,7 @@ class Border:
             y = plain(self.mesh.scatter(x, "x" if features else "rows", dim, self.own))
             return self._noted(y.transpose(0, 1).contiguous() if dim == 1 else y)
 
-        return nested.mapped(cut, value, name, closed=lambda each: entries.as_long(each, self.size or 0))
+        return nested.mapped(cut, value, name, is_leaf=lambda each: entries.as_long(each, self.size or 0))
 
     def _noted(self, x: torch.Tensor) -> torch.Tensor:
         self.rows.append(x)

@@ -114,15 +114,15 @@ def mapped(
     value: Any,
     path: str = "",
     above: tuple[Any, ...] = (),
-    closed: Callable[[Any], bool] = lambda value: False,
+    is_leaf: Callable[[Any], bool] = lambda value: False,
 ) -> Any:
     """value with function(path, leaf) in the place of each leaf. One of a class of its own that holds nothing new is itself.
-    closed: which containers are leaves."""
-    found = None if closed(value) else opened(value, above)
+    is_leaf: which containers are leaves too."""
+    found = None if is_leaf(value) else opened(value, above)
     if found is None:
         return function(path, value)
     parts, make = found
-    made = [mapped(function, part, joined(path, name), (*above, value), closed) for name, part in parts]
+    made = [mapped(function, part, joined(path, name), (*above, value), is_leaf) for name, part in parts]
     if type(value) not in PLAIN and all(new is part for new, (_, part) in zip(made, parts, strict=True)):
         return value
     return make(made)

@@ -59,7 +59,7 @@ def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs:
 
     def alike(more: int) -> Any:
         changed = mapped(
-            lambda _, x: last(x, rows + more) if id(x) in before else x, (args, kwargs), closed=lambda value: id(value) in before
+            lambda _, x: last(x, rows + more) if id(x) in before else x, (args, kwargs), is_leaf=lambda value: id(value) in before
         )
         return mapped(lambda _, y: y.detach() if isinstance(y, torch.Tensor) else y, function(model, *changed[0], **changed[1]))
 

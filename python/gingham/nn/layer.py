@@ -65,9 +65,8 @@ class Layer(torch.nn.Module):
 
     mesh: Mesh
     plan: Any
-    _region: Any = (
-        None  # of a model that was converted, in which the layer sees cut features and other code whole ones (convert/regions.py)
-    )
+    # of a model that was converted: within the layer sees cut features, and other code sees whole ones (convert/regions.py)
+    _region: Any = None
 
     def begin(self, mesh: Mesh | None, device: Any = None) -> Mesh:
         """torch.nn.Module's part of a constructor; torch's own class would allocate whole parameters."""
