@@ -158,7 +158,7 @@ void Queued::flush(Line& line) {
   if (!capture) group.begin.record(line.stream);
   order_.last_stream = line.stream;
   carry(static_cast<int>(&line - lines_.data()), line.waiting);
-  if (by_engines_) engines().join();
+  if (by_engines_ && capture) engines().join();
   {
     const std::lock_guard lock(mutex_);
     group.end.record(line.stream);

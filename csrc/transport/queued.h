@@ -70,7 +70,9 @@ class Engines {
   cudaStream_t leaving();  // the round's stream of what leaves, ..
   cudaStream_t coming();   // .. and then that of what comes
   void end_round();
-  void join();  // what comes from here on comes after all that left
+  // What comes from here on comes after all that left, which each round sees to by itself, and after what the streams merely waited for: all
+  // streams of a capture have to come back to its origin.
+  void join();
   void hold_back_leaving(const Event& event) const;
   const std::array<cudaStream_t, kOut>& out() const { return out_; }
   cudaStream_t in() const { return in_; }

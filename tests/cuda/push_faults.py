@@ -4,7 +4,9 @@ from cuda.mutation import host
 
 PUSH_CC, QUEUED, NCCL = "transport/push.cc", "transport/queued.cc", "transport/nccl.cc"
 MESSAGES, BEHIND, GRAPH = "messages by copy engines", "copy engines behind each other", "copy engines in a graph"
+WRITTEN_OVER = "what copy engines sent is written over"
 RELEASED, CANNOT = "what copy engines wait for is let go", "copy engines that cannot"
+LEFT = "  left_.hold_back(in_);\n  return in_;\n"
 TAKE = "  memory.take(stream, on_device(sends ? flag.open : flag.full), flush_);\n"
 
 PUSH = [
@@ -41,9 +43,10 @@ PUSH = [
         "window + (channel / 2 * kSlots + number)",
         MESSAGES,
     ),
-    host("what comes does not wait for what leaves", "order", QUEUED, "  left_.hold_back(in_);\n  return in_;\n", "  return in_;\n", GRAPH),
+    host("what comes does not wait for what leaves", "order", QUEUED, LEFT, "  return in_;\n", GRAPH),
     host("what leaves is far ahead", "order", QUEUED, "  if (rounds_ >= kAhead) came_[", "  if (rounds_ >= 9999) came_[", GRAPH),
-    host("a group ends before all has left", "order", QUEUED, "  if (by_engines_) engines().join();\n", "", MESSAGES, GRAPH),
+    host("a group ends before all has left", "order", QUEUED, LEFT, "  return in_;\n", WRITTEN_OVER),
+    host("streams stay behind in a capture", "capture", QUEUED, "  if (by_engines_ && capture) engines().join();\n", "", GRAPH),
     host("what leaves does not wait for kernels", "order", QUEUED, "  engines().hold_back_leaving(entry);\n", "", MESSAGES, GRAPH),
     host(
         "what came is handed on too early",

@@ -192,6 +192,7 @@ void some_shares_are_empty();
 
 // Of pipeline_push.cc.
 void messages_by_copy_engines();
+void what_copy_engines_sent_is_written_over();
 void copy_engines_behind_each_other();
 void copy_engines_in_a_graph();
 void what_copy_engines_wait_for_is_let_go();

@@ -149,10 +149,12 @@ class Stream {
     const std::lock_guard lock(mutex_);
     return capture_;
   }
-  // Its work is kept from now on. With captures_mutex held.
+  // Its work is kept from now on. With captures_mutex held. That it is part of the capture counts as work, so that it has to come back to the
+  // origin even where it did nothing but wait, as CUDA's guide says of all streams of a capture.
   void join(const std::shared_ptr<Capture>& capture) {
     capture->members.push_back(this);
     const std::lock_guard lock(mutex_);
+    clock_[this]++;
     capture_ = capture;
   }
   // Its part of a graph, which then is nobody's, and the graph itself, as a launch puts it on this stream.
