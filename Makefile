@@ -16,7 +16,7 @@ export GINGHAM_WERROR ?= ON
 
 SOURCES := CMakeLists.txt cmake/cuda.cmake setup.py pyproject.toml $(shell find csrc bench -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 
-.PHONY: demo test test-all test-newest lock build lint sanitize wheels clean
+.PHONY: demo test test-all test-newest lock build lint sanitizers sanitize wheels clean
 demo: build
 	$(BIN)/python -m gingham train --ranks 8 --mode 2.5d --depth 2 --steps 200 --compare-serial $(if $(TEXT),--text "$(TEXT)")
 
@@ -27,9 +27,14 @@ test-all: build
 	$(BIN)/python -m pytest
 
 build: $(VENV)/built
-$(VENV)/ready: $(LOCK)
+# all that the C++ half needs by itself
+$(VENV)/tools: $(LOCK)
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "gingham needs Python 3.11 or newer"'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $$(grep -E '^(cmake|ninja)==' $(LOCK))
+	touch $@
+
+$(VENV)/ready: $(VENV)/tools
 	$(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' $(LOCK))
 	$(BIN)/python -m pip install --quiet --requirement $(LOCK)
 	touch $@
@@ -63,16 +68,19 @@ lint: $(VENV)/built
 	$(BIN)/mypy
 	find csrc bench tests -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | grep -v third_party | xargs --no-run-if-empty $(BIN)/clang-format --dry-run --Werror
 
-# with nvcc's headers at hand the thread build also runs the CUDA backend's host side on fake devices
+# With nvcc's headers at hand the thread build also runs the CUDA backend's host side on fake devices
 FAKE := $(if $(shell command -v nvcc),-DGINGHAM_FAKE_CUDA=ON -DGINGHAM_FAKE_KERNELS=ON)
-UCX = $(addprefix GINGHAM_UCX=,$(firstword $(wildcard $(abspath $(VENV))/lib/python3*/site-packages/libucx/lib)))
-sanitize: $(VENV)/built
+sanitizers: $(VENV)/tools
 	for kind in address thread; do \
 	  $(BIN)/cmake -S . -B build/$$kind -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DGINGHAM_SANITIZE=$$kind -DGINGHAM_WERROR=ON \
 	    $$([ $$kind = thread ] && echo "$(FAKE)") > /dev/null && \
-	  $(BIN)/cmake --build build/$$kind --target core_tests && $(UCX) GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; \
+	  $(BIN)/cmake --build build/$$kind --target core_tests $$([ $$kind = thread ] && echo "$(if $(FAKE),pipeline_tests)") || exit 1; \
 	done
-	$(if $(FAKE),$(BIN)/cmake --build build/thread --target pipeline_tests && FAKE_CUDA_JITTER=100 GINGHAM_BLAS=plain \
+
+UCX = $(addprefix GINGHAM_UCX=,$(firstword $(wildcard $(abspath $(VENV))/lib/python3*/site-packages/libucx/lib)))
+sanitize: sanitizers $(VENV)/built
+	for kind in address thread; do $(UCX) GINGHAM_BLAS=plain build/$$kind/core_tests || exit 1; done
+	$(if $(FAKE),FAKE_CUDA_JITTER=100 GINGHAM_BLAS=plain \
 	  GINGHAM_NCCL=$(abspath build/thread/libfakecuda.so) TSAN_OPTIONS=halt_on_error=1 build/thread/pipeline_tests "products over copies")
 
 # an sdist and a wheel for each interpreter in dist/, of HEAD, with the CUDA backend where nvcc is

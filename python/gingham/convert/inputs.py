@@ -133,7 +133,7 @@ class Border:
         size, cuts = self.size + self.missing, self._rows()
         rows, most = self.mesh.interval(size, cuts)[1], max(chunks(size, [self.mesh.sizes[name] for name in cuts]))
         most = max(each for (each,) in self.mesh.joint(("data",)).sizes([most])) if self.own else most
-        other = probe.run(function, model, args, kwargs, rows, most, self.rows)
+        other = probe.run(function, model, args, kwargs, rows, most, self.rows, self.mesh)
         self.open.clear()
         return other, rows
 

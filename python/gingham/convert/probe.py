@@ -3,10 +3,11 @@
 The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more on
 this rank's rows, all made equal to the last one: what comes out for the last sample must be the same. In eval mode it must be the
 same too where one such row more comes before it, and what comes out for the others, so that code that goes by the number of
-samples or by a sample's place is seen. Generators, buffers, attributes and dropout's numbers are put back, so that the call
+samples or by a sample's place is seen. A rank's only sample is compared in eval mode, alone and behind one made of its own numbers.
+Generators, buffers, attributes and dropout's numbers are put back, so that the call
 itself sees what it would have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient
-that it left in attributes are refused. One row, and code that mixes samples after such calls only, are not seen; where hooks
-listen nothing is, which is told.
+that it left in attributes are refused. Code that mixes samples after such calls only is not seen, nor what a rank's only sample does in
+training only; where hooks listen nothing is, which is told.
 """
 
 from __future__ import annotations
@@ -51,22 +52,26 @@ def is_heard(model: torch.nn.Module, mesh: Mesh) -> bool:
     return bool(hearing)
 
 
-def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[Any]) -> Any:
-    """What the function gives for this rank's `rows` rows, all like the last one; most: of the rows of all ranks, which call it as often;
-    cut: the tensors, lists and arrays that have these rows. Where the number of rows or a sample's place counts, it is of the shape of
-    none."""
+def run(
+    function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[Any], mesh: Mesh
+) -> Any:
+    """What the function gives for this rank's `rows` rows, all like the last one, and in eval mode for as many and one more; most: of the
+    rows of all ranks, which call it as often; cut: the tensors, lists and arrays that have these rows. None: not to be compared. A control
+    message of 8 bytes."""
     before = {id(x) for x in cut if rows and len(x) == rows}
 
     def alike(more: int) -> Any:
         changed = mapped(
-            lambda _, x: last(x, rows + more) if id(x) in before else x, (args, kwargs), is_leaf=lambda value: id(value) in before
+            lambda _, x: _rows_of(x, rows, more) if id(x) in before else x, (args, kwargs), is_leaf=lambda value: id(value) in before
         )
         return mapped(lambda _, y: y.detach() if isinstance(y, torch.Tensor) else y, function(model, *changed[0], **changed[1]))
 
-    with _restored(model):
-        found = alike(0)
+    found = None
+    if most > 1:
+        with _restored(model):
+            found = alike(0)
     kept = any(x.dim() and len(x) == rows for _, _, x in _attributes(model))  # of samples that came before, which are not alike
-    if most < 2 or kept:
+    if any(flag for (flag,) in mesh.world.sizes([int(kept)])):
         return found, None
     with _in_eval(model):
         state = torch.get_rng_state()
@@ -76,6 +81,16 @@ def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs:
         with _restored(model):
             other = alike(1)
     return found, None if drew else (one, other)
+
+
+def _rows_of(x: Any, rows: int, more: int) -> Any:
+    """As many rows like the last one; beside a rank's only one another, of its numbers in another order, or of half of them."""
+    if rows > 1 or not more or not isinstance(x, torch.Tensor) or x.dtype == torch.bool or x.dim() < 2:
+        return last(x, rows + more)
+    other = x.flatten().roll(1).view(x.shape)
+    if x.is_floating_point() and torch.equal(other, x):
+        other = x / 2
+    return torch.cat([other, x]).detach()
 
 
 @contextmanager
@@ -150,13 +165,19 @@ def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
     """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples, or other ones."""
     alike, more = probed
     placed = more is not None and (_differs(more[0], more[1], rows, rows + 1) or _differs_by_place(more[0], more[1], rows))
-    flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed)])
-    odd, other = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in (0, 1))
+    flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed and rows > 1), int(placed and rows == 1)])
+    odd, other, lone = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in range(3))
     if other and not odd:
         raise NotImplementedError(
             f"{what}: its code goes by the number of samples or by a sample's place among them, which on rank {other[0]} are those of its"
             " part of the batch (x.shape[0], torch.arange(len(x)), enumerate(x)). Do that outside of the model, give it as an argument, or"
             " use a mesh that leaves rows whole"
+        )
+    if lone and not odd:
+        raise NotImplementedError(
+            f"{what}: its code mixes samples (a mean, softmax, sort or product over the batch) or goes by their number: on rank {lone[0]},"
+            " which has one sample of the batch, the result of that sample is another where a second one is beside it. Do that outside of"
+            " the model, on its full outputs, or use a mesh that leaves rows whole"
         )
     if odd:
         raise NotImplementedError(
@@ -182,7 +203,7 @@ def _of_samples(output: Any, probed: Any, rows: int, others: int) -> Iterator[tu
     for (_, y), (_, other) in zip(leaves(output), leaves(probed), strict=False):
         if not isinstance(y, torch.Tensor) or not isinstance(other, torch.Tensor) or not y.dim() or y.dim() != other.dim():
             continue
-        if rows < 2 or len(y) % rows or not y.is_floating_point() or len(y) // rows * others != len(other):
+        if not rows or len(y) % rows or not y.is_floating_point() or len(y) // rows * others != len(other):
             continue
         if y.shape[1:] == other.shape[1:]:
             yield y, other

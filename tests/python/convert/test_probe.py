@@ -183,6 +183,70 @@ def test_a8_a12_code_that_goes_by_this_ranks_samples_is_refused(ranks, name: str
         assert not {kind.__name__: found[kind.__name__] for kind, words in WRONG.items() if words not in found[kind.__name__]}
 
 
+class SoftmaxOfBatch(Two):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x).softmax(0))
+
+
+LONE = {Size: "one sample", Centred: "one sample", Handing: "one sample", SoftmaxOfBatch: "one sample", Running: "buffers (mean)"}
+
+
+def lone(rank: int, options: dict[str, Any], rows: int, kind_of_input: str) -> dict[str, str]:
+    """A batch with at most one sample for each rank, also one that is the same throughout; what is right stays so."""
+    mesh, found = gingham.init(**options), {}
+    warnings.simplefilter("ignore")
+    for kind in (*LONE, Two, Slopes, One):
+        torch.manual_seed(0)
+        original = kind() if kind is not One else One().net
+        model = gingham.parallelize(copy.deepcopy(original), mesh)
+        x = torch.ones(rows, W) if kind_of_input == "ones" else torch.randn(rows, W, generator=torch.Generator().manual_seed(1))
+        for grad in (True, False):
+            try:
+                with torch.set_grad_enabled(grad):
+                    error = relative(model(x), original(x))
+                text = "" if error < 1e-5 else f"{error} off"
+            except NotImplementedError as said:
+                text = str(said)
+            found[f"{kind.__name__} {grad}"] = text
+    return found
+
+
+@pytest.mark.parametrize("kind_of_input", ["random", "ones"])
+@pytest.mark.parametrize(
+    "name, rows",
+    [("2d", 2), pytest.param("2.5d", 4, marks=pytest.mark.matrix), ("2.5d", 3), pytest.param("3d", 2, marks=pytest.mark.matrix)],
+)
+def test_code_that_mixes_samples_is_refused_with_one_sample_a_rank_too(ranks, name: str, rows: int, kind_of_input: str) -> None:
+    for found in ranks(ranks_of(name))(lone, GRIDS[name], rows, kind_of_input):
+        for kind, words in LONE.items():
+            if kind is not Running or kind_of_input == "random":  # the mean of what is the same throughout is right
+                assert words in found[f"{kind.__name__} True"], found
+        assert not any(found[f"{kind.__name__} {grad}"] for kind in (Two, Slopes, One) for grad in (True, False)), found
+
+
+class Scaled(Two):
+    """A tensor of its own, as long as the rows of one rank and not of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = torch.tensor([1.0, 2.0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)) * self.scales.sum()
+
+
+def uneven(rank: int, rows: int) -> float:
+    mesh = gingham.init(**GRIDS["2d"])
+    torch.manual_seed(0)
+    original, x = Scaled(), torch.randn(rows, W)
+    return relative(gingham.parallelize(copy.deepcopy(original), mesh)(x), original(x))
+
+
+@pytest.mark.parametrize("rows", [3, 4, 5])
+def test_an_attribute_as_long_as_one_ranks_rows(ranks, rows: int) -> None:
+    assert all(error < 1e-5 for error in ranks(4)(uneven, rows))
+
+
 def compared(rank: int, options: dict[str, Any]) -> dict[str, float]:
     """Models that keep something between calls, and an argument as long as a rank's rows: as in one process, call by call."""
     mesh, found = gingham.init(**options), {}
