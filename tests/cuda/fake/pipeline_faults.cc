@@ -33,7 +33,7 @@ void long_kernels_are_no_stall() {
 // A call of NCCL's that fails inside of a group leaves none open; the other rank's groups under way do not keep it from its end.
 void a_refused_send_closes_its_group() {
   for (const char* which : {"0,0", "0,2"}) {
-    const With refused("FAKE_NCCL_REFUSE", which);
+    const With refused("FAKE_NCCL_REFUSE", which), jitter("FAKE_CUDA_JITTER", "5000");  // messages are under way when the axis ends
     auto* open = static_cast<std::atomic<int>*>(mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0));
     const std::string said = failure_of(options(Carrier::nccl, {1, 2, 1}), 2, [&] { *open += fake_nccl_open_groups(); });
     EXPECT(said.find("a send was refused (injected)") != std::string::npos, "it said: ", said);
