@@ -159,7 +159,9 @@ def other(rank: int) -> str:
     ids, labels, given = batch("gpt2", "right")
     if rank:
         given["attention_mask"][0, 0] = 0
-    with pytest.raises(gingham.MeshError) as error:
+    # on GPUs the later of the two stages hears of the first
+    kinds = (gingham.MeshError, gingham.PeerDied) if mesh.job.has_gpu else gingham.MeshError
+    with pytest.raises(kinds) as error:
         model.step(ids, labels, **given)
     return str(error.value)
 
