@@ -145,6 +145,13 @@ def jumping(mesh: gingham.Mesh) -> Any:
     return passes(mesh, model, forward)
 
 
+def compiled(mesh: gingham.Mesh) -> Any:
+    """The last step's layers but the first are a compiled graph, which asks for no W: what is on its way for the second is left."""
+    model = stack()
+    graph, steps = torch.compile(model[1:], backend="aot_eager"), iter(range(STEPS))
+    return passes(mesh, model, lambda x: (model[1:] if next(steps) < STEPS - 1 else graph)(model[0](x)))
+
+
 def hooked(mesh: gingham.Mesh) -> Any:
     """As plain, with a hook on one rank, in one of the steps: sums over depth are in another place of the order of messages there."""
     model, handles, seen = stack(), list[Any](), list[torch.Tensor]()
@@ -175,7 +182,7 @@ CASES = {
     in_parts: True,
     shared: True,
 }
-CASES |= {jumping: False, hooked: True}
+CASES |= {jumping: False, hooked: True, compiled: False}
 
 
 def all_cases(rank: int, options: dict[str, Any]) -> Any:
