@@ -9,9 +9,10 @@ What was gathered is used if the parameter has not changed since, as `kept.key_o
 Otherwise it is left, and the step gathers W itself. Ranks that differ in this are told by name, since both say so in their calls.
 Followers are learnt in runs of calls in which no layer comes twice, so that neither the first layer of the next pass nor one that
 is recomputed is guessed; a guess that was wrong costs one W on the links, counted as received, and must be seen twice again. Not
-done inside of a graph capture, whose messages must not pass its borders, with weights kept whole over data or made in inference
-mode, which count no versions, on a mesh of several hosts, and for gathers below LEAST bytes, which cost the host a call:
-GINGHAM_EARLY_BYTES sets it, for instance so high that nothing is gathered early where memory is short.
+done inside of a graph capture, whose messages must not pass its borders, in a compiled graph, which has blocks in place of
+parameters, with weights kept whole over data or made in inference mode, which count no versions, on a mesh of several hosts, and for
+gathers below LEAST bytes, which cost the host a call: GINGHAM_EARLY_BYTES sets it, for instance so high that nothing is gathered
+early where memory is short.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Ahead:
         if ready.plan() is not plan or ready.forward != forward:
             ready.guess.seen = 0
             return None
-        same = ready.dtype == dtype and len(ready.keys) == len(parameters) and ready.keys == [key_of(each) for each in parameters]
-        return ready if same else None
+        known = ready.dtype == dtype and all(isinstance(each, DTensor) for each in parameters)  # a compiled graph has blocks in their place
+        return ready if known and ready.keys == [key_of(each) for each in parameters] else None
 
     def forget(self) -> None:
         """What comes next follows nothing: a call that reads no W has been, or another part of the model begins."""
