@@ -57,9 +57,9 @@ def kept(parameter: Any, mesh: Mesh, cuts: Cuts, shape: Sequence[int]) -> Any:
         return _Kept.apply(parameter, mesh, dim, names, size)
     whole = _whole_of(parameter)
     used = None if whole.used is None else whole.used()
-    if used is None or whole.key != key_of(parameter):
+    if used is None or used.key != key_of(parameter):  # not whole.key, which a use without gradients brings up to date
         used = _Kept.apply(parameter, mesh, dim, names, size)
-        used.kept = whole.tensor
+        used.kept, used.key = whole.tensor, whole.key
         whole.used = weakref.ref(used)
     return used
 
