@@ -25,7 +25,8 @@ from .calls import Inside, Within, summed_over, under_way
 from .entry import enclose
 from .generators import own_numbers
 from .loose import shared_gradient
-from .losses import INNER, LABELS, OUTER, ROWS, Labelled, gather, is_transformers, known_or_refused, loss_of, share_of_mean, widths_of
+from .losses import INNER, LABELS, OUTER, ROWS, Labelled, gather, is_transformers, known_or_refused, loss_of, widths_of
+from .shares import Share, inward, outward
 
 # arguments whose first dim is not the batch even where its size is
 WHOLE = {"mask", "src_mask", "tgt_mask", "memory_mask", "attn_mask", "cache_position", "head_mask", "logits_to_keep", "num_items_in_batch"}
@@ -74,6 +75,7 @@ class Border:
         self.heads, self.stack = heads, body == "outer" and not self.hugging
         self.widths = widths_of(model) if self.hugging else {"": width}
         self.size: int | None = None
+        self.share: Share | None = None
         self.labels: dict[str, Any] = {}
         self.tuples = False
 
@@ -163,13 +165,14 @@ class Border:
         self.given = list(given)
         self.first, self.size = self._first_of(given, held)
         self.missing = self._missing(self.size or 0)
+        self.share = Share(self.mesh, self.size or 0) if self.own else None
         if self.full:
             self._check_dims(model, given)
             self._check_open(model, held)
             self._check_alike(held)
             self.inside.samples = self.size
             if self.mesh.outer.time:
-                kwargs, named = sequence.prepared(self.mesh, model, given, self.names, self.own, self.missing), {}
+                kwargs, named = sequence.prepared(self.mesh, model, given, self.names, self.share, self.missing), {}
             for value in (x for each in held.values() for _, x in each if is_cache(x)):  # the caller's is filled in place, whatever returns
                 keep_rows(value, self.mesh)
             named = {name: self._cut(name, x) for name, x in named.items()}
@@ -261,6 +264,7 @@ class Border:
             if not self._batched(path, x) or x.shape[dim] != self.size or sequence.is_prepared(self.mesh, name):
                 return self._uncut(path, x)
             self._tell(path, x)
+            x = inward(x, self.share) if self.share else x
             if self.missing:
                 x = torch.cat([x, x.narrow(dim, 0, 1).repeat_interleave(self.missing, dim)], dim)
             if x.dtype == torch.bool:
@@ -354,7 +358,7 @@ class Border:
                     " the ranks' make one; return a value for each sample and reduce them outside of the model"
                 )
             full = full[: len(full) // samples * (self.size or 0)] if self.missing else full
-            full = share_of_mean(full, self.mesh, self.size or 0) if self.own and samples else full
+            full = outward(full, self.share) if self.share and samples else full
             return full.transpose(0, 1) if self.stack and self.batch == 1 and y.dim() > 2 else full
 
         return nested.mapped(whole, value)

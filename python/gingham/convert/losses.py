@@ -14,10 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from .. import nn
-from ..autograd.second_order import alias
 from ..checks import plain
-from ..function import Function
-from ..graph_ops import KNOWN, Traced, find, traced
 from ..mesh import Mesh
 
 # fields of an output in the layout inner, those that have rows only, and those in outer
@@ -44,38 +41,6 @@ def widths_of(model: Any) -> dict[str, int]:
 def gather(mesh: Mesh, y: torch.Tensor, operand: str, width: int | None, own: bool = False) -> torch.Tensor:
     """mesh.gather of a model's output; its configuration's `width` counts only where ranks cannot be asked, in a compiled graph."""
     return mesh.gather(y.contiguous(), operand, features=width if torch.compiler.is_compiling() else None, own=own)
-
-
-def share_of_mean(y: torch.Tensor, mesh: Mesh, samples: int) -> torch.Tensor:
-    """y as it is, of this data rank's `samples`. A loss that the caller takes of it, a mean over them, is this rank's part of the job's:
-    its gradient is weighed by samples / samples of all data ranks, so that the sum over data is the gradient of the mean over all of the
-    job's samples. A control message over data of 8 bytes, backward."""
-    if not y.is_floating_point():
-        return y
-    if torch.compiler.is_compiling():
-        return traced("share_of_mean", [mesh.handle, str(samples)], [y])[0]
-    return _ShareOfMean.apply(y, mesh, samples)
-
-
-class _ShareOfMean(Function):
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, mesh: Mesh, samples: int) -> torch.Tensor:
-        ctx.mesh, ctx.samples = mesh, samples
-        return alias(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        ctx.mesh.say("parallelize: samples of all data ranks")
-        total = sum(count for (count,) in ctx.mesh.joint(("data",)).sizes([ctx.samples]))
-        return grad * (ctx.samples / total), None, None
-
-
-KNOWN["share_of_mean"] = Traced(
-    _ShareOfMean,
-    lambda words, tensors: [tensors[0], find(words[0]), int(words[1])],
-    lambda words, tensors: [(tensors[0].shape, tensors[0].dtype)],
-    saves=False,
-)
 
 
 @dataclass

@@ -19,6 +19,7 @@ from ..mesh import Mesh
 from ..mesh.layout import chunks
 from ..nn.sequence import asked_way, attend_sequence, lengths_of, way_of
 from .loose import shared_gradient
+from .shares import Share, inward
 
 NAME = "gingham_ring"  # under which transformers finds the attention function and the mask
 # by family the losses (losses.LOSSES) of heads that have a form here
@@ -73,9 +74,11 @@ def is_prepared(mesh: Mesh, name: str) -> bool:
     return bool(mesh.outer.time) and name in (KEYS, "position_ids")
 
 
-def prepared(mesh: Mesh, model: Any, given: dict[str, Any], names: Sequence[str], own: bool = False, missing: int = 0) -> dict[str, Any]:
+def prepared(
+    mesh: Mesh, model: Any, given: dict[str, Any], names: Sequence[str], share: Share | None = None, missing: int = 0
+) -> dict[str, Any]:
     """Arguments by name, with the mask of keys as attention here takes it, images of this rank's samples, and positions where none are
-    given. own: they are those of this data rank; missing: samples to add, copies of the first.
+    given. share: of this data rank's own samples, where they are such; missing: samples to add, copies of the first.
 
     Raises ShapeError for a sequence of fewer places than ranks, NotImplementedError for a cache.
     """
@@ -94,7 +97,7 @@ def prepared(mesh: Mesh, model: Any, given: dict[str, Any], names: Sequence[str]
 
     def samples(x: torch.Tensor) -> torch.Tensor:
         """Of all that are given, those of this rank."""
-        if own or len(x) != len(stream):
+        if share or len(x) != len(stream):
             return x
         x = torch.cat([x, x[:1].expand(missing, *x.shape[1:])]) if missing else x
         return x.narrow(0, *mesh.interval(len(x), tuple(name for name in mesh.outer.rows if name not in mesh.outer.time)))
@@ -103,7 +106,8 @@ def prepared(mesh: Mesh, model: Any, given: dict[str, Any], names: Sequence[str]
         images = found.get(name)
         if images is not None:
             wanted = images.requires_grad and torch.is_grad_enabled()
-            summed = mesh.outer.time if own else mesh.outer.rows
+            summed = mesh.outer.time if share else mesh.outer.rows
+            images = inward(images, share) if share else images
             found[name] = samples(shared_gradient(images, mesh, summed) if wanted else images)
     mask = found.get(KEYS)
     if mask is not None:
