@@ -65,7 +65,7 @@ class Border:
         self.names = self._names_of(model.forward)
         self.whole = WHOLE | self._checked(model, whole)
         self.told: set[str] = set()
-        self.crossed, self.modules, self.missing = False, 0, 0
+        self.crossed, self.modules, self.missing, self.tuples = False, 0, 0, False
         self.probed: set[tuple[str, bool, bool]] = set()
         self.rows: list[Any] = []  # of the call, the tensors, lists and arrays that were cut
         self.open: list[tuple[str, Any, int]] = []
@@ -77,7 +77,6 @@ class Border:
         self.size: int | None = None
         self.share: Share | None = None
         self.labels: dict[str, Any] = {}
-        self.tuples = False
 
     @staticmethod
     def _names_of(function: Any) -> list[str]:
@@ -98,12 +97,11 @@ class Border:
         return set(whole)
 
     def call(self, function: Any, name: str, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of the model with full (or, with io="local", this rank's) tensors in and out."""
-        # the first step's checks end here: a model's code has its probe
+        """A method of the model with full (or, with io="local", this rank's) tensors in and out. The first step's checks end here."""
         args, kwargs = nested.mapped(lambda _, x: plain(x), (args, kwargs))
         forward = name == "forward"
-        if not torch.compiler.is_compiling() and self.modules != late.fingerprint(model):
-            self.modules = late.adopt(model, self.mesh, self.body)
+        if not torch.compiler.is_compiling():
+            self.modules = late.look(model, self, self.crossed)
         self.crossed = True
         self.open.clear()
         args, kwargs = self.before(model, args, kwargs, self.names if forward else self._names_of(function)[1:])
@@ -120,7 +118,7 @@ class Border:
             self.inside.depth -= 1
         if other is not None and state is not None:
             probe.check(what, self.mesh, output, *other)
-            state.check(what, self.mesh, model)
+            state.check(what, self.mesh, model, other[1] if self.parted else None)
         return self.after(model, kwargs, output, what)
 
     def _probe(self, function: Any, kind: tuple[str, bool, bool], model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
@@ -179,14 +177,10 @@ class Border:
             kwargs = {name: self._cut(name, x) for name, x in kwargs.items()}
         return tuple(named.values()), kwargs
 
-    def _in_order(self, given: dict[str, Any]) -> list[tuple[str, Any]]:
-        """The arguments, those that say how many samples there are first."""
-        return sorted(given.items(), key=lambda pair: pair[0] not in SAMPLES) if self.hugging else list(given.items())
-
     def _first_of(self, given: dict[str, Any], held: dict[str, list[tuple[str, Any]]]) -> tuple[Any, int | None]:
         """The tensor that says how many samples there are, and their number: the first argument that is one. Where none is, the first
         inside of one; of the keys of a dict those of one dim (positions, weights) only where there is no other."""
-        order = self._in_order(given)
+        order = sorted(given.items(), key=lambda pair: pair[0] not in SAMPLES) if self.hugging else list(given.items())
         found = [(name, x) for name, x in order if self._batched(name, x)]
         if not found:
             found = [(name, x) for name, _ in order for path, x in held[name] if self._batched(path, x)]
@@ -242,6 +236,11 @@ class Border:
 
     def _cuts_rows(self) -> bool:
         return self.mesh.parts(self._rows()) > 1
+
+    @property
+    def parted(self) -> bool:
+        """Whether modules inside see a part of the samples of a call, or may see one of their features."""
+        return self._cuts_rows() or self.heads or self.hugging and self.mesh.size > self.mesh.data.size
 
     def _is_whole(self, path: str) -> bool:
         return path in self.whole or "." in path and any(path.startswith(f"{name}.") for name in self.whole)

@@ -5,6 +5,7 @@ A parameter under a name that its module had when it was converted is cut where 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from .layers import convert_late
 from .wrappers import adapter_roles
 
 SIDES = ("lora_A", "lora_B")
+LIBRARIES = ("gingham.", "transformers.", "torch.", "accelerate.", "peft.")
 KNOWN = "_gingham_names"  # the attribute of a module that holds the names of the parameters that it had when it was converted
 
 
 def fingerprint(model: torch.nn.Module) -> int:
-    """Of the modules of a model and the names of their parameters, which changes when one is put in or taken out."""
+    """Of the modules of a model, the names of their parameters and their hooks, which changes when one is put in or taken out."""
     found: list[int | str] = []
     seen: set[int] = set()
     left: list[torch.nn.Module | None] = [model]
@@ -33,6 +35,8 @@ def fingerprint(model: torch.nn.Module) -> int:
             found.append(id(module))
             if module._parameters:
                 found += _names(module)
+            if module._forward_hooks or module._forward_pre_hooks:
+                found.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
             left += module._modules.values()
     return hash(tuple(found))
 
@@ -46,6 +50,39 @@ def note(model: torch.nn.Module) -> int:
     for module in model.modules():
         vars(module)[KNOWN] = frozenset(_names(module))
     return fingerprint(model)
+
+
+def hooked(model: torch.nn.Module) -> list[str]:
+    """The paths of modules on which forward hooks of a caller's are, "" for the model itself."""
+    found = []
+    for path, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith(LIBRARIES) for hook in hooks):
+            found.append(path)
+    return found
+
+
+def look(model: torch.nn.Module, border: Any, crossed: bool) -> int:
+    """Before a call: converts and tells what was put in since the fingerprint border.modules was taken, and gives the new one. crossed:
+    whether calls have been. Raises NotImplementedError as adopt does."""
+    now = fingerprint(model)
+    if now != border.modules:
+        now = adopt(model, border.mesh, border.body)
+    if border.parted and (now != border.modules or not crossed):
+        _tell_hooks(model, border.told)
+    return now
+
+
+def _tell_hooks(model: torch.nn.Module, told: set[str]) -> None:
+    """Warns once of each forward hook inside of a model whose modules see a part of the samples or of their features."""
+    for path in hooked(model):
+        if path and f"hook {path}" not in told:
+            told.add(f"hook {path}")
+            warnings.warn(
+                f"{path} of {type(model).__name__}: a forward hook gets this rank's part of samples and features, so that a loss or a"
+                " statistic of them is this rank's only; return what it takes from the model's forward, whose outputs are whole",
+                stacklevel=4,
+            )
 
 
 def adopt(model: torch.nn.Module, mesh: Any, body: str) -> int:

@@ -24,7 +24,8 @@ import torch
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
 from .entries import last
-from .nested import leaves, mapped
+from .late import hooked
+from .nested import joined, leaves, mapped
 from .wrappers import is_foreign
 
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding
@@ -40,9 +41,7 @@ def is_needed(model: torch.nn.Module, mesh: Mesh, known: bool) -> bool:
 def is_heard(model: torch.nn.Module, mesh: Mesh) -> bool:
     """Whether a caller's hooks listen to the model's calls on any rank, which would hear of calls that nobody made: told on every rank.
     A control message of 8 bytes."""
-    hooks = (hook for each in model.modules() for kind in (each._forward_hooks, each._forward_pre_hooks) for hook in kind.values())
-    own = any(not str(getattr(hook, "__module__", "")).startswith(("gingham.", "transformers.")) for hook in hooks)
-    hearing = [rank for rank, (heard,) in enumerate(mesh.world.sizes([int(own)])) if heard]
+    hearing = [rank for rank, (heard,) in enumerate(mesh.world.sizes([int(bool(hooked(model)))])) if heard]
     if hearing:
         warnings.warn(
             f"{type(model).__name__}: forward hooks listen on rank {hearing[0]}, so that its first call is not compared with one beside"
@@ -137,14 +136,23 @@ class State:
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.attributes = {(path, name): value for path, name, value in _attributes(model)}
 
-    def check(self, what: str, mesh: Mesh, model: torch.nn.Module) -> None:
-        """Raises NotImplementedError on every rank for a buffer that now goes by the rank, and for a number with a gradient."""
-        for path, name, value in _attributes(model):
-            if self.attributes.get((path, name)) is not value and value.requires_grad and value.dim() == 0:
+    def check(self, what: str, mesh: Mesh, model: torch.nn.Module, rows: int | None) -> None:
+        """Raises NotImplementedError on every rank for a buffer that now goes by the rank, and for a number with a gradient. Warns of
+        tensors of this rank's `rows` samples; rows: None where they are the caller's."""
+        left = [(f"{path}.{name}".lstrip("."), x) for path, name, x in _attributes(model) if self.attributes.get((path, name)) is not x]
+        for name, value in left:
+            if value.requires_grad and value.dim() == 0:
                 raise NotImplementedError(
-                    f"{what}: {f'{path}.{name}'.lstrip('.')} is a number with a gradient that forward left in the model, made of this"
+                    f"{what}: {name} is a number with a gradient that forward left in the model, made of this"
                     " rank's samples or weights only; return a value for each sample and reduce them outside of the model"
                 )
+        parts = [f"{name} {tuple(x.shape)}" for name, x in left if x.requires_grad or x.dim() and len(x) == rows]
+        if parts and rows is not None:
+            warnings.warn(
+                f"{what}: {', '.join(parts)}, which forward left in the model, is of this rank's part of samples and features, so that a"
+                " loss or a statistic of it is this rank's only; return it from forward, whose outputs are whole",
+                stacklevel=5,
+            )
         buffers = dict(model.named_buffers())
         changed = {name: x for name, x in buffers.items() if name not in self.buffers or not torch.equal(x, self.buffers[name])}
         sums = [checksum(changed[name]) if name in changed else 0 for name in buffers]
@@ -157,8 +165,13 @@ class State:
 
 
 def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """In lists and dicts too."""
     for path, module in model.named_modules():
-        yield from ((path, name, value) for name, value in vars(module).items() if isinstance(value, torch.Tensor))
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield path, name, value
+            elif type(value) in (list, tuple, dict) and not name.startswith("_"):
+                yield from ((path, joined(name, at), x) for at, x in leaves(value) if isinstance(x, torch.Tensor))
 
 
 def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
