@@ -118,10 +118,10 @@ class Border:
             self.inside.depth -= 1
         if other is not None and state is not None:
             probe.check(what, self.mesh, output, *other)
-            state.check(what, self.mesh, model, other[1] if self.parted else None)
+            state.check(what, self.mesh, model, other[1].here if self.parted else None)
         return self.after(model, kwargs, output, what)
 
-    def _probe(self, function: Any, kind: tuple[str, bool, bool], model: Any, args: Any, kwargs: Any) -> tuple[Any, int] | None:
+    def _probe(self, function: Any, kind: tuple[str, bool, bool], model: Any, args: Any, kwargs: Any) -> tuple[Any, probe.Rows] | None:
         """At the first call of a method (in training or not, with gradients or without): what it gives beside other samples."""
         if any(is_cache(value) for _, value in nested.leaves((args, kwargs))):
             return None  # which would be filled twice
@@ -130,10 +130,8 @@ class Border:
         self.probed.add(kind)
         if not probe.is_needed(model, self.mesh, self.body == "outer") or probe.is_heard(model, self.mesh):
             return None
-        size, cuts = self.size + self.missing, self._rows()
-        rows, most = self.mesh.interval(size, cuts)[1], max(chunks(size, [self.mesh.sizes[name] for name in cuts]))
-        most = max(each for (each,) in self.mesh.joint(("data",)).sizes([most])) if self.own else most
-        other = probe.run(function, model, args, kwargs, rows, most, self.rows, self.mesh)
+        rows = probe.Rows.of(self.mesh, self.size + self.missing, self._rows(), self.own)
+        other = probe.run(function, model, args, kwargs, rows, self.rows, self.mesh)
         self.open.clear()
         return other, rows
 

@@ -2,7 +2,7 @@
 
 The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more on
 this rank's rows, all made equal to the last one: what comes out for the last sample must be the same. In eval mode it must be the
-same too where one such row more comes before it, and what comes out for the others, so that code that goes by the number of
+same too where one such row less or more comes before it, and what comes out for the others, so that code that goes by the number of
 samples or by a sample's place is seen. A rank's only sample is compared in eval mode, alone and behind one made of its own numbers.
 Generators, buffers, attributes and dropout's numbers are put back, so that the call
 itself sees what it would have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient
@@ -16,6 +16,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
@@ -23,6 +24,7 @@ import torch
 
 from ..mesh import Mesh
 from ..mesh.checksums import checksum
+from ..mesh.layout import Names, chunks
 from .entries import last
 from .late import hooked
 from .nested import joined, leaves, mapped
@@ -51,12 +53,42 @@ def is_heard(model: torch.nn.Module, mesh: Mesh) -> bool:
     return bool(hearing)
 
 
-def run(
-    function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: int, most: int, cut: Sequence[Any], mesh: Mesh
-) -> Any:
-    """What the function gives for this rank's `rows` rows, all like the last one, and in eval mode for as many and one more; most: of the
-    rows of all ranks, which call it as often; cut: the tensors, lists and arrays that have these rows. None: not to be compared. A control
-    message of 8 bytes."""
+@dataclass(frozen=True)
+class Rows:
+    """Of a call: this rank's, and of all ranks, which call the function as often, the least and the most."""
+
+    here: int
+    least: int
+    most: int
+
+    @staticmethod
+    def of(mesh: Mesh, size: int, cuts: Names, own: bool) -> Rows:
+        """Of `size` samples that the axes cut; own: of this data rank, of which others may have more or less."""
+        held = chunks(size, [mesh.sizes[name] for name in cuts])
+        counts = [[min(held), max(held)]]
+        if own:
+            counts = [list(each) for each in mesh.joint(("data",)).sizes(counts[0])]
+        return Rows(mesh.interval(size, cuts)[1], min(least for least, _ in counts), max(most for _, most in counts))
+
+    @property
+    def more(self) -> int:
+        """By how many rows another call differs. A model may have room for so many samples and no more."""
+        return -1 if self.least > 1 and self.most > 2 else 1
+
+
+def run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, rows: Rows, cut: Sequence[Any], mesh: Mesh) -> Any:
+    """What the function gives for this rank's rows, all like the last one, and in eval mode for as many and for one less or more; cut: the
+    tensors, lists and arrays that have these rows. None: not to be compared. A control message of 8 bytes."""
+    with torch.autograd.graph.saved_tensors_hooks(_same, _same):  # those of activation checkpointing count what a call saves
+        return _run(function, model, args, kwargs, rows, cut, mesh)
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+def _run(function: Callable[..., Any], model: torch.nn.Module, args: Any, kwargs: Any, counts: Rows, cut: Sequence[Any], mesh: Mesh) -> Any:
+    rows = counts.here
     before = {id(x) for x in cut if rows and len(x) == rows}
 
     def alike(more: int) -> Any:
@@ -66,7 +98,7 @@ def run(
         return mapped(lambda _, y: y.detach() if isinstance(y, torch.Tensor) else y, function(model, *changed[0], **changed[1]))
 
     found = None
-    if most > 1:
+    if counts.most > 1:
         with _restored(model):
             found = alike(0)
     kept = any(x.dim() and len(x) == rows for _, _, x in _attributes(model))  # of samples that came before, which are not alike
@@ -78,13 +110,13 @@ def run(
             one = alike(0)
             drew = not torch.equal(state, torch.get_rng_state())
         with _restored(model):
-            other = alike(1)
+            other = alike(counts.more)
     return found, None if drew else (one, other)
 
 
 def _rows_of(x: Any, rows: int, more: int) -> Any:
     """As many rows like the last one; beside a rank's only one another, of its numbers in another order, or of half of them."""
-    if rows > 1 or not more or not isinstance(x, torch.Tensor) or x.dtype == torch.bool or x.dim() < 2:
+    if rows > 1 or more < 1 or not isinstance(x, torch.Tensor) or x.dtype == torch.bool or x.dim() < 2:
         return last(x, rows + more)
     other = x.flatten().roll(1).view(x.shape)
     if x.is_floating_point() and torch.equal(other, x):
@@ -174,10 +206,10 @@ def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor
                 yield from ((path, joined(name, at), x) for at, x in leaves(value) if isinstance(x, torch.Tensor))
 
 
-def check(what: str, mesh: Mesh, output: Any, probed: Any, rows: int) -> None:
+def check(what: str, mesh: Mesh, output: Any, probed: Any, counts: Rows) -> None:
     """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples, or other ones."""
-    alike, more = probed
-    placed = more is not None and (_differs(more[0], more[1], rows, rows + 1) or _differs_by_place(more[0], more[1], rows))
+    (alike, two), rows = probed, counts.here
+    placed = two is not None and (_differs(two[0], two[1], rows, rows + counts.more) or _differs_by_place(two[0], rows))
     flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed and rows > 1), int(placed and rows == 1)])
     odd, other, lone = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in range(3))
     if other and not odd:
@@ -205,9 +237,9 @@ def _differs(output: Any, probed: Any, rows: int, others: int) -> bool:
     return any(_apart(*(each[-(len(y) // rows) :] for each in (y, other))) for y, other in _of_samples(output, probed, rows, others))
 
 
-def _differs_by_place(output: Any, probed: Any, rows: int) -> bool:
+def _differs_by_place(output: Any, rows: int) -> bool:
     """Whether samples that are alike have come out in several ways."""
-    found = (y.reshape(rows, -1) for y, _ in _of_samples(output, probed, rows, rows + 1))
+    found = (y.reshape(rows, -1) for y, _ in _of_samples(output, output, rows, rows))
     return any(_apart(samples, samples[-1:].expand_as(samples)) for samples in found)
 
 

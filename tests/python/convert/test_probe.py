@@ -295,6 +295,45 @@ def test_hooks_hear_no_other_calls_and_it_is_told(ranks) -> None:
         assert error <= 2e-6
 
 
+class Room(Two):
+    """Has room for so many samples, as caches of keys and values have."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.room = torch.zeros(most, W)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        room = self.room.clone()
+        room[: len(x)] = self.a(x)
+        return self.b(room[: len(x)].view(x.shape))
+
+
+def checkpointed(rank: int, options: dict[str, Any], rows: int) -> list[float]:
+    """Activation checkpointing around a first call, and a model with no room for a sample more."""
+    mesh, found = gingham.init(**options), []
+    x = torch.randn(rows, W, generator=torch.Generator().manual_seed(1))
+    part = x if mesh.data.size == 1 else x.chunk(mesh.data.size)[mesh.data.rank]
+    for reentrant in (True, False):
+        torch.manual_seed(0)
+        original = Two()
+        model = gingham.parallelize(copy.deepcopy(original), mesh)
+        for each, given in ((original, x), (model, part)):
+            torch.utils.checkpoint.checkpoint(each, given.clone().requires_grad_(), use_reentrant=reentrant).square().mean().backward()
+        found.append(relative(model.a.weight.grad.full_tensor(), original.a.weight.grad))
+    torch.manual_seed(0)
+    original = Room(len(part))
+    return [*found, relative(gingham.parallelize(copy.deepcopy(original), mesh)(part), original(part))]
+
+
+@pytest.mark.parametrize(
+    "options, rows",
+    [(GRIDS["2d"], 8), (dict(parallel=dict(data=2, tensor=dict(size=2, mode="1d"))), 8)],
+)
+def test_a_first_call_under_checkpointing_and_with_no_room_for_more(ranks, options: dict[str, Any], rows: int) -> None:
+    for found in ranks(4)(checkpointed, options, rows):
+        assert len(found) == 3 and all(error < 1e-5 for error in found), found
+
+
 class KeptNumbers(Two):
     """Numbers with a gradient in a list and in a dict."""
 
