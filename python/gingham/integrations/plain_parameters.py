@@ -7,7 +7,6 @@ of 8 bytes and one of 16 bytes for each such parameter.
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import MeshError
 from ..mesh import mesh_of
+from ..mesh.carried import on_host
 
 COMPARED = "_gingham_compared"  # on an optimizer: the number of its parameters when their gradients were compared
 TOLERANCE = 1e-3  # relative; machines of several kinds round in their own ways
@@ -43,7 +43,8 @@ def compare(optimizer: torch.optim.Optimizer) -> bool:
     if len(set(held)) > 1:
         raise MeshError(f"{type(optimizer).__name__}.step: rank {mesh.rank}: the ranks' optimizers have {held} plain parameters")
     mine = [value for _, p in plain for value in _seen(p.grad)]
-    told = [[_float(each) for each in theirs] for theirs in mesh.world.sizes([_int(value) for value in mine])]
+    parts = mesh.world.all_gather(torch.tensor(mine, dtype=torch.float64, device=mesh.device), counted=False)
+    told = [on_host(mesh, part).tolist() for part in parts]
     for index, (name, p) in enumerate(plain):
         pairs = [theirs[2 * index : 2 * index + 2] for theirs in told]
         odd = next((rank for rank, pair in enumerate(pairs) if _apart(pair, pairs[0])), None)
@@ -76,16 +77,6 @@ def _apart(one: list[float], other: list[float]) -> bool:
     if any(value != value for value in (*one, *other)):
         return (one[0] != one[0]) != (other[0] != other[0])
     return any(abs(a - b) > TOLERANCE * max(one[0], other[0], 1e-30) for a, b in zip(one, other, strict=True))
-
-
-def _int(value: float) -> int:
-    (found,) = struct.unpack("q", struct.pack("d", value))
-    return int(found)
-
-
-def _float(bits: int) -> float:
-    (found,) = struct.unpack("d", struct.pack("q", bits))
-    return float(found)
 
 
 register_optimizer_step_pre_hook(_begin)

@@ -1,5 +1,6 @@
 """Plain parameters in an optimizer of a mesh's: the same gradients on every rank, or an error that names them."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -18,10 +19,9 @@ def trained(rank: int, name: str, how: str) -> Any:
     torch.manual_seed(0)
     mesh = gingham.init(**GRIDS[name])
     original = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
-    serial = [original, nn.Linear(8, 3)]
-    models = [gingham.parallelize(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), mesh), nn.Linear(8, 3)]
+    serial = [original, nn.Sequential(nn.Linear(8, 3), *(nn.Linear(3, 3) for _ in range(4)))]
+    models = [gingham.parallelize(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), mesh), copy.deepcopy(serial[1])]
     models[0].load_state_dict(original.state_dict())
-    models[1].load_state_dict(serial[1].state_dict())
     norms = []
     for (body, head), own in ((serial, False), (models, name == "data")):
         named = [*body.named_parameters(prefix="body"), *head.named_parameters(prefix="head")]
@@ -39,7 +39,7 @@ def trained(rank: int, name: str, how: str) -> Any:
                 optimizer.step()
             except gingham.MeshError as error:
                 return str(error)
-        norms.append(float(head.weight.detach().norm()))
+        norms.append(float(head[0].weight.detach().norm()))
     return abs(norms[0] - norms[1])
 
 
@@ -50,7 +50,7 @@ def test_behind_whole_outputs_they_train_as_in_one_process(ranks, name: str) -> 
 
 def test_of_a_data_ranks_own_samples_they_are_named(ranks) -> None:
     for said in ranks(4)(trained, "data", ""):
-        assert said.startswith("SGD.step: head.weight, a plain tensor of shape (3, 8)") and "on rank 0 and" in said, said
+        assert said.startswith("SGD.step: head.0.weight, a plain tensor of shape (3, 8)") and "on rank 0 and" in said, said
 
 
 def test_averaged_by_the_caller_they_train_as_in_one_process(ranks) -> None:
