@@ -23,6 +23,7 @@ from zlib import crc32
 import torch
 
 from ..mesh import Mesh
+from ..mesh.carried import on_host
 from ..mesh.checksums import checksum
 from ..mesh.layout import Names, chunks
 from .entries import last
@@ -167,11 +168,14 @@ class State:
     def __init__(self, model: torch.nn.Module) -> None:
         self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self.attributes = {(path, name): value for path, name, value in _attributes(model)}
+        self.numbers = _numbers(model)
 
     def check(self, what: str, mesh: Mesh, model: torch.nn.Module, rows: int | None) -> None:
         """Raises NotImplementedError on every rank for a buffer that now goes by the rank, and for a number with a gradient. Warns of
         tensors of this rank's `rows` samples; rows: None where they are the caller's."""
         left = [(f"{path}.{name}".lstrip("."), x) for path, name, x in _attributes(model) if self.attributes.get((path, name)) is not x]
+        if rows is not None:
+            self._tell_numbers(what, mesh, model)
         for name, value in left:
             if value.requires_grad and value.dim() == 0:
                 raise NotImplementedError(
@@ -185,6 +189,28 @@ class State:
                 " loss or a statistic of it is this rank's only; return it from forward, whose outputs are whole",
                 stacklevel=5,
             )
+        self._check_buffers(what, mesh, model)
+
+    def _tell_numbers(self, what: str, mesh: Mesh, model: torch.nn.Module) -> None:
+        """Warns of numbers without a gradient that forward left and that differ between ranks. Control messages of 16 bytes, and where they
+        differ of 8 bytes a number."""
+        left = {name: value for name, value in _numbers(model).items() if self.numbers.get(name) != value}
+        names = crc32(repr(list(left)).encode())
+        told = mesh.world.sizes([names, crc32(repr(list(left.values())).encode())])
+        if len({values for _, values in told}) == 1:
+            return
+        odd = list(left)
+        if left and all(theirs == names for theirs, _ in told):
+            mine = torch.tensor(list(left.values()), dtype=torch.float64, device=mesh.device)
+            parts = [on_host(mesh, part) for part in mesh.world.all_gather(mine, counted=False)]
+            odd = [name for at, name in enumerate(left) if any(not torch.equal(part[at], parts[0][at]) for part in parts)]
+        warnings.warn(
+            f"{what}: {', '.join(odd) or 'a number on another rank'}, which forward left in the model, differs between ranks, as what is"
+            " made of this rank's samples or features does; make it of the model's outputs, which are whole",
+            stacklevel=6,
+        )
+
+    def _check_buffers(self, what: str, mesh: Mesh, model: torch.nn.Module) -> None:
         buffers = dict(model.named_buffers())
         changed = {name: x for name, x in buffers.items() if name not in self.buffers or not torch.equal(x, self.buffers[name])}
         sums = [checksum(changed[name]) if name in changed else 0 for name in buffers]
@@ -197,19 +223,36 @@ class State:
 
 
 def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """In lists and dicts too."""
+    """Tensors, in lists and dicts too."""
+    return ((path, name, x) for path, name, x in _left(model) if isinstance(x, torch.Tensor))
+
+
+def _numbers(model: torch.nn.Module) -> dict[str, float]:
+    """Numbers without a gradient: Python's, and tensors of no dims."""
+    found = {}
+    for path, name, x in _left(model):
+        single = isinstance(x, torch.Tensor) and not x.dim() and not x.requires_grad and type(x) is torch.Tensor
+        if single or isinstance(x, float | int):
+            found[f"{path}.{name}".lstrip(".")] = float(x)
+    return found
+
+
+def _left(model: torch.nn.Module) -> Iterator[tuple[str, str, Any]]:
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
+            if name.startswith("_"):
+                continue
+            if type(value) in (list, tuple, dict):
+                yield from ((path, joined(name, at), x) for at, x in leaves(value))
+            else:
                 yield path, name, value
-            elif type(value) in (list, tuple, dict) and not name.startswith("_"):
-                yield from ((path, joined(name, at), x) for at, x in leaves(value) if isinstance(x, torch.Tensor))
 
 
 def check(what: str, mesh: Mesh, output: Any, probed: Any, counts: Rows) -> None:
     """Raises NotImplementedError on every rank where one's last sample came out in another way beside other samples, or other ones."""
     (alike, two), rows = probed, counts.here
-    placed = two is not None and (_differs(two[0], two[1], rows, rows + counts.more) or _differs_by_place(two[0], rows))
+    others = rows + counts.more
+    placed = two is not None and (_differs(two[0], two[1], rows, others) or _differs_by_place(two[0], two[1], rows, others))
     flags = mesh.world.sizes([int(_differs(output, alike, rows, rows)), int(placed and rows > 1), int(placed and rows == 1)])
     odd, other, lone = ([rank for rank, flag in enumerate(flags) if flag[index]] for index in range(3))
     if other and not odd:
@@ -237,9 +280,9 @@ def _differs(output: Any, probed: Any, rows: int, others: int) -> bool:
     return any(_apart(*(each[-(len(y) // rows) :] for each in (y, other))) for y, other in _of_samples(output, probed, rows, others))
 
 
-def _differs_by_place(output: Any, rows: int) -> bool:
+def _differs_by_place(output: Any, probed: Any, rows: int, others: int) -> bool:
     """Whether samples that are alike have come out in several ways."""
-    found = (y.reshape(rows, -1) for y, _ in _of_samples(output, output, rows, rows))
+    found = (y.reshape(rows, -1) for y, _ in _of_samples(output, probed, rows, others))
     return any(_apart(samples, samples[-1:].expand_as(samples)) for samples in found)
 
 

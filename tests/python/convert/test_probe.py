@@ -347,6 +347,8 @@ class KeptHidden(Two):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.hidden = self.a(x)
         self.kept = {"detached": self.hidden.detach(), "weights": torch.ones(3)}
+        self.calls += 1
+        self.seen.append(float(self.hidden.detach().mean()))
         return self.b(self.hidden)
 
 
@@ -377,10 +379,12 @@ def left(rank: int, options: dict[str, Any], rows: int) -> Any:
 def test_what_forward_leaves_in_a_model_and_what_hooks_get_is_told(ranks, name: str, rows: int) -> None:
     for refused, (first, second, third) in ranks(ranks_of(name))(left, GRIDS[name], rows):
         assert name == "1d" or "seen.0 is a number with a gradient" in refused, refused
-        parts = [text for text in first if "which forward left in the model" in text]
+        parts = [text for text in first if "is of this rank's part of samples" in text]
         assert name == "1d" or len(parts) == 1 and "hidden (" in parts[0] and "kept.detached" in parts[0] and "weights" not in parts[0], (
             first
         )
+        numbers = [text for text in first if "differs between ranks" in text]
+        assert name == "1d" or len(numbers) == 1 and "seen.0" in numbers[0] and "calls" not in numbers[0], first
         assert not any("forward hook gets" in text for text in first)
         words = "a of Two: a forward hook gets this rank's part"
         told = [text for text in second if text.startswith(words)]
