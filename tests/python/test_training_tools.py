@@ -286,18 +286,40 @@ def test_torchs_own_clipping(ranks, options: dict[str, Any], norm_type: float) -
         assert said.startswith(f"torch.nn.utils.clip_grad_norm_: rank {rank} got gradients whose sums over ranks no_sync left out"), said
 
 
-def test_torchs_own_clipping_is_refused_in_a_pipeline(ranks) -> None:
-    def said(rank: int) -> str:
+@pytest.mark.parametrize("kit", [nn, torch.nn], ids=["gingham.nn", "torch.nn"])
+def test_torchs_own_norms_and_lbfgs_are_refused_in_a_pipeline(ranks, kit: Any) -> None:
+    """Also of layers of torch's own in it, whose parameters are plain tensors. What needs no other stage goes on."""
+
+    def said(rank: int) -> list[str]:
         mesh = gingham.init(parallel=dict(pipeline=2))
-        model = gingham.pipeline(torch.nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 4), nn.Linear(4, 8)), mesh, 2)
+        model = gingham.pipeline(torch.nn.Sequential(kit.Embedding(8, 4), kit.Linear(4, 4), kit.Linear(4, 8)), mesh, 2)
         ids = torch.zeros(4, 3, dtype=torch.int64)
         model.step(ids, ids)
-        with pytest.raises(gingham.MeshError) as caught:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        return str(caught.value)
+        found = []
+        for ask, kind in (
+            (lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), gingham.MeshError),
+            (lambda: torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]), gingham.MeshError),
+            (lambda: torch.nn.utils.clip_grads_with_norm_(model.parameters(), 1.0, torch.tensor(2.0)), gingham.MeshError),
+            (lambda: torch.optim.LBFGS(model.parameters()).step(lambda: model.step(ids, ids)), NotImplementedError),
+        ):
+            with pytest.raises(kind) as caught:
+                ask()
+            found.append(str(caught.value))
+        kept = [whole(p.grad).clone() for p in model.parameters()]
+        gingham.clip_grad_norm_(model.parameters(), torch.inf)
+        assert all(torch.equal(whole(p.grad), before) for p, before in zip(model.parameters(), kept, strict=True))
+        torch.optim.AdamW(model.parameters()).step()
+        own = torch.nn.Linear(4, 4)
+        own(torch.ones(4)).sum().backward()
+        assert float(torch.nn.utils.get_total_norm([p.grad for p in own.parameters()])) > 0
+        torch.optim.LBFGS(own.parameters()).step(lambda: own(torch.ones(4)).square().sum())
+        return found
 
-    for rank, words in enumerate(ranks(2)(said)):
-        assert f"rank {rank} got the gradients of one stage of a pipeline; expected gingham.clip_grad_norm_" in words
+    for rank, (*norms, lbfgs) in enumerate(ranks(2)(said)):
+        for words in norms:
+            assert f"rank {rank} got the gradients of one stage of a pipeline; expected gingham.clip_grad_norm_" in words
+        assert lbfgs.startswith(f"LBFGS on a pipeline: rank {rank} has the parameters of one stage"), lbfgs
+        assert "expected an optimizer that steps each parameter by itself, such as torch.optim.AdamW" in lbfgs
 
 
 def test_weight_norm_where_a_rank_has_no_rows(ranks) -> None:

@@ -4,7 +4,8 @@ Most optimizers work on DTensors as they are, fused ones too (mesh/alike.py). Rp
 each rank's own block. Adafactor, Muon, LBFGS and others that look at a whole matrix, or at all of them, make it on the
 full tensors, the same on every rank, which then keeps its block: the bytes of a gather of parameters, gradients and
 state of their shape a step (in mesh.traffic()), and the memory of the full tensors while it lasts, told by a warning once. Their
-other state (row and column means, LBFGS's history) stays whole on every rank. SparseAdam is refused.
+other state (row and column means, LBFGS's history) stays whole on every rank. SparseAdam is refused, and on a pipeline,
+whose ranks have the parameters of one stage, LBFGS and others whose step goes by numbers of all parameters.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from ..autograd.relayout import move_block
 from ..errors import MeshError
 from ..mesh import Mesh, cuts_of, mesh_of
 from ..mesh.layout import block, slices
+from ..nn.clip import stage_of
 
+# steps by numbers of all parameters together: of LBFGS dot products, of others a norm or an estimate of a distance
+ACROSS = {"LBFGS", "FusedLAMB", "Prodigy", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptLion", "DAdaptSGD"}
 WHOLE = {"Adafactor", "CAME", "LBFGS", "Muon", "Shampoo", "SOAP"}
 
 
@@ -140,6 +144,8 @@ def _begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     if left is not None:  # the last step raised
         left.end()
     names = _names(optimizer)
+    if names & ACROSS:
+        _refuse_stage(optimizer)
     whole = bool(names & WHOLE)
     if not (whole or names & {"Rprop", "SparseAdam"}):
         return None
@@ -160,6 +166,16 @@ def _begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     if len(args) > 1 and args[1] is not None:
         return (args[0], step.closure(args[1]), *args[2:]), kwargs
     return None
+
+
+def _refuse_stage(optimizer: Any) -> None:
+    mesh = stage_of(p for group in optimizer.param_groups for p in group["params"])
+    if mesh is not None:
+        raise NotImplementedError(
+            f"{type(optimizer).__name__} on a pipeline: rank {mesh.rank} has the parameters of one stage, and its step goes by numbers of"
+            " those of all stages; expected an optimizer that steps each parameter by itself, such as torch.optim.AdamW, or a mesh"
+            " without pipeline="
+        )
 
 
 def _warn(optimizer: Any, cut: list[Any]) -> None:

@@ -9,12 +9,15 @@ from zlib import crc32
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..autograd.casts import local_of
 from ..autograd.gradients import owing
 from ..errors import MeshError
 from ..mesh import Mesh, current, mesh_among, mesh_of
 from ..mesh.carried import on_host
+
+_plain_of_stages: Any = WeakIdKeyDictionary()  # plain parameters of pipelines, with their meshes
 
 
 @torch.no_grad()
@@ -83,19 +86,59 @@ def _refuse_parts(mesh: Mesh, name: str, parameters: list[torch.Tensor]) -> None
         )
 
 
+def note_stage(mesh: Mesh, parameters: Iterable[torch.Tensor]) -> None:
+    """Keeps in mind which plain parameters are those of one stage of a pipeline; DTensors say it themselves."""
+    for each in parameters:
+        if mesh.whole is not None and not isinstance(each, DTensor):
+            _plain_of_stages[each] = mesh
+
+
+def stage_of(tensors: Iterable[torch.Tensor]) -> Mesh | None:
+    """The mesh of a stage of a pipeline whose parameters, or their gradients, are among these."""
+    held: dict[int, Mesh] | None = None
+    for each in tensors:
+        if isinstance(each, DTensor):
+            mesh = mesh_of(each)
+        else:
+            if held is None:
+                pairs = list(_plain_of_stages.items())
+                held = {id(found): mesh for parameter, mesh in pairs for found in (parameter, parameter.grad) if found is not None}
+            mesh = held.get(id(each))
+        if mesh is not None and mesh.whole is not None:
+            return mesh
+    return None
+
+
+def _refuse_stage(name: str, tensors: Iterable[torch.Tensor]) -> None:
+    mesh = stage_of(tensors)
+    if mesh is not None:
+        raise MeshError(
+            f"torch.nn.utils.{name}: rank {mesh.rank} got the gradients of one stage of a pipeline; expected gingham.clip_grad_norm_,"
+            " whose norm is that of all stages (with max_norm=torch.inf it changes no gradient)"
+        )
+
+
+def _total(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's own norm of a list of tensors, which nobody joins over the stages of a pipeline."""
+
+    @wraps(norm)
+    def joint(tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        _refuse_stage("get_total_norm", tensors)
+        return norm(tensors, *args, **kwargs)
+
+    return joint
+
+
 def _of_the_job(clip: Callable[..., None]) -> Callable[..., None]:
     """torch's own way to scale gradients by their norm, which DTensors join over a mesh, and nobody over the stages of a pipeline."""
 
     @wraps(clip)
     def scale(parameters: Any, *args: Any, **kwargs: Any) -> None:
         tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        _refuse_stage("clip_grads_with_norm_", tensors)
         mesh = next(filter(None, (mesh_of(each) for each in tensors if isinstance(each, DTensor))), None)
         if mesh is not None:
-            if mesh.whole is not None:
-                raise MeshError(
-                    f"torch.nn.utils.clip_grad_norm_: rank {mesh.rank} got the gradients of one stage of a pipeline; expected"
-                    " gingham.clip_grad_norm_, whose norm is that of all stages"
-                )
             _refuse_parts(mesh, "torch.nn.utils.clip_grad_norm_", tensors)
         clip(tensors, *args, **kwargs)
 
@@ -106,6 +149,8 @@ def _install() -> None:
     module: Any = torch.nn.utils.clip_grad
     if hasattr(module, "_clip_grads_with_norm_"):
         module._clip_grads_with_norm_ = torch.nn.utils.clip_grads_with_norm_ = _of_the_job(module._clip_grads_with_norm_)
+    if hasattr(module, "_get_total_norm"):
+        module._get_total_norm = torch.nn.utils.get_total_norm = _total(module._get_total_norm)
 
 
 def _counts_here(grad: torch.Tensor, coordinates: dict[str, int]) -> bool:

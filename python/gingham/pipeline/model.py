@@ -17,6 +17,7 @@ from ..mesh import Mesh, current
 from ..mesh.carried import on_host
 from ..mesh.checksums import checksum
 from ..nn import cross_entropy
+from ..nn.clip import note_stage
 from ..plan.pipeline import rank_of
 from .build import built, fill
 from .cut import Part, cut, drop, parts_of
@@ -83,6 +84,7 @@ def pipeline(
     methods = _ConvertedMethods if made.family is not None else _Methods
     model.__class__ = type(kind.__name__, (methods, kind), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     object.__setattr__(model, "_pipeline", made)
+    note_stage(mesh, model.parameters())
     return model
 
 
