@@ -101,8 +101,34 @@ def _one(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], k
     return _wrapped(found, first) if _is_a_block(found, first) else go_on(op, args, kwargs)
 
 
+def apart(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An operation of lists in which plain tensors lie beside DTensors of ours, each element by itself: made on the two kinds one after
+    the other. NotImplemented of other lists."""
+    firsts = args[0]
+    kinds = [type(each) is DTensor for each in firsts]
+    if all(kinds) or not any(_is_cut(each) for each, kind in zip(firsts, kinds, strict=True) if kind):
+        return NotImplemented
+    found: list[Any] = list(firsts)
+    for wanted in (True, False):
+        places = [place for place, kind in enumerate(kinds) if kind == wanted]
+
+        def those(value: Any, places: list[int] = places) -> Any:
+            if isinstance(value, torch.Tensor):  # a number for each, or one for all
+                return value[places] if value.dim() and len(value) == len(kinds) else value
+            return [value[place] for place in places] if isinstance(value, list | tuple) and len(value) == len(kinds) else value
+
+        made = op(*map(those, args), **{name: those(value) for name, value in kwargs.items()})
+        for place, each in zip(places, made or (), strict=False):
+            found[place] = each
+        if op._schema.arguments[0].is_write and not wanted:
+            torch.autograd.graph.increment_version([firsts[place] for place in places])
+    return found if op._schema.returns else None
+
+
 def _each(go_on: Handler, in_place: bool, op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     firsts = args[0]
+    if (found := apart(op, args, kwargs)) is not NotImplemented:
+        return found
     if not all(type(each) is DTensor and _is_cut(each) for each in firsts):
         return go_on(op, args, kwargs)
     for tensors in (*args, *kwargs.values()):

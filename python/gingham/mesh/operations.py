@@ -163,7 +163,9 @@ def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _norms(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Of a list, in which some lie on ranks that have nothing of others."""
+    """Of a list, in which some lie on ranks that have nothing of others, or are plain."""
+    if (made := alike.apart(op, args, kwargs)) is not NotImplemented:
+        return made
     found = [mesh_of(each) if isinstance(each, DTensor) else None for each in args[0]]
     if not any(mesh is not None and _is_sparse(mesh, each) for mesh, each in zip(found, args[0], strict=True)):
         return _as_torch_does(op, args, kwargs)

@@ -119,28 +119,49 @@ def _refuse_stage(name: str, tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _total(norm: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """torch's own norm of a list of tensors, which nobody joins over the stages of a pipeline."""
+    """torch's own norm of a list of tensors, which nobody joins over the stages of a pipeline, nor that of DTensors and plain tensors."""
 
     @wraps(norm)
-    def joint(tensors: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def joint(tensors: Any, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> torch.Tensor:
         tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         _refuse_stage("get_total_norm", tensors)
-        return norm(tensors, *args, **kwargs)
+        mesh, plain = _beside(tensors)
+        if mesh is not None and plain:
+            if mesh.data.size > 1:
+                raise MeshError(
+                    f"torch.nn.utils.get_total_norm: rank {mesh.rank} got a plain tensor {tuple(plain[0].shape)} beside DTensors on a mesh"
+                    f" with data={mesh.data.size}, where a plain parameter's gradient is that of this rank's part of the batch; expected"
+                    " all layers in the model of gingham.parallelize, or, of plain gradients that are the same on every rank,"
+                    " gingham.clip_grad_norm_"
+                )
+            cut: list[Any] = [each for each in tensors if isinstance(each, DTensor)]
+            with torch.no_grad():
+                found: Any = torch.stack(torch._foreach_norm(cut, float(norm_type)))
+                tensors = [*found.full_tensor(), *torch._foreach_norm(plain, float(norm_type))]
+        return norm(tensors, norm_type, *args, **kwargs)
 
     return joint
+
+
+def _beside(tensors: list[torch.Tensor]) -> tuple[Mesh | None, list[torch.Tensor]]:
+    """The mesh of ours on which DTensors lie, and the plain tensors beside them."""
+    mesh = next(filter(None, (mesh_of(each) for each in tensors if isinstance(each, DTensor))), None)
+    return mesh, [each for each in tensors if not isinstance(each, DTensor)]
 
 
 def _of_the_job(clip: Callable[..., None]) -> Callable[..., None]:
     """torch's own way to scale gradients by their norm, which DTensors join over a mesh, and nobody over the stages of a pipeline."""
 
     @wraps(clip)
-    def scale(parameters: Any, *args: Any, **kwargs: Any) -> None:
+    def scale(parameters: Any, max_norm: float, total_norm: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         tensors = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         _refuse_stage("clip_grads_with_norm_", tensors)
-        mesh = next(filter(None, (mesh_of(each) for each in tensors if isinstance(each, DTensor))), None)
+        mesh, plain = _beside(tensors)
         if mesh is not None:
             _refuse_parts(mesh, "torch.nn.utils.clip_grad_norm_", tensors)
-        clip(tensors, *args, **kwargs)
+            if plain and isinstance(total_norm, DTensor):
+                total_norm = total_norm.full_tensor()
+        clip(tensors, max_norm, total_norm, *args, **kwargs)
 
     return scale
 

@@ -1,4 +1,4 @@
-"""clip_grad_norm_ counts replicas once and scales as torch's does."""
+"""clip_grad_norm_ counts replicas once and scales as torch's does; torch's own, of plain gradients beside those on a mesh."""
 
 from typing import Any
 
@@ -64,3 +64,61 @@ def test_c8_error_if_nonfinite_and_foreach_are_torchs(ranks) -> None:
     for rank, said in enumerate(ranks(4)(torchs_arguments, GRIDS["2d"])):
         assert all("non-finite" in said[value] and f"rank {rank}" in said[value] for value in ("nan", "inf")), said
         assert said["nan norm"] == "nan" and said["inf norm"] == "inf", said
+
+
+class Headed(torch.nn.Module):
+    """A converted model below a layer that is not, whose parameters are plain tensors."""
+
+    def __init__(self, mesh: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        body = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.GELU(), torch.nn.Linear(11, 5)).double()
+        self.head = torch.nn.Linear(5, 3).double()
+        self.body = body if mesh is None else gingham.parallelize(body, mesh)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+def beside_plain(rank: int, mode: str, size: int) -> float:
+    """The largest error of norms, and of parameters after steps with them clipped, of DTensors and plain tensors in one list."""
+    mesh, worst = gingham.init(mode, size=size), 0.0
+    x = torch.randn(8, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    kinds: list[Any] = [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]
+    for foreach, kind, norm_type in zip((None, True, False), kinds, (2.0, 1.0, torch.inf), strict=True):
+        for form in ("foreach", "fused"):
+            answers = []
+            for model in (Headed(None), Headed(mesh)):
+                optimizer = kind(model.parameters(), lr=0.1, **{form: True})
+                versions = [p._version for p in model.parameters()]
+                for _ in range(2):
+                    optimizer.zero_grad()
+                    model(x).square().sum().backward()
+                    grads = [p.grad for p in model.parameters()]
+                    total = torch.nn.utils.get_total_norm(grads, norm_type, foreach=foreach)
+                    torch.nn.utils.clip_grad_value_(model.parameters(), 3.0, foreach=foreach)
+                    clipped = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5, norm_type, foreach=foreach)
+                    cut = torch.nn.utils.get_total_norm([p.grad for p in model.body.parameters()])
+                    torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.1, cut, foreach=foreach)
+                    optimizer.step()
+                assert form == "fused" or all(p._version > seen for p, seen in zip(model.parameters(), versions, strict=True))
+                answers.append([total, clipped, *(whole(p.detach()) for p in model.parameters())])
+            worst = max(worst, *(relative(mine, theirs) for theirs, mine in zip(*answers, strict=True)))
+    return worst
+
+
+@pytest.mark.parametrize(("mode", "size"), [("1d", 2), ("2d", 4)])
+def test_torchs_clipping_and_steps_of_plain_parameters_beside_ours(ranks, mode: str, size: int) -> None:
+    assert max(ranks(size)(beside_plain, mode, size)) < 1e-12
+
+
+def test_a_norm_of_plain_gradients_beside_ours_is_refused_where_the_batch_is_cut(ranks) -> None:
+    def said(rank: int) -> str:
+        model = Headed(gingham.init(parallel=dict(data=2, tensor=dict(size=1, mode="1d"))))
+        model(torch.ones(4, 7, dtype=torch.float64)).sum().backward()
+        with pytest.raises(gingham.MeshError) as caught:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        return str(caught.value)
+
+    for rank, words in enumerate(ranks(2)(said)):
+        assert f"rank {rank} got a plain tensor (3, 5) beside DTensors on a mesh with data=2" in words and "expected all layers" in words
