@@ -252,3 +252,31 @@ def test_c5_operands_that_lie_otherwise_go_by_torchs_rules(ranks) -> None:
         return [(whole(one).double() - two.double()).abs().max().item() for one, two in zip(found, wanted, strict=True)]
 
     assert max(max(each) for each in ranks(4)(made)) < 1e-6
+
+
+def test_c5_numbers_of_ranks_are_added_into_plain_numbers(ranks) -> None:
+    """As optimizers written by hand do that scale by the norm of all gradients. Where that would lose a gradient, an error says so."""
+
+    def made(rank: int) -> tuple[list[float], list[float], str]:
+        gingham.init(mode="2d", size=4)
+        w = nn.Linear(WIDTH, ROWS).weight
+        w.detach().copy_(FULL)
+        found = []
+        for each in (w.detach(), FULL):
+            one, number, several = torch.zeros(1), torch.zeros(()), torch.zeros(3)
+            for _ in range(2):
+                one.add_(each.pow(2).sum())
+                number += each.norm()
+            several[1] = each.norm()
+            several[2].lerp_(each.mean(), 0.5)
+            changed = torch.ones(1, 1).mul_(each.abs().max())
+            found.append([*torch.cat([one, number.view(1), several, changed.view(1), torch.ones(1).fill_(each.sum())]).tolist()])
+        with pytest.raises(gingham.MeshError) as caught:
+            torch.zeros(1).add_(w.square().sum())
+        (torch.zeros(1).add_(w.square().sum().full_tensor())).backward()
+        assert torch.allclose(whole(w.grad), 2 * FULL)
+        return found[0], found[1], str(caught.value)
+
+    for rank, (got, wanted, said) in enumerate(ranks(4)(made)):
+        assert got == pytest.approx(wanted, rel=1e-5), (got, wanted)
+        assert said.startswith(f"add_: rank {rank} writes a DTensor () ") and "expected a new tensor, total = total + x" in said, said

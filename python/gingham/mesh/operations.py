@@ -2,6 +2,7 @@
 
 torch.where(w > 0, w, full); torch.lerp(w, full, 0.1)      a plain tensor of w's shape is all of it, as for w * full: cut as w is
 ema.lerp_(w, 0.1); ema.copy_(w)                            a plain tensor of w's shape gets all of w; every rank calls it
+total.add_(w.grad.norm())                                  a plain tensor of one element gets the whole number; every rank calls it
 torch.unique(w); for row in w; mask.view(-1)[index] = 0    what torch has no rule for is made on the whole, on every rank
 torch.nn.functional.linear(x, w); torch.cat([w, x])        MeshError: of x nobody knows whether it is a block
 
@@ -145,6 +146,10 @@ def _guard(go_on: Handler, op: Operation, args: tuple[Any, ...], kwargs: dict[st
     mesh = mesh_of(ours[0]) if ours and not torch.compiler.is_compiling() else None
     if mesh is None:
         return go_on(op, args, kwargs)
+    if _is_number_written(op, args, kwargs):
+        if torch.is_grad_enabled() and any(each.requires_grad for each in ours):
+            raise _unheard(mesh, op, max(ours, key=lambda each: each.requires_grad))
+        return op(*pytree.tree_map_only(DTensor, whole, args), **pytree.tree_map_only(DTensor, whole, kwargs))
     right = op.overloadpacket not in WRONG_RULES and not (op.overloadpacket in EXTREMES and _is_sparse(mesh, ours[0]))
     if right and not plain:
         return go_on(op, args, kwargs)
@@ -223,6 +228,18 @@ def _changed(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> li
         if argument.is_write:
             found.append(args[index] if index < len(args) else kwargs.get(argument.name))
     return found
+
+
+def _is_number_written(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether it writes into a plain tensor of one element: total.add_(w.norm()), norms[0] = w.norm()."""
+    return any(isinstance(x, torch.Tensor) and not isinstance(x, DTensor) and x.numel() == 1 for x in _changed(op, args, kwargs))
+
+
+def _unheard(mesh: Mesh, op: Operation, tensor: DTensor) -> Exception:
+    return MeshError(
+        f"{op.overloadpacket.__name__}: rank {mesh.rank} writes {told(mesh, tensor)[0]} into a plain tensor of one element, where its"
+        " gradient would not go back; expected a new tensor, total = total + x, or x.full_tensor() in place of x, on every rank"
+    )
 
 
 def _on_mesh(like: DTensor, x: torch.Tensor) -> DTensor:
