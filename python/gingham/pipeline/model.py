@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,21 @@ class _Methods:
         """Full x, alike on all ranks, to full outputs, on every rank; without gradients, which `step` makes. given: as `step`'s."""
         with torch.no_grad():
             return self._pipeline.outputs(x, given)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Refused by name where there are stages: their functions are the original's, and messages have one receiver."""
+        if self._pipeline.mesh.whole is None:
+            theirs = getattr(super(), "__deepcopy__", None)
+            if theirs is not None:
+                return theirs(memo)
+            new = memo[id(self)] = type(self).__new__(type(self))
+            new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            return new
+        raise NotImplementedError(
+            f"copy.deepcopy of a {type(self).__name__} on a pipeline, as in AveragedModel(model): rank {self._pipeline.mesh.rank} has one"
+            " stage of it and the messages to the others; expected the copy before the cut, average = AveragedModel(model), then"
+            " gingham.pipeline(model) and gingham.pipeline(average.module), whose parameters lie alike"
+        )
 
 
 class _ConvertedMethods(_Methods):
