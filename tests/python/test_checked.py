@@ -363,6 +363,27 @@ def test_a12_the_check_ends_with_the_step_and_not_with_a_second_scatter(ranks) -
         assert kinds == "[False, True, True]"
 
 
+def evaluated_first(rank: int, options: dict[str, Any]) -> list[Any]:
+    """Kinds of blocks while only evaluations run, with no_grad around scatter too or around the layer alone; then a wrong loss trains."""
+    found: list[Any] = []
+    for around in (True, False):
+        mesh, layer = gingham.init(**options), nn.Linear(W, W)
+        for _ in range(3):
+            with torch.set_grad_enabled(not around):
+                x = mesh.scatter(torch.ones(ROWS, W))
+            with torch.no_grad():
+                found.append(type(layer(x)) is torch.Tensor)
+        found.append(mesh.checks.on)
+        with pytest.raises(gingham.LayoutError, match="mean over a dim that ranks cut"):
+            layer(mesh.scatter(torch.ones(ROWS, W))).mean().backward()
+        gingham.destroy()
+    return found
+
+
+def test_an_evaluation_before_training_leaves_the_first_step_checked(ranks) -> None:
+    assert all(found == [False, True, True, False] * 2 for found in ranks(4)(evaluated_first, GRIDS["2d"]))
+
+
 def compiled_alone(rank: int) -> None:
     """Rank 0 alone calls torch.compile, which ends the check there."""
     mesh = gingham.init("1d", size=2, sequence=True, timeout=10.0)

@@ -98,7 +98,8 @@ class Ahead:
     def prepare(self, plan: Any, forward: bool) -> None:
         """Makes room for the weights of the call that is expected after this one, before this one's kernels are queued."""
         guess = self._followers.get((id(plan), forward))
-        if guess is None or guess.seen < CONFIRMED or self._capturing() or self.mesh.checks is not None:
+        checked = self.mesh.checks is not None and self.mesh.checks.on
+        if guess is None or guess.seen < CONFIRMED or self._capturing() or checked:
             return
         other, parameters = guess.plan(), [each() for each in guess.parameters]
         if other is None or id(other) in self._run or not all(isinstance(each, DTensor) for each in parameters):

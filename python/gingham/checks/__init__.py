@@ -1,7 +1,8 @@
 """The first step is checked: tensors say how they are cut, and an operation that is wrong on a block is an error with its line.
 
-scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or, where nothing is
-trained, scatter is called from the same place again after layers used what it gave, or eight times). Each of torch's
+scatter hands out `Checked` tensors and layers pass them on, until the first backward pass is over (or, where none comes,
+scatter is called from the same place again after layers used what it gave, or eight times; if nothing in between had a
+gradient, it was an evaluation, and the check only rests until scatter is called from a new place with gradients). Each of torch's
 operations on them goes by a rule (table): elementwise ones keep the cuts, views move them, a sum over a cut dim is a
 part, and what would give this rank's answer instead of the job's is a LayoutError. After that plain tensors flow and
 nothing is paid.
@@ -120,11 +121,11 @@ class Checks:
         self.mesh = mesh
         self.always = os.environ.get("GINGHAM_CHECK", "") == "1"
         self.on, self.ending = True, False
-        # where scatter was called from: how many blocks layers had used by then, and how often
-        self.places: dict[Any, tuple[int, int]] = {}
-        self.uses = 0
+        # where scatter was called from: how many blocks layers had used by then, how many results had gradients, and how often
+        self.places: dict[Any, tuple[int, int, int]] = {}
+        self.uses = self.gradients = 0
         self.made = WeakTensorKeyDictionary()  # Checked ones, which are plain again when the check ends
-        self.calls: dict[Any, Any] = {}  # the block that a layer took where it was called
+        self.calls: dict[Any, tuple[Any, int]] = {}  # the block that a layer took where it was called; results with gradients by then
         self.told: set[str] = set()
         self.notes = Notes()
         _running.add(self)
@@ -151,13 +152,18 @@ class Checks:
             return block
         if self.mesh.job.orphaned:  # a data loader's worker: the ranks of the job know nothing of it
             return block
+        if not self.on and not torch.is_grad_enabled():
+            return block
         place = _place()
-        uses, visits = self.places.get(place, (self.uses, 0))
+        if not self.on and place in self.places:
+            return block
+        self.on = True
+        uses, gradients, visits = self.places.get(place, (self.uses, self.gradients, 0))
         if visits:
             self.compare()
         if self.uses > uses or visits + 1 >= BATCH:  # the second time round, not the next tensor of one batch
-            self.end()
-        self.places[place] = self.uses, visits + 1
+            self.end(rest=self.gradients == gradients)
+        self.places[place] = self.uses, self.gradients, visits + 1
         return self.marked(block, cuts) if self.on else block
 
     def alike(self, x: torch.Tensor, own: bool = False) -> None:
@@ -181,15 +187,15 @@ class Checks:
             )
 
     def again(self, what: Any, x: torch.Tensor) -> bool:
-        """Whether the very same call was made before: a loop over one forward pass, which ends the check. what: the layer, or the
-        other operand."""
+        """Whether the very same call was made before: a loop over one forward pass, which ends the check or lets it rest. what: the
+        layer, or the other operand."""
         place = (*_place(), id(what))
-        known = self.calls.get(place)
-        self.calls[place] = weakref.ref(x)
+        known, gradients = self.calls.get(place, (None, 0))
+        self.calls[place] = weakref.ref(x), self.gradients
         if known is None or known() is not x:
             return False
         self.compare()
-        self.end()
+        self.end(rest=self.gradients == gradients)
         return not self.on
 
     def take(self, x: Any, cuts: Cuts | None, what: str, fix: str = "") -> Any:
@@ -214,6 +220,7 @@ class Checks:
             return y
         made = self.marked(y, cuts, fresh=True)
         if made.requires_grad:
+            self.gradients += 1
             with torch._C.DisableTorchFunctionSubclass():
                 made.register_hook(self._end_with_backward)
         return made
@@ -230,17 +237,18 @@ class Checks:
         if found is not None:
             raise self.error(*found)
 
-    def end(self) -> None:
-        """From here on plain tensors."""
+    def end(self, rest: bool = False) -> None:
+        """From here on plain tensors. rest: until a program that has only evaluated so far trains."""
         self.ending = False
         if not self.always or _compiled:
             self.on = False
-            self.mesh.checks = None
             for made in list(self.made):
                 made.__class__ = torch.Tensor
             self.made.clear()
             self.calls.clear()
-            _running.discard(self)
+            if not rest:
+                self.mesh.checks = None
+                _running.discard(self)
 
     def note_plain(self, plain: torch.Tensor, dim: int, unit: Names, words: str) -> None:
         self.notes.apart(plain, dim, unit, words, here())
