@@ -213,3 +213,33 @@ def seeded(rank: int, options: dict[str, Any], apart: bool) -> str:
 def test_a5_dropout_of_torch_under_other_seeds_is_told(ranks) -> None:
     assert all("ranks [1, 2, 3]" in text for text in ranks(4)(seeded, GRIDS["1d"], True))
     assert ranks(4)(seeded, GRIDS["1d"], False) == [""] * 4
+
+
+def own_rows(rank: int, way: str) -> Any:
+    """The gradient of a loss of each data rank's own rows, 3 and 5, over all 8; or one through own rows that are scattered again."""
+    config: dict[str, Any] = dict(data=2, tensor=dict(size=2, mode="1d"))
+    mesh = gingham.init(parallel=config)
+    torch.manual_seed(0)
+    layer, x, target = nn.Linear(W, W), torch.randn(ROWS, W), torch.randn(ROWS, W)
+    mine = slice(0, 3) if mesh.data.rank == 0 else slice(3, ROWS)
+    y = mesh.gather(layer(mesh.scatter(x[mine], own=True)), own=True)
+    if way == "again":
+        y = mesh.gather(mesh.scatter(y.softmax(-1), own=True), own=True)
+    error = y - target[mine]
+    try:
+        (error.square().mean() if way == "mean" else error.square().sum() / target.numel()).backward()
+    except gingham.LayoutError as told:
+        return str(told)
+    return layer.weight.grad.full_tensor()
+
+
+def test_a_mean_of_a_data_ranks_own_rows_is_told_and_a_part_of_a_sum_is_right(ranks) -> None:
+    torch.manual_seed(0)
+    twin, x, target = torch.nn.Linear(W, W), torch.randn(ROWS, W), torch.randn(ROWS, W)
+    for text in ranks(4)(own_rows, "mean"):
+        assert "mean over a dim that ranks cut" in text and "dim 0 over data" in text
+    for way in ("sum", "again"):
+        y = twin(x).softmax(-1) if way == "again" else twin(x)
+        (expected,) = torch.autograd.grad((y - target).square().mean(), twin.weight)
+        for found in ranks(4)(own_rows, way):
+            torch.testing.assert_close(found, expected)

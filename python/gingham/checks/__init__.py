@@ -225,6 +225,16 @@ class Checks:
                 made.register_hook(self._end_with_backward)
         return made
 
+    def give_own(self, full: Any, cuts: Cuts) -> Any:
+        """What gather returns of one data rank's rows, which are a block of the job's: a loss of theirs that trains is a part of a sum."""
+        held: Cuts = tuple(tuple(name for name in names if name == "data") for names in cuts)
+        return self.give(full, held) if any(held) and full.requires_grad else full
+
+    def take_full(self, x: Any, own: bool) -> Any:
+        """For scatter, whose own rows may be those that gather gave."""
+        given = own and isinstance(x, Checked) and all(names in ((), ("data",)) for names in x.cuts)
+        return self.take(x, None if given else ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
+
     def _end_with_backward(self, gradient: torch.Tensor) -> None:
         if self.on and not self.ending:
             self.ending = True

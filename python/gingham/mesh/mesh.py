@@ -175,7 +175,7 @@ class Mesh(GridShape, Live):
         the back (mesh/zigzag.py), for SelfAttention(dim=1, order="zigzag"). Differentiable; not counted as traffic. Its gradient
         is gathered, never summed."""
         if self.checks is not None and isinstance(x, torch.Tensor):
-            x = self.checks.take(x, ((),) * x.dim(), "scatter", "scatter takes the full tensor, the same on every rank")
+            x = self.checks.take_full(x, own)
         check_local(x, "scatter's x", self)
         if self.checks is not None:
             self.checks.alike(x, own)
@@ -209,15 +209,16 @@ class Mesh(GridShape, Live):
     ) -> torch.Tensor:
         """The full tensor, on every rank, of blocks as `scatter` makes them (order as there); sizes are learned from the ranks' own, only a
         compiled graph must be told `features`, the full last dim, where ranks cut it unevenly. own=True: the rows of this data rank
-        alone, on its ranks. Differentiable (the gradient is this rank's block of it); not counted as traffic. Raises ShapeError where
-        blocks do not fit together, or features."""
+        alone, on its ranks, whose loss is a part of a sum over data: loss(rows, reduction="sum") / the job's rows, not a mean.
+        Differentiable (the gradient is this rank's block of it); not counted as traffic. Raises ShapeError where blocks do not fit
+        together, or features; LayoutError in the first step for a mean over rows of own=True."""
         check_local(x, "gather's x", self)
         operand = operand or ("x" if x.is_floating_point() else "rows")
+        given, followed = self.cuts(operand, x.dim(), dim), self.checks is not None and hasattr(x, "checks")
         if self.checks is not None:
             fix = "name the layout it has: mesh.gather(y, operand='inner'), 'rows', 'x' or 'c'"
-            x = self.checks.take(x, self.cuts(operand, x.dim(), dim), f"gather(operand={operand!r})", fix)
-        cuts = self.cuts(operand, x.dim(), dim)
-        cuts = own_cuts(cuts) if own else cuts
+            x = self.checks.take(x, given, f"gather(operand={operand!r})", fix)
+        cuts = own_cuts(given) if own else given
         if torch.compiler.is_compiling():
             full = traced("gather", [self.handle, operand, str(dim), str(int(own)), str(features or 0)], [x])[0]
         else:
@@ -228,7 +229,7 @@ class Mesh(GridShape, Live):
             return full
         if features not in (None, full.shape[-1]):
             raise ShapeError(f"gather: rank {self.rank} got features={features}, but the ranks' blocks make {full.shape[-1]}")
-        return full
+        return self.checks.give_own(full, given) if own and followed else full
 
     def parameter(self, full: torch.Tensor, cuts: Cuts, wait: bool = False) -> torch.nn.Parameter:
         """This rank's block of a full parameter (the same on every rank) as a DTensor in the shared heap; of a meta tensor
