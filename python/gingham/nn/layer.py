@@ -8,6 +8,7 @@ is used.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from operator import index
@@ -16,6 +17,8 @@ from zlib import crc32
 
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..autograd.kept import kept
 from ..autograd.linear import LinearPlan
@@ -145,7 +148,8 @@ class Layer(torch.nn.Module):
 
     def register_parameter(self, name: str, param: torch.nn.Parameter | None) -> None:
         """Also for layer.weight = other: a full tensor is cut; another layer's parameter stays that one, and is cut for each call
-        where it lies otherwise (`operand`). Raises ShapeError where the global shape is another."""
+        where it lies otherwise (`operand`). Raises ShapeError where the global shape is another; an optimizer that holds the full one
+        instead of the layer's raises MeshError at its step."""
         old = self._parameters.get(name)
         if isinstance(old, DTensor) and param is not None:
             if param.shape != old.shape:
@@ -154,7 +158,7 @@ class Layer(torch.nn.Module):
                     f"rank {self.mesh.rank} got {found}, expected the full shape {tuple(old.shape)}; make a layer of that size"
                 )
             if not isinstance(param, DTensor):
-                param = self._cut(old, param)
+                param = self._cut(name, old, param)
         super().register_parameter(name, param)
         if isinstance(param, DTensor):
             self._placed.setdefault(name, param.placements)
@@ -162,12 +166,15 @@ class Layer(torch.nn.Module):
             if promised.waits(param):
                 promised.guard(self, param)
 
-    def _cut(self, old: DTensor, full: torch.nn.Parameter) -> torch.nn.Parameter:
+    def _cut(self, name: str, old: DTensor, full: torch.nn.Parameter) -> torch.nn.Parameter:
         """The same DTensor for every layer that is given the same Parameter."""
         known = getattr(full, "_on_mesh", None)
         if known is None or known.device_mesh != old.device_mesh:
             known = torch.nn.Parameter(cut_as(self.mesh, old, full), full.requires_grad)
             full._on_mesh = known  # type: ignore[attr-defined]
+        _given[full] = weakref.ref(self), name
+        if not _watching:
+            _watching.append(register_optimizer_step_pre_hook(_check_step))
         return known
 
     def operand(self, name: str) -> Any:
@@ -224,6 +231,27 @@ def _draw_again(layer: Layer, name: str, parameter: Any) -> None:
     full = torch.empty(parameter.shape, dtype=parameter.dtype, device=drawing_device())
     layer.draw(name, full)
     fill(layer.mesh, parameter, full)
+
+
+_given = WeakIdKeyDictionary()  # full parameters that were given to a layer: the last one, and the name there
+_watching: list[Any] = []
+
+
+def _check_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Raises MeshError where an optimizer would move a full parameter and not the one that a layer holds in its place."""
+    if torch.compiler.is_compiling():
+        return
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for full in held:
+        layer, name = _given.get(full, (None, ""))
+        owner = None if layer is None else layer()
+        made = None if owner is None else owner._parameters.get(name)
+        if owner is not None and made is full._on_mesh and all(each is not made for each in held):
+            raise MeshError(
+                f"{type(optimizer).__name__}.step: rank {owner.mesh.rank} got the full parameter {tuple(full.shape)} that was given to"
+                f" {path_of(owner) or type(owner).__name__}.{name}, which holds one made of it, so that this one moves nothing; expected"
+                " the layer's own: make the optimizer of model.parameters() after that"
+            )
 
 
 def bound_of(fan_in: int) -> float:

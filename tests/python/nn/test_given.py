@@ -104,3 +104,28 @@ def test_what_is_refused() -> None:
         assert bias is None and y.shape == (3, 4)
     finally:
         gingham.destroy()
+
+
+def stepped(rank: int, options: dict[str, Any]) -> list[str]:
+    """Steps of an optimizer that holds the full parameter, the layer's own, and one whose layer has another by now."""
+    mesh = gingham.init(**options)
+    model, said = torch.nn.Sequential(nn.Linear(24, 36)), []
+    full = torch.nn.Parameter(torch.ones(36, 24))
+    model[0].weight = full
+    for weight in (full, model[0].weight, full):
+        before = model[0].weight.full_tensor()
+        model(mesh.scatter(torch.ones(8, 24))).sum().backward()
+        try:
+            torch.optim.SGD([weight], lr=0.1).step()
+            said.append("moved" if not torch.equal(before, model[0].weight.full_tensor()) else "")
+        except gingham.MeshError as error:
+            said.append(str(error))
+        if len(said) == 2:
+            model[0].weight = torch.nn.Parameter(torch.zeros(36, 24))
+    return said
+
+
+def test_an_optimizer_that_holds_the_full_parameter_is_told(ranks) -> None:
+    for rank, (told, moved, left) in enumerate(ranks(4)(stepped, GRIDS["2d"])):
+        assert moved == "moved" and left == ""
+        assert told.startswith(f"SGD.step: rank {rank} got the full parameter (36, 24) that was given to 0.weight"), told
