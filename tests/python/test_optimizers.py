@@ -127,3 +127,37 @@ def test_a14_a_number_read_off_a_part_is_warned_of_once(ranks) -> None:
     for parts, fulls in ranks(4)(read):
         assert len(parts) == 4 and all(".full_tensor()" in message for message in parts)
         assert fulls == []
+
+
+def searched(model: torch.nn.Module, x: torch.Tensor, target: torch.Tensor, search: str | None, mesh: Any = None) -> list[torch.Tensor]:
+    """Weights after LBFGS, whose closure returns the mean over x, or with a mesh over the x of all data ranks."""
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=4, line_search_fn=search)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        losses = torch.nn.functional.cross_entropy(model(x), target, reduction="none")
+        losses.mean().backward()
+        return losses.mean() if mesh is None else mesh.gather(mesh.scatter(losses.detach(), "rows", own=True), "rows").mean()
+
+    for _ in range(2):
+        optimizer.step(closure)
+    return [whole(p).detach() for p in model.parameters()]
+
+
+def searched_over_data(rank: int, search: str | None, job: bool) -> Any:
+    mesh = gingham.init(parallel=dict(data=2, tensor=dict(size=1, mode="1d")))
+    mine = slice(0, 3) if mesh.data.rank == 0 else slice(3, 8)
+    try:
+        return searched(gingham.parallelize(model_of(), mesh), X[mine], T[mine], search, mesh if job else None)
+    except gingham.MeshError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("search", "job"), [(None, False), ("strong_wolfe", True), ("strong_wolfe", False)])
+def test_lbfgs_over_data_goes_by_one_loss_or_is_told(ranks, search: str | None, job: bool) -> None:
+    found, expected = ranks(2)(searched_over_data, search, job), searched(model_of(), X, T, search)
+    for rank, weights in enumerate(found):
+        if search and not job:
+            assert f"on rank {rank}" in weights and "expected the job's loss, the same on every rank" in weights
+        else:
+            assert max(relative(ours, serial) for ours, serial in zip(weights, expected, strict=True)) < 1e-4

@@ -4,8 +4,9 @@ Most optimizers work on DTensors as they are, fused ones too (mesh/alike.py). Rp
 each rank's own block. Adafactor, Muon, LBFGS and others that look at a whole matrix, or at all of them, make it on the
 full tensors, the same on every rank, which then keeps its block: the bytes of a gather of parameters, gradients and
 state of their shape a step (in mesh.traffic()), and the memory of the full tensors while it lasts, told by a warning once. Their
-other state (row and column means, LBFGS's history) stays whole on every rank. SparseAdam is refused, and on a pipeline,
-whose ranks have the parameters of one stage, LBFGS and others whose step goes by numbers of all parameters.
+other state (row and column means, LBFGS's history) stays whole on every rank. LBFGS, which goes by the loss, gets the mean of what closures
+return on all ranks; with a line search, which compares losses with gradients, they must return the job's. SparseAdam is refused, and on
+a pipeline, whose ranks have the parameters of one stage, LBFGS and others whose step goes by numbers of all parameters.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ class Step:
                 self.hand_over()
             self.swap_out()
             try:
-                return asked()
+                return _of_all(self.optimizer, next(iter(self.stands.values())).mesh, asked())
             finally:
                 self.swap_in()
                 with torch.no_grad():
@@ -131,6 +132,25 @@ class Step:
             if values is not None:
                 self.optimizer.state[stand.parameter] = {name: stand.state_back(value) for name, value in values.items()}
         self.hand_over()
+
+
+@torch.no_grad()
+def _of_all(optimizer: Any, mesh: Mesh, loss: Any) -> Any:
+    """The loss by which an LBFGS goes, the same on every rank, where data ranks may have returned their own. Raises MeshError on every rank
+    where a line search would go by their mean, which is the job's loss for batches of one size only. 8 bytes a rank, not counted."""
+    if "line_search_fn" not in optimizer.param_groups[0] or mesh.data.size == 1:
+        return loss
+    mesh.say(f"{type(optimizer).__name__}.step's loss")
+    mine = torch.tensor([float(loss)], dtype=torch.float64, device=mesh.device)
+    every = [float(each) for each in mesh.world.all_gather(mine, counted=False)]
+    if optimizer.param_groups[0]["line_search_fn"] is not None and max(every) - min(every) > 1e-6 * max(map(abs, every)):
+        raise MeshError(
+            f"{type(optimizer).__name__}.step: its line search compares losses, and the closure returned {float(loss):.9g} on rank"
+            f" {mesh.rank}, {min(every):.9g} to {max(every):.9g} on all; expected the job's loss, the same on every rank: return"
+            " gingham.cross_entropy, a loss by labels=, or of losses one a sample the mean over all ranks'"
+            " (after backward: mesh.gather(mesh.scatter(losses.detach(), 'rows', own=True), 'rows').mean())"
+        )
+    return torch.as_tensor(loss).new_tensor(sum(every) / len(every))
 
 
 _warned: set[str] = set()
