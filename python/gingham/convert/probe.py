@@ -21,7 +21,9 @@ from typing import Any
 from zlib import crc32
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from ..autograd.casts import local_of
 from ..mesh import Mesh
 from ..mesh.carried import on_host
 from ..mesh.checksums import checksum
@@ -166,7 +168,7 @@ class State:
     """What a call may leave in a model: buffers and attributes, as they were before."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self.buffers = {name: buffer.clone() for name, buffer in _buffers(model)}
         self.attributes = {(path, name): value for path, name, value in _attributes(model)}
         self.numbers = _numbers(model)
 
@@ -211,7 +213,7 @@ class State:
         )
 
     def _check_buffers(self, what: str, mesh: Mesh, model: torch.nn.Module) -> None:
-        buffers = dict(model.named_buffers())
+        buffers = dict(_buffers(model))
         changed = {name: x for name, x in buffers.items() if name not in self.buffers or not torch.equal(x, self.buffers[name])}
         sums = [checksum(changed[name]) if name in changed else 0 for name in buffers]
         if len({tuple(each) for each in mesh.world.sizes([crc32(repr(sums).encode())])}) > 1:
@@ -220,6 +222,15 @@ class State:
                 " batch (running means, codebooks): update them outside of the model, from its full outputs, or use a mesh that leaves rows"
                 " whole"
             )
+
+
+def _buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that every rank holds whole, as plain tensors: blocks, as a parametrization makes of a DTensor, differ by right."""
+    for name, buffer in model.named_buffers():
+        if not isinstance(buffer, DTensor):
+            yield name, buffer
+        elif all(place.is_replicate() for place in buffer.placements):
+            yield name, local_of(buffer)
 
 
 def _attributes(model: torch.nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import gingham
-from grids import GRIDS, ranks_of, relative
+from grids import GRIDS, ranks_of, relative, whole
 
 W, ROWS = 24, 8
 
@@ -415,3 +415,22 @@ def labelled(rank: int) -> tuple[str, float]:
 def test_a20_labels_of_an_unknown_loss_are_refused_before_the_call(ranks) -> None:
     for text, error in ranks(4)(labelled):
         assert "prepare_decoder_input_ids_from_labels" in text and error < 1e-5
+
+
+def normed(rank: int) -> float:
+    """The largest error of outputs and buffers of two calls with spectral_norm, whose buffers are DTensors beside converted layers."""
+    mesh = gingham.init(mode="2d", size=4)
+    torch.manual_seed(0)
+    serial = Two()
+    model = gingham.parallelize(copy.deepcopy(serial), mesh)
+    x = torch.randn(ROWS, W)
+    for each in (serial, model):
+        torch.manual_seed(1)
+        nn.utils.parametrizations.spectral_norm(each.b)
+    errors = [relative(model(x), serial(x)) for _ in range(2)]
+    theirs = dict(serial.named_buffers())
+    return max(*errors, *(relative(whole(buffer), theirs[name]) for name, buffer in model.named_buffers() if name != "mean"))
+
+
+def test_buffers_that_a_parametrization_makes_of_dtensors_are_compared(ranks) -> None:
+    assert all(error < 1e-4 for error in ranks(4)(normed))
