@@ -18,7 +18,6 @@ from .convert import parallelize, register_forward_method  # noqa: E402
 from .convert.compare import check, check_replicas  # noqa: E402
 from .errors import LayoutError, MeshError, PeerDied, PeerOutOfMemory, PeerStalled, ShapeError  # noqa: E402
 from .integrations import optimizers as optimizers  # noqa: E402
-from .integrations import plain_parameters as plain_parameters  # noqa: E402
 from .launch.init import destroy, init  # noqa: E402
 from .launch.spawn import spawn  # noqa: E402
 from .mesh import Mesh  # noqa: E402

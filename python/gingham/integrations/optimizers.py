@@ -23,8 +23,10 @@ from ..autograd.casts import local_of
 from ..autograd.relayout import move_block
 from ..errors import MeshError
 from ..mesh import Mesh, cuts_of, mesh_of
+from ..mesh.carried import on_host
 from ..mesh.layout import block, slices
 from ..nn.clip import stage_of
+from . import plain_parameters
 
 # steps by numbers of all parameters together: of LBFGS dot products, of others a norm or an estimate of a distance
 ACROSS = {"LBFGS", "FusedLAMB", "Prodigy", "DAdaptAdaGrad", "DAdaptAdam", "DAdaptLion", "DAdaptSGD"}
@@ -142,7 +144,7 @@ def _of_all(optimizer: Any, mesh: Mesh, loss: Any) -> Any:
         return loss
     mesh.say(f"{type(optimizer).__name__}.step's loss")
     mine = torch.tensor([float(loss)], dtype=torch.float64, device=mesh.device)
-    every = [float(each) for each in mesh.world.all_gather(mine, counted=False)]
+    every = [float(on_host(mesh, each)) for each in mesh.world.all_gather(mine, counted=False)]
     if optimizer.param_groups[0]["line_search_fn"] is not None and max(every) - min(every) > 1e-6 * max(map(abs, every)):
         raise MeshError(
             f"{type(optimizer).__name__}.step: its line search compares losses, and the closure returned {float(loss):.9g} on rank"
@@ -163,6 +165,7 @@ def _begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     left = optimizer.__dict__.pop("_gingham_step", None)
     if left is not None:  # the last step raised
         left.end()
+    plain_parameters.begin(optimizer)
     names = _names(optimizer)
     if names & ACROSS:
         _refuse_stage(optimizer)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ..errors import MeshError
 from ..mesh import mesh_of
@@ -21,10 +20,8 @@ COMPARED = "_gingham_compared"  # on an optimizer: the number of its parameters 
 TOLERANCE = 1e-3  # relative; machines of several kinds round in their own ways
 
 
-def _begin(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """torch calls it before a step of any optimizer."""
-    if torch.compiler.is_compiling():
-        return
+def begin(optimizer: torch.optim.Optimizer) -> None:
+    """Before a step. Raises MeshError as compare does."""
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if optimizer.__dict__.get(COMPARED) != count and compare(optimizer):
         optimizer.__dict__[COMPARED] = count
@@ -77,6 +74,3 @@ def _apart(one: list[float], other: list[float]) -> bool:
     if any(value != value for value in (*one, *other)):
         return (one[0] != one[0]) != (other[0] != other[0])
     return any(abs(a - b) > TOLERANCE * max(one[0], other[0], 1e-30) for a, b in zip(one, other, strict=True))
-
-
-register_optimizer_step_pre_hook(_begin)

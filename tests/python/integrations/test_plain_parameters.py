@@ -14,7 +14,7 @@ DATA = dict(parallel=dict(data=2, tensor=dict(size=2, mode="1d")))
 GRIDS: dict[str, dict[str, Any]] = {"1d": dict(mode="1d", size=4), "2d": dict(mode="2d", size=4), "data": DATA}
 
 
-def trained(rank: int, name: str, how: str) -> Any:
+def trained(rank: int, name: str, how: str, kind: str = "SGD") -> Any:
     """A plain head behind a converted body; on a mesh with data each data rank has samples of its own."""
     torch.manual_seed(0)
     mesh = gingham.init(**GRIDS[name])
@@ -25,7 +25,7 @@ def trained(rank: int, name: str, how: str) -> Any:
     norms = []
     for (body, head), own in ((serial, False), (models, name == "data")):
         named = [*body.named_parameters(prefix="body"), *head.named_parameters(prefix="head")]
-        optimizer = torch.optim.SGD(named, lr=0.5)
+        optimizer = getattr(torch.optim, kind)(named, lr=0.5)
         for step in range(3):
             x, y = torch.randn(8, 8, generator=torch.Generator().manual_seed(step)), torch.arange(8) % 3
             if own:
@@ -48,9 +48,10 @@ def test_behind_whole_outputs_they_train_as_in_one_process(ranks, name: str) -> 
     assert all(found < 1e-5 for found in ranks(4)(trained, name, ""))
 
 
-def test_of_a_data_ranks_own_samples_they_are_named(ranks) -> None:
-    for said in ranks(4)(trained, "data", ""):
-        assert said.startswith("SGD.step: head.0.weight, a plain tensor of shape (3, 8)") and "on rank 0 and" in said, said
+@pytest.mark.parametrize("kind", ["SGD", "Adafactor"])
+def test_of_a_data_ranks_own_samples_they_are_named(ranks, kind: str) -> None:
+    for said in ranks(4)(trained, "data", "", kind):
+        assert said.startswith(f"{kind}.step: head.0.weight, a plain tensor of shape (3, 8)") and "on rank 0 and" in said, said
 
 
 def test_averaged_by_the_caller_they_train_as_in_one_process(ranks) -> None:
