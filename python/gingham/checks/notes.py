@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from ..mesh import Mesh
-from ..mesh.carried import on_host
+from ..mesh.carried import numbers_of_all
 from ..mesh.checksums import checksum
 from ..mesh.layout import Names, odd_ranks
 from .rules import Wrong
@@ -55,8 +55,7 @@ class Notes:
         counts = {count for (count,) in mesh.world.sizes([len(entries)])}
         if counts != {len(entries)} or not entries:
             return None  # a rank that makes other calls is told by the calls
-        mine = torch.tensor([digest for digest, *_ in entries], dtype=torch.int64, device=mesh.device)
-        every = [on_host(mesh, part).tolist() for part in mesh.world.all_gather(mine, counted=False)]
+        every = numbers_of_all(mesh, [digest for digest, *_ in entries], torch.int64)
         for index, (_, alike, wrong, site) in enumerate(entries):
             column = [digests[index] for digests in every]
             odd, usual = odd_ranks(column, mesh.ranks)

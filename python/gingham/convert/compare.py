@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ..checkpoint.tensors import plain_keys
 from ..errors import MeshError
 from ..mesh import Mesh, current, cuts_of, mesh_among
-from ..mesh.carried import on_host
+from ..mesh.carried import numbers_of_all
 from ..mesh.checksums import digest_of
 from ..mesh.layout import block, coordinates_of, odd_ranks
 
@@ -147,8 +147,7 @@ def _block_error(mesh: Mesh, got: torch.Tensor, whole: torch.Tensor, name: str) 
     mine = block(whole.shape, cuts, mesh.sizes, mesh.coordinates)
     fits = tuple(got.shape) == tuple(length for _, length in mine)
     here = _error(got, whole[tuple(slice(start, start + length) for start, length in mine)]) if fits else 0.0
-    parts = mesh.world.all_gather(torch.tensor([here], dtype=torch.float64, device=mesh.device), counted=False)
-    return float(torch.cat(parts).max())
+    return float(max(error for (error,) in numbers_of_all(mesh, [here])))
 
 
 def _error(got: torch.Tensor, exact: torch.Tensor) -> float:
@@ -220,8 +219,7 @@ def check_replicas(model: torch.nn.Module, optimizer: torch.optim.Optimizer | No
     odd, _ = odd_ranks([tuple(each) for each in told], mesh.ranks)
     if odd:
         raise MeshError(f"check_replicas: rank {mesh.rank}: ranks {odd} hold other names, {len(names)} here: models or optimizers differ")
-    mine = torch.tensor([_digest(value) for _, value in entries] or [0], dtype=torch.int64, device=mesh.device)
-    parts = [on_host(mesh, part).tolist() for part in mesh.world.all_gather(mine, counted=False)]
+    parts = numbers_of_all(mesh, [_digest(value) for _, value in entries] or [0], torch.int64)
     wrong = []
     for index, (name, value) in enumerate(entries):
         for holders in _holders(mesh, value):

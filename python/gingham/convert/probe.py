@@ -1,12 +1,12 @@
 """Does a model's code mix samples? On a part of the batch a mean or a softmax over it, or x @ x.T, would be of this rank's part.
 
 The first call of a model with code that nothing vouches for (in training and not, with gradients and without) runs once more on
-this rank's rows, all made equal to the last one: what comes out for the last sample must be the same. In eval mode it must be the
-same too where one such row less or more comes before it, and what comes out for the others, so that code that goes by the number of
-samples or by a sample's place is seen. A rank's only sample is compared in eval mode, alone and behind one made of its own numbers.
-Generators, buffers, attributes and dropout's numbers are put back, so that the call
-itself sees what it would have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient
-that it left in attributes are refused. Code that mixes samples after such calls only is not seen, nor what a rank's only sample does in
+this rank's rows, all made equal to the last one: what comes out for the last sample must be the same. In eval mode it must be
+the same too where one such row less or more comes before it, and what comes out for the others, so that code that goes by the
+number of samples or by a sample's place is seen. A rank's only sample is compared in eval mode, alone and behind one made of
+its own numbers. Generators, buffers, attributes and dropout's numbers are put back, so that the call itself sees what it would
+have seen. After it, buffers that it changed must be the same on all ranks, and numbers with a gradient that it left in
+attributes are refused. Code that mixes samples after such calls only is not seen, nor what a rank's only sample does in
 training only; where hooks listen nothing is, which is told.
 """
 
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from ..autograd.casts import local_of
 from ..mesh import Mesh
-from ..mesh.carried import on_host
+from ..mesh.carried import numbers_of_all
 from ..mesh.checksums import checksum
 from ..mesh.layout import Names, chunks
 from .entries import last
@@ -33,6 +33,7 @@ from .late import hooked
 from .nested import joined, leaves, mapped
 from .wrappers import is_foreign
 
+OF_TORCH = frozenset(vars(torch.nn.Module()))
 TOLERANCE = 1e-3  # relative: products of the same shapes agree to rounding
 
 
@@ -203,9 +204,8 @@ class State:
             return
         odd = list(left)
         if left and all(theirs == names for theirs, _ in told):
-            mine = torch.tensor(list(left.values()), dtype=torch.float64, device=mesh.device)
-            parts = [on_host(mesh, part) for part in mesh.world.all_gather(mine, counted=False)]
-            odd = [name for at, name in enumerate(left) if any(not torch.equal(part[at], parts[0][at]) for part in parts)]
+            columns = zip(*numbers_of_all(mesh, list(left.values())), strict=True)
+            odd = [name for name, (one, *others) in zip(left, columns, strict=True) if any(other != one for other in others)]
         warnings.warn(
             f"{what}: {', '.join(odd) or 'a number on another rank'}, which forward left in the model, differs between ranks, as what is"
             " made of this rank's samples or features does; make it of the model's outputs, which are whole",
@@ -249,9 +249,10 @@ def _numbers(model: torch.nn.Module) -> dict[str, float]:
 
 
 def _left(model: torch.nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """All attributes but those that every module of torch's has."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name.startswith("_"):
+            if name in OF_TORCH:
                 continue
             if type(value) in (list, tuple, dict):
                 yield from ((path, joined(name, at), x) for at, x in leaves(value))

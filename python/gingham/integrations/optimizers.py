@@ -23,7 +23,7 @@ from ..autograd.casts import local_of
 from ..autograd.relayout import move_block
 from ..errors import MeshError
 from ..mesh import Mesh, cuts_of, mesh_of
-from ..mesh.carried import on_host
+from ..mesh.carried import numbers_of_all
 from ..mesh.layout import block, slices
 from ..nn.clip import stage_of
 from . import plain_parameters
@@ -143,8 +143,7 @@ def _of_all(optimizer: Any, mesh: Mesh, loss: Any) -> Any:
     if "line_search_fn" not in optimizer.param_groups[0] or mesh.data.size == 1:
         return loss
     mesh.say(f"{type(optimizer).__name__}.step's loss")
-    mine = torch.tensor([float(loss)], dtype=torch.float64, device=mesh.device)
-    every = [float(on_host(mesh, each)) for each in mesh.world.all_gather(mine, counted=False)]
+    every = [each for (each,) in numbers_of_all(mesh, [float(loss)])]
     if optimizer.param_groups[0]["line_search_fn"] is not None and max(every) - min(every) > 1e-6 * max(map(abs, every)):
         raise MeshError(
             f"{type(optimizer).__name__}.step: its line search compares losses, and the closure returned {float(loss):.9g} on rank"

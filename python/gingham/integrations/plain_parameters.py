@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import MeshError
 from ..mesh import mesh_of
-from ..mesh.carried import on_host
+from ..mesh.carried import numbers_of_all
 
 COMPARED = "_gingham_compared"  # on an optimizer: the number of its parameters when their gradients were compared
 TOLERANCE = 1e-3  # relative; machines of several kinds round in their own ways
@@ -40,8 +40,7 @@ def compare(optimizer: torch.optim.Optimizer) -> bool:
     if len(set(held)) > 1:
         raise MeshError(f"{type(optimizer).__name__}.step: rank {mesh.rank}: the ranks' optimizers have {held} plain parameters")
     mine = [value for _, p in plain for value in _seen(p.grad)]
-    parts = mesh.world.all_gather(torch.tensor(mine, dtype=torch.float64, device=mesh.device), counted=False)
-    told = [on_host(mesh, part).tolist() for part in parts]
+    told = numbers_of_all(mesh, mine)
     for index, (name, p) in enumerate(plain):
         pairs = [theirs[2 * index : 2 * index + 2] for theirs in told]
         odd = next((rank for rank, pair in enumerate(pairs) if _apart(pair, pairs[0])), None)

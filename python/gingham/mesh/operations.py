@@ -223,8 +223,8 @@ def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[DTensor]
 
 def _changed(op: Operation, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that the operation writes into."""
-    found = []
-    for index, argument in enumerate(op._schema.arguments):
+    found: list[Any] = []
+    for index, argument in enumerate(op._schema.arguments if op._schema.is_mutable else ()):
         if argument.is_write:
             found.append(args[index] if index < len(args) else kwargs.get(argument.name))
     return found

@@ -79,11 +79,11 @@ def apart(found: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> flo
     return max(float((found[name] - each).abs().max()) for name, each in truth.items()) / scale
 
 
-def compared(rank: int, config: dict[str, Any], compiled: bool) -> dict[str, float]:
+def compared(rank: int, config: dict[str, Any], sizes: dict[int, tuple[int, ...]], compiled: bool) -> dict[str, float]:
     torch.set_default_dtype(torch.float64)
     try:
         mesh = gingham.init(parallel=config, timeout=60.0)
-        rows = ROWS[mesh.data.size]
+        rows = sizes[mesh.data.size]
         x, y = torch.randn(sum(rows), 8, generator=torch.Generator().manual_seed(1)), torch.arange(sum(rows)) % 4
         mine = [each.split(rows)[mesh.data.rank] for each in (x, y)]
         found = {}
@@ -107,16 +107,10 @@ def compared(rank: int, config: dict[str, Any], compiled: bool) -> dict[str, flo
 @pytest.mark.parametrize("name", ["2 x 1d 2", *(pytest.param(each, marks=pytest.mark.matrix) for each in MESHES if each != "2 x 1d 2")])
 def test_models_behind_one_another_and_second_gradients(ranks, name: str) -> None:
     size, config = MESHES[name]
-    for found in ranks(size)(compared, config, False):
+    for found in ranks(size)(compared, config, ROWS, False):
         assert len(found) == 6 and all(error < 1e-11 for error in found.values()), found
-
-
-def even(rank: int, config: dict[str, Any]) -> float:
-    global ROWS
-    ROWS = {2: (4, 4)}
-    return compared(rank, config, True)["behind"]
 
 
 def test_models_behind_one_another_in_compiled_graphs(ranks) -> None:
     size, config = MESHES["2 x 1d 2"]
-    assert all(error < 1e-11 for error in ranks(size)(even, config))
+    assert all(found["behind"] < 1e-11 for found in ranks(size)(compared, config, {2: (4, 4)}, True))
